@@ -1,0 +1,24 @@
+# The workspace's commands. Each sets up .venv from uv.lock first, and does nothing twice.
+.PHONY: quickstart test test-full lint
+
+PYTHON ?= python3
+# The uv that is installed and runs, else one that pip puts into .cache/uv (--target: allowed in externally managed Pythons).
+UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .cache/uv/bin/uv)
+READY := .venv/.synced
+
+quickstart: $(READY)
+	.venv/bin/sla2 quickstart
+
+test: $(READY)
+	.venv/bin/python -m pytest -m "not slow and not gpu"
+
+test-full: $(READY)
+	.venv/bin/python -m pytest -m "not gpu"
+
+lint: $(READY)
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+$(READY): uv.lock pyproject.toml $(wildcard packages/*/pyproject.toml)
+	$(UV) --version >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet --target .cache/uv --upgrade uv
+	$(UV) sync --frozen --all-packages
+	touch $@

@@ -1,0 +1,1 @@
+"""The built-in tiny model: its data set, detector, transformer and training."""
