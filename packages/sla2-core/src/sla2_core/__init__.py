@@ -1,0 +1,20 @@
+"""SLA2: sparse-linear attention with a learnable router, quantisation-aware training, and diffusers integrations."""
+
+from sla2_core.attention import SLA2Attention, SLAAttention, build_attention
+from sla2_core.block_map import BlockMap
+from sla2_core.config import SLA2Config
+from sla2_core.functional import block_sparse_attention, sla2_attention, sla_attention
+from sla2_core.softtopk import soft_topk
+
+__all__ = [
+    "BlockMap",
+    "SLA2Attention",
+    "SLA2Config",
+    "SLAAttention",
+    "block_sparse_attention",
+    "build_attention",
+    "sla2_attention",
+    "sla_attention",
+    "soft_topk",
+]
+__version__ = "0.1.0"

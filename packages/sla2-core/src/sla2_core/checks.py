@@ -1,0 +1,96 @@
+"""The public boundary: each check raises one line that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sla2_core.config import BACKENDS, PRECISIONS
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q (B, H, N_q, d), k and v (B, H, N_k, d), one floating dtype, one device, no empty dimension."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        if x.ndim != 4:
+            raise ValueError(f"{name}: expected 4 dimensions (B, H, N, d), got shape {tuple(x.shape)}")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
+        if 0 in x.shape:
+            raise ValueError(f"{name}: expected no empty dimension, got shape {tuple(x.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
+    expected = (q.shape[0], q.shape[1], k.shape[2], q.shape[3])
+    if tuple(k.shape) != expected:
+        raise ValueError(f"k: expected shape {(*expected[:2], 'N_k', expected[3])} to fit q, got {tuple(k.shape)}")
+    if tuple(v.shape) != expected:
+        raise ValueError(f"v: expected shape {expected} to fit k, got {tuple(v.shape)}")
+
+
+def check_block_map(block_map, q: Tensor, k: Tensor) -> None:
+    """The map was made for these batch, heads, lengths and device."""
+    found = getattr(block_map, "shape", None)
+    if found is None:
+        raise TypeError(f"block_map: expected a sla2_core.BlockMap, got {type(block_map).__name__}")
+    if tuple(found[:2]) != tuple(q.shape[:2]):
+        raise ValueError(f"block_map: expected (B, H) = {tuple(q.shape[:2])}, got {tuple(found[:2])}")
+    if (block_map.n_q, block_map.n_k) != (q.shape[2], k.shape[2]):
+        raise ValueError(
+            f"block_map: expected a map for N_q={q.shape[2]}, N_k={k.shape[2]}, "
+            f"got one for N_q={block_map.n_q}, N_k={block_map.n_k}"
+        )
+    if block_map.indices.device != q.device:
+        raise ValueError(f"block_map: expected q's device {q.device}, got {block_map.indices.device}")
+
+
+def check_alpha(alpha, q: Tensor, num_rows: int) -> Tensor:
+    """A number, or a tensor (B|1, H|1, T_m|1) on q's device; returned as a tensor. Its values in [0, 1] are the caller's."""
+    if isinstance(alpha, (int, float)):
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha: expected a value in [0, 1], got {alpha}")
+        return torch.full((1, 1, 1), float(alpha), dtype=torch.float32, device=q.device)
+    if not isinstance(alpha, Tensor):
+        raise TypeError(f"alpha: expected a torch.Tensor or a number, got {type(alpha).__name__}")
+    full = (q.shape[0], q.shape[1], num_rows)
+    if alpha.ndim != 3 or any(a not in (1, f) for a, f in zip(alpha.shape, full)):
+        raise ValueError(f"alpha: expected shape (B|1, H|1, T_m|1) of {full}, got {tuple(alpha.shape)}")
+    if not alpha.dtype.is_floating_point:
+        raise TypeError(f"alpha: expected a floating dtype, got {alpha.dtype}")
+    if alpha.device != q.device:
+        raise ValueError(f"alpha: expected q's device {q.device}, got {alpha.device}")
+    return alpha
+
+
+def check_kv_lengths(kv_lengths, q: Tensor, k: Tensor) -> Tensor | None:
+    """None, or one integer in [1, N_k] per batch item, as a sequence or an integer tensor; returned as int64 (B,)."""
+    if kv_lengths is None:
+        return None
+    lengths = torch.as_tensor(kv_lengths, device="cpu")
+    if lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
+        raise TypeError(f"kv_lengths: expected integers, got {lengths.dtype}")
+    if tuple(lengths.shape) != (q.shape[0],):
+        raise ValueError(f"kv_lengths: expected shape ({q.shape[0]},), one per batch item, got {tuple(lengths.shape)}")
+    if int(lengths.min()) < 1 or int(lengths.max()) > k.shape[2]:
+        raise ValueError(f"kv_lengths: expected values in [1, {k.shape[2]}], got {lengths.tolist()}")
+    return lengths.to(q.device, torch.int64)
+
+
+def check_precision(precision: str) -> None:
+    check_choice("precision", precision, PRECISIONS)
+
+
+def check_backend(backend: str) -> None:
+    check_choice("backend", backend, BACKENDS)

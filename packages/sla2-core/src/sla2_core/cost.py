@@ -1,0 +1,61 @@
+"""FLOPs and bytes of a configuration (chapter "Cost model" of the design; a multiply-add counts as two)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sla2_core.block_map import num_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """One forward pass of one attention layer, batch 1. FLOPs by part, compulsory device-memory traffic in bytes."""
+
+    full_flops: float
+    sparse_flops: float
+    linear_flops: float
+    router_flops: float
+    bytes: float
+    sparsity: float
+
+    @property
+    def flops(self) -> float:
+        return self.sparse_flops + self.linear_flops + self.router_flops
+
+
+def sla2_cost(
+    *,
+    n_q: int,
+    n_k: int,
+    num_heads: int,
+    head_dim: int,
+    topk: float,
+    block_q: int = 128,
+    block_k: int = 64,
+    bytes_per_element: int = 2,
+) -> Cost:
+    """Cost on the nominal k%: full 4 N_q N_k d H; sparse k% of it; linear 4 N d^2 H; router 2 T_m T_n d H.
+
+    The linear branch is 2 N_k d^2 H for h_j and 2 N_q d^2 H for phi(Q) H_i; the masked sum over blocks, 2 T_m T_n d^2 H
+    as a GEMM, is not in the paper's count and not in this one. Bytes: Q, K, V read and O written once, h_j written and
+    read, H_i written and read in fp32, pooled Q and K. Raises ValueError for a value below 1 or a k% outside (0, 1].
+    """
+    for name, value in (("n_q", n_q), ("n_k", n_k), ("num_heads", num_heads), ("head_dim", head_dim),
+                        ("block_q", block_q), ("block_k", block_k)):  # fmt: skip
+        if value < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {value}")
+    if not 0 < topk <= 1:
+        raise ValueError(f"topk: expected a number in (0, 1], got {topk}")
+    t_m, t_n = num_blocks(n_q, block_q), num_blocks(n_k, block_k)
+    full = 4.0 * n_q * n_k * head_dim * num_heads
+    tokens = bytes_per_element * (2 * n_q + 2 * n_k) * head_dim * num_heads
+    states = 4 * 2 * (t_m + t_n) * head_dim * (head_dim + 1) * num_heads
+    pooled = 4 * 2 * (t_m + t_n) * head_dim * num_heads
+    return Cost(
+        full_flops=full,
+        sparse_flops=topk * full,
+        linear_flops=2.0 * (n_q + n_k) * head_dim**2 * num_heads,
+        router_flops=2.0 * t_m * t_n * head_dim * num_heads,
+        bytes=float(tokens + states + pooled),
+        sparsity=1.0 - topk,
+    )

@@ -1,0 +1,182 @@
+"""The functions other research code calls: sla2_attention, sla_attention, block_sparse_attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sla2_core import reference, streamed
+from sla2_core.block_map import BlockMap, num_blocks
+from sla2_core.checks import (
+    check_alpha,
+    check_backend,
+    check_block_map,
+    check_choice,
+    check_kv_lengths,
+    check_precision,
+    check_qkv,
+)
+from sla2_core.config import QAT_BACKWARDS
+from sla2_core.router import smooth_keys
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """The backend that runs for tensors on `device`. Raises RuntimeError naming what is missing for an explicit choice."""
+    check_backend(backend)
+    if backend == "auto":
+        backend = "cuda" if device.type == "cuda" else "cpu"
+    if backend == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"backend: expected CPU tensors for 'cpu', got tensors on {device}")
+    if backend in ("cuda", "emulator"):
+        raise RuntimeError(f"backend: {backend!r} needs the CUDA kernels, which this version does not have")
+    return backend
+
+
+def _work(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _valid_blocks(block_map: BlockMap, kv_lengths: Tensor | None) -> Tensor:
+    """bool (B|1, 1, 1, T_n): blocks that hold at least one valid token."""
+    start = torch.arange(block_map.shape[3], device=block_map.indices.device) * block_map.block_k
+    if kv_lengths is None:
+        return torch.ones_like(start, dtype=torch.bool)[None, None, None]
+    return (start < kv_lengths[:, None])[:, None, None, :]
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    *,
+    precision: str = "full",
+    qat_backward: str = "paper",
+    kv_lengths=None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Exact softmax attention over the selected blocks only (Alg. 2, sparse branch).
+
+    Args:
+        q: (B, H, N_q, d) float64, float32, bfloat16 or float16. k, v: (B, H, N_k, d), same dtype and device.
+        block_map: the selected blocks, made for these lengths.
+        precision: "full" | "int8" | "int8_int8" | "fp8" | "int4" | "nvfp4", of the forward.
+        qat_backward: "paper" or "matched", what the backward of a low-bit forward recomputes.
+        kv_lengths: None, or one integer in [1, N_k] per batch item.
+        backend: "auto" | "reference" | "cpu" | "cuda" | "emulator".
+
+    Returns:
+        O_s (B, H, N_q, d) in q's dtype, and L (B, H, N_q), the natural log-sum-exp of the selected scores in fp32
+        (fp64 for fp64 inputs), without gradient. A row that selects nothing has 0 and -inf.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype or device. RuntimeError: the backend is missing.
+    """
+    check_qkv(q, k, v)
+    check_block_map(block_map, q, k)
+    check_precision(precision)
+    check_choice("qat_backward", qat_backward, QAT_BACKWARDS)
+    lengths = check_kv_lengths(kv_lengths, q, k)
+    if resolve_backend(backend, q.device) == "reference":
+        out, lse = reference.block_sparse_reference(q, k, v, block_map, precision=precision, kv_lengths=lengths)
+        return out, lse.detach()
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = streamed.sparse_branch(_work(q), _work(k), _work(v), block_map, lengths, precision, qat_backward)
+    return out.to(q.dtype), lse
+
+
+def sla2_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    alpha: Tensor | float,
+    *,
+    precision: str = "full",
+    qat_backward: str = "paper",
+    smooth_k: bool = True,
+    kv_lengths=None,
+    backend: str = "auto",
+) -> Tensor:
+    """O = alpha O_s + (1 - alpha) O_l: softmax over the selected blocks, linear attention over the others (Eq. 13-16).
+
+    Args:
+        q, k, v, block_map, precision, qat_backward, kv_lengths, backend: as for block_sparse_attention.
+        alpha: a number, or a tensor (B|1, H|1, T_m|1) with values in [0, 1]. Query blocks that select nothing count as
+            0, those that select every block as 1.
+        smooth_k: subtract the mean over tokens from K first.
+
+    Returns:
+        (B, H, N_q, d) in q's dtype; gradients reach q, k, v and alpha, none the block map.
+
+    Raises:
+        As block_sparse_attention.
+    """
+    check_qkv(q, k, v)
+    check_block_map(block_map, q, k)
+    check_precision(precision)
+    check_choice("qat_backward", qat_backward, QAT_BACKWARDS)
+    alpha = check_alpha(alpha, q, block_map.shape[2])
+    lengths = check_kv_lengths(kv_lengths, q, k)
+    if resolve_backend(backend, q.device) == "reference":
+        return reference.sla2_reference(
+            q, k, v, block_map, alpha, precision=precision, smooth_k=smooth_k, kv_lengths=lengths
+        )
+    with torch.autocast(q.device.type, enabled=False):
+        queries, keys, values = _work(q), _work(k), _work(v)
+        if smooth_k:
+            keys = smooth_keys(keys, lengths)
+        o_s, _ = streamed.sparse_branch(queries, keys, values, block_map, lengths, precision, qat_backward)
+        mask, valid = block_map.mask(), _valid_blocks(block_map, lengths)
+        rest = ~mask & valid
+        o_l = streamed.linear_branch(
+            queries, keys, values, rest.to(queries.dtype), block_map.block_q, block_map.block_k, lengths
+        )
+        nothing, everything = ~(mask & valid).any(-1), ~rest.any(-1)
+        weight = torch.where(everything, 1.0, torch.where(nothing, 0.0, alpha.to(queries.dtype)))
+        weight = weight.repeat_interleave(block_map.block_q, 2)[:, :, : q.shape[2], None]
+        return torch.lerp(o_l, o_s, weight.expand(o_s.shape)).to(q.dtype)
+
+
+def sla_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    proj_weight: Tensor | None = None,
+    proj_bias: Tensor | None = None,
+    *,
+    precision: str = "full",
+    kv_lengths=None,
+    backend: str = "auto",
+) -> Tensor:
+    """SLA as published (arXiv 2509.24006): O = O_s + proj(O_l), O_l over all blocks, not the complement; K not smoothed.
+
+    Args:
+        q, k, v, block_map, precision, kv_lengths, backend: as for block_sparse_attention.
+        proj_weight: (d, d) as of nn.Linear, shared by the heads; None is the zero matrix it starts from.
+        proj_bias: (d,) or None.
+
+    Returns:
+        (B, H, N_q, d) in q's dtype.
+
+    Raises:
+        As block_sparse_attention; ValueError for a projection of another shape.
+    """
+    o_s, _ = block_sparse_attention(q, k, v, block_map, precision=precision, kv_lengths=kv_lengths, backend=backend)
+    d = q.shape[3]
+    for name, x, shape in (("proj_weight", proj_weight, (d, d)), ("proj_bias", proj_bias, (d,))):
+        if x is not None and tuple(x.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+    lengths = check_kv_lengths(kv_lengths, q, k)
+    with torch.autocast(q.device.type, enabled=False):
+        rest = _valid_blocks(block_map, lengths).to(_work(q).dtype)
+        rest = rest.expand(*q.shape[:2], 1, num_blocks(k.shape[2], block_map.block_k))
+        o_l = streamed.linear_branch(_work(q), _work(k), _work(v), rest, block_map.block_q, block_map.block_k, lengths)
+        if proj_weight is None:
+            o_l = torch.zeros_like(o_l)
+        else:
+            o_l = o_l @ proj_weight.to(o_l.dtype).t()
+        if proj_bias is not None:
+            o_l = o_l + proj_bias.to(o_l.dtype)
+        return (o_s.to(o_l.dtype) + o_l).to(q.dtype)

@@ -1,0 +1,197 @@
+"""The operator in plain dense torch, any float dtype, no cleverness: what every fast path is compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sla2_core import quantize
+from sla2_core.block_map import BlockMap
+from sla2_core.checks import check_alpha, check_block_map, check_kv_lengths, check_precision, check_qkv
+from sla2_core.router import smooth_keys
+
+
+def _work(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _valid_keys(k: Tensor, kv_lengths: Tensor | None) -> Tensor:
+    """bool (B|1, 1, 1, N_k), True for the tokens that count."""
+    token = torch.arange(k.shape[2], device=k.device)
+    if kv_lengths is None:
+        return torch.ones((1, 1, 1, k.shape[2]), dtype=torch.bool, device=k.device)
+    return (token < kv_lengths[:, None])[:, None, None, :]
+
+
+def _drop_padding(x: Tensor, valid: Tensor) -> Tensor:
+    return x.masked_fill(~valid.transpose(-1, -2), 0.0)
+
+
+def _per_token(blocks: Tensor, block_q: int, block_k: int, n_q: int, n_k: int) -> Tensor:
+    """(B, H, T_m, T_n) -> (B, H, n_q, n_k)."""
+    return blocks.repeat_interleave(block_q, 2)[:, :, :n_q].repeat_interleave(block_k, 3)[..., :n_k]
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, kv_lengths=None) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V, dense. q (B, H, N_q, d), k, v (B, H, N_k, d) -> (B, H, N_q, d) in q's dtype."""
+    check_qkv(q, k, v)
+    kv_lengths = check_kv_lengths(kv_lengths, q, k)
+    valid = _valid_keys(k, kv_lengths)
+    keys, values = _drop_padding(_work(k), valid), _drop_padding(_work(v), valid)
+    scores = (_work(q) @ keys.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return (torch.softmax(scores.masked_fill(~valid, -torch.inf), -1) @ values).to(q.dtype)
+
+
+def _round_trip(x: Tensor, rounded: Tensor) -> Tensor:
+    """The rounded value with the gradient of the identity (straight-through estimator)."""
+    return x + (rounded - x).detach()
+
+
+def sparse_branch(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, block_q: int, block_k: int, precision: str):
+    """softmax over the selected pairs only, times V; `selected` is bool (B, H, N_q, N_k), per token.
+
+    Returns O_s (B, H, N_q, d) and L (B, H, N_q), the natural log-sum-exp. A row that selects nothing has 0 and -inf.
+    Low bit is rounded as in `quantize`, with straight-through gradients (which is qat_backward="matched").
+    """
+    if precision != "full":
+        formats = quantize.FORMATS[precision]
+        q = _round_trip(q, quantize.quantize_blocks(q, block_q, formats.qk))
+        k = _round_trip(k, quantize.quantize_blocks(k, block_k, formats.qk))
+    scores = ((q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5).masked_fill(~selected, -torch.inf)
+    top = scores.detach().amax(-1, keepdim=True)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    empty = ~selected.any(-1, keepdim=True)
+    divisor = torch.where(empty, 1.0, total)
+    probabilities = weights / divisor
+    if precision != "full":
+        rounded = quantize.quantize_probabilities(weights, formats.pv) / divisor
+        probabilities = _round_trip(probabilities, rounded)
+        v = _round_trip(v, quantize.quantize_values(v, formats.pv))
+    out = torch.where(empty, 0.0, probabilities @ v)
+    lse = torch.where(empty, -torch.inf, top + total.clamp_min(torch.finfo(total.dtype).tiny).log())
+    return out, lse.squeeze(-1)
+
+
+def linear_branch(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
+    """sum_j w_j phi(q).phi(k_j) v_j / sum_j w_j phi(q).phi(k_j), phi the softmax over d; w (B, H, N_q, N_k) in [0, 1].
+
+    A row whose weights are all 0 has 0.
+    """
+    pairs = (torch.softmax(q, -1) @ torch.softmax(k, -1).transpose(-1, -2)) * weights
+    total = pairs.sum(-1, keepdim=True)
+    return torch.where(total == 0, 0.0, (pairs @ v) / torch.where(total == 0, 1.0, total))
+
+
+def mix(o_s: Tensor, o_l: Tensor, alpha: Tensor, block_q: int, nothing: Tensor, everything: Tensor) -> Tensor:
+    """alpha O_s + (1 - alpha) O_l, alpha (B|1, H|1, T_m|1); rows that select nothing count 0, rows without complement 1."""
+    n_q = o_s.shape[2]
+    per_token = alpha[..., None] if alpha.shape[2] == 1 else alpha.repeat_interleave(block_q, 2)[:, :, :n_q, None]
+    per_token = torch.where(everything, 1.0, torch.where(nothing, 0.0, per_token.to(o_s.dtype)))
+    return per_token * o_s + (1 - per_token) * o_l
+
+
+def sla2_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    alpha: Tensor | float,
+    *,
+    precision: str = "full",
+    smooth_k: bool = True,
+    kv_lengths=None,
+    complement: str = "linear",
+) -> Tensor:
+    """SLA2 (Eq. 13-16) on dense N_q x N_k matrices: the oracle of `functional.sla2_attention`, same arguments.
+
+    `complement="exact"` replaces the linear branch by softmax attention over the unselected pairs: with alpha the
+    full-softmax probability of the selected blocks (Eq. 7, see `routed_mass`), the result is full attention.
+    """
+    check_qkv(q, k, v)
+    check_block_map(block_map, q, k)
+    check_precision(precision)
+    alpha = check_alpha(alpha, q, block_map.shape[2])
+    kv_lengths = check_kv_lengths(kv_lengths, q, k)
+    valid = _valid_keys(k, kv_lengths)
+    if smooth_k:
+        k = smooth_keys(k, kv_lengths)
+    keys, values, queries = _drop_padding(_work(k), valid), _drop_padding(_work(v), valid), _work(q)
+    selected = _per_token(block_map.mask(), block_map.block_q, block_map.block_k, q.shape[2], k.shape[2]) & valid
+    others = ~selected & valid
+    o_s, _ = sparse_branch(queries, keys, values, selected, block_map.block_q, block_map.block_k, precision)
+    if complement == "linear":
+        o_l = linear_branch(queries, keys, values, others.to(queries.dtype))
+    else:
+        o_l, _ = sparse_branch(queries, keys, values, others, block_map.block_q, block_map.block_k, "full")
+    nothing, everything = ~selected.any(-1, keepdim=True), ~others.any(-1, keepdim=True)
+    return mix(o_s, o_l, alpha, block_map.block_q, nothing, everything).to(q.dtype)
+
+
+def block_sparse_reference(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, *, precision="full", kv_lengths=None):
+    """The sparse branch alone: O_s (B, H, N_q, d) in q's dtype and L (B, H, N_q) in fp32 or fp64."""
+    check_qkv(q, k, v)
+    check_block_map(block_map, q, k)
+    check_precision(precision)
+    valid = _valid_keys(k, check_kv_lengths(kv_lengths, q, k))
+    keys, values = _drop_padding(_work(k), valid), _drop_padding(_work(v), valid)
+    selected = _per_token(block_map.mask(), block_map.block_q, block_map.block_k, q.shape[2], k.shape[2]) & valid
+    out, lse = sparse_branch(_work(q), keys, values, selected, block_map.block_q, block_map.block_k, precision)
+    return out.to(q.dtype), lse
+
+
+def routed_mass(q: Tensor, k: Tensor, block_map: BlockMap, kv_lengths=None) -> Tensor:
+    """The full-softmax probability that each query token's selected blocks hold: (B, H, N_q), fp32 or fp64 (Eq. 7)."""
+    valid = _valid_keys(k, check_kv_lengths(kv_lengths, q, k))
+    scores = (_work(q) @ _drop_padding(_work(k), valid).transpose(-1, -2)) * q.shape[-1] ** -0.5
+    selected = _per_token(block_map.mask(), block_map.block_q, block_map.block_k, q.shape[2], k.shape[2])
+    return (torch.softmax(scores.masked_fill(~valid, -torch.inf), -1) * selected).sum(-1)
+
+
+def soft_attention(
+    q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, alpha: Tensor, block_q: int, block_k: int, kv_lengths=None
+) -> tuple[Tensor, Tensor]:
+    """SLA2 with a soft mask (training, stage 1) beside full attention, for any subset of the query blocks.
+
+    O_s = sum_j m_j e^{s_j} v_j / sum_j m_j e^{s_j}; O_l weighs phi(q).phi(k_j) by 1 - m_j; a 0/1 mask is the hard operator.
+
+    Args:
+        q: (B, H, n, d), the tokens of the query blocks at hand; all but the last block are whole.
+        k, v: (B, H, N_k, d), K already smoothed.
+        soft_mask: (B, H, rows, T_n) in [0, 1]. alpha: (B|1, H|1, rows|1).
+        block_q, block_k: block sizes; rows = ceil(n / block_q). kv_lengths: (B,) or None.
+
+    Returns:
+        (O, O_full), each (B, H, n, d) in fp32 (fp64 stays); memory grows with n N_k, so stream over query blocks.
+        Gradients reach q, k, v, soft_mask and alpha.
+    """
+    valid = _valid_keys(k, check_kv_lengths(kv_lengths, q, k))
+    queries, keys, values = _work(q), _drop_padding(_work(k), valid), _drop_padding(_work(v), valid)
+    (b, h, n, d), n_k = q.shape, k.shape[2]
+    rows, t_n = soft_mask.shape[2:]
+    soft_mask = soft_mask.to(queries.dtype)
+    scores = (queries @ keys.transpose(-1, -2)) * d**-0.5
+    scores = scores.masked_fill(~valid, -torch.inf)
+    exps = torch.exp(scores - scores.detach().amax(-1, keepdim=True))
+    full = (exps @ values) / exps.sum(-1, keepdim=True)
+    spread = torch.nn.functional.pad(exps, (0, t_n * block_k - n_k, 0, rows * block_q - n))
+    weights = (spread.view(b, h, rows, block_q, t_n, block_k) * soft_mask[:, :, :, None, :, None]).flatten(4)
+    weights = weights.flatten(2, 3)[:, :, :n, :n_k]
+    total = weights.sum(-1, keepdim=True)
+    o_s = torch.where(total == 0, 0.0, (weights @ values) / torch.where(total == 0, 1.0, total))
+
+    phi_k = _drop_padding(torch.softmax(keys, -1), valid)
+    pad = (0, 0, 0, t_n * block_k - n_k)
+    blocks_k = torch.nn.functional.pad(phi_k, pad).unflatten(2, (t_n, block_k))
+    blocks_v = torch.nn.functional.pad(values, pad).unflatten(2, (t_n, block_k))
+    states = torch.cat([blocks_k.transpose(-1, -2) @ blocks_v, blocks_k.sum(3)[..., None]], -1)
+    rest = 1 - soft_mask
+    sums = (rest @ states.flatten(3)).unflatten(3, (d, d + 1))
+    phi_q = torch.nn.functional.pad(torch.softmax(queries, -1), (0, 0, 0, rows * block_q - n)).unflatten(
+        2, (rows, block_q)
+    )
+    parts = (phi_q @ sums).flatten(2, 3)[:, :, :n]
+    below = parts[..., d:]
+    o_l = torch.where(below == 0, 0.0, parts[..., :d] / torch.where(below == 0, 1.0, below))
+    return mix(o_s, o_l, alpha, block_q, total == 0, below == 0), full

@@ -1,0 +1,119 @@
+"""The router: block means of Q and K, a learnable projection of each, scores, and the top-k block map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sla2_core.block_map import BlockMap, Rows, num_blocks
+from sla2_core.config import SLA2Config
+
+
+class Float32Module(nn.Module):
+    """A module whose parameters stay in fp32 under `.to(bfloat16)` and `.half()`; `.double()` and devices go through."""
+
+    def _apply(self, fn, recurse: bool = True):
+        def keep(t: Tensor) -> Tensor:
+            out = fn(t)
+            if t.dtype.is_floating_point and out.dtype in (torch.bfloat16, torch.float16):
+                return t.to(out.device)
+            return out
+
+        return super()._apply(keep, recurse)
+
+
+def pool(x: Tensor, block: int, lengths: Tensor | None = None) -> Tensor:
+    """Mean over the valid tokens of each block, in fp32 (fp64 stays).
+
+    Args:
+        x: (B, H, N, d).
+        block: tokens in a block; the last one may be short.
+        lengths: int64 (B,), valid tokens of each batch item; None means all N. Blocks without a valid token are 0.
+
+    Returns:
+        (B, H, ceil(N / block), d).
+    """
+    work = x if x.dtype == torch.float64 else x.float()
+    b, _, n, _ = x.shape
+    count = num_blocks(n, block)
+    if lengths is not None:
+        valid = torch.arange(n, device=x.device) < lengths[:, None]
+        work = work.masked_fill(~valid[:, None, :, None], 0.0)
+    whole = n // block
+    sums = work[:, :, : whole * block].unflatten(2, (whole, block)).sum(3) if whole else work[:, :, :0]
+    if whole < count:
+        sums = torch.cat([sums, work[:, :, whole * block :].sum(2, keepdim=True)], dim=2)
+    start = torch.arange(count, device=x.device) * block
+    last = torch.full((b, 1), n, device=x.device) if lengths is None else lengths[:, None]
+    tokens = (last - start).clamp(0, block).clamp_min(1)
+    return sums / tokens[:, None, :, None]
+
+
+def smooth_keys(k: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """K minus its mean over the valid tokens (Alg. 2, step 1), in k's dtype: (B, H, N_k, d).
+
+    The sparse branch and the top-k are unchanged by it, up to rounding; phi(K) and low-bit K are not.
+    """
+    work = k if k.dtype == torch.float64 else k.float()
+    if lengths is None:
+        return (work - work.mean(2, keepdim=True)).to(k.dtype)
+    valid = (torch.arange(k.shape[2], device=k.device) < lengths[:, None])[:, None, :, None]
+    mean = work.masked_fill(~valid, 0.0).sum(2, keepdim=True) / lengths[:, None, None, None]
+    return (work - mean).to(k.dtype)
+
+
+def blocks_to_select(topk: float, t_n: int) -> int:
+    """K = max(1, round(k% * T_n))."""
+    return max(1, round(topk * t_n))
+
+
+def top_k_map(
+    scores: Tensor, topk: float, *, block_q: int, block_k: int, n_q: int, n_k: int, kv_lengths: Tensor | None = None
+) -> BlockMap:
+    """The K best key blocks of every row, ties to the lower index, indices ascending; no gradient.
+
+    Args:
+        scores: (B, H, T_m, T_n) fp32 or fp64.
+        topk: k% in (0, 1]; K = max(1, round(k% * T_n)), T_n counted from the item's own kv_lengths.
+        kv_lengths: int64 (B,) or None.
+    """
+    scores = scores.detach()
+    t_n = scores.shape[-1]
+    if kv_lengths is None:
+        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+        indices = order[..., : blocks_to_select(topk, t_n)].sort(-1).values
+        counts = torch.full(scores.shape[:3], indices.shape[-1], dtype=torch.int32, device=scores.device)
+        rows = Rows(indices.to(torch.int32).contiguous(), counts)
+        return BlockMap._trusted(rows, block_q=block_q, block_k=block_k, n_q=n_q, n_k=n_k)
+    blocks = [num_blocks(int(length), block_k) for length in kv_lengths.tolist()]
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    for item, count in enumerate(blocks):
+        order = torch.sort(scores[item, ..., :count], dim=-1, descending=True, stable=True).indices
+        mask[item, ..., :count].scatter_(-1, order[..., : blocks_to_select(topk, count)], True)
+    return BlockMap.from_mask(mask, block_q=block_q, block_k=block_k, n_q=n_q, n_k=n_k)
+
+
+class Router(Float32Module):
+    """P_c = (q W_q)(k W_k)^T / sqrt(d) per head, in fp32 (Eq. 16).
+
+    `weight_q` and `weight_k` are (1, d, d), or (H, d, d) with `per_head_router`, and start as the identity, which is
+    SLA's heuristic router; with router="heuristic" they are buffers that stay so.
+    """
+
+    def __init__(self, config: SLA2Config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        heads = config.num_heads if config.per_head_router else 1
+        for name in ("weight_q", "weight_k"):
+            value = torch.eye(config.head_dim).repeat(heads, 1, 1)
+            if config.router == "learned":
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value, persistent=False)
+
+    def scores(self, pooled_q: Tensor, pooled_k: Tensor) -> Tensor:
+        """Pooled q (B, H, rows, d) and k (B, H, T_n, d), fp32 -> scores (B, H, rows, T_n), fp32."""
+        with torch.autocast(pooled_q.device.type, enabled=False):
+            q = pooled_q.to(self.weight_q.dtype) @ self.weight_q
+            k = pooled_k.to(self.weight_k.dtype) @ self.weight_k
+            return (q @ k.transpose(-1, -2)) * self.head_dim**-0.5
