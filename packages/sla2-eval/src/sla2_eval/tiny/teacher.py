@@ -1,0 +1,179 @@
+"""Trains the tiny teacher from scratch: flow matching on captioned mp4 files, Muon for the matrices and AdamW for the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sla2_eval.dataset import read_folder, write_folder
+from sla2_eval.tiny import model as tiny
+from sla2_eval.tiny.shapes import FPS, NUM_FRAMES, SIZE, sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Settings of `sla2 train teacher`; `steps` includes the linear cooldown of the last `cooldown` steps."""
+
+    num_videos: int = 6000
+    seed: int = 0
+    steps: int = 9000
+    batch_size: int = 8
+    learning_rate: float = 2e-3
+    warmup: int = 100
+    cooldown: int = 2500
+    weight_decay: float = 0.01
+    caption_dropout: float = 0.1
+    ema: float = 0.999
+    checkpoint_every: int = 250
+    dtype: str = "bfloat16"
+
+
+def per_video_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Full attention on (B, N, H, d), a video at a time, so that the N x N scores of one stay in the CPU's cache."""
+    out = []
+    for q, k, v in zip(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)):
+        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+        out.append(torch.matmul(torch.softmax(scores, dim=-1), v))
+    return torch.stack(out).transpose(1, 2)
+
+
+def _optimizers(transformer, config: TeacherConfig) -> list[torch.optim.Optimizer]:
+    matrices, rest = [], []
+    for name, parameter in transformer.named_parameters():
+        hidden = parameter.ndim == 2 and name.startswith("blocks.") and "scale_shift_table" not in name
+        (matrices if hidden else rest).append(parameter)
+    return [
+        torch.optim.Muon(
+            matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(rest, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)),
+    ]
+
+
+def _rate(step: int, config: TeacherConfig) -> float:
+    return min(1.0, (step + 1) / config.warmup, (config.steps - step) / config.cooldown)
+
+
+def _draw(step: int, config: TeacherConfig, num_videos: int):
+    """Everything random about one step, from (seed, step) alone, so that a resumed run repeats the original."""
+    rng = np.random.default_rng([config.seed, 1, step])
+    index = rng.integers(num_videos, size=config.batch_size)
+    u = 1 / (1 + np.exp(-rng.normal(size=config.batch_size)))
+    sigma = torch.from_numpy(tiny.SHIFT * u / (1 + (tiny.SHIFT - 1) * u)).float()
+    dropped = torch.from_numpy(rng.random(config.batch_size) < config.caption_dropout)
+    noise = torch.from_numpy(rng.standard_normal((config.batch_size, *tiny.LATENT_SHAPE), dtype=np.float32))
+    return index, sigma, dropped, noise
+
+
+def _write(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
+    partial = folder / f".{name}.partial"
+    save_file(tensors, partial)
+    os.replace(partial, folder / name)
+
+
+def _save(folder: Path, step: int, transformer, ema, optimizers) -> None:
+    tensors = {f"model.{k}": v for k, v in transformer.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in ema.items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"opt{number}.{index}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors["step"] = torch.tensor(step)
+    _write(folder, "checkpoint.safetensors", {k: v.contiguous().clone() for k, v in tensors.items()})
+
+
+def _load(path: Path, transformer, ema, optimizers) -> int:
+    tensors = load_file(path)
+    transformer.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    for name in ema:
+        ema[name].copy_(tensors[f"ema.{name}"])
+    for number, optimizer in enumerate(optimizers):
+        state = optimizer.state_dict()
+        for key, value in tensors.items():
+            if key.startswith(f"opt{number}."):
+                _, index, field = key.split(".")
+                state["state"].setdefault(int(index), {})[field] = value
+        optimizer.load_state_dict(state)
+    return int(tensors["step"])
+
+
+def write_dataset(folder: Path, config: TeacherConfig) -> None:
+    """The built-in data set as mp4 files of 128 x 128 pixels with a manifest."""
+    scenes = (sample(config.seed, index) for index in range(config.num_videos))
+    write_folder(folder, ((np.uint8((v * 255).round()), c) for v, c in scenes), fps=FPS, upscale=4)
+
+
+def train_teacher(
+    config: TeacherConfig,
+    out: Path,
+    *,
+    videos: Path | None = None,
+    report: Callable[[int, float], None] | None = None,
+) -> Path:
+    """Train and return the folder of the finished transformer; run again, it goes on from its last checkpoint.
+
+    `videos` is a folder that `dataset.read_folder` accepts; None writes the built-in data set to `out`/data first.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from sla2_core.integrations.wan import WanSelfAttnProcessor
+
+    out.mkdir(parents=True, exist_ok=True)
+    if videos is None:
+        videos = out / "data"
+        write_dataset(videos, config)
+    data = read_folder(videos, num_frames=NUM_FRAMES, height=SIZE, width=SIZE)
+    captions = tiny.encode_captions(data.captions)
+    torch.manual_seed(config.seed)
+    transformer = tiny.build_transformer()
+    for block in transformer.blocks:
+        block.attn1.set_processor(WanSelfAttnProcessor(per_video_attention))
+    ema = {k: v.detach().clone() for k, v in transformer.state_dict().items()}
+    optimizers = _optimizers(transformer, config)
+    checkpoint = out / "checkpoint.safetensors"
+    first = _load(checkpoint, transformer, ema, optimizers) if checkpoint.exists() else 0
+    log, started, recent = out / "log.jsonl", time.time(), []
+    for step in range(first, config.steps):
+        index, sigma, dropped, noise = _draw(step, config, len(data.captions))
+        clean, text = tiny.to_latents(data.videos[index]), captions[index].clone()
+        text[dropped] = 0
+        weight = sigma.view(-1, 1, 1, 1, 1)
+        with torch.autocast("cpu", getattr(torch, config.dtype), enabled=config.dtype != "float32"):
+            velocity = transformer(torch.lerp(clean, noise, weight), sigma * 1000, text, return_dict=False)[0]
+        loss = torch.nn.functional.mse_loss(velocity.float(), noise - clean)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"step {step}: the loss is {loss.item()}; the last good checkpoint is {checkpoint}"
+            )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * _rate(step, config)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        decay = min(config.ema, (1 + step) / (10 + step))
+        for name, value in transformer.state_dict().items():
+            ema[name].lerp_(value, 1 - decay)
+        recent.append(loss.item())
+        if (step + 1) % 50 == 0:
+            mean, recent = float(np.mean(recent)), []
+            with log.open("a") as file:
+                file.write(json.dumps({"step": step + 1, "loss": mean, "seconds": round(time.time() - started)}) + "\n")
+            if report:
+                report(step + 1, mean)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            _save(out, step + 1, transformer, ema, optimizers)
+    transformer = tiny.build_transformer()
+    transformer.load_state_dict(ema)
+    transformer.save_pretrained(out / "transformer")
+    FlowMatchEulerDiscreteScheduler(shift=tiny.SHIFT).save_pretrained(out / "scheduler")
+    (out / "training.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    return out

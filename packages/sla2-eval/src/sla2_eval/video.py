@@ -1,0 +1,77 @@
+"""Reading and writing video files (PyAV, which brings its own ffmpeg). The only door to video codecs."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+class VideoError(ValueError):
+    """A video file that cannot be used; the message is one line that names the file."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """Decoded frames, uint8 (T, H, W, 3) RGB, and the frame rate in frames per second."""
+
+    frames: np.ndarray
+    fps: float
+
+
+def read_video(path: str | Path) -> Video:
+    """Decode every frame of `path`. Raises VideoError if the file is missing, empty, not a video, or truncated."""
+    import av
+
+    path = Path(path)
+    if not path.is_file():
+        raise VideoError(f"{path}: expected a video file, got {'a folder' if path.is_dir() else 'nothing there'}")
+    if path.stat().st_size == 0:
+        raise VideoError(f"{path}: expected a video file, got an empty file")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoError(f"{path}: expected a video stream, got {len(container.streams.audio)} audio stream(s)")
+            stream = container.streams.video[0]
+            declared = stream.frames
+            fps = float(stream.average_rate or 0)
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    except (av.FFmpegError, UnicodeDecodeError) as error:
+        raise VideoError(f"{path}: expected a readable video, got a decoding error: {error}") from error
+    if not frames:
+        raise VideoError(f"{path}: expected at least one frame, got a video stream without frames")
+    if declared and len(frames) < declared:
+        raise VideoError(f"{path}: expected {declared} frames as its header says, got {len(frames)} (truncated file)")
+    if len({frame.shape for frame in frames}) > 1:
+        raise VideoError(f"{path}: expected frames of one size, got {sorted({frame.shape[:2] for frame in frames})}")
+    return Video(frames=np.stack(frames), fps=fps)
+
+
+def write_video(path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 12) -> None:
+    """Encode uint8 (T, H, W, 3) RGB frames as H.264 yuv420p mp4, in place only when complete.
+
+    Height and width must be even. Raises ValueError for another shape or dtype, OSError where the folder is unwritable.
+    """
+    import av
+
+    path = Path(path)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) == 0:
+        raise ValueError(f"frames: expected uint8 (T, H, W, 3) with T >= 1, got {frames.dtype} {frames.shape}")
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise ValueError(f"frames: expected even height and width (H.264 yuv420p), got {frames.shape[1:3]}")
+    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.partial.mp4")
+    try:
+        with av.open(str(partial), mode="w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=round(fps))
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            stream.options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}
+            for image in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
