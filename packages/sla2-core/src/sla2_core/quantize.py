@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
@@ -70,32 +71,40 @@ def fake_quantize(x: Tensor, fmt: str, dims: int | tuple[int, ...]) -> Tensor:
     return quantize(x, scale, fmt) * scale
 
 
-def fake_quantize_nvfp4(x: Tensor) -> Tensor:
-    """NVFP4: E2M1 values, an E4M3 scale per 16 neighbours of the last axis, one fp32 scale for the tensor."""
+def fake_quantize_nvfp4(x: Tensor, block: int | None = None, amax: float | None = None) -> Tensor:
+    """NVFP4: E2M1 values, an E4M3 scale per 16 neighbours of the last axis, one fp32 scale for the tensor.
+
+    With `block` the last axis is tokens, and groups start anew at every block of that many. `amax` is max|x| where it
+    is known beforehand (1 for probabilities).
+    """
     n = x.shape[-1]
-    padded = torch.nn.functional.pad(x, (0, -n % NVFP4_GROUP))
-    groups = padded.unflatten(-1, (-1, NVFP4_GROUP))
-    amax = groups.abs().amax(-1, keepdim=True)
-    whole = amax.amax() / (E4M3_MAX * E2M1_MAX)
+    block = block or n
+    blocks = pad(x, (0, -n % block)).unflatten(-1, (-1, block))
+    groups = pad(blocks, (0, -block % NVFP4_GROUP)).unflatten(-1, (-1, NVFP4_GROUP))
+    largest = groups.abs().amax(-1, keepdim=True)
+    whole = (largest.amax() if amax is None else torch.full_like(largest, amax)) / (E4M3_MAX * E2M1_MAX)
     whole = torch.where(whole == 0, torch.ones_like(whole), whole)
-    scale = round_e4m3(amax / E2M1_MAX / whole) * whole
+    scale = round_e4m3(largest / E2M1_MAX / whole) * whole
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return (round_e2m1(groups / scale) * scale).flatten(-2)[..., :n]
+    return (round_e2m1(groups / scale) * scale).flatten(-2)[..., :block].flatten(-2)[..., :n]
 
 
-def quantize_probabilities(p: Tensor, fmt: str) -> Tensor:
-    """P~ = exp(S - rowmax) in [0, 1] after the round trip through `fmt`: fixed scales 1/448 (fp8) and 1/127 (int8)."""
+def quantize_probabilities(p: Tensor, fmt: str, block_k: int) -> Tensor:
+    """P~ = exp(S - rowmax) in [0, 1], (..., keys), after the round trip through `fmt`: fixed scales 1/448 (fp8), 1/127 (int8).
+
+    nvfp4 has groups of 16 keys that start anew at every key block of `block_k`.
+    """
     if fmt == "fp8":
         return round_e4m3(p * E4M3_MAX) / E4M3_MAX
     if fmt == "int8":
         return round_integer(p * 127.0, 127) / 127.0
-    return fake_quantize_nvfp4(p)
+    return fake_quantize_nvfp4(p, block_k, amax=1.0)
 
 
-def quantize_values(v: Tensor, fmt: str) -> Tensor:
+def quantize_values(v: Tensor, fmt: str, block_k: int) -> Tensor:
     """V (B, H, N_k, d) after the round trip: one scale per channel over the whole sequence; nvfp4 in groups along N_k."""
     if fmt == "nvfp4":
-        return fake_quantize_nvfp4(v.transpose(-1, -2)).transpose(-1, -2)
+        return fake_quantize_nvfp4(v.transpose(-1, -2), block_k).transpose(-1, -2)
     return fake_quantize(v, fmt, 2)
 
 
@@ -104,5 +113,5 @@ def quantize_blocks(x: Tensor, block: int, fmt: str) -> Tensor:
     if fmt == "nvfp4":
         return fake_quantize_nvfp4(x)
     n = x.shape[2]
-    blocks = torch.nn.functional.pad(x, (0, 0, 0, -n % block)).unflatten(2, (-1, block))
+    blocks = pad(x, (0, 0, 0, -n % block)).unflatten(2, (-1, block))
     return fake_quantize(blocks, fmt, (3, 4)).flatten(2, 3)[:, :, :n]

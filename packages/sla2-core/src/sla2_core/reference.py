@@ -66,9 +66,9 @@ def sparse_branch(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, block_q: in
     divisor = torch.where(empty, 1.0, total)
     probabilities = weights / divisor
     if precision != "full":
-        rounded = quantize.quantize_probabilities(weights, formats.pv) / divisor
+        rounded = quantize.quantize_probabilities(weights, formats.pv, block_k) / divisor
         probabilities = _round_trip(probabilities, rounded)
-        v = _round_trip(v, quantize.quantize_values(v, formats.pv))
+        v = _round_trip(v, quantize.quantize_values(v, formats.pv, block_k))
     out = torch.where(empty, 0.0, probabilities @ v)
     lse = torch.where(empty, -torch.inf, top + total.clamp_min(torch.finfo(total.dtype).tiny).log())
     return out, lse.squeeze(-1)

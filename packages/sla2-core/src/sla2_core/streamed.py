@@ -81,7 +81,7 @@ class _SparseBranch(torch.autograd.Function):
             total = weights.sum(-1, keepdim=True)
             empty = total == 0
             if precision != "full":
-                weights = quantize.quantize_probabilities(weights, quantize.FORMATS[precision].pv)
+                weights = quantize.quantize_probabilities(weights, quantize.FORMATS[precision].pv, gather.block_k)
             acc = torch.bmm(weights, gather.keys(vs, rows)) / total.masked_fill(empty, 1.0)
             out[rows] = acc.masked_fill_(empty, 0.0)
             lse[rows] = torch.where(empty, -torch.inf, top + total.log()).squeeze(-1)
@@ -112,7 +112,7 @@ class _SparseBranch(torch.autograd.Function):
             d_weights = torch.bmm(grads, values.transpose(1, 2))
             used, mean = weights, delta[rows]
             if matched:
-                used = _requantize(weights, quantize.FORMATS[ctx.precision].pv)
+                used = _requantize(weights, quantize.FORMATS[ctx.precision].pv, gather.block_k)
                 mean = (weights * d_weights).sum(-1, keepdim=True)  # D from the high-precision O = P V
             d_scores = d_weights.sub_(mean).mul_(weights).mul_(scale)
             dq[rows] = torch.bmm(d_scores, keys)
@@ -131,15 +131,15 @@ def _round(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, precision: str)
     return (
         quantize.quantize_blocks(q, block_map.block_q, formats.qk),
         quantize.quantize_blocks(k, block_map.block_k, formats.qk),
-        quantize.quantize_values(v, formats.pv),
+        quantize.quantize_values(v, formats.pv, block_map.block_k),
     )
 
 
-def _requantize(p: Tensor, fmt: str) -> Tensor:
+def _requantize(p: Tensor, fmt: str, block_k: int) -> Tensor:
     """P = exp(S - L) with the rounding that its P~ = exp(S - rowmax) had in the forward."""
     top = p.amax(-1, keepdim=True)
     top = top.masked_fill(top == 0, 1.0)
-    return quantize.quantize_probabilities(p / top, fmt) * top
+    return quantize.quantize_probabilities(p / top, fmt, block_k) * top
 
 
 def sparse_branch(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, lengths, precision: str, qat_backward: str):

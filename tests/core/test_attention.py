@@ -1,0 +1,137 @@
+"""SLA2Attention and SLAAttention: layouts, info, dtypes, gradients, configuration."""
+
+import dataclasses
+
+import pytest
+import torch
+from sla2_core import SLA2Attention, SLA2Config, SLAAttention, build_attention
+from sla2_core.config import paper_alpha, published_sla, sparse_branch_alone
+from sla2_core.reference import full_attention, sla2_reference
+
+CONFIG = SLA2Config(head_dim=8, num_heads=2, topk=0.3, block_q=16, block_k=8)
+
+
+def qkv(n_q=63, n_k=111, dtype=torch.float32):
+    torch.manual_seed(0)
+    return [torch.randn(2, 2, n, 8, dtype=dtype, requires_grad=True) for n in (n_q, n_k, n_k)]
+
+
+def test_output_is_the_operator_on_the_routed_map():
+    q, k, v = qkv()
+    attn = SLA2Attention(CONFIG)
+    out, info = attn(q, k, v, return_info=True)
+    expected = sla2_reference(q, k, v, info.block_map, info.alpha)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert info.block_map.counts.unique().tolist() == [round(0.3 * 14)]
+    assert info.sparsity == pytest.approx(1 - 4 / 14)
+    torch.testing.assert_close(info.alpha, torch.full((1, 2, 4), 0.8))
+
+
+@pytest.mark.parametrize("config", [CONFIG, published_sla(CONFIG)], ids=["sla2", "sla"])
+def test_layouts_agree(config):
+    q, k, v = qkv()
+    attn = build_attention(config)
+    swapped = attn(*(x.transpose(1, 2) for x in (q, k, v)), layout="bnhd")
+    torch.testing.assert_close(swapped.transpose(1, 2), attn(q, k, v))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        dataclasses.replace(CONFIG, alpha="mass"),
+        paper_alpha(CONFIG, 1),
+        sparse_branch_alone(CONFIG),
+        dataclasses.replace(CONFIG, smooth_k=False),
+        published_sla(CONFIG),
+    ],
+    ids=["position", "mass", "paper", "one", "unsmoothed", "sla"],
+)
+def test_gradcheck(config):
+    torch.manual_seed(1)
+    config = dataclasses.replace(config, head_dim=3, num_heads=1, block_q=8, block_k=4)
+    attn = build_attention(config).double()
+    with torch.no_grad():
+        for parameter in attn.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    q, k, v = (torch.randn(1, 1, n, 3, dtype=torch.float64, requires_grad=True) for n in (11, 13, 13))
+    learned = [p for n, p in attn.named_parameters() if "router" not in n or config.alpha == "mass"]
+
+    def run(q, k, v, *_):
+        return attn(q, k, v)
+
+    assert torch.autograd.gradcheck(run, (q, k, v, *learned), atol=1e-6)
+
+
+def test_all_blocks_and_any_alpha_is_full_attention():
+    q, k, v = qkv()
+    attn = SLA2Attention(dataclasses.replace(CONFIG, topk=1.0))
+    assert (attn(q, k, v) - full_attention(q, k, v)).abs().max() < 1e-5
+
+
+def test_parameters_exist_from_the_start_and_stay_fp32():
+    attn = SLA2Attention(CONFIG).to(torch.bfloat16)
+    assert set(attn.state_dict()) == {"router.weight_q", "router.weight_k", "mixing.logit"}
+    assert {p.dtype for p in attn.parameters()} == {torch.float32}
+    q, k, v = (x.bfloat16() for x in qkv())
+    assert attn(q, k, v).dtype == torch.bfloat16
+    assert set(SLAAttention(published_sla(CONFIG)).state_dict()) == {"proj.weight", "proj.bias"}
+
+
+def test_kv_lengths_equal_a_shorter_sequence():
+    q, k, v = qkv()
+    for config in (CONFIG, dataclasses.replace(CONFIG, alpha="mass"), published_sla(CONFIG)):
+        attn = build_attention(config)
+        out = attn(q, k, v, kv_lengths=[50, 111])
+        torch.testing.assert_close(out[:1], attn(q[:1], k[:1, :, :50], v[:1, :, :50]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out[1:], attn(q[1:], k[1:], v[1:]), rtol=1e-4, atol=1e-5)
+
+
+def test_topk_and_precision_can_be_replaced_between_calls():
+    q, k, v = qkv()
+    attn = SLA2Attention(CONFIG)
+    attn.config = dataclasses.replace(attn.config, topk=0.6, precision="int8")
+    out, info = attn(q, k, v, return_info=True)
+    assert info.block_map.counts.unique().tolist() == [round(0.6 * 14)]
+    torch.testing.assert_close(
+        out, sla2_reference(q, k, v, info.block_map, info.alpha, precision="int8"), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_autocast_does_not_lower_the_operator():
+    q, k, v = qkv()
+    attn = SLA2Attention(CONFIG)
+    plain = attn(q, k, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(attn(q, k, v), plain)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda a, q, k, v: a(q[:, :1], k[:, :1], v[:, :1]), "q: expected num_heads=2"),
+        (lambda a, q, k, v: a(q[..., :4], k[..., :4], v[..., :4]), "q: expected head_dim=8"),
+        (lambda a, q, k, v: a(q, k, v, layout="bhdn"), "layout: expected one of"),
+        (lambda a, q, k, v: a(q[0], k, v, layout="bnhd"), "q, k, v: expected 4 dimensions"),
+    ],
+)
+def test_bad_calls(call, match):
+    with pytest.raises(ValueError, match=match):
+        call(SLA2Attention(CONFIG), *qkv())
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [({"topk": 0.0}, "topk"), ({"topk": 1.2}, "topk"), ({"block_q": 0}, "block_q"), ({"alpha": "learned"}, "alpha"), ({"alpha_init": 1.0}, "alpha_init"), ({"smooth_k": 1}, "smooth_k"), ({"tau": 0}, "tau")],
+)  # fmt: skip
+def test_bad_configuration_is_named(change, match):
+    with pytest.raises(ValueError, match=f"^{match}: expected"):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_configuration_round_trips_and_names_unknown_and_missing_fields():
+    assert SLA2Config.from_dict(CONFIG.to_dict()) == CONFIG
+    with pytest.raises(ValueError, match="blok_q: expected a field among"):
+        SLA2Config.from_dict(CONFIG.to_dict() | {"blok_q": 3})
+    with pytest.raises(ValueError, match="topk: expected a value, got none"):
+        SLA2Config.from_dict({"head_dim": 8, "num_heads": 2})
