@@ -1,0 +1,110 @@
+"""Which videos to score: a folder in VBench's naming or with a JSONL manifest, and two folders paired by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+MANIFESTS = ("manifest.jsonl", "metadata.jsonl")
+MAX_PROMPT = 180  # characters of a prompt in a file name, as in VBench
+_NAME = re.compile(r"^(?P<prompt>.+)-(?P<index>\d+)$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One video to score: its name inside the folder, its path, and what is known of it."""
+
+    file_name: str
+    path: Path
+    prompt: str
+    index: int = 0
+    seed: int | None = None
+
+
+def video_name(prompt: str, index: int) -> str:
+    """VBench's file name `{prompt}-{index}.mp4`; separators become spaces and long prompts are cut, as file systems want."""
+    text = re.sub(r"[/\\\x00-\x1f]+", " ", prompt).strip().lstrip(".") or "video"
+    text = text[:MAX_PROMPT]
+    while len(text.encode()) > 240:
+        text = text[:-1]
+    return f"{text}-{index}.mp4"
+
+
+def parse_name(file_name: str) -> tuple[str, int]:
+    """Prompt and index of a file name; a name without `-{index}` is all prompt, index 0."""
+    stem = Path(file_name).stem
+    match = _NAME.match(stem)
+    return (match["prompt"], int(match["index"])) if match else (stem, 0)
+
+
+def resolve_inside(root: Path, name: object, where: str) -> Path:
+    """`root`/`name`, refused with a ValueError that begins with `where` if it is absolute, climbs, or links out of the root."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"{where}: expected a file name, got {name!r}")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{where}: expected a path inside {root}, got {name!r}")
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{where}: expected a path inside {root}, got {name!r}, which links out of it")
+    return path
+
+
+def _read_lines(manifest: Path, root: Path) -> list[Entry]:
+    entries, seen = [], set()
+    try:
+        lines = manifest.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{manifest}: expected UTF-8 text, one JSON object a line, got {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{manifest} line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: expected a JSON object, got {line[:80]!r}") from error
+        if not isinstance(row, dict) or "file_name" not in row:
+            raise ValueError(f'{where}: expected {{"file_name": ..., "prompt": ...}}, got {line[:80]!r}')
+        name = row["file_name"]
+        path = resolve_inside(root, name, where)
+        if name in seen:
+            raise ValueError(f"{where}: expected each file once, got {name!r} again")
+        seen.add(name)
+        prompt, index = parse_name(name)
+        prompt, index, seed = row.get("prompt", row.get("caption", prompt)), row.get("index", index), row.get("seed")
+        if not isinstance(prompt, str) or not isinstance(index, int) or not isinstance(seed, int | None):
+            raise ValueError(f"{where}: expected a text prompt and whole index and seed, got {line[:80]!r}")
+        entries.append(Entry(name, path, prompt, index, seed))
+    return entries
+
+
+def read_manifest(videos: str | Path) -> list[Entry]:
+    """The videos of a folder (its manifest.jsonl, else every *.mp4 in it) or of a JSONL manifest file, sorted by name.
+
+    Raises ValueError naming the file and line for a manifest of another form or a path that leaves the folder, and where
+    there is no video at all. Whether each file exists and decodes is found out when it is scored.
+    """
+    videos = Path(videos)
+    if videos.is_file():
+        entries = _read_lines(videos, videos.parent)
+    elif videos.is_dir():
+        manifest = next((videos / name for name in MANIFESTS if (videos / name).is_file()), None)
+        if manifest:
+            entries = _read_lines(manifest, videos)
+        else:
+            names = sorted(n for n in os.listdir(videos) if n.lower().endswith(".mp4") and not n.startswith("."))
+            entries = [Entry(n, resolve_inside(videos, n, str(videos)), *parse_name(n)) for n in names]
+    else:
+        raise ValueError(f"{videos}: expected a folder of mp4 files or a JSONL manifest, got nothing there")
+    if not entries:
+        raise ValueError(f"{videos}: expected mp4 files named {{prompt}}-{{index}}.mp4 or a manifest, got none")
+    return sorted(entries, key=lambda entry: entry.file_name)
+
+
+def pair(videos: list[Entry], references: list[Entry]) -> list[tuple[Entry, Entry | None]]:
+    """Each video with the reference of the same file name, or None where there is none."""
+    by_name = {entry.file_name: entry for entry in references}
+    return [(entry, by_name.get(entry.file_name)) for entry in videos]

@@ -1,0 +1,189 @@
+"""The weight files that metrics need: what they are, where they lie, and fetching them with a checksum. Never by itself."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sla2_eval.store import file_digest, write_atomic
+
+
+class WeightsError(RuntimeError):
+    """A weight file that is missing, of another content than pinned, or cannot be fetched; the message is one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFile:
+    """A file of weights. `sha256` is the digest or its beginning; None: pinned on this machine when first fetched."""
+
+    name: str
+    file_name: str
+    url: str
+    megabytes: int
+    licence: str
+    sha256: str | None
+    used_by: tuple[str, ...]
+
+
+_TORCHVISION = "https://download.pytorch.org/models/"
+_OPENAI = "https://openaipublic.azureedge.net/clip/models/"
+_B32 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
+_L14 = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
+
+
+def _torchvision(name: str, file_name: str, megabytes: int, digest: str, used_by: tuple[str, ...]) -> WeightFile:
+    return WeightFile(
+        name=name, file_name=file_name, url=_TORCHVISION + file_name, megabytes=megabytes,
+        licence="BSD-3-Clause (torchvision); trained on data with terms of their own", sha256=digest, used_by=used_by,
+    )  # fmt: skip
+
+
+_FILES = (
+    _torchvision("alexnet", "alexnet-owt-7be5be79.pth", 233, "7be5be79", ("lpips",)),
+    _torchvision("vgg16", "vgg16-397923af.pth", 528, "397923af", ("lpips",)),
+    _torchvision("squeezenet", "squeezenet1_1-b8a52dc0.pth", 5, "b8a52dc0", ("lpips",)),
+    _torchvision("raft", "raft_large_C_T_V2-1bb1363a.pth", 20, "1bb1363a", ("dynamic_degree",)),
+    WeightFile(
+        name="clip_b32", file_name="ViT-B-32.pt", url=f"{_OPENAI}{_B32}/ViT-B-32.pt", megabytes=338,
+        licence="MIT (OpenAI CLIP)", sha256=_B32,
+        used_by=("clip_score", "clip_similarity", "background_consistency"),
+    ),
+    WeightFile(
+        name="clip_l14", file_name="ViT-L-14.pt", url=f"{_OPENAI}{_L14}/ViT-L-14.pt", megabytes=890,
+        licence="MIT (OpenAI CLIP)", sha256=_L14, used_by=("aesthetic_quality",),
+    ),
+    WeightFile(
+        name="aesthetic_head", file_name="sa_0_4_vit_l_14_linear.pth",
+        url="https://raw.githubusercontent.com/LAION-AI/aesthetic-predictor/main/sa_0_4_vit_l_14_linear.pth",
+        megabytes=1, licence="MIT (LAION aesthetic-predictor)", sha256=None, used_by=("aesthetic_quality",),
+    ),
+    WeightFile(
+        name="dino_b16", file_name="dino_vitbase16_pretrain.pth",
+        url="https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+        megabytes=327, licence="Apache-2.0 (DINO)", sha256=None, used_by=("subject_consistency",),
+    ),
+    WeightFile(
+        name="i3d", file_name="i3d_torchscript.pt",
+        url="https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1",
+        megabytes=49, licence="Apache-2.0 (Kinetics-400 I3D)", sha256=None, used_by=("fvd",),
+    ),
+    WeightFile(
+        name="videomae", file_name="videomae_base_kinetics.safetensors",
+        url="https://huggingface.co/MCG-NJU/videomae-base-finetuned-kinetics/resolve/main/model.safetensors",
+        megabytes=346, licence="CC-BY-NC-4.0 (VideoMAE)", sha256=None, used_by=("fvd_videomae",),
+    ),
+    WeightFile(
+        name="musiq", file_name="musiq_spaq_ckpt-358bb6af.pth",
+        url="https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/musiq_spaq_ckpt-358bb6af.pth",
+        megabytes=104, licence="Apache-2.0 (MUSIQ)", sha256="358bb6af", used_by=("imaging_quality",),
+    ),
+    WeightFile(
+        name="amt_s", file_name="amt-s.pth", url="https://huggingface.co/lalala125/AMT/resolve/main/amt-s.pth",
+        megabytes=12, licence="CC-BY-NC-4.0 (AMT)", sha256=None, used_by=("motion_smoothness",),
+    ),
+    WeightFile(
+        name="viclip", file_name="ViClip-InternVid-10M-FLT.pth",
+        url="https://huggingface.co/OpenGVLab/VBench_Used_Models/resolve/main/ViClip-InternVid-10M-FLT.pth",
+        megabytes=1710, licence="Apache-2.0 (InternVid)", sha256=None, used_by=("overall_consistency",),
+    ),
+)  # fmt: skip
+FILES: dict[str, WeightFile] = {file.name: file for file in _FILES}
+
+
+def folder() -> Path:
+    """Where weight files lie: SLA2_WEIGHTS, else sla2/weights in the user's cache folder. Makes nothing."""
+    if named := os.environ.get("SLA2_WEIGHTS"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sla2" / "weights"
+
+
+def _known(name: str) -> WeightFile:
+    if name not in FILES:
+        raise ValueError(f"name: expected one of {', '.join(FILES)}, got {name!r}")
+    return FILES[name]
+
+
+def path_of(name: str, files: Mapping[str, str] | None = None) -> Path:
+    """The path a weight file has, whether it is there or not; `files` names other places for some of them."""
+    if files and name in files:
+        return Path(files[name]).expanduser()
+    return folder() / _known(name).file_name
+
+
+def is_present(name: str, files: Mapping[str, str] | None = None) -> bool:
+    """Whether the file is there; its content is checked by `verified`."""
+    return path_of(name, files).is_file()
+
+
+def how_to_get(name: str) -> str:
+    """The command that fetches the file."""
+    return f"sla2 weights fetch {_known(name).name}"
+
+
+def _pinned(name: str, path: Path) -> str | None:
+    note = path.with_name(path.name + ".sha256")
+    if FILES[name].sha256:
+        return FILES[name].sha256
+    return note.read_text().split()[0] if note.is_file() else None
+
+
+def verified(name: str, files: Mapping[str, str] | None = None, digests: Mapping[str, str] | None = None) -> Path:
+    """The path of a weight file whose content has the pinned digest.
+
+    A file of one's own, named in `files`, needs its digest in `digests`. Raises WeightsError if the file is missing, has
+    no pinned digest, or has another content.
+    """
+    path = path_of(name, files)
+    if not path.is_file():
+        raise WeightsError(f"{path}: expected the weights {name}, got nothing there; run {how_to_get(name)}")
+    expected = (digests or {}).get(name) or (None if files and name in files else _pinned(name, path))
+    if not expected:
+        raise WeightsError(f"{path}: expected a pinned sha256 in {path.name}.sha256 or `digests`, got none")
+    actual = file_digest(path)
+    if not actual.startswith(expected):
+        raise WeightsError(f"{path}: expected sha256 {expected}, got {actual}; run {how_to_get(name)} again")
+    return path
+
+
+def weights_list() -> list[dict]:
+    """Every weight file with its size, licence, metrics, where it goes and whether it is there."""
+    return [{**asdict(file), "path": str(path_of(file.name)), "present": is_present(file.name)} for file in _FILES]
+
+
+def weights_fetch(name: str, progress: Callable[[int, int], None] | None = None) -> Path:
+    """Download a weight file into `folder()` and check its digest; what is there and right is kept.
+
+    `progress` is called with the bytes got and expected (0 if unknown). A file without a published digest is pinned by
+    NAME.sha256 beside it. Raises ValueError for an unknown name, WeightsError for a failed download or another content.
+    """
+    import urllib.request
+
+    file, target = _known(name), path_of(name)
+    if target.is_file():
+        return verified(name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with urllib.request.urlopen(file.url, timeout=60) as response, partial.open("wb") as out:
+            expected, got = int(response.headers.get("Content-Length") or 0), 0
+            while block := response.read(1 << 20):
+                out.write(block)
+                got += len(block)
+                if progress:
+                    progress(got, expected)
+        if expected and got != expected:
+            raise WeightsError(f"{file.url}: expected {expected} bytes, got {got}")
+        actual = file_digest(partial)
+        if file.sha256 and not actual.startswith(file.sha256):
+            raise WeightsError(f"{file.url}: expected sha256 {file.sha256}, got {actual}")
+        if not file.sha256:
+            write_atomic(target.with_name(target.name + ".sha256"), f"{actual}  {target.name}\n")
+        os.replace(partial, target)
+    except OSError as error:
+        raise WeightsError(f"{file.url}: expected the weights {name}, got {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target

@@ -1,0 +1,160 @@
+"""Scores one video: decodes it once, runs all its metrics, returns plain data. Runs in a process that may die.
+
+`python -m sla2_eval.worker` reads tasks and writes outcomes as JSON lines on its standard streams, for the driver of
+`pools.ProcessPool`; `pools.RayPool` calls `Worker` inside an actor.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sla2_eval import metrics
+from sla2_eval.metrics.base import MetricUnavailable, Sample
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sla2_eval.video import Video
+
+
+def pack(features: np.ndarray) -> dict:
+    """Float features (n, d) as plain data."""
+    import numpy as np
+
+    array = np.ascontiguousarray(features, dtype="<f4")
+    if array.ndim != 2 or not np.isfinite(array).all():
+        raise ValueError(
+            f"features: expected finite float (n, d), got {array.shape} with non-finite values or another shape"
+        )
+    return {"shape": list(array.shape), "float32": base64.b64encode(array.tobytes()).decode()}
+
+
+def unpack(packed: dict) -> np.ndarray:
+    """The float32 features (n, d) that `pack` was given."""
+    import numpy as np
+
+    return np.frombuffer(base64.b64decode(packed["float32"]), dtype="<f4").reshape(packed["shape"])
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, its type where it has none."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:500]
+
+
+def _decode(path: str, errors: dict[str, str]) -> Video | None:
+    """The video, or None and its error under "*"."""
+    from sla2_eval.video import read_video
+
+    try:
+        return read_video(path)
+    except Exception as error:
+        errors["*"] = one_line(error)
+        return None
+
+
+def _check_pair(path: str, video: Video, reference: Video) -> None:
+    """Raise VideoError if the two differ in length, size or frame rate."""
+    from sla2_eval.video import VideoError
+
+    if video.frames.shape != reference.frames.shape or abs(video.fps - reference.fps) > 0.01:
+        sizes = [
+            f"{v.frames.shape[0]} frames of {v.frames.shape[1]} x {v.frames.shape[2]} at {v.fps:g} a second"
+            for v in (reference, video)
+        ]
+        raise VideoError(f"{path}: expected its reference's {sizes[0]}, got {sizes[1]}")
+
+
+def _best_device() -> str:
+    """ "cuda" where a GPU works; torch is asked only where the driver shows one, as it takes seconds to import."""
+    if not Path("/dev/nvidia0").exists():
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Worker:
+    """Holds the loaded metrics of one process. Every computation runs on one CPU thread, so that sums come out alike."""
+
+    def __init__(self, settings: dict[str, dict], device: str = "cpu"):
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+            os.environ[name] = "1"
+        self.settings, self.device = settings, device
+        self.scorers: dict = {}
+
+    def _scorer(self, name: str):
+        if name not in self.scorers:
+            if self.device == "auto":
+                self.device = _best_device()
+            self.scorers[name] = metrics.load(name, self.settings.get(name, {}), self.device)
+            if "torch" in sys.modules:
+                sys.modules["torch"].set_num_threads(1)
+        return self.scorers[name]
+
+    def run(self, task: dict) -> dict:
+        """Score one task {"video", "reference", "prompt", "metrics", "reference_metrics"}.
+
+        Returns {"results", "reference_results", "errors", "reference_errors", "unavailable"}, each by metric; an error
+        under "*" is of the file itself. Raises nothing that a file or a metric can cause.
+        """
+        out = {"results": {}, "reference_results": {}, "errors": {}, "reference_errors": {}, "unavailable": {}}
+        video = _decode(task["video"], out["errors"])
+        reference = _decode(task["reference"], out["reference_errors"]) if task["reference"] else None
+        if reference:
+            sample = Sample(reference.frames, reference.fps, None, task["prompt"])
+            self._score(
+                sample, task["reference_metrics"], out["reference_results"], out["reference_errors"], out["unavailable"]
+            )
+        if video and reference:
+            try:
+                _check_pair(task["video"], video, reference)
+            except ValueError as error:
+                out["reference_errors"]["*"] = one_line(error)
+                reference = None
+        if video:
+            sample = Sample(video.frames, video.fps, reference.frames if reference else None, task["prompt"])
+            self._score(sample, task["metrics"], out["results"], out["errors"], out["unavailable"])
+        return out
+
+    def _score(self, sample: Sample, names: list[str], results: dict, errors: dict, unavailable: dict) -> None:
+        import math
+
+        kinds = {name: spec.kind for name, spec in metrics.specs().items()}
+        for name in names:
+            if kinds[name] == "paired" and sample.reference is None:
+                continue
+            try:
+                value = self._scorer(name)(sample)
+                if kinds[name] == "set":
+                    results[name] = {"features": pack(value)}
+                elif not math.isfinite(value):
+                    raise ValueError(f"{name}: expected a finite value, got {value}")
+                else:
+                    results[name] = {"value": float(value)}
+            except MetricUnavailable as error:
+                unavailable[name] = one_line(error)
+            except Exception as error:
+                errors[name] = one_line(error)
+
+
+def main() -> None:
+    """Serve tasks until the input ends. The first line holds {"settings", "device"}."""
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print must not mix with the outcomes
+    hello = json.loads(sys.stdin.readline())
+    worker = Worker(hello["settings"], hello["device"])
+    for line in sys.stdin:
+        channel.write(json.dumps(worker.run(json.loads(line))) + "\n")
+        channel.flush()
+
+
+if __name__ == "__main__":
+    # A script's folder must not shadow the libraries its metrics import.
+    sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != Path(__file__).parent]
+    main()

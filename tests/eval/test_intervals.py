@@ -1,0 +1,48 @@
+"""Intervals: hand-computed means, the unit of resampling, pairing by prompt and index."""
+
+import numpy as np
+import pytest
+from sla2_eval.intervals import over_prompts, over_seeds, paired_difference
+
+
+def test_prompts_weigh_alike_whatever_their_number_of_videos():
+    interval = over_prompts({"a": [0.0, 0.0, 0.0], "b": [1.0]})
+    assert (interval.mean, interval.n) == (0.5, 2)
+    assert (interval.low, interval.high) == (0.0, 1.0)
+
+
+def test_bootstrap_covers_the_mean_about_19_times_in_20():
+    rng = np.random.default_rng(3)
+    inside = 0
+    for trial in range(200):
+        interval = over_prompts(
+            {str(i): [x] for i, x in enumerate(rng.normal(2.0, 1.0, 30))}, resamples=400, seed=trial
+        )
+        inside += interval.low <= 2.0 <= interval.high
+    assert 176 <= inside <= 198
+
+
+def test_order_of_prompts_does_not_matter():
+    values = {str(i): [i * 0.1, 1 / (i + 1)] for i in range(9)}
+    assert over_prompts(values) == over_prompts(dict(reversed(values.items())))
+
+
+def test_one_observation_has_no_interval():
+    assert over_prompts({"a": [2.0]}).low is None
+    assert over_seeds([2.0]).high is None
+    assert not over_prompts({"a": [2.0]}).excludes_zero
+
+
+def test_students_interval_of_three_seeds():
+    interval = over_seeds([1.0, 2.0, 3.0])
+    assert interval.mean == 2.0
+    assert interval.high - 2.0 == pytest.approx(4.303 / 3**0.5)
+
+
+def test_paired_difference_uses_common_videos_alone():
+    variant = {("a", 0): 3.0, ("b", 0): 5.0, ("c", 0): 100.0}
+    reference = {("a", 0): 1.0, ("b", 0): 2.0, ("b", 1): -100.0}
+    difference = paired_difference(variant, reference)
+    assert (difference.mean, difference.low, difference.high, difference.n) == (2.5, 2.0, 3.0, 2)
+    assert difference.excludes_zero
+    assert paired_difference(variant, {}) is None

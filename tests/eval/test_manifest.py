@@ -1,0 +1,94 @@
+"""Manifests: names, JSONL, pairing, and paths that must stay inside."""
+
+import json
+
+import pytest
+from sla2_eval.manifest import pair, parse_name, read_manifest, video_name
+
+
+@pytest.mark.parametrize(
+    ("prompt", "index", "name"),
+    [
+        ("a red circle", 3, "a red circle-3.mp4"),
+        ("semi-final", 0, "semi-final-0.mp4"),
+        ("either/or\n", 1, "either or-1.mp4"),
+        ("../up", 0, " up-0.mp4"),
+        ("x" * 300, 2, "x" * 180 + "-2.mp4"),
+    ],
+)
+def test_video_name(prompt, index, name):
+    assert video_name(prompt, index) == name
+    assert parse_name(name)[1] == index
+
+
+def test_long_prompt_of_wide_characters_fits_a_file_name():
+    assert len(video_name("漢" * 200, 0).encode()) <= 255
+
+
+def test_name_without_an_index_is_all_prompt():
+    assert parse_name("sunset.mp4") == ("sunset", 0)
+
+
+def test_folder_is_read_in_the_order_of_names(tmp_path):
+    for name in ("b-1.mp4", "a-0.mp4", ".hidden-0.mp4", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [(e.file_name, e.prompt, e.index) for e in read_manifest(tmp_path)] == [
+        ("a-0.mp4", "a", 0),
+        ("b-1.mp4", "b", 1),
+    ]
+
+
+def test_jsonl_wins_over_names(tmp_path):
+    row = {"file_name": "x.mp4", "prompt": "a dog", "index": 4, "seed": 9}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n\n")
+    (entry,) = read_manifest(tmp_path)
+    assert (entry.prompt, entry.index, entry.seed, entry.path) == ("a dog", 4, 9, tmp_path / "x.mp4")
+    assert read_manifest(tmp_path / "manifest.jsonl") == [entry]
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../outside.mp4", "a/../../b.mp4", "", 7, "nul\0.mp4"])
+def test_paths_out_of_the_folder_are_refused(tmp_path, name):
+    (tmp_path / "manifest.jsonl").write_text(json.dumps({"file_name": name}) + "\n")
+    with pytest.raises(ValueError, match=r"manifest\.jsonl line 1: expected a "):
+        read_manifest(tmp_path)
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "out.mp4"
+    inside.mkdir()
+    outside.touch()
+    (inside / "a-0.mp4").symlink_to(outside)
+    with pytest.raises(ValueError, match="links out of it"):
+        read_manifest(inside)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "a"}', '{"file_name": "a.mp4", "index": "x"}'])
+def test_bad_line_is_named(tmp_path, line):
+    (tmp_path / "manifest.jsonl").write_text('{"file_name": "ok.mp4"}\n' + line + "\n")
+    with pytest.raises(ValueError, match="line 2: expected"):
+        read_manifest(tmp_path)
+
+
+def test_repeated_file_is_refused(tmp_path):
+    (tmp_path / "manifest.jsonl").write_text('{"file_name": "a.mp4"}\n' * 2)
+    with pytest.raises(ValueError, match="each file once"):
+        read_manifest(tmp_path)
+
+
+def test_empty_and_absent_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="got none"):
+        read_manifest(tmp_path)
+    with pytest.raises(ValueError, match="got nothing there"):
+        read_manifest(tmp_path / "absent")
+
+
+def test_pairs_by_name(tmp_path):
+    for folder, names in (("a", "pq"), ("b", "qr")):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / f"{name}-0.mp4").touch()
+    pairs = pair(read_manifest(tmp_path / "a"), read_manifest(tmp_path / "b"))
+    assert [(v.file_name, r and r.path) for v, r in pairs] == [
+        ("p-0.mp4", None),
+        ("q-0.mp4", tmp_path / "b" / "q-0.mp4"),
+    ]

@@ -1,0 +1,128 @@
+"""Scoring from end to end on small mp4 files, in one child process."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from sla2_eval.scoring import ScoringError, score
+from sla2_eval.video import read_video, write_video
+
+PIXELS = ["psnr", "ssim", "temporal_flickering"]
+
+
+def test_psnr_and_ssim_are_scikit_images(make_folder, tmp_path):
+    videos, reference = make_folder("a", 2, noise=9.0), make_folder("b", 2)
+    results = score(videos, reference, PIXELS, tmp_path / "out")
+    for row in results["videos"]:
+        ours, theirs = (read_video(folder / row["file_name"]).frames / 255.0 for folder in (videos, reference))
+        psnr = [peak_signal_noise_ratio(t, o, data_range=1.0) for o, t in zip(ours, theirs)]
+        ssim = [
+            structural_similarity(
+                t, o, data_range=1.0, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+            )
+            for o, t in zip(ours, theirs)
+        ]
+        assert row["scores"]["psnr"] == pytest.approx(np.mean(psnr), rel=1e-3)
+        assert row["scores"]["ssim"] == pytest.approx(np.mean(ssim), rel=1e-3)
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["metrics"]["psnr"]["mean"] == pytest.approx(
+        np.mean([r["scores"]["psnr"] for r in results["videos"]])
+    )
+
+
+def test_difference_to_the_reference_is_paired(make_folder, tmp_path):
+    videos, reference = make_folder("a", 3, noise=9.0), make_folder("b", 3)
+    flicker = score(videos, reference, ["temporal_flickering"], tmp_path / "out")["metrics"]["temporal_flickering"]
+    alone = score(reference, None, ["temporal_flickering"], tmp_path / "ref")["metrics"]["temporal_flickering"]
+    assert flicker["reference_mean"] == alone["mean"]
+    assert flicker["difference"]["mean"] == pytest.approx(flicker["mean"] - alone["mean"])
+    assert flicker["difference"]["mean"] < 0
+    assert not flicker["difference"]["within_noise"]
+    assert flicker["normalised"] == pytest.approx((flicker["mean"] - 0.6293) / (1 - 0.6293))
+
+
+def test_rerun_uses_the_store_and_changed_videos_score_again(make_folder, tmp_path, monkeypatch):
+    videos, reference = make_folder("a", 2, noise=5.0), make_folder("b", 2)
+    first = score(videos, reference, PIXELS, tmp_path / "out")
+    before = (tmp_path / "out" / "results.json").read_bytes()
+
+    monkeypatch.setattr("sla2_eval.pools.open_pool", lambda *_: pytest.fail("a worker was started"))
+    assert score(videos, reference, PIXELS, tmp_path / "out") == first
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    monkeypatch.undo()
+
+    name = first["videos"][0]["file_name"]
+    shutil.copy(reference / name, videos / name)
+    again = score(videos, reference, PIXELS, tmp_path / "out")
+    assert again["videos"][0]["scores"]["psnr"] == 100.0
+    assert again["videos"][1] == first["videos"][1]
+    assert json.loads((tmp_path / "out" / "timing.json").read_text())["tasks"] == 1
+
+
+def test_changed_settings_score_again(make_folder, tmp_path):
+    videos, reference = make_folder("a", 1, noise=5.0), make_folder("b", 1)
+    wide = score(videos, reference, ["ssim"], tmp_path / "out")
+    narrow = score(videos, reference, ["ssim"], tmp_path / "out", settings={"ssim": {"sigma": 0.5}})
+    assert wide["metrics"]["ssim"]["mean"] != narrow["metrics"]["ssim"]["mean"]
+
+
+def test_failures_are_listed_with_their_reasons(make_folder, tmp_path):
+    videos, reference = make_folder("a", 4), make_folder("b", 4)
+    names = [f"pattern {i:03d}-0.mp4" for i in range(4)]
+    (videos / names[0]).write_bytes(b"")
+    (reference / names[1]).unlink()
+    write_video(videos / names[2], read_video(reference / names[2]).frames[:-1], 8)
+    with pytest.raises(ScoringError, match="3 of 4 videos failed") as caught:
+        score(videos, reference, PIXELS, tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert caught.value.results == results
+    reasons = {row["file_name"]: row["error"] for row in results["failed"]}
+    assert sorted(reasons) == names[:3]
+    assert "got an empty file" in reasons[names[0]]
+    assert "got nothing there" in reasons[names[1]]
+    assert "expected its reference's 5 frames of 48 x 64 at 8 a second, got 4 frames" in reasons[names[2]]
+    scored = {row["file_name"]: sorted(row["scores"]) for row in results["videos"]}
+    assert scored[names[2]] == ["temporal_flickering"]
+    assert scored[names[3]] == sorted(PIXELS)
+    assert score(videos, reference, PIXELS, tmp_path / "out", allow_failures=True) == results
+
+
+def test_metrics_without_their_weights_are_listed_and_not_zero(make_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLA2_WEIGHTS", str(tmp_path / "none"))
+    videos = make_folder("a", 1)
+    results = score(videos, videos, ["psnr", "lpips", "fvd"], tmp_path / "out")
+    assert results["unavailable"] == {
+        "fvd": "unavailable: run sla2 weights fetch i3d",
+        "lpips": "unavailable: run sla2 weights fetch alexnet",
+    }
+    assert list(results["metrics"]) == ["psnr"]
+
+
+def test_progress_counts_every_metric_to_the_end(make_folder, tmp_path):
+    videos = make_folder("a", 3)
+    calls = []
+    score(videos, videos, PIXELS, tmp_path / "out", progress=lambda *call: calls.append(call))
+    for name in PIXELS:
+        done = [call[1:] for call in calls if call[0] == name]
+        assert done == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"metrics": ["sharpness"]}, "metrics: expected names among psnr"),
+        ({"metrics": []}, "metrics: expected at least one name"),
+        ({"metrics": ["psnr", "psnr"]}, "each name once"),
+        ({"metrics": ["psnr"], "reference": None}, "reference: expected a folder for psnr, got none"),
+        ({"num_workers": 0}, "num_workers: expected a whole number of at least 1, got 0"),
+        ({"device": "tpu"}, "device: expected"),
+        ({"settings": {"lpips": {}}}, "settings: expected names among psnr"),
+    ],
+)
+def test_bad_arguments_are_named_and_leave_nothing(make_folder, tmp_path, arguments, message):
+    videos = make_folder("a", 1)
+    with pytest.raises(ValueError, match=message):
+        score(**{"videos": videos, "reference": videos, "metrics": PIXELS, "out": tmp_path / "out"} | arguments)
+    assert not (tmp_path / "out").exists()
