@@ -15,7 +15,7 @@ _MAX_STEP = 3.5  # pixels between neighbouring frames; the data set moves at mos
 
 @dataclass(frozen=True)
 class Detection:
-    """Whether the captioned mover was found, and which of its attributes agree with the caption."""
+    """Whether the captioned mover was found in its colour, and which of its other attributes agree with the caption."""
 
     visible: bool
     shape: bool
@@ -24,7 +24,8 @@ class Detection:
 
     @property
     def correct(self) -> bool:
-        return self.visible and self.shape and self.motion and self.other
+        """The captioned shape, in the captioned colour, moving the captioned way; `other` is reported beside it."""
+        return bool(self.visible and self.shape and self.motion)
 
 
 def colour_masks(video: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,0 +1,110 @@
+"""The tiny model's data: scenes, captions, the exact detector through mp4 files, latents, and the teacher's resume."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sla2_eval.dataset import read_folder, write_folder
+from sla2_eval.tiny import model as tiny
+from sla2_eval.tiny.detector import detect
+from sla2_eval.tiny.shapes import COLOURS, DIRECTIONS, FPS, SHAPES, Scene, parse_caption, render, sample
+from sla2_eval.tiny.teacher import TeacherConfig, per_video_attention, train_teacher
+
+
+def as_uint8(pairs):
+    return ((np.uint8((video * 255).round()), caption) for video, caption in pairs)
+
+
+def test_captions_round_trip_and_foreign_ones_are_refused():
+    for index in range(50):
+        _, caption = sample(3, index)
+        assert parse_caption(caption).caption == caption
+    for bad in ("a red circle", "a red circle moving sideways", "a red circle moving up behind a blue", ""):
+        with pytest.raises(ValueError, match="caption: expected 'a COLOUR SHAPE"):
+            parse_caption(bad)
+
+
+def test_a_sample_follows_from_seed_and_index():
+    assert np.array_equal(sample(1, 5)[0], sample(1, 5)[0])
+    assert not np.array_equal(sample(1, 5)[0], sample(1, 6)[0])
+
+
+def test_detector_reads_true_scenes_back_from_mp4_files(tmp_path):
+    write_folder(tmp_path, as_uint8(sample(0, i) for i in range(120)), fps=FPS, upscale=4)
+    data = read_folder(tmp_path, num_frames=16, height=32, width=32)
+    found = [detect(video / np.float32(255), caption) for video, caption in zip(data.videos, data.captions)]
+    assert all(d.correct and d.other for d in found)
+
+
+def test_detector_refuses_every_wrong_attribute():
+    scene = Scene(colour="red", shape="circle", direction="right")
+    video = render(scene, np.random.default_rng(0))
+    assert detect(video, scene.caption).correct
+    for change in (
+        *({"colour": c} for c in COLOURS if c != "red"),
+        *({"shape": s} for s in SHAPES if s != "circle"),
+        *({"direction": d} for d in DIRECTIONS if d != "right"),
+    ):
+        assert not detect(video, dataclasses.replace(scene, **change).caption).correct
+    assert not detect(video[::-1], scene.caption).motion
+    assert not detect(np.repeat(video[:1], 16, 0), scene.caption).motion
+    shuffled = video[np.random.default_rng(1).permutation(16)]
+    assert not detect(shuffled, scene.caption).motion
+    assert not detect(np.zeros_like(video), scene.caption).visible
+    assert not detect(np.random.default_rng(2).random(video.shape, dtype=np.float32), scene.caption).correct
+
+
+def test_detector_wants_the_second_shape_and_the_bounce():
+    rng = np.random.default_rng(0)
+    bounce = Scene(colour="red", shape="circle", direction="right", relation="colliding with", other_colour="blue", other_shape="square")  # fmt: skip
+    video = render(bounce, rng)
+    assert detect(video, bounce.caption).correct
+    assert not detect(video, dataclasses.replace(bounce, other_colour="cyan").caption).other
+    passing = dataclasses.replace(bounce, relation="in front of")
+    assert not detect(video, passing.caption).motion
+
+
+def test_latents_round_trip_and_captions_encode_words_and_places():
+    video = np.random.default_rng(0).integers(0, 256, (2, 16, 32, 32, 3), dtype=np.uint8)
+    assert np.array_equal(tiny.to_frames(tiny.to_latents(video)), video)
+    text = tiny.encode_captions(["a red circle moving up", ""])
+    assert text.shape == (2, tiny.CAPTION_LENGTH, tiny.TEXT_DIM)
+    assert text[0].sum() == 10
+    assert text[1].sum() == 0
+    with pytest.raises(ValueError, match=r"caption: expected words among .*, got 'purple'"):
+        tiny.encode_captions(["a purple circle"])
+
+
+def test_per_video_attention_is_full_attention():
+    q, k, v = (torch.randn(2, 40, 3, 8) for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    torch.testing.assert_close(per_video_attention(q, k, v), expected.transpose(1, 2))
+
+
+def test_teacher_training_resumes_to_the_bit(tmp_path, monkeypatch):
+    config = TeacherConfig(
+        num_videos=3, steps=4, cooldown=2, warmup=1, batch_size=1, checkpoint_every=2, dtype="float32"
+    )
+    whole = train_teacher(config, tmp_path / "whole")
+    part = tmp_path / "part"
+    real = tiny.to_latents
+    calls = []
+
+    def stop_at_third(videos):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(videos)
+
+    monkeypatch.setattr(tiny, "to_latents", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher(config, part)
+    monkeypatch.setattr(tiny, "to_latents", real)
+    train_teacher(config, part)
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    first, second = load_file(whole / name), load_file(part / name)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert json.loads((part / "training.json").read_text())["steps"] == 4
