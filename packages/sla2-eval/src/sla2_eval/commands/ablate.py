@@ -1,0 +1,34 @@
+"""sla2 ablate: a grid of variants, each trained, generated, scored and compared with full attention."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("ablate")
+@click.option("--config", required=True, type=click.Path(), help="YAML file of the grid.")
+@click.option("--out", required=True, type=click.Path(), help="Folder of the run.")
+@click.option("--workers", type=click.IntRange(0), help="Processes of one thread each; the file's if not given.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def command(config, out, workers, as_json):
+    """Run a grid of variants over seeds; run again, finished parts are not done twice.
+
+    \b
+    Example:
+      sla2 ablate --config experiments/tiny_wan/ablation.yaml --out runs/ablation
+    """
+    from sla2_eval.ablation import run_grid
+    from sla2_eval.commands.grid import run
+    from sla2_eval.settings import AblationSettings, load_settings
+
+    settings = load_settings(config, AblationSettings)
+    if workers is not None:
+        settings = settings.model_copy(update={"workers": workers})
+
+    def grid(report):
+        from sla2_eval.estimate import estimate
+
+        click.echo(estimate(settings, out), err=True)
+        return run_grid(settings, out, report=report)
+
+    return run(grid, out, as_json)

@@ -1,0 +1,44 @@
+"""sla2 generate: videos for a file of prompts, with full attention or an SLA2 adapter."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("generate")
+@click.option("--model", default="tiny", show_default=True, help="'tiny', a diffusers folder, or a hub id.")
+@click.option("--adapter", type=click.Path(), help="Folder of an SLA2 adapter; without it, full attention.")
+@click.option("--prompts", required=True, type=click.Path(), help="Text file, one prompt a line.")
+@click.option("--out", required=True, type=click.Path(), help="Folder for the mp4 files and their manifest.")
+@click.option("--videos-per-prompt", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Denoising steps.")
+@click.option("--guidance", default=2.0, show_default=True, type=click.FloatRange(0), help="Guidance scale.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the initial noise.")
+@click.option("--batch-size", default=4, show_default=True, type=click.IntRange(1), help="Videos at a time.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
+)
+@click.option("--num-frames", type=click.IntRange(1), help="The model's own if not given.")
+@click.option("--height", type=click.IntRange(1), help="The model's own if not given.")
+@click.option("--width", type=click.IntRange(1), help="The model's own if not given.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes (CPU models).")
+def command(model, adapter, prompts, out, videos_per_prompt, workers, **sampling):
+    """Write {prompt}-{index}.mp4 for every prompt; run again, finished files are not done twice.
+
+    The same prompts, seed and steps give every adapter the same initial noise.
+
+    \b
+    Example:
+      sla2 generate --model tiny --prompts experiments/tiny_wan/prompts.txt --out runs/full
+    """
+    from sla2_eval.generation import SamplingConfig, can_write, generate_with, read_prompts
+    from sla2_eval.progress import ProgressDisplay
+
+    lines = read_prompts(prompts)
+    can_write(out, "--out")
+    with ProgressDisplay() as report:
+        config = SamplingConfig(**sampling)
+        manifest = generate_with(
+            model, adapter, lines, out, config, indices=range(videos_per_prompt), workers=workers, report=report
+        )
+    click.echo(manifest)

@@ -1,0 +1,375 @@
+"""Videos from prompts: the same noise for every variant of a model, one mp4 file each, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from sla2_eval.manifest import video_name
+from sla2_eval.progress import Report, silent
+from sla2_eval.store import canonical, digest, file_digest, write_atomic
+from sla2_eval.video import write_video
+
+MANIFEST = "manifest.jsonl"
+SETTINGS = "generation.json"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How videos are sampled. `dtype` is autocast's; "auto" takes bfloat16 where the processor computes it natively.
+
+    `num_frames`, `height`, `width`: None takes the model's own.
+    """
+
+    steps: int = 20
+    guidance: float = 2.0
+    batch_size: int = 4
+    seed: int = 0
+    dtype: str = "auto"
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video to sample: the prompt, the number of the video for this prompt, and the seed of its noise."""
+
+    prompt: str
+    index: int
+    seed: int
+
+    @property
+    def file_name(self) -> str:
+        return video_name(self.prompt, self.index)
+
+
+class Generator(Protocol):
+    """A model that turns requests into videos."""
+
+    transformer: object
+    fps: float
+    upscale: int  # each pixel is written this many times in both directions
+
+    def sample(self, requests: Sequence[Request], config: SamplingConfig) -> np.ndarray:
+        """uint8 (n, T, H, W, 3) RGB."""
+        ...
+
+
+def noise_seed(prompt: str, index: int, seed: int) -> int:
+    """The seed of a video's initial noise: a function of these three alone, whatever the batch, order or variant."""
+    return int.from_bytes(hashlib.sha256(f"{seed}|{index}|{prompt}".encode()).digest()[:8], "little") >> 1
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file, without empty ones. Raises ValueError naming the file if there are none or repeated ones."""
+    path = Path(path)
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: expected a text file of one prompt a line, got nothing there") from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"{path}: expected a UTF-8 text file of one prompt a line, got {error}") from None
+    if not prompts:
+        raise ValueError(f"{path}: expected one prompt a line, got none")
+    if repeated := next((p for n, p in enumerate(prompts) if p in prompts[:n]), None):
+        raise ValueError(f"{path}: expected each prompt once, got {repeated!r} again")
+    return prompts
+
+
+def autocast_dtype(name: str, device: str = "cpu"):
+    """The torch dtype to compute in, None for plain float32."""
+    import torch
+
+    if name == "auto":
+        native = torch.cpu._is_avx512_bf16_supported() if device == "cpu" else True
+        name = "bfloat16" if native else "float32"
+    return None if name == "float32" else getattr(torch, name)
+
+
+class TinyGenerator:
+    """The built-in tiny Wan and models of its form: pixel space, caption words, classifier-free guidance, Euler steps."""
+
+    upscale = 4  # 32 x 32 becomes 128 x 128, which spares the small pictures the chroma subsampling of H.264
+
+    def __init__(self, transformer, scheduler):
+        from sla2_eval.tiny.shapes import FPS
+
+        self.transformer, self.scheduler, self.fps = transformer.eval(), scheduler, FPS
+
+    def sample(self, requests: Sequence[Request], config: SamplingConfig) -> np.ndarray:
+        """As Generator.sample; the noise of a request does not depend on the others. Raises ValueError for a foreign word."""
+        import torch
+
+        from sla2_eval.tiny.model import LATENT_SHAPE, encode_captions, to_frames
+
+        for name in ("num_frames", "height", "width"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"{name}: expected none with the tiny model, got {getattr(config, name)}")
+        noise = [
+            torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(noise_seed(r.prompt, r.index, r.seed)))
+            for r in requests
+        ]
+        latents, text = torch.stack(noise), encode_captions([r.prompt for r in requests])
+        guided = config.guidance != 1.0
+        text = torch.cat((text, torch.zeros_like(text))) if guided else text
+        dtype = autocast_dtype(config.dtype)
+        self.scheduler.set_timesteps(config.steps)
+        for t in self.scheduler.timesteps:
+            both = torch.cat((latents, latents)) if guided else latents
+            with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+                velocity = self.transformer(both, t.expand(len(both)), text, return_dict=False)[0].float()
+            if guided:
+                conditional, empty = velocity.chunk(2)
+                velocity = empty + config.guidance * (conditional - empty)
+            latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+        return to_frames(latents)
+
+
+class PipelineGenerator:
+    """Any text-to-video diffusers pipeline."""
+
+    upscale = 1
+
+    def __init__(self, pipe, fps: float = 16.0):
+        self.pipe, self.transformer, self.fps = pipe, pipe.transformer, fps
+
+    def sample(self, requests: Sequence[Request], config: SamplingConfig) -> np.ndarray:
+        """As Generator.sample; noise comes from CPU generators, so it is the same on every device."""
+        import torch
+
+        generators = [torch.Generator().manual_seed(noise_seed(r.prompt, r.index, r.seed)) for r in requests]
+        size = {n: v for n in ("num_frames", "height", "width") if (v := getattr(config, n)) is not None}
+        device = self.pipe.device.type
+        dtype = None if config.dtype == "auto" else autocast_dtype(config.dtype, device)
+        with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype is not None):
+            out = self.pipe(
+                prompt=[r.prompt for r in requests], num_inference_steps=config.steps, guidance_scale=config.guidance,
+                generator=generators, output_type="np", **size,
+            )  # fmt: skip
+        return np.uint8((np.asarray(out.frames) * 255).round())
+
+
+def load_generator(model: str | Path, adapter: str | Path | None = None) -> Generator:
+    """Load "tiny", a folder of a tiny model, a diffusers folder, or a hub id, and an SLA2 adapter on top of it.
+
+    Raises ValueError or FileNotFoundError naming the model or adapter if it is none of these or they do not fit; OSError
+    if a hub id cannot be fetched.
+    """
+    generator = _load_model(model)
+    if adapter is not None:
+        from sla2_core.adapter import load_adapter
+        from sla2_core.integrations.diffusers import apply_sla2
+        from sla2_core.integrations.families import family_of
+
+        found = load_adapter(adapter)
+        count = len(family_of(generator.transformer).attention_layers(generator.transformer))
+        skipped = [layer for layer in range(count) if layer not in found.layers]
+        handle = apply_sla2(generator.transformer, found.config, skip_layers=skipped, dense_steps=found.dense_steps)
+        handle.load(adapter)
+        generator.transformer.eval()
+    return generator
+
+
+def _load_model(model: str | Path) -> Generator:
+    folder = Path(model)
+    if str(model) == "tiny":
+        from sla2_eval.tiny.model import WEIGHTS as folder
+    if folder.is_dir() and not (folder / "model_index.json").exists():
+        return TinyGenerator(*_load_tiny(folder))
+    if not folder.is_dir() and (folder.exists() or str(model).startswith((".", "/")) or str(model).count("/") != 1):
+        raise ValueError(f"model: expected 'tiny', a diffusers folder or a hub id (owner/name), got {str(model)!r}")
+    import torch
+    from diffusers import DiffusionPipeline
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return PipelineGenerator(DiffusionPipeline.from_pretrained(str(model), torch_dtype=dtype).to(device))
+
+
+def _load_tiny(folder: Path):
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+
+    from sla2_eval.tiny.model import TEXT_DIM
+
+    if not (folder / "transformer" / "config.json").is_file():
+        raise ValueError(f"model: expected model_index.json or transformer/config.json in {folder}, got neither")
+    transformer = WanTransformer3DModel.from_pretrained(str(folder / "transformer"))
+    if transformer.config.text_dim != TEXT_DIM:
+        raise ValueError(f"model: expected text_dim={TEXT_DIM} in {folder}, got {transformer.config.text_dim}")
+    return transformer, FlowMatchEulerDiscreteScheduler.from_pretrained(str(folder / "scheduler"))
+
+
+def model_fingerprint(model: str | Path) -> dict:
+    """What identifies a model: its id, and for a folder the sha256 of each weights file (size, above 256 MB)."""
+    folder = Path(model)
+    if str(model) == "tiny":
+        from sla2_eval.tiny.model import WEIGHTS as folder
+    if not folder.is_dir():
+        return {"id": str(model)}
+    files = {}
+    for path in sorted(p for pattern in ("*.safetensors", "*.json") for p in folder.rglob(pattern)):
+        small = path.stat().st_size <= 256 << 20
+        files[path.relative_to(folder).as_posix()] = file_digest(path) if small else path.stat().st_size
+    return {"files": digest(files)}
+
+
+def plan(prompts: Sequence[str], indices: Sequence[int], seed: int) -> list[Request]:
+    """A request for each prompt and index. Raises ValueError if two would have the same file name."""
+    requests = [Request(prompt, index, seed) for prompt in prompts for index in indices]
+    names = [r.file_name for r in requests]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"prompts: expected prompts of different file names, got {max(names, key=names.count)!r} twice"
+        )
+    return requests
+
+
+def open_folder(folder: Path, config: SamplingConfig, fingerprint: dict) -> None:
+    """Make `folder` and note what it is generated with. Raises ValueError if it holds videos made with something else."""
+    path, settings = folder / SETTINGS, json.loads(canonical({**fingerprint, "sampling": asdict(config)}))
+    if path.exists():
+        before = json.loads(path.read_text())
+        for key in sorted(before.keys() | settings.keys()):
+            if before.get(key) != settings.get(key):
+                raise ValueError(
+                    f"{folder}: expected a new folder or one generated with the same settings, but {key} was "
+                    f"{canonical(before.get(key))[:120]} and is {canonical(settings.get(key))[:120]}"
+                )
+    elif any(folder.glob("*.mp4")):
+        raise ValueError(
+            f"{folder}: expected a new folder or one of generated videos, got mp4 files without {SETTINGS}"
+        )
+    else:
+        write_atomic(path, json.dumps(settings, indent=2) + "\n")
+
+
+def write_videos(
+    generator: Generator,
+    requests: Sequence[Request],
+    folder: Path,
+    config: SamplingConfig,
+    *,
+    stage: str = "generate",
+    report: Report = silent,
+) -> None:
+    """Sample the requests whose files are not there yet, `config.batch_size` at a time."""
+    missing = [request for request in requests if not (folder / request.file_name).exists()]
+    done = len(requests) - len(missing)
+    report(stage, done, len(requests))
+    for start in range(0, len(missing), config.batch_size):
+        batch = missing[start : start + config.batch_size]
+        for video, request in zip(generator.sample(batch, config), batch):
+            enlarged = video.repeat(generator.upscale, 1).repeat(generator.upscale, 2)
+            write_video(folder / request.file_name, enlarged, generator.fps)
+        done += len(batch)
+        report(stage, done, len(requests))
+
+
+def write_manifest(requests: Sequence[Request], folder: Path) -> Path:
+    """The manifest that scoring reads, one line a video; written once all videos are there."""
+    rows = [{"file_name": r.file_name, "prompt": r.prompt, "index": r.index, "seed": r.seed} for r in requests]
+    write_atomic(folder / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return folder / MANIFEST
+
+
+def generate(
+    generator: Generator,
+    prompts: Sequence[str],
+    folder: str | Path,
+    *,
+    config: SamplingConfig | None = None,
+    indices: Sequence[int] = (0,),
+    fingerprint: dict | None = None,
+    stage: str = "generate",
+    report: Report = silent,
+) -> Path:
+    """Write `{prompt}-{index}.mp4` for each prompt and index, and the manifest; finished files are not done twice.
+
+    Two calls with the same prompts, indices and `config.seed` start from the same noise, whatever the model. Returns
+    the manifest's path.
+
+    Args:
+        indices: numbers of the videos of each prompt.
+        fingerprint: JSON-able description of model and variant; a folder takes one fingerprint and one `config` only.
+
+    Raises:
+        ValueError: prompts whose file names collide, or a folder generated with other settings.
+        OSError: the folder cannot be written.
+    """
+    config, folder = config or SamplingConfig(), Path(folder)
+    requests = plan(prompts, indices, config.seed)
+    open_folder(folder, config, fingerprint or {})
+    write_videos(generator, requests, folder, config, stage=stage, report=report)
+    return write_manifest(requests, folder)
+
+
+def generate_share(
+    model: str,
+    adapter: str | None,
+    requests: Sequence[Request],
+    folder: Path,
+    config: SamplingConfig,
+    *,
+    stage: str = "generate",
+    report: Report = silent,
+) -> None:
+    """Load the model and write the videos of these requests: the work of one process."""
+    write_videos(load_generator(model, adapter), requests, folder, config, stage=stage, report=report)
+
+
+def generate_with(
+    model: str,
+    adapter: str | None,
+    prompts: Sequence[str],
+    folder: str | Path,
+    config: SamplingConfig,
+    *,
+    indices: Sequence[int] = (0,),
+    workers: int = 1,
+    report: Report = silent,
+) -> Path:
+    """`generate` by model name and adapter folder; more than one worker share the videos, a process of one thread each."""
+    from sla2_eval.processes import Task, Workers
+
+    folder = Path(folder)
+    requests = plan(prompts, indices, config.seed)
+    fingerprint = {"model": model_fingerprint(model), "adapter": model_fingerprint(adapter) if adapter else None}
+    open_folder(folder, config, fingerprint)
+    shares = [requests[i::workers] for i in range(workers) if requests[i::workers]]
+    tasks = {}
+    for number, share in enumerate(shares, 1):
+        stage = f"generate, part {number} of {len(shares)}" if len(shares) > 1 else "generate"
+        arguments = {"model": model, "adapter": adapter, "requests": share, "folder": folder, "config": config}
+        tasks[stage] = Task("sla2_eval.generation:generate_share", {**arguments, "stage": stage})
+    with Workers(workers if workers > 1 else 0, report=report) as pool:
+        pool.run(tasks)
+    return write_manifest(requests, folder)
+
+
+def can_write(folder: str | Path, option: str) -> Path:
+    """Make `folder` if need be. Raises ValueError naming `option` if files cannot be written there."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{option}: expected a folder that can be written, got {folder} ({error.strerror})") from None
+    return folder

@@ -1,0 +1,46 @@
+"""Progress of long commands: rich bars on a terminal, otherwise one line a finished stage, always on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+# How library functions report: (stage, done, total). They call it often; it must be cheap.
+Report = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """The Report that shows nothing."""
+
+
+class ProgressDisplay:
+    """A Report as a context manager: `with ProgressDisplay() as report: work(report=report)`."""
+
+    def __init__(self):
+        self._bars = None
+        self._tasks: dict[str, int] = {}
+        self._finished: set[str] = set()
+
+    def __enter__(self) -> ProgressDisplay:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bars = Progress(*columns, console=Console(stderr=True))
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._bars is not None:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=total)
+            self._bars.update(self._tasks[stage], completed=done, total=total)
+        elif done >= total and stage not in self._finished:
+            self._finished.add(stage)
+            print(f"{stage}: {total} of {total}", file=sys.stderr, flush=True)
