@@ -1,0 +1,172 @@
+"""Saves and loads what was trained: sla2_adapter.safetensors beside sla2_config.json, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sla2_core.config import SLA2Config
+
+WEIGHTS_NAME = "sla2_adapter.safetensors"
+CONFIG_NAME = "sla2_config.json"
+FORMAT_VERSION = 1
+# Fields of SLA2Config a trained adapter is bound to; the others (k%, precision, backend, ...) may be chosen anew.
+GEOMETRY = (
+    "head_dim", "num_heads", "block_q", "block_k", "method", "router", "per_head_router", "alpha", "alpha_knots",
+    "alpha_per_head", "smooth_k",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An adapter in memory.
+
+    Args:
+        config: the layers' configuration, with the k% and precision it was trained for.
+        layers: which of the model's self-attention layers carry SLA2.
+        model: {"class": transformer class, "config": its public configuration}.
+        base_model: id or folder the weights belong to; None if the user gave none.
+        dense_steps: denoising steps that ran with full attention.
+        tensors: "layers.<i>.<parameter>" fp32; with fine-tuned weights also "model.<parameter>".
+    """
+
+    config: SLA2Config
+    layers: tuple[int, ...]
+    model: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    base_model: str | None = None
+    dense_steps: int = 0
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call write(temporary path) and rename the result to `path`; nothing is left behind if it fails."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON, atomically."""
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, atomically; shared storage is copied."""
+    from safetensors.torch import save_file
+
+    whole = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    write_atomically(path, lambda partial: save_file(whole, partial, metadata=metadata))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises FileNotFoundError or ValueError naming the file if it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a safetensors file, found none")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a readable safetensors file, got: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises FileNotFoundError or ValueError naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a JSON file, found none")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def save_adapter(adapter: Adapter, folder: str | Path) -> Path:
+    """Write the two files into `folder`, which is made if need be; returns the folder.
+
+    The weights' file is written first and the configuration last, so a folder with a configuration is complete.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_NAME).unlink(missing_ok=True)
+    write_tensors(folder / WEIGHTS_NAME, adapter.tensors, {"format": "pt"})
+    content = {
+        "format_version": FORMAT_VERSION,
+        "sla2": adapter.config.to_dict(),
+        "layers": list(adapter.layers),
+        "dense_steps": adapter.dense_steps,
+        "base_model": adapter.base_model,
+        "model": dict(adapter.model),
+    }
+    write_json(folder / CONFIG_NAME, content)
+    return folder
+
+
+def load_adapter(folder: str | Path) -> Adapter:
+    """Read an adapter folder. Raises FileNotFoundError or ValueError, in one line that names the file and what is wrong."""
+    folder = Path(folder)
+    path = folder / CONFIG_NAME
+    content = read_json(path)
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}")
+    missing = [key for key in ("sla2", "layers", "model") if key not in content]
+    if missing:
+        raise ValueError(f"{path}: expected the key {missing[0]!r}, found none")
+    try:
+        config = SLA2Config.from_dict(content["sla2"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Adapter(
+        config=config,
+        layers=tuple(content["layers"]),
+        model=content["model"],
+        tensors=read_tensors(folder / WEIGHTS_NAME),
+        base_model=content.get("base_model"),
+        dense_steps=content.get("dense_steps", 0),
+    )
+
+
+def check_geometry(source: str, found: SLA2Config, expected: SLA2Config) -> None:
+    """Raise ValueError unless both configurations have parameters of the same shape and meaning."""
+    for name in GEOMETRY:
+        if getattr(found, name) != getattr(expected, name):
+            raise ValueError(
+                f"{source}: expected {name}={getattr(expected, name)!r} as applied, got {getattr(found, name)!r}"
+            )
+
+
+def check_tensors(source: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless `found` has exactly the keys of `expected`, in their shapes and dtypes."""
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing:
+        raise ValueError(f"{source}: expected the key {missing[0]!r}, found none ({len(missing)} missing)")
+    if extra:
+        raise ValueError(f"{source}: expected no key {extra[0]!r}, found one ({len(extra)} unknown)")
+    for name, value in expected.items():
+        if found[name].shape != value.shape:
+            raise ValueError(
+                f"{source}: expected shape {tuple(value.shape)} for {name}, got {tuple(found[name].shape)}"
+            )
+        if found[name].dtype != value.dtype:
+            raise ValueError(f"{source}: expected {value.dtype} for {name}, got {found[name].dtype}")
+
+
+def copy_tensors(found: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    """Copy values in place, after check_tensors."""
+    with torch.no_grad():
+        for name, value in into.items():
+            value.copy_(found[name])

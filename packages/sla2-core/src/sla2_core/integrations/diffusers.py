@@ -1,0 +1,72 @@
+"""apply_sla2: give every self-attention layer of a diffusers transformer sparse-linear attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from sla2_core.attention import build_attention
+from sla2_core.config import SLA2Config
+from sla2_core.integrations.families import family_of
+from sla2_core.integrations.handle import SLA2Handle
+from sla2_core.integrations.processor import SLA2Processor, Switch
+
+__all__ = ["SLA2Handle", "apply_sla2"]
+
+
+def apply_sla2(
+    transformer: nn.Module,
+    config: SLA2Config,
+    *,
+    skip_layers: Sequence[int] = (),
+    dense_steps: int = 0,
+    base_model: str | None = None,
+) -> SLA2Handle:
+    """Replace the self-attention of a diffusers transformer by SLA2 (or SLA), in place; cross-attention stays.
+
+    Args:
+        transformer: e.g. `pipe.transformer`; see integrations.families.known_classes().
+        config: its head_dim and num_heads are the model's.
+        skip_layers: self-attention layers that keep full attention; negative numbers count from the end.
+        dense_steps: the first denoising steps of each generation keep full attention.
+        base_model: hub id or folder of the weights, stored in adapters and compared on load.
+
+    Returns:
+        A handle to enable, disable, configure, save and load.
+
+    Raises:
+        ValueError: a class without an integration, other heads or head dimension than the model's, a layer that does not
+            exist, or a model that already has SLA2.
+    """
+    family = family_of(transformer)
+    found = family.attention_layers(transformer)
+    skipped = {_layer_number(i, len(found)) for i in skip_layers}
+    if len(skipped) == len(found):
+        raise ValueError(f"skip_layers: expected at least one of the {len(found)} layers to be left, got all of them")
+    if isinstance(dense_steps, bool) or not isinstance(dense_steps, int) or dense_steps < 0:
+        raise ValueError(f"dense_steps: expected an integer >= 0, got {dense_steps!r}")
+    names = {i: name for i, name in enumerate(found) if i not in skipped}
+    for name in names.values():
+        heads, head_dim = family.heads(found[name])
+        for field, expected in (("num_heads", heads), ("head_dim", head_dim)):
+            if getattr(config, field) != expected:
+                raise ValueError(f"config: expected {field}={expected} as in {name}, got {getattr(config, field)}")
+        if isinstance(found[name].processor, SLA2Processor):
+            raise ValueError(
+                f"transformer: expected a model without SLA2, but {name} has it; call handle.remove() first"
+            )
+    switch = Switch()
+    device = next(transformer.parameters()).device
+    for layer, name in names.items():
+        attention = build_attention(config).to(device)
+        processor = family.processor(attention, found[name].processor, layer, switch)
+        processor.train(transformer.training)
+        found[name].set_processor(processor)
+    return SLA2Handle(transformer, family, names, switch, dense_steps=dense_steps, base_model=base_model)
+
+
+def _layer_number(layer: int, count: int) -> int:
+    if isinstance(layer, bool) or not isinstance(layer, int) or not -count <= layer < count:
+        raise ValueError(f"skip_layers: expected layer numbers in [0, {count}), got {layer!r}")
+    return layer % count

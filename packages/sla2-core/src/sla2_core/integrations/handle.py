@@ -1,0 +1,260 @@
+"""SLA2Handle: switch, configure, save and load SLA2 on a model it was applied to."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sla2_core import adapter as files
+from sla2_core.block_map import BlockMap
+from sla2_core.config import SLA2Config
+from sla2_core.integrations.families import Family
+from sla2_core.integrations.processor import SLA2Processor, Switch
+
+_GROUPS = ("router", "alpha", "proj", "model")
+
+
+class StepCounter:
+    """A forward pre-hook that sets `switch.dense_step` during the first `dense_steps` denoising steps.
+
+    A step is a new timestep, however often the model runs at it; a timestep above the last one starts a new video. Not
+    in training mode, where timesteps come in any order.
+    """
+
+    def __init__(self, switch: Switch, dense_steps: int):
+        self.switch, self.dense_steps = switch, dense_steps
+        self.step, self.last = -1, None
+
+    def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+        if transformer.training:
+            self.switch.dense_step = False
+            return
+        now = timestep_of(transformer, args, kwargs)
+        if self.last is None or now > self.last:
+            self.step = 0
+        elif now < self.last:
+            self.step += 1
+        self.last = now
+        self.switch.dense_step = self.step < self.dense_steps
+
+
+def timestep_of(transformer: nn.Module, args: tuple, kwargs: dict) -> float:
+    """The largest `timestep` of a call of the transformer's forward (image-conditioned tokens have 0)."""
+    if "timestep" in kwargs:
+        return float(kwargs["timestep"].max())
+    place = list(inspect.signature(transformer.forward).parameters).index("timestep")
+    return float(args[place].max())
+
+
+class SLA2Handle:
+    """What apply_sla2 returns.
+
+    Attributes:
+        transformer: the model. family: its Family. base_model: id of its weights, or None.
+        names: {layer: module name} of the replaced layers. attentions: {layer: SLA2Attention or SLAAttention}.
+        dense_steps: denoising steps that run with full attention first.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        family: Family,
+        names: dict[int, str],
+        switch: Switch,
+        *,
+        dense_steps: int = 0,
+        base_model: str | None = None,
+    ):
+        self.transformer, self.family, self.names = transformer, family, names
+        self.base_model, self.dense_steps = base_model, dense_steps
+        self._switch = switch
+        self._hook = None
+        if dense_steps:
+            self._hook = transformer.register_forward_pre_hook(StepCounter(switch, dense_steps), with_kwargs=True)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self.names)
+
+    @property
+    def processors(self) -> dict[int, SLA2Processor]:
+        return {i: self.transformer.get_submodule(name).processor for i, name in self.names.items()}
+
+    @property
+    def attentions(self) -> dict[int, nn.Module]:
+        return {i: processor.attention for i, processor in self.processors.items()}
+
+    @property
+    def config(self) -> SLA2Config:
+        return next(iter(self.attentions.values())).config
+
+    @property
+    def enabled(self) -> bool:
+        return self._switch.enabled
+
+    def enable(self) -> None:
+        """Route the self-attention of the replaced layers through SLA2."""
+        self._switch.enabled = True
+
+    def disable(self) -> None:
+        """Full attention by the model's own processors, with the same weights."""
+        self._switch.enabled = False
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Full attention inside a with block."""
+        before, self._switch.enabled = self._switch.enabled, False
+        try:
+            yield
+        finally:
+            self._switch.enabled = before
+
+    def remove(self) -> None:
+        """Put the model's own processors back; the handle is of no use afterwards."""
+        for name, processor in zip(self.names.values(), self.processors.values()):
+            self.transformer.get_submodule(name).set_processor(processor.original)
+        if self._hook is not None:
+            self._hook.remove()
+        self.names = {}
+
+    def configure(self, **changes: Any) -> None:
+        """Change k%, precision, backend, qat_backward or tau of every layer.
+
+        Raises ValueError for a field that fixes the shape or meaning of a trained parameter, or a bad value.
+        """
+        for name in changes:
+            if name in files.GEOMETRY or name not in {field.name for field in dataclasses.fields(SLA2Config)}:
+                allowed = [f.name for f in dataclasses.fields(SLA2Config) if f.name not in files.GEOMETRY]
+                raise ValueError(f"{name}: expected a field that may change, one of {', '.join(allowed)}")
+        config = dataclasses.replace(self.config, **changes)
+        for attention in self.attentions.values():
+            attention.config = config
+
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by group: router, alpha, proj (of SLA), model (everything that is not SLA2's)."""
+        groups: dict[str, list[nn.Parameter]] = {group: [] for group in _GROUPS}
+        for attention in self.attentions.values():
+            for name, parameter in attention.named_parameters():
+                groups[{"router": "router", "mixing": "alpha", "proj": "proj"}[name.split(".")[0]]].append(parameter)
+        own = {id(p) for group in groups.values() for p in group}
+        groups["model"] = [p for p in self.transformer.parameters() if id(p) not in own]
+        return groups
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """SLA2's own tensors, "layers.<i>.<name>", as live views."""
+        return {
+            f"layers.{i}.{name}": value
+            for i, attention in self.attentions.items()
+            for name, value in attention.state_dict(keep_vars=True).items()
+        }
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """The transformer's own tensors, "model.<name>", as live views."""
+        prefixes = tuple(f"{name}.processor." for name in self.names.values())
+        state = self.transformer.state_dict(keep_vars=True)
+        return {f"model.{name}": value for name, value in state.items() if not name.startswith(prefixes)}
+
+    def model_identity(self) -> dict[str, Any]:
+        """Class and public configuration of the transformer: what an adapter is bound to."""
+        config = {k: v for k, v in dict(self.transformer.config).items() if not k.startswith("_")}
+        return {"class": type(self.transformer).__name__, "config": _plain(config)}
+
+    def save(
+        self, folder: str | Path, *, include_model: bool = False, state: Mapping[str, Tensor] | None = None
+    ) -> Path:
+        """Write the adapter; `include_model` adds the transformer's weights, as fine-tuned in stage 2.
+
+        `state` is the transformer's whole state_dict where it was gathered from several processes; None takes its own.
+        """
+        tensors = self.adapter_tensors() | (self.model_tensors() if include_model else {})
+        if state is not None:
+            prefixes = {f"layers.{i}.": f"{name}.processor.attention." for i, name in self.names.items()} | {
+                "model.": ""
+            }
+            for short, long in prefixes.items():
+                tensors |= {n: state[long + n.removeprefix(short)] for n in tensors if n.startswith(short)}
+        return files.save_adapter(
+            files.Adapter(
+                config=self.config, layers=self.layers, model=self.model_identity(), tensors=tensors,
+                base_model=self.base_model, dense_steps=self.dense_steps,
+            ),
+            folder,
+        )  # fmt: skip
+
+    def load(self, folder: str | Path, *, keep_settings: bool = False) -> None:
+        """Load an adapter, with its k% and precision unless `keep_settings`.
+
+        Raises FileNotFoundError or ValueError naming the file for another geometry, other layers, another model, or a
+        key, shape or dtype that does not fit; nothing is changed then.
+        """
+        found = files.load_adapter(folder)
+        source = str(Path(folder) / files.CONFIG_NAME)
+        files.check_geometry(source, found.config, self.config)
+        if found.layers != self.layers:
+            raise ValueError(f"{source}: expected layers {list(self.layers)} as applied, got {list(found.layers)}")
+        self._check_model(source, found)
+        expected = self.adapter_tensors()
+        if any(name.startswith("model.") for name in found.tensors):
+            expected |= self.model_tensors()
+        files.check_tensors(str(Path(folder) / files.WEIGHTS_NAME), found.tensors, expected)
+        files.copy_tensors(found.tensors, expected)
+        if not keep_settings:
+            changeable = {f.name for f in dataclasses.fields(SLA2Config)} - set(files.GEOMETRY) - {"backend"}
+            self.configure(**{name: getattr(found.config, name) for name in changeable})
+
+    def _check_model(self, source: str, found: files.Adapter) -> None:
+        own = self.model_identity()
+        if found.model.get("class") != own["class"]:
+            raise ValueError(f"{source}: expected an adapter of {own['class']}, got one of {found.model.get('class')}")
+        other = found.model.get("config", {})
+        for key in sorted(set(own["config"]) | set(other)):
+            mine, theirs = own["config"].get(key), other.get(key)
+            if key in own["config"] and key in other and mine != theirs:
+                raise ValueError(f"{source}: expected an adapter of a model with {key}={mine}, got {theirs}")
+        if self.base_model and found.base_model and self.base_model != found.base_model:
+            raise ValueError(f"{source}: expected an adapter of {self.base_model}, got one of {found.base_model}")
+
+    @contextlib.contextmanager
+    def recording(self, recorder: Callable[..., None]) -> Iterator[None]:
+        """Full attention inside a with block, with recorder(layer, q, k, v) at every layer, tensors (B, N, H, d)."""
+        before, self._switch.recorder = self._switch.recorder, recorder
+        try:
+            with self.disabled():
+                yield
+        finally:
+            self._switch.recorder = before
+
+    def block_maps(self, run: Callable[[], Any]) -> dict[int, BlockMap]:
+        """The block map of each layer's last routed call while run() runs the model."""
+        maps: dict[int, BlockMap] = {}
+        before, self._switch.observer = self._switch.observer, lambda i, info: maps.__setitem__(i, info.block_map)
+        try:
+            run()
+        finally:
+            self._switch.observer = before
+        return maps
+
+    def dense_copy(self) -> nn.Module:
+        """A frozen copy of the transformer with its own processors: the teacher of loss="distill"."""
+        twin = copy.deepcopy(self.transformer)
+        for name in self.names.values():
+            attn = twin.get_submodule(name)
+            attn.set_processor(attn.processor.original)
+        twin._forward_pre_hooks.clear()
+        return twin.eval().requires_grad_(False)
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON would give it back: tuples become lists."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

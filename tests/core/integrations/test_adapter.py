@@ -1,0 +1,116 @@
+"""Adapters: round trip, what is refused, and that nothing half-written or half-loaded is left."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sla2_core.integrations.diffusers import apply_sla2
+
+
+def shake(handle, groups=("router", "alpha", "proj")):
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for group in groups:
+            for parameter in handle.parameters()[group]:
+                parameter.add_(torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("changes", [{}, {"alpha": "mass", "per_head_router": True}, {"method": "sla"}])
+@pytest.mark.parametrize("include_model", [False, True])
+def test_round_trip(wan, inputs, sla2_config, tmp_path, changes, include_model):
+    first = apply_sla2(wan(), sla2_config(**changes), base_model="me/model")
+    shake(first, ("router", "alpha", "proj") + (("model",) if include_model else ()))
+    first.configure(topk=0.5, precision="int8")
+    first.save(tmp_path / "adapter", include_model=include_model)
+    second = apply_sla2(wan(seed=9 if include_model else 0), sla2_config(**changes))
+    second.load(tmp_path / "adapter")
+    assert second.config == first.config
+    for (name, a), b in zip(first.transformer.state_dict().items(), second.transformer.state_dict().values()):
+        assert torch.equal(a, b), name
+    second.configure(topk=0.3)
+    second.load(tmp_path / "adapter", keep_settings=True)
+    assert second.config.topk == 0.3
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == ["sla2_adapter.safetensors", "sla2_config.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_q": 16}, "expected block_q=16 as applied, got 8"),
+        ({"block_k": 4}, "expected block_k=4 as applied, got 5"),
+        ({"alpha": "mass"}, "expected alpha='mass' as applied, got 'position'"),
+        ({"alpha_knots": 4}, "expected alpha_knots=4 as applied, got 3"),
+    ],
+)
+def test_another_geometry_is_refused(wan, sla2_config, tmp_path, changes, message):
+    apply_sla2(wan(), sla2_config()).save(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        apply_sla2(wan(), sla2_config(**changes)).load(tmp_path)
+
+
+def test_another_model_or_other_layers_are_refused(wan, sla2_config, tmp_path):
+    apply_sla2(wan(), sla2_config(), base_model="one").save(tmp_path)
+    with pytest.raises(ValueError, match="expected an adapter of a model with ffn_dim=48, got 32"):
+        apply_sla2(wan(ffn_dim=48), sla2_config()).load(tmp_path)
+    with pytest.raises(ValueError, match=r"expected layers \[1\] as applied, got \[0, 1\]"):
+        apply_sla2(wan(), sla2_config(), skip_layers=[0]).load(tmp_path)
+    with pytest.raises(ValueError, match="expected an adapter of two, got one of one"):
+        apply_sla2(wan(), sla2_config(), base_model="two").load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage", ["missing", "extra", "shape", "dtype", "truncated", "version", "json", "absent", "field"]
+)
+def test_damaged_files_are_refused_and_change_nothing(wan, sla2_config, tmp_path, damage):
+    handle = apply_sla2(wan(), sla2_config())
+    shake(handle)
+    handle.save(tmp_path)
+    weights, config = tmp_path / "sla2_adapter.safetensors", tmp_path / "sla2_config.json"
+    tensors, content = load_file(weights), json.loads(config.read_text())
+    key = "layers.1.mixing.logit"
+    expected = {
+        "missing": f"expected the key '{key}', found none",
+        "extra": "expected no key 'layers.7.mixing.logit'",
+        "shape": rf"expected shape \(2, 3\) for {key}, got \(2, 4\)",
+        "dtype": f"expected torch.float32 for {key}, got torch.float16",
+        "truncated": "sla2_adapter.safetensors: expected a readable safetensors file",
+        "version": "sla2_config.json: expected format_version 1, got 99",
+        "json": "sla2_config.json: expected JSON",
+        "absent": "sla2_adapter.safetensors: expected a safetensors file, found none",
+        "field": "sla2_config.json: colour: expected a field among",
+    }[damage]
+    if damage == "missing":
+        del tensors[key]
+    elif damage == "extra":
+        tensors["layers.7.mixing.logit"] = torch.zeros(1)
+    elif damage == "shape":
+        tensors[key] = torch.zeros(2, 4)
+    elif damage == "dtype":
+        tensors[key] = tensors[key].half()
+    elif damage == "version":
+        content["format_version"] = 99
+    elif damage == "field":
+        content["sla2"]["colour"] = 1
+    save_file(tensors, weights)
+    config.write_text("{" if damage == "json" else json.dumps(content))
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-9])
+    if damage == "absent":
+        weights.unlink()
+    other = apply_sla2(wan(), sla2_config())
+    before = {name: value.clone() for name, value in other.transformer.state_dict().items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=expected) as raised:
+        other.load(tmp_path)
+    assert "\n" not in str(raised.value)
+    assert all(torch.equal(value, before[name]) for name, value in other.transformer.state_dict().items())
+
+
+def test_a_failed_write_leaves_nothing(wan, sla2_config, tmp_path, monkeypatch):
+    handle = apply_sla2(wan(), sla2_config())
+    monkeypatch.setattr("safetensors.torch.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        handle.save(tmp_path / "adapter")
+    assert list((tmp_path / "adapter").iterdir()) == []
