@@ -1,0 +1,236 @@
+"""Capture of Q, K, V from a running model: sampled layers, heads and timesteps, as safetensors shards with an index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sla2_core.adapter import read_json, write_json, write_tensors
+from sla2_core.integrations.handle import SLA2Handle, timestep_of
+
+INDEX_NAME = "index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureConfig:
+    """What to keep of a running model.
+
+    Args:
+        layers: layers to keep; None keeps every layer SLA2 was applied to.
+        layers_per_sample: how many of them each sample keeps, drawn at random; None keeps all.
+        heads: heads to keep of each layer, drawn per sample; None keeps all.
+        every: keep one in `every` forward calls of the transformer, from a random one on; 1 keeps all.
+        max_bytes: size the shards may reach together; the capture ends before the shard that would pass it.
+        dtype: "float32", "bfloat16" or "float16"; None keeps the model's.
+        seed: of everything drawn here.
+    """
+
+    layers: tuple[int, ...] | None = None
+    layers_per_sample: int | None = None
+    heads: int | None = None
+    every: int = 1
+    max_bytes: int = 4 << 30
+    dtype: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("layers_per_sample", "heads", "every", "max_bytes"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        if self.every is None or self.max_bytes is None:
+            raise ValueError("every, max_bytes: expected integers >= 1, got None")
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype: expected float32, bfloat16, float16 or None, got {self.dtype!r}")
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One attention call: q, k, v (B, H', N, d) after the rotary embedding, of the heads `heads` of `layer`.
+
+    The last `text_tokens` keys and queries are text; `kv_lengths` counts the valid keys of each item, None if all are.
+    """
+
+    layer: int
+    sample: int
+    timestep: float
+    heads: tuple[int, ...]
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    text_tokens: int = 0
+    kv_lengths: tuple[int, ...] | None = None
+
+
+class Captures:
+    """A folder of captures. Raises FileNotFoundError or ValueError, naming the file, if it is none.
+
+    `calls` lists what there is as (shard, key, layer, ...) records; `load(call)` reads one of them.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        content = read_json(self.folder / INDEX_NAME)
+        if content.get("format_version") != 1:
+            raise ValueError(
+                f"{self.folder / INDEX_NAME}: expected format_version 1, got {content.get('format_version')!r}"
+            )
+        self.settings: dict[str, Any] = content["settings"]
+        self.samples: list[dict[str, Any]] = content["samples"]
+        self.full: bool = content["full"]
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        return [call for sample in self.samples for call in sample["calls"]]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({call["layer"] for call in self.calls}))
+
+    @property
+    def bytes(self) -> int:
+        return sum(sample["bytes"] for sample in self.samples)
+
+    def load(self, call: dict[str, Any], device: torch.device | str = "cpu") -> Captured:
+        """Read one call; only its own tensors, not the whole shard."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / call["shard"]
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: expected a shard of the index, found none")
+        try:
+            with safe_open(path, "pt") as shard:
+                q, k, v = (shard.get_tensor(f"{call['key']}.{x}").to(device) for x in "qkv")
+        except SafetensorError as error:
+            raise ValueError(f"{path}: expected a readable shard, got: {error}") from None
+        lengths = call["kv_lengths"]
+        return Captured(
+            call["layer"], call["sample"], call["timestep"], tuple(call["heads"]), q, k, v,
+            call["text_tokens"], None if lengths is None else tuple(lengths),
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[Captured]:
+        return (self.load(call) for call in self.calls)
+
+
+class _Recorder:
+    """Collects the calls of one sample; a forward pre-hook counts the transformer's calls and notes their timestep."""
+
+    def __init__(self, sample: int, layers: Sequence[int], num_heads: int, config: CaptureConfig):
+        rng = np.random.default_rng([config.seed, sample])
+        kept = config.layers_per_sample or len(layers)
+        if kept > len(layers):
+            raise ValueError(f"layers_per_sample: expected at most the {len(layers)} layers there are, got {kept}")
+        if (config.heads or 1) > num_heads:
+            raise ValueError(f"heads: expected at most the model's {num_heads}, got {config.heads}")
+        self.layers = {int(i) for i in rng.choice(layers, size=kept, replace=False)}
+        self.heads = {
+            i: sorted(int(h) for h in rng.choice(num_heads, size=config.heads or num_heads, replace=False))
+            for i in sorted(self.layers)
+        }
+        self.first = int(rng.integers(config.every))
+        self.sample, self.config = sample, config
+        self.forward, self.timestep = -1, 0.0
+        self.tensors: dict[str, Tensor] = {}
+        self.calls: list[dict[str, Any]] = []
+
+    def hook(self, transformer, args, kwargs) -> None:
+        self.forward += 1
+        self.timestep = timestep_of(transformer, args, kwargs)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, text_tokens: int = 0, kv_lengths=None) -> None:
+        if layer not in self.layers or self.forward % self.config.every != self.first:
+            return
+        heads = self.heads[layer]
+        key = f"forward{self.forward}.layer{layer}"
+        dtype = getattr(torch, self.config.dtype) if self.config.dtype else q.dtype
+        for name, x in zip("qkv", (q, k, v)):
+            self.tensors[f"{key}.{name}"] = x.detach()[:, :, heads].transpose(1, 2).to("cpu", dtype).contiguous()
+        lengths = None if kv_lengths is None else [int(n) for n in kv_lengths]
+        self.calls.append(
+            {
+                "shard": _shard_name(self.sample), "key": key, "layer": layer, "sample": self.sample,
+                "timestep": self.timestep, "heads": heads, "shape": list(self.tensors[f"{key}.q"].shape),
+                "text_tokens": text_tokens, "kv_lengths": lengths,
+            }
+        )  # fmt: skip
+
+
+def _shard_name(sample: int) -> str:
+    return f"capture-{sample:05d}.safetensors"
+
+
+def capture(
+    handle: SLA2Handle,
+    run: Callable[[int], Any],
+    folder: str | Path,
+    *,
+    samples: int,
+    config: CaptureConfig | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Captures:
+    """Run the model `samples` times with full attention and keep Q, K, V; started again, it goes on where it was.
+
+    Args:
+        handle: of the model that run() runs.
+        run: run(i) runs the transformer once or many times (a whole pipeline), with everything random drawn from i.
+        folder: gets one shard per sample and an index, which lists only finished shards.
+        progress: called as progress(done, samples).
+
+    Raises:
+        ValueError: the folder holds captures with other settings or of another model, or run() did not call the model.
+    """
+    config = config or CaptureConfig()
+    folder = Path(folder)
+    layers = handle.layers if config.layers is None else config.layers
+    missing = sorted(set(layers) - set(handle.layers))
+    if missing:
+        raise ValueError(f"layers: expected layers among {list(handle.layers)}, got {missing[0]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = json.loads(json.dumps({"config": asdict(config), "model": handle.model_identity()}))
+    content = {"format_version": 1, "settings": settings, "samples": [], "full": False}
+    if (folder / INDEX_NAME).exists():
+        found = Captures(folder)
+        if found.settings != settings:
+            raise ValueError(f"{folder}: expected a new folder or one with these settings, got captures with others")
+        content["samples"], content["full"] = found.samples, found.full
+    done = {sample["sample"] for sample in content["samples"]}
+    for sample in range(samples):
+        if content["full"]:
+            break
+        if sample not in done:
+            record = _one_sample(handle, run, sample, layers, config)
+            size = sum(t.numel() * t.element_size() for t in record.tensors.values())
+            if sum(s["bytes"] for s in content["samples"]) + size > config.max_bytes:
+                if not content["samples"]:
+                    raise ValueError(f"max_bytes: expected room for one sample of {size} bytes, got {config.max_bytes}")
+                content["full"] = True
+            else:
+                write_tensors(folder / _shard_name(sample), record.tensors)
+                content["samples"].append({"sample": sample, "bytes": size, "calls": record.calls})
+            write_json(folder / INDEX_NAME, content)
+        if progress:
+            progress(sample + 1, samples)
+    return Captures(folder)
+
+
+def _one_sample(handle: SLA2Handle, run, sample: int, layers: Sequence[int], config: CaptureConfig) -> _Recorder:
+    record = _Recorder(sample, layers, handle.config.num_heads, config)
+    hook = handle.transformer.register_forward_pre_hook(record.hook, with_kwargs=True)
+    try:
+        with torch.no_grad(), handle.recording(record):
+            run(sample)
+    finally:
+        hook.remove()
+    if not record.calls:
+        raise ValueError(
+            f"run: expected run({sample}) to call the transformer more than {record.first} times, it did not"
+        )
+    return record

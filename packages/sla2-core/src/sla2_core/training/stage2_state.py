@@ -1,0 +1,146 @@
+"""Checkpoints of stage 2: weights, optimiser and moving average as one safetensors file, written whole or not at all."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sla2_core.adapter import read_tensors, write_tensors
+from sla2_core.integrations.handle import SLA2Handle
+
+_NAME = re.compile(r"checkpoint-(\d{8})\.safetensors")
+
+
+def _options():
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint of a run, if there is one."""
+    found = sorted(path for path in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(path.name))
+    return found[-1] if found else None
+
+
+def save(
+    folder: Path, accelerator, model: nn.Module, optimizer, ema: dict[str, Tensor] | None, report, keep: int
+) -> None:
+    """Write the checkpoint of `report.steps` and delete all but the last `keep`."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, optim = get_state_dict(model, _inner(optimizer), options=_options())
+    average = _whole(ema) if ema is not None else {}
+    if accelerator.is_main_process:
+        tensors = {f"model.{name}": value for name, value in weights.items()}
+        for name, values in optim["state"].items():
+            tensors |= {f"optimizer.{key}.{name}": value for key, value in values.items()}
+        tensors |= {f"ema.{name}": value for name, value in average.items()}
+        tensors["loss"] = torch.tensor(report.loss, dtype=torch.float64)
+        tensors["grad_norm"] = torch.tensor(report.grad_norm, dtype=torch.float64)
+        write_tensors(folder / f"checkpoint-{report.steps:08d}.safetensors", tensors)
+        old = sorted(path for path in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(path.name))
+        for path in old[:-keep]:
+            path.unlink()
+    accelerator.wait_for_everyone()
+
+
+def load_latest(
+    folder: Path, model: nn.Module, optimizer, ema: dict[str, Tensor] | None
+) -> tuple[int, list[float], list[float]] | None:
+    """Restore the newest checkpoint: (steps, losses, gradient norms), or None if there is none.
+
+    Raises ValueError, naming the file, if it is damaged or of another model.
+    """
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_state_dict
+
+    path = latest(folder)
+    if path is None:
+        return None
+    found = read_tensors(path)
+    loss, grad_norm = found.pop("loss").tolist(), found.pop("grad_norm").tolist()
+    weights, moments, average = {}, {}, {}
+    for name, value in found.items():
+        kind, _, rest = name.partition(".")
+        if kind == "model":
+            weights[rest] = value
+        elif kind == "ema":
+            average[rest] = value
+        else:
+            key, _, parameter = rest.partition(".")
+            moments.setdefault(parameter, {})[key] = value
+    optim = get_optimizer_state_dict(model, _inner(optimizer), options=_options())
+    try:
+        set_state_dict(
+            model, _inner(optimizer), model_state_dict=weights,
+            optim_state_dict={"state": moments, "param_groups": optim["param_groups"]}, options=_options(),
+        )  # fmt: skip
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: expected a checkpoint of this model, got: {str(error).splitlines()[0]}") from None
+    if ema is not None:
+        for name, value in ema.items():
+            _fill(value, average[name])
+    return int(_NAME.fullmatch(path.name)[1]), loss, grad_norm
+
+
+def _inner(optimizer):
+    return getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in tensors.items()}
+
+
+def _fill(target: Tensor, value: Tensor) -> None:
+    if hasattr(target, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    with torch.no_grad():
+        target.copy_(value)
+
+
+def _plain_name(name: str) -> str:
+    return name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
+
+
+def start_ema(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of everything that is trained, by parameter name."""
+    return {_plain_name(name): p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            ema[_plain_name(name)].lerp_(parameter, 1 - decay)
+
+
+def save_adapter(
+    handle: SLA2Handle, accelerator, model: nn.Module, ema: dict[str, Tensor] | None, folder: Path
+) -> None:
+    """Put the moving average (if there is one) into the model, and write what was trained as an adapter."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    if ema is not None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if _plain_name(name) in ema:
+                    parameter.copy_(ema[_plain_name(name)])
+    weights = get_model_state_dict(model, options=_options())
+    if accelerator.is_main_process:
+        handle.save(folder, include_model=True, state=weights)
+    accelerator.wait_for_everyone()
+
+
+def open_writer(folder: Path) -> Any:
+    """A TensorBoard writer. Raises ModuleNotFoundError if tensorboard is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("tensorboard: expected it for tensorboard=True, install sla2-core[train]") from None
+    return SummaryWriter(str(folder / "tensorboard"))
