@@ -1,0 +1,214 @@
+"""Reads the folder of a run and gathers what its report says: groups of seeds, intervals, curves, maps, the paper's points."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+from sla2_eval import metrics
+from sla2_eval.intervals import Interval, over_prompts, over_seeds, paired_difference
+from sla2_eval.manifest import read_manifest
+
+PAPER_METRICS = {
+    "IQ": "Imaging quality",
+    "OC": "Overall consistency",
+    "AQ": "Aesthetic quality",
+    "MS": "Motion smoothness",
+    "SC": "Subject consistency",
+    "VR": "VisionReward",
+}
+PAPER_MODELS = {"wan2.1-1.3b-480p": "Wan2.1 1.3B, 480p", "wan2.1-14b-720p": "Wan2.1 14B, 720p"}
+PAPER_FAMILIES = {
+    "sla2": "SLA2",
+    "sla": "SLA",
+    "vsa": "VSA",
+    "vmoba": "VMoBA",
+    "sla2-no-qat": "SLA2 without QAT",
+    "sla2-topk-router": "SLA2, heuristic router",
+}
+
+
+def read_json(path: Path, what: str) -> dict:
+    """A JSON object. Raises ValueError naming the file if it is missing or of another form."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: expected {what}, got nothing there") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: expected {what}, got {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected {what}, got a {type(value).__name__}")
+    return value
+
+
+def _values(results: dict, metric: str) -> dict[tuple[str, int], float]:
+    return {
+        (row["prompt"], row["index"]): row["scores"][metric] for row in results["videos"] if metric in row["scores"]
+    }
+
+
+def _mean_over_seeds(seeds: list[dict[tuple[str, int], float]]) -> dict[tuple[str, int], float]:
+    keys = set().union(*seeds) if seeds else set()
+    found = {key: [seed[key] for seed in seeds if key in seed] for key in sorted(keys)}
+    return {key: sum(values) / len(values) for key, values in found.items()}
+
+
+def _prompt_interval(values: dict[tuple[str, int], float]) -> Interval:
+    grouped: dict[str, list[float]] = {}
+    for (prompt, _), value in values.items():
+        grouped.setdefault(prompt, []).append(value)
+    return over_prompts(grouped)
+
+
+def _cell(metric: str, kind: str, seeds: list[dict], full: dict | None) -> dict | None:
+    """One cell of the table: the mean over seeds and prompts, both intervals, and the difference to full attention."""
+    if kind == "set":
+        values = [r["metrics"][metric]["mean"] for r in seeds if r["metrics"].get(metric, {}).get("mean") is not None]
+        return {"mean": sum(values) / len(values), "seeds": over_seeds(values).to_dict()} if values else None
+    per_seed = [values for results in seeds if (values := _values(results, metric))]
+    if not per_seed:
+        return None
+    together = _mean_over_seeds(per_seed)
+    prompts = _prompt_interval(together)
+    cell = {"mean": prompts.mean, "prompts": prompts.to_dict()}
+    if len(per_seed) > 1:
+        cell["seeds"] = over_seeds([_prompt_interval(values).mean for values in per_seed]).to_dict()
+    if kind == "unpaired" and full:
+        difference = paired_difference(together, _values(full, metric))
+        if difference:
+            cell["difference"] = {**difference.to_dict(), "within_noise": not difference.excludes_zero}
+    return cell
+
+
+def gather(run_dir: Path) -> dict:
+    """What the report of a run says, without its videos and block maps.
+
+    Raises ValueError naming the file if run.json is missing or lacks "variants", or a results.json is of another form.
+    """
+    run = read_json(run_dir / "run.json", "the description of a run")
+    variants = run.get("variants")
+    if not isinstance(variants, list) or not all(isinstance(v, dict) and "name" in v for v in variants):
+        raise ValueError(
+            f'{run_dir / "run.json"}: expected "variants", a list of objects with a "name", got another form'
+        )
+    reference = run.get("reference", "full")
+    scored = {}
+    for variant in variants:
+        path = run_dir / "scores" / variant["name"] / "results.json"
+        if path.is_file():
+            scored[variant["name"]] = _checked(read_json(path, "results of scoring"), path)
+    kinds = _kinds(scored.values())
+    groups: dict[str, dict] = {}
+    for variant in variants:
+        label = variant.get("label", variant["name"])
+        group = groups.setdefault(label, {"label": label, "names": [], "metrics": {}})
+        group["names"].append(variant["name"])
+        group.setdefault("family", variant.get("family", label))
+        group.setdefault("sparsities", []).append(float(variant.get("sparsity", 0.0)))
+    for group in groups.values():
+        sparsities = group.pop("sparsities")
+        group["sparsity"] = sum(sparsities) / len(sparsities)
+        group["reference"] = reference in group["names"]
+        seeds = [scored[name] for name in group["names"] if name in scored]
+        for metric, about in kinds.items():
+            if about["kind"] != "unpaired" and group["reference"]:
+                continue
+            if cell := _cell(metric, about["kind"], seeds, None if group["reference"] else scored.get(reference)):
+                group["metrics"][metric] = cell
+    return {
+        "format": 1,
+        "title": run.get("title", run_dir.name),
+        "reference": reference,
+        "num_prompts": max((len({row["prompt"] for row in r["videos"]}) for r in scored.values()), default=0),
+        "num_videos": sum(len(results["videos"]) for results in scored.values()),
+        "metrics": kinds,
+        "groups": _ordered(groups),
+        "not_scored": [v["name"] for v in variants if v["name"] not in scored],
+        "failed": _failed(scored),
+        "unavailable": _unavailable(scored),
+        "speed": run.get("speed", []),
+        "settings": run.get("settings", {}),
+        "versions": _versions(run, scored),
+        "hardware": run.get("hardware", {}),
+        "notes": run.get("notes", []),
+    }
+
+
+def _checked(results: dict, path: Path) -> dict:
+    if results.get("format") != 1 or not all(key in results for key in ("metrics", "videos", "failed", "unavailable")):
+        raise ValueError(f"{path}: expected results of format 1, got format {results.get('format')!r}")
+    return results
+
+
+def _kinds(scored) -> dict[str, dict]:
+    """Description of each metric that any variant has, in the registry's order."""
+    found = {name: about for results in scored for name, about in results["metrics"].items()}
+    known = metrics.specs()
+    return {
+        name: {
+            "kind": found[name]["kind"],
+            "title": found[name]["title"],
+            "definition": found[name]["definition"],
+            "source": found[name]["source"],
+            "higher_is_better": found[name]["higher_is_better"],
+        }
+        for name in sorted(found, key=lambda name: list(known).index(name) if name in known else len(known))
+    }
+
+
+def _ordered(groups: dict[str, dict]) -> list[dict]:
+    """Full attention first, then the families as they appear, each by sparsity."""
+    families = list(dict.fromkeys(group["family"] for group in groups.values()))
+    return sorted(groups.values(), key=lambda g: (not g["reference"], families.index(g["family"]), g["sparsity"]))
+
+
+def _failed(scored: dict[str, dict]) -> list[dict]:
+    return [{"variant": name, **row} for name, results in scored.items() for row in results["failed"]]
+
+
+def _unavailable(scored: dict[str, dict]) -> dict[str, str]:
+    return dict(sorted({n: why for results in scored.values() for n, why in results["unavailable"].items()}.items()))
+
+
+def _versions(run: dict, scored: dict[str, dict]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for results in scored.values():
+        found |= results.get("versions", {})
+    return {**found, **run.get("versions", {})}
+
+
+def paper() -> dict:
+    """The paper's own points by model, metric and family: [{"sparsity", "value"}], and full attention's value."""
+    tables = json.loads((files("sla2_eval") / "templates" / "paper_tables.json").read_text())
+    columns = tables["columns"]
+    models = {}
+    for model, title in PAPER_MODELS.items():
+        by_metric = {}
+        for code, name in PAPER_METRICS.items():
+            column = columns.index(code)
+            families = {
+                PAPER_FAMILIES[family]: [
+                    {"sparsity": row[columns.index("sparsity")], "value": row[column]} for row in points.values()
+                ]
+                for family in PAPER_FAMILIES
+                if (points := tables[model].get(family))
+            }
+            by_metric[code] = {"title": name, "full": tables[model]["full"]["0"][column], "families": families}
+        models[model] = {"title": title, "metrics": by_metric}
+    return {"source": tables["source"], "models": models}
+
+
+def first_of_each(run_dir: Path, data: dict) -> list[dict]:
+    """Variants to show: the first seed of every group whose folder of videos is there, with its entries by file name."""
+    shown = []
+    for group in data["groups"]:
+        folder = run_dir / "videos" / group["names"][0]
+        try:
+            entries = {entry.file_name: entry for entry in read_manifest(folder)}
+        except ValueError:
+            continue
+        shown.append(
+            {"name": group["names"][0], "label": group["label"], "entries": entries, "sparsity": group["sparsity"]}
+        )
+    return shown

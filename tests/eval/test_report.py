@@ -1,0 +1,161 @@
+"""The report of a run, from a small run folder with real videos and real scores."""
+
+import csv
+import json
+import re
+import shutil
+
+import pytest
+from sla2_eval.report import as_markdown, write_report
+from sla2_eval.report_charts import chart, ticks
+from sla2_eval.report_data import gather, paper
+
+VARIANTS = [
+    {"name": "full", "label": "Full attention", "family": "full", "sparsity": 0.0},
+    {"name": "sla2-90", "label": "SLA2 90 %", "family": "SLA2", "sparsity": 0.9},
+    {"name": "sla2-97-s0", "label": "SLA2 97 %", "family": "SLA2", "sparsity": 0.97, "seed": 0},
+    {"name": "sla2-97-s1", "label": "SLA2 97 %", "family": "SLA2", "sparsity": 0.97, "seed": 1},
+    {"name": "late", "label": "<b>Not</b> scored", "family": "SLA", "sparsity": 0.97},
+]
+
+
+def results(values: dict[str, list[float]], failed: tuple = ()) -> dict:
+    """The part of a results.json that the report reads, one prompt per value."""
+    about = {
+        "psnr": {"kind": "paired", "title": "PSNR (dB)", "higher_is_better": True},
+        "temporal_flickering": {"kind": "unpaired", "title": "Temporal flickering", "higher_is_better": True},
+    }
+    count = len(next(iter(values.values())))
+    return {
+        "format": 1,
+        "metrics": {n: {**about[n], "definition": "of it", "source": "somewhere", "mean": 0.0} for n in values},
+        "videos": [
+            {"file_name": f"p{i}-0.mp4", "prompt": f"p{i}", "index": 0, "scores": {n: v[i] for n, v in values.items()}}
+            for i in range(count)
+        ],
+        "failed": list(failed),
+        "unavailable": {"lpips": "unavailable: run sla2 weights fetch alexnet"},
+        "versions": {"torch": "9.9"},
+    }
+
+
+@pytest.fixture
+def run_dir(make_folder, tmp_path):
+    """A run of full attention, three variants that were scored, and one that was not."""
+    root = tmp_path / "run"
+    scores = {
+        "full": {"temporal_flickering": [0.9, 0.8]},
+        "sla2-90": {"psnr": [31.0, 33.0], "temporal_flickering": [0.9, 0.8]},
+        "sla2-97-s0": {"psnr": [20.0, 22.0], "temporal_flickering": [0.7, 0.6]},
+        "sla2-97-s1": {"psnr": [24.0, 26.0], "temporal_flickering": [0.7, 0.6]},
+    }
+    for number, variant in enumerate(VARIANTS[:-1]):
+        make_folder(f"run/videos/{variant['name']}", 2, noise=4.0 * number)
+        folder = root / "scores" / variant["name"]
+        folder.mkdir(parents=True)
+        failed = [{"file_name": "p9-0.mp4", "metric": None, "error": "p9: broken <mp4>"}] if number == 1 else []
+        (folder / "results.json").write_text(json.dumps(results(scores[variant["name"]], failed)))
+    (root / "block_maps").mkdir()
+    maps = {"grid": [4, 2, 2], "block_q": 8, "block_k": 4, "layers": [{"layer": 0, "head": 1, "map": [[0], [1, 3]]}]}
+    (root / "block_maps" / "sla2-97-s0.json").write_text(json.dumps(maps))
+    run = {"title": "A run & its <title>", "variants": VARIANTS, "reference": "full", "settings": {"a": {"b": [1, 2]}}}
+    (root / "run.json").write_text(json.dumps({**run, "hardware": {"cpu": "two"}, "notes": ["mind this"]}))
+    return root
+
+
+def test_groups_hold_seeds_intervals_and_paired_differences(run_dir):
+    data = gather(run_dir)
+    assert [group["label"] for group in data["groups"]] == [
+        "Full attention",
+        "SLA2 90 %",
+        "SLA2 97 %",
+        "<b>Not</b> scored",
+    ]
+    full, ninety, ninety_seven, late = (group["metrics"] for group in data["groups"])
+    assert "psnr" not in full
+    assert full["temporal_flickering"]["mean"] == pytest.approx(0.85)
+    assert ninety["psnr"]["prompts"] == {"mean": 32.0, "low": 31.0, "high": 33.0, "n": 2}
+    assert "seeds" not in ninety["psnr"]
+    assert ninety["temporal_flickering"]["difference"]["within_noise"]
+    assert ninety_seven["psnr"]["mean"] == 23.0
+    assert ninety_seven["psnr"]["seeds"]["high"] == pytest.approx(23.0 + 12.706 * 2.0)
+    assert ninety_seven["temporal_flickering"]["difference"]["mean"] == pytest.approx(-0.2)
+    assert not ninety_seven["temporal_flickering"]["difference"]["within_noise"]
+    assert late == {}
+    assert data["not_scored"] == ["late"]
+    assert data["versions"] == {"torch": "9.9"}
+
+
+def test_page_stands_alone_and_says_everything(run_dir):
+    page = write_report(run_dir).read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#|results\.(?:csv|md|json)["'])""", page)
+    assert not re.search(r"@import|url\(", page)
+    for said in (
+        "A run &amp; its &lt;title&gt;", "&lt;b&gt;Not&lt;/b&gt; scored", "p9: broken &lt;mp4&gt;", "mind this",
+        "unavailable: run sla2 weights fetch alexnet", "Paired: against full attention",
+        "Unpaired: each video by itself", "The paper’s own points", "layer", "9.9", "two", "[1, 2]", "pattern 001",
+    ):  # fmt: skip
+        assert said in page, said
+    player = json.loads(re.search(r'id="data-player">(.*?)</script>', page, re.S)[1])
+    assert [variant["label"] for variant in player["variants"]] == ["Full attention", "SLA2 90 %", "SLA2 97 %"]
+    assert all(source.startswith("data:video/mp4;base64,") for row in player["prompts"] for source in row["sources"])
+
+
+def test_tables_agree_with_the_page(run_dir):
+    write_report(run_dir)
+    rows = list(csv.DictReader((run_dir / "report" / "results.csv").open()))
+    row = next(row for row in rows if row["variant"] == "SLA2 97 %" and row["metric"] == "psnr")
+    assert (float(row["mean"]), row["seeds"], row["prompts"]) == (23.0, "2", "2")
+    markdown = (run_dir / "report" / "results.md").read_text()
+    assert "| SLA2 90 % | 90 % | 32.00 [31.00, 33.00] |" in markdown
+    assert "| SLA2 90 % | 90 % | 0.8500 [0.8000, 0.9000] ≈ |" in markdown
+    assert "p9-0.mp4: failed: p9: broken" in markdown
+    assert json.loads((run_dir / "report" / "results.json").read_text()) == gather(run_dir)
+
+
+def test_half_finished_runs_have_a_report(run_dir):
+    for folder in ("scores", "videos", "block_maps"):
+        shutil.rmtree(run_dir / folder)
+    page = write_report(run_dir).read_text()
+    assert "Nothing has been scored yet" in page
+    assert "Side by side" not in page
+    assert "Definitions" in as_markdown(gather(run_dir)) or gather(run_dir)["metrics"] == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run.json", "{", r"run\.json: expected the description of a run, got"),
+        ("run.json", "{}", r'run\.json: expected "variants"'),
+        ("scores/full/results.json", '{"format": 2}', r"results\.json: expected results of format 1, got format 2"),
+        ("block_maps/sla2-97-s0.json", '{"grid": [1, 1, 1]}', r"sla2-97-s0\.json: expected block maps with block_q"),
+        (
+            "block_maps/sla2-97-s0.json",
+            '{"grid": [4, 2, 2], "block_q": 8, "block_k": 4, "layers": [{"layer": 0, "head": 0, "map": [[0], [4]]}]}',
+            r"sla2-97-s0\.json: expected 2 rows of key blocks below 4",
+        ),
+    ],
+)
+def test_bad_files_are_named(run_dir, name, content, message):
+    (run_dir / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        write_report(run_dir)
+    assert not (run_dir / "report").exists()
+
+
+def test_papers_points_are_the_papers():
+    small = paper()["models"]["wan2.1-1.3b-480p"]["metrics"]["IQ"]
+    assert small["full"] == 63.67
+    assert small["families"]["SLA2"][-1] == {"sparsity": 0.97, "value": 66.64}
+    assert small["families"]["SLA2, heuristic router"] == [{"sparsity": 0.97, "value": 63.66}]
+
+
+def test_chart_draws_every_point_inside_the_frame():
+    families = {"x": [{"sparsity": s, "value": v, "low": v - 1, "high": v + 1} for s, v in ((0.85, 30), (0.97, -4))]}
+    svg = chart("T", "n", families, {"x": 9}, full=50.0)
+    circles = [tuple(map(float, m)) for m in re.findall(r'points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"', svg)]
+    assert len(circles) == 1
+    assert all(0 <= value <= 320 for value in circles[0])
+    assert circles[0][1] < circles[0][3]
+    assert ticks(0.0, 1.0) == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert ticks(84.2, 97.9) == [85.0, 90.0, 95.0]
