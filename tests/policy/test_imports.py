@@ -61,6 +61,7 @@ ORDER = {
         scoring
         report_data
         report_charts
+        report_charts
         report
         ablation
         estimate
