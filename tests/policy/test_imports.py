@@ -61,7 +61,6 @@ ORDER = {
         scoring
         report_data
         report_charts
-        report_charts
         report
         ablation
         estimate
