@@ -43,8 +43,8 @@ def _torchvision(name: str, file_name: str, megabytes: int, digest: str, used_by
 
 _FILES = (
     _torchvision("alexnet", "alexnet-owt-7be5be79.pth", 233, "7be5be79", ("lpips",)),
-    _torchvision("vgg16", "vgg16-397923af.pth", 528, "397923af", ("lpips",)),
-    _torchvision("squeezenet", "squeezenet1_1-b8a52dc0.pth", 5, "b8a52dc0", ("lpips",)),
+    _torchvision("vgg16", "vgg16-397923af.pth", 528, "397923af", ("lpips_vgg",)),
+    _torchvision("squeezenet", "squeezenet1_1-b8a52dc0.pth", 5, "b8a52dc0", ("lpips_squeeze",)),
     _torchvision("raft", "raft_large_C_T_V2-1bb1363a.pth", 20, "1bb1363a", ("dynamic_degree",)),
     WeightFile(
         name="clip_b32", file_name="ViT-B-32.pt", url=f"{_OPENAI}{_B32}/ViT-B-32.pt", megabytes=338,

@@ -86,6 +86,7 @@ class Worker:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
             os.environ[name] = "1"
         self.settings, self.device = settings, device
+        self.specs = metrics.specs()
         self.scorers: dict = {}
 
     def _scorer(self, name: str):
@@ -111,7 +112,7 @@ class Worker:
             self._score(
                 sample, task["reference_metrics"], out["reference_results"], out["reference_errors"], out["unavailable"]
             )
-        if video and reference:
+        if video and reference and any(self.specs[name].kind == "paired" for name in task["metrics"]):
             try:
                 _check_pair(task["video"], video, reference)
             except ValueError as error:
@@ -125,13 +126,13 @@ class Worker:
     def _score(self, sample: Sample, names: list[str], results: dict, errors: dict, unavailable: dict) -> None:
         import math
 
-        kinds = {name: spec.kind for name, spec in metrics.specs().items()}
         for name in names:
-            if kinds[name] == "paired" and sample.reference is None:
+            kind = self.specs[name].kind
+            if kind == "paired" and sample.reference is None:
                 continue
             try:
                 value = self._scorer(name)(sample)
-                if kinds[name] == "set":
+                if kind == "set":
                     results[name] = {"features": pack(value)}
                 elif not math.isfinite(value):
                     raise ValueError(f"{name}: expected a finite value, got {value}")

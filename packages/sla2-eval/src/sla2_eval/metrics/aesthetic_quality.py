@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sla2_eval.metrics.base import MetricSpec
+from collections.abc import Callable
+
+from sla2_eval.metrics.base import MetricSpec, MetricUnavailable, Sample
 
 SPECS = (
     MetricSpec(
@@ -20,3 +22,24 @@ SPECS = (
         settings={"model": "ViT-L-14-quickgelu"},
     ),
 )
+
+
+def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
+    """The scorer. The head is a linear layer with `weight` (1, d) and `bias` (1,)."""
+    from sla2_eval.metrics.clip_model import Clip
+    from sla2_eval.metrics.loading import load_tensors
+
+    clip = Clip("clip_l14", settings, device)
+    head = load_tensors("aesthetic_head", settings)
+    if sorted(head) != ["bias", "weight"] or head["weight"].shape != (1, clip.model.visual.output_dim):
+        shapes = {key: tuple(value.shape) for key, value in head.items()}
+        raise MetricUnavailable(
+            f"unavailable: aesthetic_head: expected weight (1, {clip.model.visual.output_dim}) and bias (1,), got {shapes}"
+        )
+    weight, bias = head["weight"][0].to(device).float(), head["bias"].to(device).float()
+
+    def score(sample: Sample) -> float:
+        features = clip.images(sample.frames, antialias=False)
+        return ((features @ weight + bias) / 10).double().mean().item()
+
+    return score

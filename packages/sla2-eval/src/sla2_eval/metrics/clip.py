@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sla2_eval.metrics.base import MetricSpec
+from collections.abc import Callable
+
+from sla2_eval.metrics.base import MetricSpec, Sample
 
 SPECS = (
     MetricSpec(
@@ -33,3 +35,18 @@ SPECS = (
         settings={"model": "ViT-B-32-quickgelu"},
     ),
 )
+
+
+def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
+    """The scorer: cosines of normalised features, averaged over frames in double precision."""
+    from sla2_eval.metrics.clip_model import Clip
+
+    clip = Clip("clip_b32", settings, device)
+
+    def similarity(sample: Sample) -> float:
+        return (clip.images(sample.frames) * clip.images(sample.reference)).sum(-1).double().mean().item()
+
+    def agreement(sample: Sample) -> float:
+        return (clip.images(sample.frames) @ clip.text(sample.prompt)).double().mean().item()
+
+    return similarity if name == "clip_similarity" else agreement

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sla2_eval.metrics.base import MetricSpec
+from collections.abc import Callable
+
+from sla2_eval.metrics.base import MetricSpec, Sample, need_frames
 
 SPECS = (
     MetricSpec(
@@ -18,7 +20,7 @@ SPECS = (
         packages=("timm (pip install timm)",),
         vbench="subject_consistency",
         vbench_range=(0.1462, 1.0),
-        settings={"model": "vit_base_patch16_224"},
+        settings={"model": "vit_base_patch16_224", "size": 224},
     ),
     MetricSpec(
         name="background_consistency",
@@ -36,3 +38,58 @@ SPECS = (
         settings={"model": "ViT-B-32-quickgelu"},
     ),
 )
+
+
+def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
+    """The scorer over DINO's or CLIP's features of every frame."""
+    if name == "subject_consistency":
+        features = _dino(settings, device)
+    else:
+        from sla2_eval.metrics.clip_model import Clip
+
+        clip = Clip("clip_b32", settings, device)
+
+        def features(frames):
+            return clip.images(frames, antialias=False)
+
+    def score(sample: Sample) -> float:
+        need_frames(sample, 2)
+        return consistency(features(sample.frames).double().cpu().numpy())
+
+    return score
+
+
+def consistency(features) -> float:
+    """Mean over i >= 1 of (max(0, cos(f_i-1, f_i)) + max(0, cos(f_0, f_i))) / 2 of features (T, d)."""
+    import numpy as np
+
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    before = np.maximum(0.0, (unit[:-1] * unit[1:]).sum(1))
+    first = np.maximum(0.0, unit[1:] @ unit[0])
+    return float(((before + first) / 2).mean())
+
+
+def _dino(settings: dict, device: str) -> Callable:
+    """Class-token features of DINO's ViT; frames keep their shape, with the short side 224, as VBench feeds them."""
+    import timm
+    import torch
+
+    from sla2_eval.metrics.loading import IMAGENET_MEAN, IMAGENET_STD, fill, load_tensors, prepared
+
+    options = {"pretrained": False, "num_classes": 0, "dynamic_img_size": True}
+    model = timm.create_model(settings["model"], **options)
+    model = fill(model, load_tensors("dino_b16", settings), "dino_b16").to(device)
+    patch = model.patch_embed.patch_size[0]
+
+    def features(frames):
+        found = []
+        with torch.inference_mode():
+            for start in range(0, len(frames), 8):
+                x = prepared(
+                    frames[start : start + 8], device, settings["size"], IMAGENET_MEAN, IMAGENET_STD,
+                    mode="bilinear", crop=False, antialias=False,
+                )  # fmt: skip
+                found.append(model(x[..., : x.shape[-2] // patch * patch, : x.shape[-1] // patch * patch]))
+        return torch.cat(found)
+
+    return features

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from sla2_eval.metrics.base import MetricSpec
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from sla2_eval.metrics.base import MetricSpec, Sample, need_frames
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SPECS = (
     MetricSpec(
@@ -28,6 +34,100 @@ SPECS = (
         licence="CC-BY-NC-4.0 (VideoMAE)",
         weights=("videomae",),
         packages=("transformers (pip install transformers)",),
-        settings={"clip_frames": 16, "size": 224},
+        settings={"clip_frames": 16, "size": 224, "model": {}},
     ),
 )
+
+
+def load(name: str, settings: dict, device: str) -> Callable[[Sample], np.ndarray]:
+    """The extractor: features (clips, d) of a video's consecutive clips. It raises ValueError for a shorter video."""
+    import numpy as np
+    import torch
+
+    length = settings["clip_frames"]
+    features = _i3d(settings, device) if name == "fvd" else _videomae(settings, device)
+
+    def extract(sample: Sample) -> np.ndarray:
+        need_frames(sample, length)
+        found = []
+        with torch.inference_mode():
+            for start in range(0, len(sample.frames) - length + 1, length):
+                found.append(features(sample.frames[start : start + length]).float().cpu().numpy())
+        return np.stack(found)
+
+    return extract
+
+
+def _square(frames: np.ndarray, device: str, side: int):
+    """Float (T, 3, side, side) in [0, 1], bilinear."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    x = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float().div_(255.0)
+    return interpolate(x, (side, side), mode="bilinear", align_corners=False)
+
+
+def _i3d(settings: dict, device: str) -> Callable:
+    from sla2_eval.metrics.loading import load_script
+
+    detector = load_script("i3d", settings, device)
+
+    def features(frames: np.ndarray):
+        clip = _square(frames, device, settings["size"]).permute(1, 0, 2, 3)[None] * 2 - 1
+        return detector(clip, rescale=False, resize=False, return_features=True)[0]
+
+    return features
+
+
+def _videomae(settings: dict, device: str) -> Callable:
+    import torch
+    from transformers import VideoMAEConfig, VideoMAEModel
+
+    from sla2_eval.metrics.loading import IMAGENET_MEAN, IMAGENET_STD, fill, load_tensors
+
+    config = VideoMAEConfig(
+        **{"image_size": settings["size"], "num_frames": settings["clip_frames"], **settings["model"]}
+    )
+    tensors = {k.removeprefix("videomae."): v for k, v in load_tensors("videomae", settings).items()}
+    tensors = {k: v for k, v in tensors.items() if not k.startswith(("classifier.", "fc_norm.", "decoder"))}
+    model = fill(VideoMAEModel(config), tensors, "videomae").to(device)
+    mean, std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def features(frames: np.ndarray):
+        return model((_square(frames, device, settings["size"]) - mean)[None] / std).last_hidden_state[0].mean(0)
+
+    return features
+
+
+def frechet(first: np.ndarray, second: np.ndarray) -> float:
+    """The squared Frechet distance of the Gaussians fitted to two sets of features (n, d) and (m, d), in float64.
+
+    |mean1 - mean2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)). With S = R'R, the eigenvalues of S1 S2 are the squared
+    singular values of R1 R2', so their roots come without a matrix square root, which rank-deficient sets would break.
+    Rows are sorted first, so that the order of the videos does not change a bit. Raises ValueError below two rows.
+    """
+    import numpy as np
+
+    means, roots = [], []
+    for features in (first, second):
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(f"fvd: expected at least 2 clips a side, got features of shape {features.shape}")
+        x = np.asarray(features, dtype=np.float64)
+        x = x[np.lexsort(x.T[::-1])]
+        means.append(x.mean(axis=0))
+        roots.append(np.linalg.qr(x - means[-1], mode="r") / np.sqrt(len(x) - 1))
+    shared = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    spread = sum(float((root * root).sum()) for root in roots)
+    return max(0.0, float(((means[0] - means[1]) ** 2).sum()) + spread - 2.0 * float(shared))
+
+
+def reduce(name: str, features: np.ndarray, reference: np.ndarray, settings: dict) -> dict:
+    """The distance between the videos' and the references' features, and warnings where few clips make it worth little."""
+    warnings = []
+    for side, found in (("videos", features), ("references", reference)):
+        count, dimension = found.shape
+        if count < 256:
+            warnings.append(f"{count} clips of the {side}: under 256 the distance says little, and is biased upwards")
+        if count <= dimension:
+            warnings.append(f"{count} clips of the {side} for {dimension} dimensions: the covariance is rank-deficient")
+    return {"value": frechet(features, reference), "warnings": warnings}

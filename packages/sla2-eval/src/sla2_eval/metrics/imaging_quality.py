@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sla2_eval.metrics.base import MetricSpec
+from collections.abc import Callable
+
+from sla2_eval.metrics.base import MetricSpec, Sample, chunks
 
 SPECS = (
     MetricSpec(
@@ -20,3 +22,29 @@ SPECS = (
         settings={"long_side": 512},
     ),
 )
+
+
+def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
+    """The scorer: pyiqa's MUSIQ, a frame at a time as VBench runs it."""
+    import torch
+    from pyiqa.archs.musiq_arch import MUSIQ
+    from torch.nn.functional import interpolate
+
+    from sla2_eval.metrics.loading import fill, load_tensors
+
+    model = fill(MUSIQ(pretrained=False), load_tensors("musiq", settings), "musiq").to(device)
+
+    def score(sample: Sample) -> float:
+        values = []
+        with torch.inference_mode():
+            for frame in chunks(sample.frames, device, 1):
+                height, width = frame.shape[-2:]
+                scale = settings["long_side"] / max(height, width)
+                if scale < 1:
+                    frame = interpolate(
+                        frame, (int(scale * height), int(scale * width)), mode="bilinear", align_corners=False
+                    )
+                values.append(float(model(frame)) / 100)
+        return sum(values) / len(values)
+
+    return score

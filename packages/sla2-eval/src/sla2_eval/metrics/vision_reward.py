@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from sla2_eval.metrics.base import MetricSpec
+import math
+from collections.abc import Callable
+
+from sla2_eval.metrics.base import MetricSpec, Sample
 
 SPECS = (
     MetricSpec(
@@ -18,3 +21,16 @@ SPECS = (
         needs_prompt=True,
     ),
 )
+
+
+def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
+    """The scorer: `vision_reward.score(frames, fps, prompt)` of the user's own module, with uint8 (T, H, W, 3) frames."""
+    import vision_reward
+
+    def score(sample: Sample) -> float:
+        value = float(vision_reward.score(sample.frames, sample.fps, sample.prompt))
+        if not math.isfinite(value):
+            raise ValueError(f"vision_reward: expected a finite score, got {value}")
+        return value
+
+    return score

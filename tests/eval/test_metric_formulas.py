@@ -1,0 +1,222 @@
+"""Metrics without weights against hand-computed values: still, translating and noisy videos, Gaussians, normalisation."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from sla2_eval import metrics
+from sla2_eval.metrics.base import Sample
+from sla2_eval.metrics.consistency import consistency
+from sla2_eval.metrics.dynamic_degree import moves, strongest
+from sla2_eval.metrics.fvd import frechet, reduce
+from sla2_eval.metrics.overall_consistency import middles
+
+
+def video(frames, fps=8.0, reference=None, prompt=None):
+    return Sample(np.asarray(frames, dtype=np.uint8), fps, reference, prompt)
+
+
+def bar(frames=9, step=1, width=24):
+    """A white bar of one column on black, moving `step` columns a frame."""
+    found = np.zeros((frames, 8, width, 3), dtype=np.uint8)
+    for t in range(frames):
+        found[t, :, 2 + t * step] = 255
+    return found
+
+
+def test_still_video_neither_flickers_nor_moves():
+    still = np.full((7, 8, 8, 3), 93)
+    assert metrics.load("temporal_flickering", {})(video(still)) == 1.0
+    assert metrics.load("motion_smoothness_linear", {})(video(still)) == 1.0
+
+
+def test_translating_bar_by_hand():
+    moving = bar()
+    # Two columns of 24 change by 255 in every pair.
+    assert metrics.load("temporal_flickering", {})(video(moving)) == pytest.approx(1 - 2 / 24)
+    # The odd frame has a column of 255 where the mean of its neighbours has two of 127.5: 255 + 2 * 127.5 over 24 columns.
+    assert metrics.load("motion_smoothness_linear", {})(video(moving)) == pytest.approx(1 - 2 / 24)
+
+
+def test_linear_ramp_is_smooth_but_flickers():
+    ramp = np.arange(0, 90, 10)[:, None, None, None] * np.ones((1, 8, 8, 3))
+    assert metrics.load("motion_smoothness_linear", {})(video(ramp)) == 1.0
+    assert metrics.load("temporal_flickering", {})(video(ramp)) == pytest.approx(1 - 10 / 255)
+
+
+def test_uniform_noise_by_expectation():
+    noise = np.random.default_rng(0).integers(0, 256, (21, 64, 64, 3))
+    # E|x - y| = n / 3 of n = 256 levels; E|x - (y + z) / 2| = 7 n / 24.
+    assert metrics.load("temporal_flickering", {})(video(noise)) == pytest.approx(1 - 256 / 3 / 255, abs=2e-3)
+    assert metrics.load("motion_smoothness_linear", {})(video(noise)) == pytest.approx(1 - 256 * 7 / 24 / 255, abs=2e-3)
+
+
+@pytest.mark.parametrize(("name", "frames"), [("temporal_flickering", 1), ("motion_smoothness_linear", 2)])
+def test_too_short_videos_are_refused(name, frames):
+    with pytest.raises(ValueError, match=f"got {frames}"):
+        metrics.load(name, {})(video(np.zeros((frames, 4, 4, 3))))
+
+
+def test_an_even_number_of_frames_leaves_the_last_out():
+    frames = bar(8)
+    frames[7] = 200
+    assert metrics.load("motion_smoothness_linear", {})(video(frames)) == pytest.approx(1 - 2 / 24)
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("subject_consistency", 0.1462, 1.0),
+        ("background_consistency", 0.2615, 1.0),
+        ("temporal_flickering", 0.6293, 1.0),
+        ("motion_smoothness", 0.706, 0.9975),
+        ("dynamic_degree", 0.0, 1.0),
+        ("aesthetic_quality", 0.0, 1.0),
+        ("imaging_quality", 0.0, 1.0),
+        ("overall_consistency", 0.0, 0.364),
+    ],
+)
+def test_normalisation_is_vbenchs_table(name, low, high):
+    spec = metrics.specs()[name]
+    assert spec.vbench == name
+    assert spec.normalised(low) == 0.0
+    assert spec.normalised(high) == 1.0
+    assert spec.normalised(high + (high - low)) == pytest.approx(2.0)
+    assert [n for n, s in metrics.specs().items() if s.normalised(0.5) is None and s.vbench] == []
+
+
+def test_consistency_by_hand():
+    east, north, west = [1.0, 0.0], [0.0, 3.0], [-2.0, 0.0]
+    assert consistency(np.array([east, east, east])) == 1.0
+    assert consistency(np.array([east, north])) == 0.0
+    # west: 0 to its neighbour, and a negative cosine to the first counts as 0; then east again: 0 and 1.
+    assert consistency(np.array([east, west, east])) == pytest.approx((0 + (0 + 1) / 2) / 2)
+    assert consistency(np.array([east, [1.0, 1.0], north])) == pytest.approx(((0.5**0.5) + (0.5**0.5 + 0) / 2) / 2)
+
+
+def test_strongest_flow_is_the_mean_of_the_top_twentieth():
+    flow = np.zeros((2, 10, 20))
+    flow[0, 0, :10], flow[1, 0, :10] = 3.0, 4.0
+    assert strongest(flow) == 5.0
+    flow[0, 0, 0] = 0.0
+    assert strongest(flow) == pytest.approx((9 * 5.0 + 4.0) / 10)
+
+
+def test_dynamic_degree_counts_pairs_against_vbenchs_threshold():
+    # min(H, W) = 256: six pixels; 16 frames: four pairs.
+    assert moves([6.1] * 4 + [0.0] * 11, 16, (256, 300), fps=8)
+    assert not moves([6.1] * 3 + [6.0] * 12, 16, (256, 300), fps=8)
+    assert not moves([6.1] * 15, 16, (256, 256), fps=4)
+    assert moves([12.1] * 15, 16, (256, 256), fps=4)
+    assert moves([3.1] * 4, 16, (128, 999), fps=24)
+
+
+def test_middle_frames_of_equal_parts():
+    assert middles(16, 8) == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert middles(49, 8) == [2, 8, 14, 20, 26, 32, 38, 45]
+    assert middles(3, 5) == [0, 1, 2, 2, 2]
+
+
+def gaussian(count, dimension, seed, scale=1.0, shift=0.0):
+    return np.random.default_rng(seed).normal(shift, scale, (count, dimension))
+
+
+def test_frechet_is_the_closed_form_of_commuting_gaussians():
+    """Sets with exactly diagonal covariances: |m1 - m2|^2 + sum (s1 - s2)^2."""
+    corners = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=float)
+    unit = corners * np.sqrt(7 / 8)  # unbiased variance 1 in each coordinate
+    first, second = unit * [1.0, 2.0, 3.0] + [1.0, 0.0, 0.0], unit * [2.0, 0.5, 3.0] + [0.0, 2.0, 0.0]
+    assert frechet(first, second) == pytest.approx(1 + 4 + (1 + 1.5**2 + 0), rel=1e-12)
+
+
+def test_frechet_is_the_closed_form_in_general():
+    """Against tr (S1 S2)^(1/2) from the eigenvalues of the product itself, full rank."""
+    first, second = gaussian(60, 5, 0), gaussian(50, 5, 1, 2.0, 0.3) @ np.random.default_rng(2).normal(size=(5, 5))
+    s1, s2 = np.cov(first.T), np.cov(second.T)
+    root = np.sqrt(np.linalg.eigvals(s1 @ s2).real).sum()
+    expected = ((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * root
+    assert frechet(first, second) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(("count", "dimension"), [(2, 400), (7, 400), (40, 400), (90, 31)])
+def test_frechet_of_identical_sets_is_zero_even_rank_deficient(count, dimension):
+    features = gaussian(count, dimension, 3).astype(np.float32)
+    assert frechet(features, features[::-1].copy()) <= 1e-9
+
+
+def test_frechet_is_symmetric_finite_and_of_no_order():
+    first, second = gaussian(30, 400, 0), gaussian(9, 400, 1, 1.5)
+    value = frechet(first, second)
+    assert np.isfinite(value)
+    assert value > 0
+    assert frechet(second, first) == pytest.approx(value, rel=1e-12)
+    shuffled = first[np.random.default_rng(5).permutation(30)]
+    assert frechet(shuffled, second[::-1]) == value
+
+
+def test_frechet_of_constant_sets_is_the_distance_of_their_means():
+    assert frechet(np.ones((4, 3)), np.zeros((5, 3))) == pytest.approx(3.0)
+
+
+def test_fvd_refuses_one_clip_and_warns_of_few():
+    with pytest.raises(ValueError, match="at least 2 clips"):
+        reduce("fvd", gaussian(1, 4, 0), gaussian(9, 4, 0), {})
+    few = reduce("fvd", gaussian(20, 70, 0), gaussian(60, 70, 1), {})
+    assert [w.split(":")[0] for w in few["warnings"]] == [
+        "20 clips of the videos",
+        "20 clips of the videos for 70 dimensions",
+        "60 clips of the references",
+        "60 clips of the references for 70 dimensions",
+    ]
+    assert reduce("fvd", gaussian(300, 4, 0), gaussian(300, 4, 1), {})["warnings"] == []
+
+
+def test_caption_accuracy_reads_shapes_and_refuses_other_captions():
+    from sla2_eval.tiny.shapes import sample
+
+    scene, caption = sample(11, 3)
+    frames = (scene * 255).round().astype(np.uint8).repeat(4, 1).repeat(4, 2)
+    score = metrics.load("caption_accuracy", {})
+    assert score(video(frames, prompt=caption)) == 1.0
+    assert score(video(frames[::-1], prompt=caption)) == 0.0 or "colliding" in caption
+    assert score(video(np.zeros_like(frames), prompt=caption)) == 0.0
+    with pytest.raises(ValueError, match="caption"):
+        score(video(frames, prompt="a dog"))
+    with pytest.raises(ValueError, match="square frames"):
+        score(video(frames[:, :100], prompt=caption))
+
+
+def test_registry_is_light_and_complete():
+    code = (
+        "import sys, sla2_eval.metrics as m, sla2_eval.scoring, sla2_eval.weights; m.specs();"
+        "print([n for n in ('torch', 'ray', 'torchmetrics', 'lpips', 'open_clip', 'av', 'jinja2') if n in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"
+    for name, spec in metrics.specs().items():
+        assert spec.kind in ("paired", "unpaired", "set"), name
+        assert spec.definition, name
+        assert spec.source, name
+        assert spec.licence, name
+        assert hasattr(metrics.module_of(name), "load"), name
+        assert not spec.weights or spec.licence != "none needed", name
+
+
+def test_psnr_imports_no_model_and_nothing_heavy_beside_torch():
+    code = (
+        "import sys; from sla2_eval import metrics; metrics.load('psnr', {}); metrics.load('ssim', {});"
+        "print([n for n in ('scipy', 'transformers', 'torchvision', 'torchmetrics', 'ray') if n in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_torchmetrics_is_whole_when_imported_afterwards():
+    code = (
+        "from sla2_eval import metrics; metrics.load('psnr', {}); import torch, torchmetrics;"
+        "print(torchmetrics.MeanMetric()(torch.tensor([1.0, 3.0])).item())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "2.0"
