@@ -47,7 +47,7 @@ def test_rope_is_applied_before_routing(wan, inputs, sla2_config):
     handle = apply_sla2(transformer, sla2_config())
     seen, projected = {}, {}
     hook = transformer.blocks[1].attn1.to_out[0].register_forward_pre_hook(lambda m, x: projected.update(x=x[0]))
-    with torch.no_grad(), handle.recording(lambda layer, q, k, v: seen.update({layer: (q, k, v)})):
+    with torch.no_grad(), handle.recording(lambda layer, q, k, v, *_: seen.update({layer: (q, k, v)})):
         forward(transformer, inputs())
     q, k, v = (x.transpose(1, 2) for x in seen[1])
     weights = torch.softmax(q @ k.transpose(-1, -2) / 12**0.5, -1)

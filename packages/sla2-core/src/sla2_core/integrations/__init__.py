@@ -1,0 +1,1 @@
+"""SLA2 in other people's models: diffusers transformers by family, and call sites of scaled_dot_product_attention."""

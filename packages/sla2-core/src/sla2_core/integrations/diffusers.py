@@ -41,6 +41,8 @@ def apply_sla2(
     """
     family = family_of(transformer)
     found = family.attention_layers(transformer)
+    if not found:
+        raise ValueError(f"transformer: expected self-attention layers, found none in {type(transformer).__name__}")
     skipped = {_layer_number(i, len(found)) for i in skip_layers}
     if len(skipped) == len(found):
         raise ValueError(f"skip_layers: expected at least one of the {len(found)} layers to be left, got all of them")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,11 @@ from torch import Tensor, nn
 # Class of the transformer in diffusers -> the module of this package that defines its FAMILY.
 _MODULES = {
     "WanTransformer3DModel": "wan",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
+    "CogVideoXTransformer3DModel": "cogvideox",
+    "FluxTransformer2DModel": "flux",
+    "LTX2VideoTransformer3DModel": "ltx2",
 }
 
 
@@ -25,8 +31,11 @@ class Family:
         processor: the SLA2Processor class of these layers.
         heads: an attention module -> (number of heads, head dimension).
         predict: (transformer, noisy latents, sigma (B,) in [0, 1], conditions) -> the model's prediction, a tensor.
-        objective: "flow" (velocity noise - clean) or "v_prediction" (diffusion with a cosine-like alpha schedule).
-        tokens: (transformer config, frames, height, width in latent units) -> (video tokens, text tokens).
+        tokens: (transformer config, latent frames, height, width) -> video tokens.
+        latent_shape: (frames, height, width) of the latents in the model's usual setting, for reports.
+        alphas_cumprod: transformer config -> (T,) for models that predict v on a variance-preserving schedule; None for
+            flow matching.
+        install_hooks: (transformer, layer names) -> hook handles, where a processor needs to see more than its arguments.
     """
 
     name: str
@@ -34,8 +43,10 @@ class Family:
     processor: type[nn.Module]
     heads: Callable[[nn.Module], tuple[int, int]]
     predict: Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
-    tokens: Callable[[Mapping, int, int, int], tuple[int, int]]
-    objective: str = "flow"
+    tokens: Callable[[Mapping, int, int, int], int]
+    latent_shape: tuple[int, int, int]
+    alphas_cumprod: Callable[[Mapping], Tensor] | None = None
+    install_hooks: Callable[[nn.Module, Sequence[str]], list[Any]] | None = None
 
 
 def known_classes() -> tuple[str, ...]:

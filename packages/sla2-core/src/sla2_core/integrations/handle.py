@@ -75,9 +75,10 @@ class SLA2Handle:
         self.transformer, self.family, self.names = transformer, family, names
         self.base_model, self.dense_steps = base_model, dense_steps
         self._switch = switch
-        self._hook = None
+        self._hooks = family.install_hooks(transformer, tuple(names.values())) if family.install_hooks else []
         if dense_steps:
-            self._hook = transformer.register_forward_pre_hook(StepCounter(switch, dense_steps), with_kwargs=True)
+            counter = StepCounter(switch, dense_steps)
+            self._hooks.append(transformer.register_forward_pre_hook(counter, with_kwargs=True))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -120,8 +121,8 @@ class SLA2Handle:
         """Put the model's own processors back; the handle is of no use afterwards."""
         for name, processor in zip(self.names.values(), self.processors.values()):
             self.transformer.get_submodule(name).set_processor(processor.original)
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self.names = {}
 
     def configure(self, **changes: Any) -> None:
@@ -223,7 +224,7 @@ class SLA2Handle:
 
     @contextlib.contextmanager
     def recording(self, recorder: Callable[..., None]) -> Iterator[None]:
-        """Full attention inside a with block, with recorder(layer, q, k, v) at every layer, tensors (B, N, H, d)."""
+        """Full attention inside a with block, with recorder(layer, q, k, v, text_tokens, kv_lengths) at every layer."""
         before, self._switch.recorder = self._switch.recorder, recorder
         try:
             with self.disabled():
@@ -234,7 +235,7 @@ class SLA2Handle:
     def block_maps(self, run: Callable[[], Any]) -> dict[int, BlockMap]:
         """The block map of each layer's last routed call while run() runs the model."""
         maps: dict[int, BlockMap] = {}
-        before, self._switch.observer = self._switch.observer, lambda i, info: maps.__setitem__(i, info.block_map)
+        before, self._switch.observer = self._switch.observer, maps.__setitem__
         try:
             run()
         finally:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from sla2_core.integrations.joint import full_attention, routed_attention
+from sla2_core.integrations.ulysses import Ulysses
 
 
 @dataclass
@@ -15,20 +17,14 @@ class Switch:
     """State that the processors of one model share.
 
     `enabled` is the user's choice, `dense_step` is set while one of the first `dense_steps` steps runs. `recorder`, if
-    set, is called as recorder(layer, q, k, v, context) with (B, N, H, d) tensors after the rotary embedding, and `observer` as
-    observer(layer, info) with the AttentionInfo of each routed call.
+    set, is called as recorder(layer, q, k, v, text_tokens, kv_lengths) with (B, N, H, d) tensors after the rotary
+    embedding, and `observer` as observer(layer, block_map) at each routed call.
     """
 
     enabled: bool = True
     dense_step: bool = False
     recorder: Callable[..., None] | None = None
     observer: Callable[..., None] | None = None
-
-
-def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V on (B, N, H, d); `mask` is bool and broadcasts to (B, H, N_q, N_k)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 class SLA2Processor(nn.Module):
@@ -46,6 +42,8 @@ class SLA2Processor(nn.Module):
         self.attention = attention
         self.layer = layer
         self.switch = switch
+        for name in ("_attention_backend", "_parallel_config"):  # diffusers may have set them before
+            setattr(self, name, getattr(original, name, None))
         self._original = (original,)  # in a tuple, so that a processor that is a module is not registered twice
 
     @property
@@ -69,16 +67,33 @@ class SLA2Processor(nn.Module):
     def attend(self, attn: nn.Module, *args, **kwargs):
         raise NotImplementedError
 
-    def self_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Routed or full attention of (B, N, H, d) queries, keys and values after the rotary embedding."""
+    def self_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, text_tokens: int = 0, kv_lengths: Tensor | None = None
+    ) -> Tensor:
+        """Routed or full attention of (B, N, H, d) queries, keys and values after the rotary embedding.
+
+        The last `text_tokens` tokens are text: their keys are always selected, their queries dense. `kv_lengths`, int64
+        (B,), counts the valid keys of each item. Under Ulysses the tokens are this rank's.
+        """
+        ulysses = None
         if self._parallel_config is not None:
-            raise NotImplementedError("transformer: expected a model without context parallelism, got _parallel_config")
+            if kv_lengths is not None:
+                raise ValueError("attention_mask: expected None under context parallelism, got a mask")
+            ulysses = Ulysses(self._parallel_config, q.shape[2])
+            q, k, v = (ulysses.gather_tokens(x, text_tokens) for x in (q, k, v))
+            local_text, text_tokens = text_tokens, text_tokens * ulysses.ranks
         if self.switch.recorder is not None:
-            self.switch.recorder(self.layer, q, k, v)
+            self.switch.recorder(self.layer, q, k, v, text_tokens, kv_lengths)
         if not self.routed:
-            return full_attention(q, k, v)
-        if self.switch.observer is None:
-            return self.attention(q, k, v, layout="bnhd")
-        out, info = self.attention(q, k, v, layout="bnhd", return_info=True)
-        self.switch.observer(self.layer, info)
-        return out
+            out = full_attention(*(x.transpose(1, 2) for x in (q, k, v)), kv_lengths).transpose(1, 2)
+        elif ulysses is None and not text_tokens and kv_lengths is None and self.switch.observer is None:
+            out = self.attention(q, k, v, layout="bnhd")
+        else:
+            out, block_map, _ = routed_attention(
+                self.attention, *(x.transpose(1, 2) for x in (q, k, v)), text_tokens=text_tokens,
+                kv_lengths=kv_lengths, heads=slice(None) if ulysses is None else ulysses.heads,
+            )  # fmt: skip
+            out = out.transpose(1, 2)
+            if self.switch.observer is not None:
+                self.switch.observer(self.layer, block_map)
+        return out if ulysses is None else ulysses.scatter_tokens(out, local_text)

@@ -97,9 +97,9 @@ def _predict(transformer: nn.Module, noisy: Tensor, sigma: Tensor, conditions: M
     return transformer(hidden_states=noisy, timestep=sigma * 1000, **conditions, return_dict=False)[0]
 
 
-def _tokens(config: Mapping, frames: int, height: int, width: int) -> tuple[int, int]:
+def _tokens(config: Mapping, frames: int, height: int, width: int) -> int:
     p_t, p_h, p_w = config["patch_size"]
-    return (frames // p_t) * (height // p_h) * (width // p_w), 0
+    return (frames // p_t) * (height // p_h) * (width // p_w)
 
 
 FAMILY = Family(
@@ -109,4 +109,5 @@ FAMILY = Family(
     heads=_heads,
     predict=_predict,
     tokens=_tokens,
+    latent_shape=(21, 60, 104),  # 81 frames of 480 x 832
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,14 +16,17 @@ def draw_sigma(rng: np.random.Generator, count: int, kind: str, shift: float) ->
     return torch.from_numpy(shift * u / (1 + (shift - 1) * u)).float()
 
 
-def noisy_and_target(objective: str, clean: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def noisy_and_target(
+    clean: Tensor, noise: Tensor, sigma: Tensor, alphas_cumprod: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The noisy latents and what the model should predict from them, both in fp32.
 
-    "flow": x = (1 - sigma) clean + sigma noise, target noise - clean. "v_prediction": x = cos clean + sin noise at the
-    angle sigma pi / 2, target cos noise - sin clean (the signal and noise of a variance-preserving schedule).
+    Flow matching: x = (1 - sigma) clean + sigma noise, target noise - clean. With `alphas_cumprod` (T,), at the timestep
+    t = round(sigma (T - 1)): x = sqrt(a_t) clean + sqrt(1 - a_t) noise, target v = sqrt(a_t) noise - sqrt(1 - a_t) clean.
     """
-    weight = sigma.to(clean).view(-1, *([1] * (clean.ndim - 1)))
-    if objective == "flow":
-        return torch.lerp(clean, noise, weight), noise - clean
-    cos, sin = torch.cos(weight * math.pi / 2), torch.sin(weight * math.pi / 2)
-    return cos * clean + sin * noise, cos * noise - sin * clean
+    shape = (-1, *([1] * (clean.ndim - 1)))
+    if alphas_cumprod is None:
+        return torch.lerp(clean, noise, sigma.to(clean).view(shape)), noise - clean
+    step = (sigma.to(clean.device) * (len(alphas_cumprod) - 1)).round().long()
+    alpha = alphas_cumprod.to(clean)[step].view(shape)
+    return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, alpha.sqrt() * noise - (1 - alpha).sqrt() * clean

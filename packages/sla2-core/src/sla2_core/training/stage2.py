@@ -169,6 +169,8 @@ class _Run:
     def __init__(self, handle: SLA2Handle, data, config: Stage2Config, folder: Path, teacher, accelerator):
         self.handle, self.data, self.config, self.folder, self.accelerator = handle, data, config, folder, accelerator
         self.family, self.transformer = handle.family, handle.transformer
+        alphas = self.family.alphas_cumprod
+        self.alphas_cumprod = None if alphas is None else alphas(self.transformer.config)
         self.frozen = _freeze(handle, config)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
@@ -270,7 +272,7 @@ class _Run:
         ):  # by the sample's place in the whole batch: any number of processes draws the same
             rng = np.random.default_rng([self.config.seed, 4, step, first + place])
             noise.append(torch.from_numpy(rng.standard_normal(clean.shape[1:], dtype=np.float32)))
-        noisy, target = noisy_and_target(self.family.objective, clean, torch.stack(noise).to(device), sigma.to(device))
+        noisy, target = noisy_and_target(clean, torch.stack(noise).to(device), sigma.to(device), self.alphas_cumprod)
         conditions = {name: value.to(device) for name, value in items.items()}
         return {"noisy": noisy, "sigma": sigma.to(device), "target": target, "conditions": conditions}
 

@@ -1,0 +1,97 @@
+"""Routed attention of one call: video queries over video and text keys, text queries dense, for all heads or some."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sla2_core.block_map import BlockMap
+from sla2_core.functional import sla2_attention, sla_attention
+from sla2_core.integrations.heads import for_heads
+from sla2_core.router import pool, smooth_keys, top_k_map
+
+
+def key_mask(n_k: int, kv_lengths: Tensor | None) -> Tensor | None:
+    """bool (B, 1, 1, n_k), True for valid keys; None if all are."""
+    if kv_lengths is None:
+        return None
+    return (torch.arange(n_k, device=kv_lengths.device) < kv_lengths[:, None])[:, None, None, :]
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor | None = None) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V on (B, H, N, d), keys at or past `kv_lengths` (B,) hidden."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=key_mask(k.shape[2], kv_lengths))
+
+
+def _route(config, router: nn.Module, q: Tensor, k: Tensor, text_tokens: int, kv_lengths: Tensor | None):
+    """Router scores (B, H, T_m, T_n), -inf for padding, and the mask of selected blocks: top-k of the blocks without
+    text, and every block that holds text."""
+    n_q, n_k = q.shape[2], k.shape[2]
+    scores = router.scores(pool(q, config.block_q), pool(k, config.block_k, kv_lengths))
+    routable = (n_k - text_tokens) // config.block_k if text_tokens else scores.shape[-1]
+    lengths = None if text_tokens else kv_lengths  # padding is text then, and text is not routed
+    if routable:
+        chosen = top_k_map(
+            scores[..., :routable], config.topk, block_q=config.block_q, block_k=config.block_k, n_q=n_q,
+            n_k=routable * config.block_k if text_tokens else n_k, kv_lengths=lengths,
+        ).mask()  # fmt: skip
+    else:
+        chosen = scores[..., :0].bool()
+    mask = torch.cat([chosen, torch.ones_like(scores[..., routable:], dtype=torch.bool)], dim=-1)
+    if kv_lengths is not None:
+        start = torch.arange(scores.shape[-1], device=q.device) * config.block_k
+        padding = (start >= kv_lengths[:, None])[:, None, None]
+        scores, mask = scores.masked_fill(padding, -torch.inf), mask & ~padding
+    return scores, mask
+
+
+def routed_attention(
+    attention: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    text_tokens: int = 0,
+    kv_lengths: Tensor | None = None,
+    heads: Sequence[int] | slice = slice(None),
+) -> tuple[Tensor, BlockMap, Tensor | None]:
+    """SLA2 or SLA where the last tokens are text: text keys always selected, text queries dense.
+
+    Args:
+        attention: SLA2Attention or SLAAttention.
+        q, k, v: (B, H, N, d), video tokens first; H counts `heads`, a part of the module's heads.
+        text_tokens: how many of the N tokens are text. Key blocks with any text in them are always selected, k% counts
+            the others.
+        kv_lengths: int64 (B,), valid keys of each item (the end of the text is padding), or None.
+
+    Returns:
+        (B, H, N, d), and of the video queries the block map and alpha (B|1, H|1, T_m|1; None for SLA).
+    """
+    config = attention.config
+    n_video = q.shape[2] - text_tokens
+    video = q[:, :, :n_video]
+    learned = config.method == "sla2"
+    router = for_heads(attention.router, heads)
+    with torch.autocast(q.device.type, enabled=False):
+        smooth = smooth_keys(k, kv_lengths) if config.smooth_k or not learned else k
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learned and config.alpha == "mass"):
+            scores, mask = _route(config, router, video, smooth, text_tokens, kv_lengths)
+        block_map = BlockMap.from_mask(
+            mask, block_q=config.block_q, block_k=config.block_k, n_q=n_video, n_k=k.shape[2]
+        )
+        alpha = for_heads(attention.mixing, heads)(scores, mask) if learned else None
+    if learned:
+        out = sla2_attention(
+            video, smooth, v, block_map, alpha, precision=config.precision, qat_backward=config.qat_backward,
+            smooth_k=False, kv_lengths=kv_lengths, backend=config.backend,
+        )  # fmt: skip
+    else:
+        out = sla_attention(
+            video, k, v, block_map, attention.proj.weight, attention.proj.bias,
+            precision=config.precision, kv_lengths=kv_lengths, backend=config.backend,
+        )  # fmt: skip
+    if text_tokens:
+        out = torch.cat([out, full_attention(q[:, :, n_video:], k, v, kv_lengths)], dim=2)
+    return out, block_map, alpha

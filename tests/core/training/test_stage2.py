@@ -1,0 +1,197 @@
+"""Stage 2: what trains, resuming to the bit, losses, averaging, NaN stop, data, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from sla2_core.integrations.diffusers import apply_sla2
+from sla2_core.training.data import collate
+from sla2_core.training.objectives import draw_sigma, noisy_and_target
+from sla2_core.training.stage2 import Stage2Config, TrainingStopped, train_stage2
+
+CONFIG = Stage2Config(steps=6, batch_size=4, learning_rate=1e-3, alpha_learning_rate=1e-2, checkpoint_every=2, warmup=1)
+
+
+@pytest.fixture
+def handle(wan, sla2_config):
+    """Factory of handles on the same tiny Wan, low bit on."""
+    return lambda **changes: apply_sla2(wan(), sla2_config(**({"precision": "int8"} | changes)))
+
+
+@pytest.fixture
+def data():
+    rng = torch.Generator().manual_seed(3)
+    return torch.randn(7, 4, 3, 6, 10, generator=rng), torch.randn(7, 5, 8, generator=rng)
+
+
+def weights(handle):
+    return {name: value.detach().clone() for name, value in handle.transformer.state_dict().items()}
+
+
+def changed(handle, before):
+    return {name for name, value in weights(handle).items() if not torch.equal(value, before[name])}
+
+
+def kill_at(step):
+    def progress(now, steps, metrics):
+        if now == step:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_trains_the_model_and_alpha_with_the_router_frozen(handle, data, tmp_path):
+    h = handle()
+    before, flags = weights(h), [p.requires_grad for p in h.transformer.parameters()]
+    report = train_stage2(h, data, dataclasses.replace(CONFIG, steps=30), tmp_path)
+    moved = changed(h, before)
+    assert not any("router" in name for name in moved)
+    assert {name for name in before if "mixing" in name} <= moved
+    assert len(moved) > 0.9 * (len(before) - 4)
+    assert np.mean(report.loss[-5:]) < np.mean(report.loss[:5])
+    assert [p.requires_grad for p in h.transformer.parameters()] == flags
+    again = handle()
+    again.load(report.adapter)
+    assert not changed(again, weights(h))
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss": "distill", "ema": 0.9}, {"accumulate": 2, "decay": "cosine"}])
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_killed_run_gives_the_same_weights_to_the_bit(handle, data, tmp_path, changes, step):
+    config = dataclasses.replace(CONFIG, **changes)
+    whole = handle()
+    first = train_stage2(whole, data, config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_stage2(handle(), data, config, tmp_path / "parts", progress=kill_at(step))
+    parts = handle()
+    second = train_stage2(parts, data, config, tmp_path / "parts")
+    assert (first.loss, first.grad_norm) == (second.loss, second.grad_norm)
+    assert not changed(parts, weights(whole))
+    assert sorted(p.name for p in (tmp_path / "parts").glob("*.safetensors")) == [
+        "checkpoint-00000004.safetensors",
+        "checkpoint-00000006.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_accumulation_and_gradient_checkpointing_change_nothing_but_rounding(handle, data, tmp_path, checkpointing):
+    plain, other = handle(), handle()
+    first = train_stage2(plain, data, CONFIG, tmp_path / "a")
+    config = dataclasses.replace(CONFIG, accumulate=2, gradient_checkpointing=checkpointing)
+    second = train_stage2(other, data, config, tmp_path / "b")
+    np.testing.assert_allclose(first.loss, second.loss, rtol=1e-3)
+    np.testing.assert_allclose(first.grad_norm[0], second.grad_norm[0], rtol=1e-4)
+
+
+def test_distilling_at_full_attention_is_at_its_optimum(handle, data, tmp_path):
+    """With every block selected the student is its own teacher."""
+    h = handle(topk=1.0, precision="full")
+    report = train_stage2(h, data, dataclasses.replace(CONFIG, loss="distill", steps=1), tmp_path)
+    assert report.loss[0] < 1e-10
+    assert train_stage2(handle(), data, dataclasses.replace(CONFIG, loss="distill"), tmp_path / "b").loss[0] > 1e-6
+
+
+def test_frozen_groups(handle, data, tmp_path):
+    h = handle()
+    before = weights(h)
+    train_stage2(h, data, dataclasses.replace(CONFIG, learning_rate=0.0), tmp_path / "a")
+    assert changed(h, before) == {name for name in before if "mixing" in name}
+    before = weights(h)
+    train_stage2(h, data, dataclasses.replace(CONFIG, alpha_learning_rate=0.0), tmp_path / "b")
+    assert not any(".processor." in name for name in changed(h, before))
+    with pytest.raises(ValueError, match="expected something to train, got nothing"):
+        train_stage2(h, data, dataclasses.replace(CONFIG, learning_rate=0.0, alpha_learning_rate=0.0), tmp_path / "c")
+
+
+def test_moving_average_is_what_is_saved(handle, data, tmp_path):
+    plain, averaged = handle(), handle()
+    train_stage2(plain, data, CONFIG, tmp_path / "a")
+    train_stage2(averaged, data, dataclasses.replace(CONFIG, ema=1.0), tmp_path / "b")
+    start, name = weights(handle()), "proj_out.weight"
+    far = (weights(plain)[name] - start[name]).abs().max()
+    near = (weights(averaged)[name] - start[name]).abs().max()
+    assert 0 < near < far
+    saved = handle()
+    saved.load(tmp_path / "b" / "adapter")
+    assert not changed(saved, weights(averaged))
+
+
+@pytest.mark.parametrize(
+    ("poison", "culprit"),
+    [
+        ("weight", r"the weight blocks\.1\.ffn\.net\.2\.bias"),
+        ("activation", r"blocks\.1\.ffn"),
+    ],
+)
+def test_nan_stops_with_step_layer_and_checkpoint(handle, data, tmp_path, poison, culprit):
+    h = handle()
+
+    def spoil(step, steps, metrics):
+        if step == 3 and poison == "weight":
+            with torch.no_grad():
+                h.transformer.blocks[1].ffn.net[2].bias.fill_(float("nan"))
+        if step == 3 and poison == "activation":
+            h.transformer.blocks[1].ffn.register_forward_hook(lambda m, x, y: y * float("inf"))
+
+    with pytest.raises(TrainingStopped, match=rf"step 4: loss nan.*in {culprit}; last good.*checkpoint-00000002"):
+        train_stage2(h, data, CONFIG, tmp_path, progress=spoil)
+
+
+def test_refusals(handle, data, tmp_path):
+    train_stage2(handle(), data, dataclasses.replace(CONFIG, steps=1), tmp_path)
+    with pytest.raises(ValueError, match=r"stage2.json: expected steps=6 as given, got 1"):
+        train_stage2(handle(), data, CONFIG, tmp_path)
+    with pytest.raises(ValueError, match=r"batch_size: expected a multiple of processes x accumulate = 3, got 4"):
+        train_stage2(handle(), data, dataclasses.replace(CONFIG, accumulate=3), tmp_path / "a")
+    with pytest.raises(ValueError, match="as many latents as texts"):
+        train_stage2(handle(), (data[0], data[1][:3]), CONFIG, tmp_path / "a")
+    with pytest.raises(TypeError, match=r"data: expected .* got int"):
+        train_stage2(handle(), 3, CONFIG, tmp_path / "a")
+    with pytest.raises(ValueError, match="loss: expected one of diffusion, distill, got 'l1'"):
+        Stage2Config(loss="l1")
+    checkpoint = tmp_path / "checkpoint-00000001.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"checkpoint-00000001.safetensors: expected a readable safetensors file"):
+        train_stage2(handle(), data, dataclasses.replace(CONFIG, steps=1), tmp_path)
+
+
+def test_noise_levels_follow_the_scheduler_shift():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    rng = np.random.default_rng(0)
+    uniform = draw_sigma(rng, 20000, "uniform", 3.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(1000)
+    expected = scheduler.sigmas[:-1].flip(0)
+    quantiles = torch.quantile(uniform, torch.linspace(0.001, 1, 1000))
+    torch.testing.assert_close(quantiles, expected, atol=0.02, rtol=0.0)
+    normal = draw_sigma(np.random.default_rng(0), 20000, "logit_normal", 1.0)
+    assert abs(float(torch.logit(normal).std()) - 1) < 0.02
+
+
+def test_objectives():
+    clean, noise = torch.randn(2, 5, 3).unbind(0)
+    sigma = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    noisy, target = noisy_and_target(clean, noise, sigma)
+    torch.testing.assert_close(noisy - sigma[:, None] * target, clean)
+    alphas = torch.tensor([0.9, 0.7, 0.4, 0.2, 0.0])
+    noisy, target = noisy_and_target(clean, noise, sigma, alphas)
+    signal, spread = alphas.sqrt()[:, None], (1 - alphas).sqrt()[:, None]
+    torch.testing.assert_close(signal * noisy - spread * target, clean)
+    torch.testing.assert_close(spread * noisy + signal * target, noise)
+
+
+def test_dropped_conditions():
+    items = [{"latents": torch.ones(2), "encoder_hidden_states": torch.ones(3)} for _ in range(2)]
+    out = collate(items, [True, False], None)
+    assert out["encoder_hidden_states"].sum(1).tolist() == [0, 3]
+    assert out["latents"].sum(1).tolist() == [2, 2]
+    out = collate(items, [True, False], {"encoder_hidden_states": torch.full((3,), 7.0)})
+    assert out["encoder_hidden_states"].sum(1).tolist() == [21, 3]
+    with pytest.raises(ValueError, match="data: expected one shape for latents"):
+        collate([items[0], items[1] | {"latents": torch.ones(3)}], [False, False], None)
+    with pytest.raises(ValueError, match="data: expected the keys"):
+        collate([items[0], {"latents": torch.ones(2)}], [False, False], None)
