@@ -15,9 +15,12 @@ from sla2_eval.commands.tables import show
 @click.option("--num-workers", default=1, show_default=True, help="Processes that decode and score.")
 @click.option("--ray-address", help="Join this Ray cluster; 'auto' finds one.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--allow-failures", is_flag=True, help="Exit code 0 even if some videos failed; they are listed all the same."
+)
 @click.option("--list", "list_metrics", is_flag=True, help="List the metrics and whether they can run here.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(videos, reference, names, out, num_workers, ray_address, device, list_metrics, as_json):
+def command(videos, reference, names, out, num_workers, ray_address, device, allow_failures, list_metrics, as_json):
     """Score every video of a folder, alone or against a reference folder.
 
     \b
@@ -49,9 +52,9 @@ def command(videos, reference, names, out, num_workers, ray_address, device, lis
                 progress=lambda name, done, total: report(f"score {name}", done, total), device=device,
             )  # fmt: skip
         except ScoringError as error:
-            results, failed = error.results, 1
+            results, failed = error.results, 0 if allow_failures else 1
     rows = [_row(name, results) for name in chosen]
-    show(rows, ("metric", "mean", "low", "high", "videos", "note"), as_json=as_json)
+    show(rows, ("metric", "mean", "low", "high", "videos", "difference", "note"), as_json=as_json)
     for row in results["failed"]:
         click.echo(f"sla2: error: {row['error']}", err=True)
     return failed
@@ -62,14 +65,35 @@ def _row(name: str, results: dict) -> dict:
         return {"metric": name, "note": results["unavailable"][name]}
     found = results["metrics"][name]
     low, high = found.get("interval") or (None, None)
-    return {"metric": name, "mean": found["mean"], "low": low, "high": high, "videos": found.get("num_videos")}
+    row = {"metric": name, "mean": found["mean"], "low": low, "high": high, "videos": found.get("num_videos")}
+    difference = found.get("difference")
+    if difference:
+        row["difference"] = difference["mean"]
+        row["note"] = "difference to the reference within noise" if difference["within_noise"] else ""
+    if found.get("warnings"):
+        row["note"] = "; ".join(found["warnings"])
+    return row
 
 
 def _list(as_json: bool) -> None:
     from sla2_eval import metrics
 
     rows = [
-        {"metric": name, "kind": spec.kind, "here": metrics.why_unavailable(spec) or "yes", "title": spec.title}
+        {
+            "metric": name,
+            "kind": spec.kind,
+            "title": spec.title,
+            "better": "higher" if spec.higher_is_better else "lower",
+            "range": list(spec.value_range),
+            "here": metrics.why_unavailable(spec) or "yes",
+            "definition": spec.definition,
+            "source": spec.source,
+            "licence": spec.licence,
+        }
         for name, spec in metrics.specs().items()
     ]
-    show(rows, ("metric", "kind", "here", "title"), as_json=as_json)
+    show(
+        rows,
+        list(rows[0]) if as_json else ("metric", "kind", "better", "here", "definition", "licence"),
+        as_json=as_json,
+    )
