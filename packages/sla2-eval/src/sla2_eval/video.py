@@ -36,6 +36,8 @@ def read_video(path: str | Path) -> Video:
             if not container.streams.video:
                 raise VideoError(f"{path}: expected a video stream, got {len(container.streams.audio)} audio stream(s)")
             stream = container.streams.video[0]
+            if stream.codec_context.width * stream.codec_context.height <= 1 << 16:
+                stream.codec_context.thread_count = 1  # threads only wait for one another on small frames
             declared = stream.frames
             fps = float(stream.average_rate or 0)
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
