@@ -10,58 +10,6 @@ from sla2_eval.report import as_markdown, write_report
 from sla2_eval.report_charts import chart, ticks
 from sla2_eval.report_data import gather, paper
 
-VARIANTS = [
-    {"name": "full", "label": "Full attention", "family": "full", "sparsity": 0.0},
-    {"name": "sla2-90", "label": "SLA2 90 %", "family": "SLA2", "sparsity": 0.9},
-    {"name": "sla2-97-s0", "label": "SLA2 97 %", "family": "SLA2", "sparsity": 0.97, "seed": 0},
-    {"name": "sla2-97-s1", "label": "SLA2 97 %", "family": "SLA2", "sparsity": 0.97, "seed": 1},
-    {"name": "late", "label": "<b>Not</b> scored", "family": "SLA", "sparsity": 0.97},
-]
-
-
-def results(values: dict[str, list[float]], failed: tuple = ()) -> dict:
-    """The part of a results.json that the report reads, one prompt per value."""
-    about = {
-        "psnr": {"kind": "paired", "title": "PSNR (dB)", "higher_is_better": True},
-        "temporal_flickering": {"kind": "unpaired", "title": "Temporal flickering", "higher_is_better": True},
-    }
-    count = len(next(iter(values.values())))
-    return {
-        "format": 1,
-        "metrics": {n: {**about[n], "definition": "of it", "source": "somewhere", "mean": 0.0} for n in values},
-        "videos": [
-            {"file_name": f"p{i}-0.mp4", "prompt": f"p{i}", "index": 0, "scores": {n: v[i] for n, v in values.items()}}
-            for i in range(count)
-        ],
-        "failed": list(failed),
-        "unavailable": {"lpips": "unavailable: run sla2 weights fetch alexnet"},
-        "versions": {"torch": "9.9"},
-    }
-
-
-@pytest.fixture
-def run_dir(make_folder, tmp_path):
-    """A run of full attention, three variants that were scored, and one that was not."""
-    root = tmp_path / "run"
-    scores = {
-        "full": {"temporal_flickering": [0.9, 0.8]},
-        "sla2-90": {"psnr": [31.0, 33.0], "temporal_flickering": [0.9, 0.8]},
-        "sla2-97-s0": {"psnr": [20.0, 22.0], "temporal_flickering": [0.7, 0.6]},
-        "sla2-97-s1": {"psnr": [24.0, 26.0], "temporal_flickering": [0.7, 0.6]},
-    }
-    for number, variant in enumerate(VARIANTS[:-1]):
-        make_folder(f"run/videos/{variant['name']}", 2, noise=4.0 * number)
-        folder = root / "scores" / variant["name"]
-        folder.mkdir(parents=True)
-        failed = [{"file_name": "p9-0.mp4", "metric": None, "error": "p9: broken <mp4>"}] if number == 1 else []
-        (folder / "results.json").write_text(json.dumps(results(scores[variant["name"]], failed)))
-    (root / "block_maps").mkdir()
-    maps = {"grid": [4, 2, 2], "block_q": 8, "block_k": 4, "layers": [{"layer": 0, "head": 1, "map": [[0], [1, 3]]}]}
-    (root / "block_maps" / "sla2-97-s0.json").write_text(json.dumps(maps))
-    run = {"title": "A run & its <title>", "variants": VARIANTS, "reference": "full", "settings": {"a": {"b": [1, 2]}}}
-    (root / "run.json").write_text(json.dumps({**run, "hardware": {"cpu": "two"}, "notes": ["mind this"]}))
-    return root
-
 
 def test_groups_hold_seeds_intervals_and_paired_differences(run_dir):
     data = gather(run_dir)

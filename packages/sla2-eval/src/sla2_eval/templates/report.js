@@ -117,7 +117,11 @@ function player() {
     if (was) set(true);
   };
   play.addEventListener("click", () => set(!playing));
-  scrub.addEventListener("input", () => { set(false); seek((scrub.value / 1000) * duration()); });
+  scrub.addEventListener("input", () => {
+    const share = scrub.value / 1000; // read first: pausing writes the position of the videos into it
+    set(false);
+    seek(share * duration());
+  });
   $("rate").addEventListener("change", () => set(playing));
   $("prompt").addEventListener("change", (event) => show(Number(event.target.value)));
   $("prev").addEventListener("click", () => show(current - 1));

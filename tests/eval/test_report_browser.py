@@ -1,0 +1,224 @@
+"""The report in a real browser, headless Chromium: from disk, without the network, in step, sortable, in any light and width."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+
+import pytest
+from sla2_eval.report import write_report
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+
+class Browser:
+    """One page of headless Chromium, driven over its debugging pipe."""
+
+    def __init__(self, profile):
+        to_read, self.to = os.pipe()
+        self.answers, to_write = os.pipe()
+        command = [
+            CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--mute-audio",
+            "--autoplay-policy=no-user-gesture-required", "--disable-background-networking", "--disable-dev-shm-usage",
+            f"--user-data-dir={profile}", "about:blank",
+        ]  # fmt: skip
+        # Chromium reads commands from descriptor 3 and writes answers to 4; both first move out of the way.
+        wrapped = ["bash", "-c", f'exec 8<&{to_read} 9>&{to_write}; exec "$@" 3<&8 4>&9', "bash", *command]
+        self.process = subprocess.Popen(
+            wrapped, pass_fds=(to_read, to_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        os.close(to_read)
+        os.close(to_write)
+        self.buffer, self.number, self.session, self.events = b"", 0, None, []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+
+    def _message(self) -> dict:
+        while b"\0" not in self.buffer:
+            block = os.read(self.answers, 1 << 16)
+            assert block, "Chromium ended"
+            self.buffer += block
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
+
+    def call(self, method: str, **parameters) -> dict:
+        self.number += 1
+        request = {"id": self.number, "method": method, "params": parameters}
+        if self.session:
+            request["sessionId"] = self.session
+        os.write(self.to, json.dumps(request).encode() + b"\0")
+        while (message := self._message()).get("id") != self.number:
+            self.events.append(message)
+        assert "error" not in message, message
+        return message["result"]
+
+    def js(self, expression: str):
+        """The value of an expression, awaited if it is a promise."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def until(self, expression: str, seconds: float = 20):
+        end = time.time() + seconds
+        while not self.js(expression):
+            assert time.time() < end, f"never came true: {expression}"
+            time.sleep(0.05)
+
+    def press(self, key: str, text: str = "") -> None:
+        code = {"ArrowRight": 39, "ArrowLeft": 37, "ArrowDown": 40, " ": 32, "Enter": 13}[key]
+        for kind in ("keyDown", "keyUp"):
+            down = {"text": text} if text and kind == "keyDown" else {}
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **down)
+
+    def close(self) -> None:
+        os.write(self.to, json.dumps({"id": 0, "method": "Browser.close"}).encode() + b"\0")
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        os.close(self.to)
+        os.close(self.answers)
+
+
+@pytest.fixture
+def page(run_dir, tmp_path):
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.call("Page.navigate", url=write_report(run_dir).as_uri())
+        browser.until("document.readyState === 'complete'")
+        browser.until("[...document.querySelectorAll('video')].every(v => v.readyState >= 2)")
+        yield browser
+    finally:
+        browser.close()
+
+
+TIMES = "[...document.querySelectorAll('video')].map(v => v.currentTime)"
+PAUSED = "[...document.querySelectorAll('video')].map(v => v.paused)"
+
+
+def test_report_in_chromium(page):
+    """One browser for every check, as starting it takes longer than they do."""
+    asks_for_nothing(page)
+    plays_in_step(page)
+    table_sorts(page)
+    keyboard_works(page)
+    light_and_dark(page)
+    narrow_screens(page)
+    asks_for_nothing(page)
+
+
+def asks_for_nothing(page):
+    page.js("1")
+    urls = [e["params"]["request"]["url"] for e in page.events if e["method"] == "Network.requestWillBeSent"]
+    assert [url for url in urls if not url.startswith(("file://", "data:"))] == []
+    assert [url for url in urls if url.startswith("file://") and not url.endswith("/report/index.html")] == []
+    wrong = [e for e in page.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+    assert wrong == []
+
+
+def plays_in_step(page):
+    assert page.js(TIMES) == [0, 0, 0]
+    page.js("document.getElementById('rate').value = '0.5'; document.getElementById('play').click()")
+    page.until(f"{TIMES}[0] > 0.1")
+    assert page.js(PAUSED) == [False] * 3
+    times = page.js(TIMES)
+    assert max(times) - min(times) <= 1 / 8
+    page.js("document.getElementById('play').click()")
+    page.until(f"{PAUSED}.every(p => p) && new Set({TIMES}).size === 1")
+
+    page.js("scrub.value = 500; scrub.dispatchEvent(new Event('input'))")
+    page.until("[...document.querySelectorAll('video')].every(v => !v.seeking)")
+    times, durations = page.js(TIMES), page.js("[...document.querySelectorAll('video')].map(v => v.duration)")
+    assert durations == [pytest.approx(5 / 8, abs=0.01)] * 3
+    assert times == [pytest.approx(durations[0] / 2, abs=0.01)] * 3
+    assert "/ 0.6" in page.js("clock.value")
+
+    before = page.js("document.querySelector('video').src")
+    page.js("document.getElementById('next').click()")
+    assert page.js("prompt.value || document.getElementById('prompt').value") == "1"
+    assert page.js("document.querySelector('video').src") != before
+    page.until("[...document.querySelectorAll('video')].every(v => v.readyState >= 2)")
+
+
+def table_sorts(page):
+    names = "[...document.querySelectorAll('#scores tbody th')].map(c => c.textContent)"
+    head = "[...document.querySelectorAll('#scores thead tr:last-child th')]"
+    page.js(f"{head}.find(h => h.textContent.startsWith('PSNR')).querySelector('button').click()")
+    assert page.js(names)[:2] == ["SLA2 90 %", "SLA2 97 %"]
+    assert page.js(f"{head}.filter(h => h.ariaSort).map(h => h.ariaSort)") == ["descending"]
+    page.js(f"{head}.find(h => h.textContent.startsWith('PSNR')).querySelector('button').click()")
+    assert page.js(names)[:2] == ["SLA2 97 %", "SLA2 90 %"]
+    assert sorted(page.js(names)[2:]) == ["<b>Not</b> scored", "Full attention"]
+    page.js(f"{head}[0].querySelector('button').click()")
+    assert page.js(names)[0] == "Full attention"
+
+
+def keyboard_works(page):
+    page.js("document.getElementById('player').focus()")
+    page.js(
+        "seekTest = document.getElementById('scrub'); seekTest.value = 0; seekTest.dispatchEvent(new Event('input'))"
+    )
+    page.press("ArrowRight")
+    page.until(f"{TIMES}.every(t => Math.abs(t - 0.125) < 0.01)")
+    page.press(" ", " ")
+    page.until(f"{PAUSED}.every(p => !p)")
+    page.press(" ", " ")
+    page.until(f"{PAUSED}.every(p => p)")
+
+    said = page.js("document.getElementById('map-said').value")
+    assert said == "query block 1 keeps 2 of 4 key blocks; this head leaves out 62.5 %"
+    page.js("document.getElementById('map-frames').focus()")
+    page.press("ArrowLeft")
+    assert page.js("document.getElementById('map-said').value").startswith("query block 0 keeps 1 of 4")
+    colours = "new Set(document.getElementById('map-frames').getContext('2d').getImageData(0, 0, 400, 40).data).size"
+    assert page.js(colours) > 20
+
+    page.js("document.querySelector('[role=tab]').focus()")
+    page.press("ArrowRight")
+    assert page.js("[...document.querySelectorAll('[role=tabpanel]')].map(p => p.hidden)") == [True, False]
+
+    page.js("document.querySelector('#scores thead tr:last-child th:nth-child(2) button').focus()")
+    page.press("Enter", "\r")
+    assert page.js("document.querySelector('#scores thead tr:last-child th:nth-child(2)').ariaSort") == "descending"
+
+
+CONTRAST = """(() => {
+  const style = getComputedStyle(document.documentElement);
+  const light = (name) => {
+    const n = parseInt(style.getPropertyValue(name).trim().slice(1), 16);
+    const f = (c) => (c /= 255) <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    return 0.2126 * f(n >> 16) + 0.7152 * f((n >> 8) & 255) + 0.0722 * f(n & 255);
+  };
+  return ['--ink', '--soft', '--faint', '--accent', '--warn', '--same'].map((name) => {
+    const [a, b] = [light(name), light('--panel')].sort((x, y) => y - x);
+    return (a + 0.05) / (b + 0.05);
+  });
+})()"""
+
+
+def light_and_dark(page):
+    background = "getComputedStyle(document.body).backgroundColor"
+    seen = {}
+    for scheme in ("light", "dark"):
+        page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        seen[scheme] = page.js(background)
+        assert min(page.js(CONTRAST)) >= 4.5, scheme
+    assert seen["light"] != seen["dark"]
+    page.js("document.getElementById('theme').click()")
+    assert page.js(background) == seen["light"]
+    assert min(page.js(CONTRAST)) >= 4.5
+
+
+def narrow_screens(page):
+    for width in (340, 768, 1280):
+        page.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
+        page.js("dispatchEvent(new Event('resize'))")
+        assert page.js("document.documentElement.scrollWidth") <= width
+        outside = "[...document.querySelectorAll('section > *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
+        assert page.js(f"{outside}.map(e => e.outerHTML.slice(0, 80))") == []
