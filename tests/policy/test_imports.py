@@ -10,10 +10,15 @@ ROOT = Path(__file__).parents[2]
 # Each file may import those of earlier lines. A folder stands for its files, which may import each other.
 ORDER = {
     "sla2_kernels": """
+        cache
         specs
+        kernels
+        artifacts
+        sources
         compile
-        launch
         emulator
+        launch
+        operator
         cpu
     """,
     "sla2_core": """

@@ -1,0 +1,130 @@
+"""Built kernels in the cache folder: looked up without a lock, built under one, written whole, checked on load."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from sla2_kernels.cache import cache_folder
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A built file and what was noted about it."""
+
+    path: Path
+    notes: dict
+
+
+def folder() -> Path:
+    """Where built kernels lie. Creates nothing."""
+    return cache_folder() / "kernels"
+
+
+def key_of(parts: Iterable[str]) -> str:
+    """sha256 over the parts, each with its length, so that no two lists run together."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode()
+        digest.update(f"{len(data)}:".encode() + data)
+    return digest.hexdigest()
+
+
+def lookup(key: str, suffix: str) -> Artifact | None:
+    """The artifact if it is there and whole; a damaged one is set aside (renamed to *.bad)."""
+    return _read(folder(), key, suffix)
+
+
+def _read(where: Path, key: str, suffix: str) -> Artifact | None:
+    binary, notes = where / f"{key}{suffix}", where / f"{key}{suffix}.json"
+    try:
+        about = json.loads(notes.read_text())
+        whole = hashlib.sha256(binary.read_bytes()).hexdigest() == about["sha256"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if whole:
+        return Artifact(binary, about["notes"])
+    for path in (notes, binary):  # the notes first: without them the binary is no artifact
+        with contextlib.suppress(OSError):
+            path.replace(path.with_name(path.name + ".bad"))
+    return None
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _store(where: Path, key: str, suffix: str, data: bytes, notes: dict) -> Artifact:
+    binary = where / f"{key}{suffix}"
+    about = {"sha256": hashlib.sha256(data).hexdigest(), "notes": notes}
+    _write(binary, data)
+    _write(where / f"{key}{suffix}.json", json.dumps(about, indent=1).encode())
+    return Artifact(binary, notes)
+
+
+@cache
+def _private_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="sla2-kernels-")
+
+
+def get(key: str, suffix: str, build: Callable[[], tuple[bytes, dict]]) -> Artifact:
+    """The artifact of `key`, built if it is missing.
+
+    `build()` -> (bytes of the file, notes for its JSON). Of many processes that ask at once, one builds and the others
+    wait for it. Where the cache folder cannot be written, the file goes to a folder that lives as long as this process.
+    """
+    from filelock import FileLock
+
+    if found := lookup(key, suffix):
+        return found
+    where = folder()
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(where / f"{key}.lock")
+        lock.acquire()
+    except (OSError, NotImplementedError):
+        private = Path(_private_folder().name)
+        return _read(private, key, suffix) or _store(private, key, suffix, *build())
+    try:
+        if found := lookup(key, suffix):
+            return found
+        for left in where.glob(f"{key}*.tmp"):  # of a process killed in mid-write: nobody else writes under the lock
+            left.unlink(missing_ok=True)
+        data, notes = build()
+        try:
+            return _store(where, key, suffix, data, notes)
+        except OSError:
+            return _store(Path(_private_folder().name), key, suffix, data, notes)
+    finally:
+        lock.release()
+
+
+def contents() -> dict:
+    """What the cache holds: {"folder", "artifacts", "bytes", "damaged", "writable"}."""
+    where = folder()
+    files = list(where.glob("*")) if where.is_dir() else []
+    existing = next(path for path in (where, *where.parents) if path.exists())
+    return {
+        "folder": str(where),
+        "artifacts": sum(path.suffix == ".json" for path in files),
+        "bytes": sum(path.stat().st_size for path in files),
+        "damaged": sum(path.suffix == ".bad" and not path.name.endswith(".json.bad") for path in files),
+        "writable": os.access(existing, os.W_OK),
+    }

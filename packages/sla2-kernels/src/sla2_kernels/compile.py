@@ -1,0 +1,231 @@
+"""KernelSpec to cubin through NVRTC: the only door to it. Needs no GPU, no driver and no compiler on the machine."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from sla2_kernels.artifacts import get, key_of
+from sla2_kernels.sources import gather
+from sla2_kernels.specs import ARCHITECTURES, KernelSpec
+
+SCHEMA = "nvrtc 1"
+_OPTIONS = ("-std=c++17", "--ptxas-options=-v")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas says of a kernel: registers a thread, bytes of spill, of stack a thread, of static shared memory."""
+
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    stack: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A cubin in the cache and what its entries use."""
+
+    path: Path
+    key: str
+    kernels: dict[str, Resources]
+
+
+def _candidates() -> list[Path]:
+    """NVRTC libraries of the nvidia wheels (CUDA 13: nvidia/cu13/lib, 12: nvidia/cuda_nvrtc/lib) and of CUDA_PATH."""
+    patterns = (
+        "cu*/lib/libnvrtc.so.*",
+        "cuda_nvrtc/lib/libnvrtc.so.*",
+        "cu*/bin/**/nvrtc64_*.dll",
+        "cuda_nvrtc/bin/nvrtc64_*.dll",
+    )
+    roots = [(Path(root), patterns) for root in _nvidia_roots()]
+    roots += [
+        (Path(root), ("lib64/libnvrtc.so.*", "lib/libnvrtc.so.*", "bin/nvrtc64_*.dll"))
+        for root in (os.environ.get("CUDA_PATH"), os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+        if root
+    ]
+    found = []
+    for root, globs in roots:
+        for pattern in globs:
+            found += [
+                p for p in sorted(root.glob(pattern), reverse=True) if "alt" not in p.name and "builtins" not in p.name
+            ]
+    return found
+
+
+def _nvidia_roots() -> list[str]:
+    spec = importlib.util.find_spec("nvidia")
+    return list(spec.submodule_search_locations or ()) if spec else []
+
+
+def find_nvrtc() -> Path:
+    """The NVRTC library: $SLA2_NVRTC, else the one of the nvidia wheels or the CUDA toolkit that the driver can follow.
+
+    Raises RuntimeError in one line if there is none.
+    """
+    if chosen := os.environ.get("SLA2_NVRTC"):
+        if not Path(chosen).is_file():
+            raise RuntimeError(f"SLA2_NVRTC: expected the NVRTC library, got {chosen!r}, which is no file")
+        return Path(chosen)
+    found = _candidates()
+    if not found:
+        raise RuntimeError("NVRTC is not installed; pip install 'sla2-kernels[cuda13]' (or [cuda12])")
+    return next((path for path in found if _major(path) <= _driver_major()), found[0])
+
+
+def _major(path: Path) -> int:
+    numbers = re.findall(r"(?:so\.|nvrtc64_)(\d\d)", path.name)
+    return int(numbers[0]) if numbers else 99
+
+
+@cache
+def _driver_major() -> int:
+    """The CUDA major version that the driver supports; 99 without a driver."""
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return 99
+    number = ctypes.c_int()
+    return 99 if library.cuDriverGetVersion(ctypes.byref(number)) else number.value // 1000
+
+
+@cache
+def _library(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    library.nvrtcGetErrorString.restype = ctypes.c_char_p
+    return library
+
+
+@cache
+def nvrtc_version(path: Path) -> str:
+    """ "major.minor" of an NVRTC library."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _library(path).nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
+def options_of(spec: KernelSpec) -> tuple[str, ...]:
+    """The options NVRTC gets: language, architecture, definitions. No fast math, no flushing of subnormals."""
+    return (*_OPTIONS, f"--gpu-architecture={spec.arch}", *spec.definitions)
+
+
+def kernel_key(spec: KernelSpec) -> str:
+    """The cache key: sources with every header they reach, options, architecture, NVRTC's version, the schema."""
+    parts = [SCHEMA, nvrtc_version(find_nvrtc()), *options_of(spec)]
+    return key_of(parts + [text for pair in gather(spec.path).items() for text in pair])
+
+
+def compile_kernel(spec: KernelSpec) -> Compiled:
+    """The cubin of a spec, from the cache or compiled now (about a tenth of a second).
+
+    Raises RuntimeError with NVRTC's first error lines, or saying that NVRTC is missing; FileNotFoundError for a header.
+    """
+    texts, nvrtc = gather(spec.path), find_nvrtc()
+    parts = [SCHEMA, nvrtc_version(nvrtc), *options_of(spec)]
+    key = key_of(parts + [text for pair in texts.items() for text in pair])
+    entry = get(key, ".cubin", lambda: _build(spec, texts, nvrtc))
+    kernels = {name: Resources(**numbers) for name, numbers in entry.notes["kernels"].items()}
+    return Compiled(entry.path, key, kernels)
+
+
+def _build(spec: KernelSpec, texts: dict[str, str], nvrtc: Path) -> tuple[bytes, dict]:
+    cubin, log = _nvrtc(nvrtc, texts, options_of(spec))
+    kernels = {name: asdict(numbers) for name, numbers in parse_log(log).items()}
+    return cubin, {
+        "source": spec.path.name, "options": options_of(spec), "nvrtc": nvrtc_version(nvrtc), "kernels": kernels
+    }  # fmt: skip
+
+
+def _nvrtc(path: Path, texts: dict[str, str], options: tuple[str, ...]) -> tuple[bytes, str]:
+    """Compile the first of `texts`, the others being its headers -> (cubin, log)."""
+    library = _library(path)
+
+    def check(code: int, what: str) -> None:
+        if code:
+            raise RuntimeError(f"NVRTC {nvrtc_version(path)}: {what}: {library.nvrtcGetErrorString(code).decode()}")
+
+    def fetch(name: str, what: str) -> bytes:
+        size = ctypes.c_size_t()
+        check(getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)), name)
+        buffer = ctypes.create_string_buffer(size.value)
+        check(getattr(library, f"nvrtcGet{what}")(program, buffer), name)
+        return buffer.raw
+
+    (name, text), *headers = [(name.encode(), text.encode()) for name, text in texts.items()]
+    strings = ctypes.c_char_p * len(headers)
+    program = ctypes.c_void_p()
+    code = library.nvrtcCreateProgram(
+        ctypes.byref(program), text, name, len(headers), strings(*[h[1] for h in headers]), strings(*[h[0] for h in headers])
+    )  # fmt: skip
+    check(code, name.decode())
+    try:
+        arguments = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
+        code = library.nvrtcCompileProgram(program, len(options), arguments)
+        log = fetch(name.decode(), "ProgramLog").rstrip(b"\0").decode(errors="replace")
+        if code:
+            errors = [line for line in log.splitlines() if "error" in line.lower()] or log.splitlines()
+            raise RuntimeError(f"NVRTC {nvrtc_version(path)}: {name.decode()}: " + " | ".join(errors[:3]))
+        return fetch(name.decode(), "CUBIN"), log
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def parse_log(log: str) -> dict[str, Resources]:
+    """What ptxas -v says of each entry function; RuntimeError if it says nothing that can be read."""
+    found: dict[str, Resources] = {}
+    for part in re.split(r"Compiling entry function '", log)[1:]:
+        name = part.split("'", 1)[0]
+        part = part.split("Compiling entry function", 1)[0]
+        numbers = {
+            key: int(match[1]) if (match := re.search(pattern, part)) else 0
+            for key, pattern in {
+                "registers": r"Used (\d+) registers",
+                "spill_stores": r"(\d+) bytes spill stores",
+                "spill_loads": r"(\d+) bytes spill loads",
+                "stack": r"(\d+) bytes stack frame",
+                "shared": r"(\d+) bytes smem",
+            }.items()
+        }
+        found[name] = Resources(**numbers)
+    if not found or not all(resources.registers for resources in found.values()):
+        raise RuntimeError(f"ptxas: expected a report of registers, got {log[:200]!r}")
+    return found
+
+
+def gate(spec: KernelSpec, compiled: Compiled) -> list[str]:
+    """Why a compiled kernel breaks its spec or its architecture's limits: lines, none if it is fine."""
+    if spec.entry not in compiled.kernels:
+        return [f"{spec.label} {spec.arch}: no such entry in {spec.source}"]
+    used, limits, where = compiled.kernels[spec.entry], ARCHITECTURES[spec.arch], f"{spec.label} {spec.arch}"
+    found = []
+    if not spec.spills and (used.spill_stores or used.spill_loads):
+        found.append(f"{where}: spills {used.spill_stores} + {used.spill_loads} bytes, expected none")
+    if used.registers > spec.max_registers:
+        found.append(f"{where}: {used.registers} registers, expected at most {spec.max_registers}")
+    if used.registers * spec.threads > limits.registers_per_sm:
+        found.append(f"{where}: {used.registers} registers x {spec.threads} threads do not fit on a multiprocessor")
+    if used.shared + spec.shared_bytes > limits.shared_per_block:
+        total = used.shared + spec.shared_bytes
+        found.append(f"{where}: {total} bytes of shared memory, expected at most {limits.shared_per_block}")
+    return found
+
+
+def row_of(spec: KernelSpec, compiled: Compiled) -> dict:
+    """One line of `sla2 compile`'s table."""
+    used, limits = compiled.kernels[spec.entry], ARCHITECTURES[spec.arch]
+    shared = used.shared + spec.shared_bytes
+    blocks = limits.resident_blocks(spec.threads, used.registers, shared)
+    return {
+        "kernel": spec.label, "arch": spec.arch, "threads": spec.threads, "registers": used.registers,
+        "ceiling": spec.max_registers, "spills": used.spill_stores + used.spill_loads, "stack": used.stack,
+        "shared": shared, "blocks_per_sm": blocks, "occupancy": blocks * spec.threads / limits.threads_per_sm,
+        "cubin": str(compiled.path), "problems": gate(spec, compiled),
+    }  # fmt: skip

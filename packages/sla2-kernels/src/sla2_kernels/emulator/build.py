@@ -1,0 +1,87 @@
+"""Builds a kernel's sources into a shared library for the CPU: g++, clang++ or the compiler of the ziglang package."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from sla2_kernels.artifacts import Artifact, get, key_of
+from sla2_kernels.sources import entries_of, gather
+from sla2_kernels.specs import KernelSpec
+
+SCHEMA = "emulator 1"
+INCLUDE = Path(__file__).parent / "include"
+SANITIZERS = ("", "address", "thread")
+_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-fno-strict-aliasing", "-ffp-contract=off", "-w")
+
+
+@cache
+def compiler() -> tuple[str, ...]:
+    """The command of the C++ compiler; RuntimeError saying what to install if there is none. $SLA2_CXX overrides."""
+    if chosen := os.environ.get("SLA2_CXX"):
+        return tuple(chosen.split())
+    for name in ("g++", "clang++"):
+        if path := shutil.which(name):
+            return (path,)
+    if importlib.util.find_spec("ziglang"):
+        return (sys.executable, "-m", "ziglang", "c++")
+    raise RuntimeError("emulator: needs a C++ compiler; install g++, or pip install 'sla2-kernels[emulator]'")
+
+
+@cache
+def _version(command: tuple[str, ...]) -> str:
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout.splitlines()[0] if done.stdout else "unknown"
+
+
+def sanitizer() -> str:
+    """$SLA2_EMULATOR_SANITIZE: "", "address" or "thread" (g++ only; the library must be preloaded)."""
+    chosen = os.environ.get("SLA2_EMULATOR_SANITIZE", "")
+    if chosen not in SANITIZERS:
+        raise ValueError(f"SLA2_EMULATOR_SANITIZE: expected address, thread or nothing, got {chosen!r}")
+    return chosen
+
+
+def build(spec: KernelSpec) -> Artifact:
+    """The shared library with every entry of the spec's source, from the cache or built now.
+
+    Raises RuntimeError with the compiler's first error lines.
+    """
+    texts = gather(spec.path)
+    command, flags = compiler(), [*_FLAGS, *spec.definitions, "-DSLA2_EMULATOR=1"]
+    if chosen := sanitizer():
+        flags += [f"-fsanitize={chosen}", "-g", "-O1", "-fno-omit-frame-pointer"]
+    own = {path.name: path.read_text() for path in sorted(INCLUDE.iterdir())}
+    parts = [SCHEMA, _version(command), platform.machine(), *flags]
+    parts += [text for pair in (*texts.items(), *own.items()) for text in pair]
+    return get(key_of(parts), ".so", lambda: _compile(command, flags, texts, own, spec))
+
+
+def _compile(command, flags, texts, own, spec) -> tuple[bytes, dict]:
+    entries = entries_of(texts)
+    table = "".join(f'    sla2::entry("{name}", {name}),\n' for name in entries)
+    unit = (
+        f'#include "emulated_ptx.h"\n#include "emulated_launch.h"\n#include "{spec.path.name}"\n'
+        f"const sla2::Entry sla2_entries[] = {{\n{table}    {{}}}};\n"
+    )
+    with tempfile.TemporaryDirectory(prefix="sla2-emulator-") as name:
+        folder = Path(name)
+        for file, text in {**own, **texts, "unit.cpp": unit}.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(text)
+        sources = ["unit.cpp"]
+        if platform.machine() in ("x86_64", "AMD64") and sys.platform.startswith("linux"):
+            sources.append("switch_x86_64.S")
+        line = [*command, *flags, "-I.", *sources, "-o", "unit.so"]
+        done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            errors = [text for text in done.stderr.splitlines() if "error" in text] or done.stderr.splitlines()
+            raise RuntimeError(f"emulator: {spec.path.name} does not compile: " + " | ".join(errors[:3]))
+        return (folder / "unit.so").read_bytes(), {"source": spec.path.name, "entries": entries, "flags": flags}

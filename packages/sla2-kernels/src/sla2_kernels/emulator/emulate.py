@@ -1,0 +1,105 @@
+"""Loads an emulated kernel and runs it on host memory."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from sla2_kernels.emulator.build import build
+from sla2_kernels.specs import KernelSpec
+
+ORDERS = ("forward", "reverse", "random")
+
+
+class EmulatorError(RuntimeError):
+    """A kernel broke a rule (a divergent barrier, a misaligned copy, ...): one line with the block, threads and lines."""
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """In which order the threads of a block run between barriers, and how many blocks run at once."""
+
+    order: str = "forward"
+    seed: int = 0
+    workers: int = 1
+
+
+_LANES: ContextVar[Lanes] = ContextVar("sla2_lanes", default=Lanes())  # noqa: B039  (frozen)
+
+
+@contextmanager
+def lanes(order: str = "forward", seed: int = 0, workers: int = 1) -> Iterator[None]:
+    """Emulated launches inside run their threads in this order ("forward", "reverse", "random" with `seed`)."""
+    if order not in ORDERS:
+        raise ValueError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
+    token = _LANES.set(Lanes(order, seed, workers))
+    try:
+        yield
+    finally:
+        _LANES.reset(token)
+
+
+@dataclass(frozen=True)
+class EmulatedKernel:
+    """A loaded entry. `kinds` and `sizes` describe its parameters: p pointer, i integer, f float; bytes."""
+
+    entry: str
+    library: ctypes.CDLL
+    kinds: str
+    sizes: tuple[int, ...]
+
+
+@cache
+def _open(path: str) -> ctypes.CDLL:
+    return ctypes.CDLL(path)
+
+
+def load(spec: KernelSpec) -> EmulatedKernel:
+    """Build the spec's source for the CPU and look its entry up; RuntimeError if it does not compile or is not there."""
+    library = _open(str(build(spec).path))
+    kinds, sizes = ctypes.c_char_p(), ctypes.POINTER(ctypes.c_ubyte)()
+    if library.sla2_describe(spec.entry.encode(), ctypes.byref(kinds), ctypes.byref(sizes)):
+        raise RuntimeError(f"emulator: {spec.path.name} has no entry {spec.entry!r}")
+    text = kinds.value.decode()
+    return EmulatedKernel(spec.entry, library, text, tuple(sizes[i] for i in range(len(text))))
+
+
+def run(
+    kernel: EmulatedKernel, grid: Sequence[int], block: Sequence[int], shared_bytes: int, values: Sequence[np.generic]
+) -> None:
+    """Run the grid. `values` are numpy scalars, pointers as np.uint64.
+
+    Raises TypeError if a value does not fit its parameter, EmulatorError if the kernel breaks a rule.
+    """
+    if len(values) != len(kernel.kinds):
+        raise TypeError(f"{kernel.entry}: expected {len(kernel.kinds)} arguments, got {len(values)}")
+    held = []
+    for index, (value, kind, size) in enumerate(zip(values, kernel.kinds, kernel.sizes)):
+        right = {"p": value.dtype == np.uint64, "f": value.dtype.kind == "f", "i": value.dtype.kind in "iub"}[kind]
+        if not right or value.dtype.itemsize != size:
+            wanted = {"p": "a Pointer", "f": f"a float of {size} bytes", "i": f"an integer of {size} bytes"}[kind]
+            raise TypeError(f"{kernel.entry}: argument {index}: expected {wanted}, got {value.dtype}")
+        held.append(np.array([value]))
+    addresses = (ctypes.c_void_p * len(held))(*[array.ctypes.data for array in held])
+    chosen = _LANES.get()
+    settings = (ctypes.c_int * 3)(ORDERS.index(chosen.order), chosen.seed, chosen.workers)
+    message = ctypes.create_string_buffer(2000)
+    code = kernel.library.sla2_emulate(
+        kernel.entry.encode(), (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), ctypes.c_size_t(shared_bytes),
+        addresses, settings, message, ctypes.c_size_t(len(message)),
+    )  # fmt: skip
+    if code:
+        raise EmulatorError(f"{kernel.entry}: {message.value.decode()}")
+
+
+def poisoned(shape: Sequence[int], dtype) -> np.ndarray:
+    """An array of 0xFF bytes: NaN in floats, -1 in integers, so that what a kernel leaves unwritten shows."""
+    array = np.empty(shape, dtype)
+    array.view(np.uint8).fill(0xFF) if array.ndim else array.fill(np.frombuffer(b"\xff" * 8, dtype)[0])
+    return array

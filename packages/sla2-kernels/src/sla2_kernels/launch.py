@@ -1,0 +1,153 @@
+"""Loads a kernel and launches it with raw pointers: the same call for the GPU (CuPy) and for the emulator."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from sla2_kernels.compile import compile_kernel, find_nvrtc
+from sla2_kernels.emulator.emulate import EmulatedKernel, run
+from sla2_kernels.emulator.emulate import load as load_emulated
+from sla2_kernels.specs import KernelSpec, architecture_of
+
+TARGETS = ("cuda", "emulator")
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """An address in device memory (GPU) or host memory (emulator); `owner` keeps the memory alive."""
+
+    address: int
+    owner: Any = None
+
+    @classmethod
+    def of(cls, array: np.ndarray | None) -> Pointer:
+        """The address of a C-contiguous numpy array; None is the null pointer."""
+        if array is None:
+            return cls(0)
+        if not array.flags.c_contiguous:
+            raise ValueError(f"array: expected C-contiguous, got strides {array.strides} for shape {array.shape}")
+        return cls(array.ctypes.data, array)
+
+
+@dataclass(frozen=True)
+class LoadedKernel:
+    """A kernel ready to launch. `handle` is CuPy's function or the emulator's kernel; `device` the GPU's index."""
+
+    spec: KernelSpec
+    target: str
+    handle: Any
+    device: int = 0
+
+
+def load(spec: KernelSpec, target: str = "cuda", device: int = 0) -> LoadedKernel:
+    """The kernel of `spec`, built if need be; once per process and device.
+
+    `target` is "cuda" (GPU number `device`, whose architecture the spec must have been made for) or "emulator".
+    Raises ValueError for another target, RuntimeError if something that is needed is missing or the build fails.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    return _load(spec, target, device, os.environ.get("SLA2_EMULATOR_SANITIZE", ""))
+
+
+@cache
+def _load(spec: KernelSpec, target: str, device: int, _sanitizer: str) -> LoadedKernel:
+    if target == "emulator":
+        return LoadedKernel(spec, target, load_emulated(spec))
+    require_cuda()
+    import cupy
+
+    built = compile_kernel(spec)
+    with cupy.cuda.Device(device):
+        function = cupy.RawModule(path=str(built.path)).get_function(spec.entry)
+        if spec.shared_bytes > 48 * 1024:
+            function.max_dynamic_shared_size_bytes = spec.shared_bytes
+    return LoadedKernel(spec, target, function, device)
+
+
+def launch(
+    kernel: LoadedKernel,
+    grid: Sequence[int],
+    block: Sequence[int],
+    shared_bytes: int,
+    args: Sequence[Pointer | np.generic],
+    stream: int | None = None,
+) -> None:
+    """Launch a kernel: asynchronously on `stream` (a cudaStream_t as an int; None: the default stream), or emulated.
+
+    `grid` and `block` are up to three integers, `args` Pointers and numpy scalars of exactly the kernel's parameter types.
+    An empty grid launches nothing. Raises TypeError for an argument that is neither; EmulatorError (a RuntimeError) if
+    the emulated kernel breaks a rule.
+    """
+    sizes = tuple((*map(int, extent), 1, 1)[:3] for extent in (grid, block))
+    if 0 in sizes[0]:
+        return
+    values = []
+    for index, value in enumerate(args):
+        if isinstance(value, Pointer):
+            values.append(np.uint64(value.address))
+        elif isinstance(value, np.generic):
+            values.append(value)
+        else:
+            raise TypeError(
+                f"{kernel.spec.entry}: argument {index}: expected a Pointer or a numpy scalar, got {value!r}"
+            )
+    if isinstance(kernel.handle, EmulatedKernel):
+        return run(kernel.handle, *sizes, shared_bytes, values)
+    import cupy
+
+    with cupy.cuda.Device(kernel.device), cupy.cuda.ExternalStream(stream or 0, kernel.device):
+        kernel.handle(*sizes, tuple(values), shared_mem=shared_bytes)
+
+
+def _driver_version() -> int | None:
+    """The CUDA version that the driver supports, as 1000 * major + 10 * minor; None without a driver."""
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return None
+    number = ctypes.c_int()
+    return None if library.cuDriverGetVersion(ctypes.byref(number)) else number.value
+
+
+def missing_for_cuda() -> str | None:
+    """One line saying what `backend="cuda"` lacks on this machine and how to get it; None if nothing."""
+    if (version := _driver_version()) is None:
+        return "no NVIDIA driver (libcuda.so.1); it needs a machine with an NVIDIA GPU and driver 570 or later"
+    extra = "cuda13" if version >= 13000 else "cuda12"
+    if importlib.util.find_spec("cupy") is None:
+        return f"CuPy is not installed; pip install 'sla2-kernels[{extra}]'"
+    try:
+        find_nvrtc()
+    except RuntimeError as error:
+        return str(error)
+    import cupy
+
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"the CUDA runtime finds no GPU ({' '.join(str(error).split())})"
+    return None if count else "the CUDA runtime finds no GPU"
+
+
+def require_cuda() -> None:
+    """RuntimeError with one line that names what is missing, if kernels cannot run on a GPU here."""
+    if missing := missing_for_cuda():
+        raise RuntimeError(f"backend='cuda': {missing}")
+
+
+@cache
+def device_architecture(device: int = 0) -> str:
+    """The architecture to compile for on GPU number `device`, such as "sm_90a"; RuntimeError if it is too old."""
+    import cupy
+
+    number = cupy.cuda.Device(device).compute_capability
+    return architecture_of(int(number[:-1]), int(number[-1]))

@@ -1,0 +1,113 @@
+"""KernelSpec: which kernel, for which data type, head dimension, tile and architecture, and with what limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+CSRC = Path(__file__).parent / "csrc"
+DTYPES = {"float16": 0, "bfloat16": 1}
+PRECISIONS = {"full": 0, "int8": 1, "int8_int8": 2, "fp8": 3}
+HEAD_DIMS = (64, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What a block may use on a GPU architecture (CUDA programming guide, table of compute capabilities).
+
+    `number` is the SLA2_ARCH macro; shared memory in bytes; a resident block reserves 1 KB of shared memory more.
+    """
+
+    number: int
+    shared_per_block: int
+    shared_per_sm: int
+    threads_per_sm: int
+    blocks_per_sm: int
+    registers_per_sm: int = 65536
+
+    def resident_blocks(self, threads: int, registers: int, shared_bytes: int) -> int:
+        """Blocks of a kernel that fit on one multiprocessor at once."""
+        warps = -(-threads // 32)
+        registers_of_block = -(-registers * 32 // 256) * 256 * warps
+        shared_of_block = -(-(shared_bytes + 1024) // 128) * 128
+        return min(
+            self.blocks_per_sm,
+            self.threads_per_sm // (32 * warps),
+            self.registers_per_sm // max(1, registers_of_block),
+            self.shared_per_sm // shared_of_block,
+        )
+
+
+_KB = 1024
+ARCHITECTURES = {
+    "sm_80": Architecture(
+        number=80, shared_per_block=163 * _KB, shared_per_sm=164 * _KB, threads_per_sm=2048, blocks_per_sm=32
+    ),
+    "sm_86": Architecture(
+        number=86, shared_per_block=99 * _KB, shared_per_sm=100 * _KB, threads_per_sm=1536, blocks_per_sm=16
+    ),
+    "sm_89": Architecture(
+        number=89, shared_per_block=99 * _KB, shared_per_sm=100 * _KB, threads_per_sm=1536, blocks_per_sm=24
+    ),
+    "sm_90a": Architecture(
+        number=90, shared_per_block=227 * _KB, shared_per_sm=228 * _KB, threads_per_sm=2048, blocks_per_sm=32
+    ),
+    "sm_100a": Architecture(
+        number=100, shared_per_block=227 * _KB, shared_per_sm=228 * _KB, threads_per_sm=2048, blocks_per_sm=32
+    ),
+    "sm_120a": Architecture(
+        number=120, shared_per_block=99 * _KB, shared_per_sm=100 * _KB, threads_per_sm=1536, blocks_per_sm=24
+    ),
+}
+
+
+def architecture_of(major: int, minor: int) -> str:
+    """The architecture to compile for on a GPU of compute capability (major, minor); RuntimeError if there is none."""
+    number = 10 * major + minor
+    for name, architecture in ARCHITECTURES.items():
+        if architecture.number == number:
+            return name
+    if number == 87:
+        return "sm_86"
+    raise RuntimeError(f"expected a GPU of compute capability 8.0, 8.6, 8.9, 9.0, 10.0 or 12.0, got {major}.{minor}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpec:
+    """One kernel as it is compiled and launched.
+
+    `source` is a file of csrc/ (or an absolute path), `entry` its extern "C" function, `macros` (name, value) pairs;
+    `shared_bytes` is the dynamic shared memory of a launch; `max_registers` the ceiling that the compile gate holds;
+    `spills` whether the gate allows spills (forward kernels: never). Specs with equal source, macros and arch share a
+    compilation.
+    """
+
+    source: str
+    entry: str
+    arch: str
+    threads: int
+    macros: tuple[tuple[str, int], ...] = ()
+    shared_bytes: int = 0
+    max_registers: int = 255
+    spills: bool = False
+
+    @property
+    def path(self) -> Path:
+        return CSRC / self.source
+
+    @property
+    def definitions(self) -> tuple[str, ...]:
+        """The -D options, in the order of their names."""
+        values = {**dict(self.macros), "SLA2_ARCH": ARCHITECTURES[self.arch].number}
+        return tuple(f"-D{name}={value}" for name, value in sorted(values.items()))
+
+    @property
+    def label(self) -> str:
+        """A short readable name: the entry and what tells it from its siblings."""
+        values = dict(self.macros)
+        parts = [self.entry]
+        if "SLA2_HEAD_DIM" in values:
+            parts.append(f"d{values['SLA2_HEAD_DIM']}")
+        parts += [name for name, number in DTYPES.items() if values.get("SLA2_DTYPE") == number]
+        parts += [name for name, number in PRECISIONS.items() if values.get("SLA2_PRECISION") == number]
+        return " ".join(parts)
