@@ -82,8 +82,11 @@ def _one_line(error: BaseException) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command. Returns the exit code: 0 all went well, 2 bad arguments or settings, 1 anything else."""
+    """Run the command. Returns the exit code: 0 all went well, 2 bad arguments, settings or input files, 1 anything else."""
+    from sla2_eval.processes import hush
+
     state = {"debug": False}
+    hush()
     try:
         result = sla2.main(arguments, prog_name="sla2", obj=state, standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -96,6 +99,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if state["debug"]:
             raise
-        message, code = _one_line(error), 2 if type(error).__name__ == "SettingsError" else 1
+        message, code = _one_line(error), 2 if isinstance(error, ValueError | FileNotFoundError) else 1
     print(f"sla2: error: {message}", file=sys.stderr)
     return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

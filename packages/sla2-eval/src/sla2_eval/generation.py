@@ -186,20 +186,30 @@ def load_generator(model: str | Path, adapter: str | Path | None = None) -> Gene
     return generator
 
 
+def find_model(model: str | Path) -> Path | str:
+    """The folder of "tiny" or of a model, or the hub id. Raises ValueError naming the model if it is none of these."""
+    from sla2_eval.tiny.model import WEIGHTS
+
+    folder = WEIGHTS if str(model) == "tiny" else Path(model)
+    if not folder.is_dir():
+        if folder == WEIGHTS or folder.exists() or str(model).startswith((".", "/")) or str(model).count("/") != 1:
+            raise ValueError(f"model: expected 'tiny', a diffusers folder or a hub id (owner/name), got {str(model)!r}")
+        return str(model)
+    if not any((folder / name).is_file() for name in ("model_index.json", "transformer/config.json")):
+        raise ValueError(f"model: expected model_index.json or transformer/config.json in {folder}, got neither")
+    return folder
+
+
 def _load_model(model: str | Path) -> Generator:
-    folder = Path(model)
-    if str(model) == "tiny":
-        from sla2_eval.tiny.model import WEIGHTS as folder
-    if folder.is_dir() and not (folder / "model_index.json").exists():
-        return TinyGenerator(*_load_tiny(folder))
-    if not folder.is_dir() and (folder.exists() or str(model).startswith((".", "/")) or str(model).count("/") != 1):
-        raise ValueError(f"model: expected 'tiny', a diffusers folder or a hub id (owner/name), got {str(model)!r}")
+    found = find_model(model)
+    if isinstance(found, Path) and not (found / "model_index.json").exists():
+        return TinyGenerator(*_load_tiny(found))
     import torch
     from diffusers import DiffusionPipeline
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return PipelineGenerator(DiffusionPipeline.from_pretrained(str(model), torch_dtype=dtype).to(device))
+    return PipelineGenerator(DiffusionPipeline.from_pretrained(str(found), torch_dtype=dtype).to(device))
 
 
 def _load_tiny(folder: Path):
@@ -207,8 +217,6 @@ def _load_tiny(folder: Path):
 
     from sla2_eval.tiny.model import TEXT_DIM
 
-    if not (folder / "transformer" / "config.json").is_file():
-        raise ValueError(f"model: expected model_index.json or transformer/config.json in {folder}, got neither")
     transformer = WanTransformer3DModel.from_pretrained(str(folder / "transformer"))
     if transformer.config.text_dim != TEXT_DIM:
         raise ValueError(f"model: expected text_dim={TEXT_DIM} in {folder}, got {transformer.config.text_dim}")
@@ -216,17 +224,19 @@ def _load_tiny(folder: Path):
 
 
 def model_fingerprint(model: str | Path) -> dict:
-    """What identifies a model: its id, and for a folder the sha256 of each weights file (size, above 256 MB)."""
-    folder = Path(model)
-    if str(model) == "tiny":
-        from sla2_eval.tiny.model import WEIGHTS as folder
-    if not folder.is_dir():
-        return {"id": str(model)}
+    """What identifies a model: its hub id, or the sha256 of each weights file in its folder (the size, above 256 MB)."""
+    folder = find_model(model)
+    if isinstance(folder, str):
+        return {"id": folder}
+    return {"files": _folder_digest(folder)}
+
+
+def _folder_digest(folder: Path) -> str:
     files = {}
     for path in sorted(p for pattern in ("*.safetensors", "*.json") for p in folder.rglob(pattern)):
         small = path.stat().st_size <= 256 << 20
         files[path.relative_to(folder).as_posix()] = file_digest(path) if small else path.stat().st_size
-    return {"files": digest(files)}
+    return digest(files)
 
 
 def plan(prompts: Sequence[str], indices: Sequence[int], seed: int) -> list[Request]:
@@ -349,7 +359,11 @@ def generate_with(
 
     folder = Path(folder)
     requests = plan(prompts, indices, config.seed)
-    fingerprint = {"model": model_fingerprint(model), "adapter": model_fingerprint(adapter) if adapter else None}
+    fingerprint = {"model": model_fingerprint(model), "adapter": None}
+    if adapter is not None:
+        if not Path(adapter).is_dir():
+            raise ValueError(f"adapter: expected a folder with sla2_config.json, got {adapter}")
+        fingerprint["adapter"] = _folder_digest(Path(adapter))
     open_folder(folder, config, fingerprint)
     shares = [requests[i::workers] for i in range(workers) if requests[i::workers]]
     tasks = {}

@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 import os
 import threading
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -25,13 +26,20 @@ class Task:
     needs: tuple[str, ...] = ()
 
 
+def hush() -> None:
+    """Keep one warning of torch off the terminal: under autocast diffusers' RMSNorm takes its plain path."""
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+
+
 def _start(queue, threads: int) -> None:
     """Runs in a new worker: report through `queue`, compute on `threads` threads, end when the parent ends."""
     global _queue
     _queue = queue
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for what this worker starts
     import torch
 
     torch.set_num_threads(threads)
+    hush()
 
     def follow_parent():
         multiprocessing.parent_process().join()

@@ -27,8 +27,8 @@ def settings(model: str = "tiny", workers: int = 2, **changes) -> AblationSettin
         "attention": {"precision": "int8"},
         "data": {"num_videos": 256},
         "capture": {"samples": 8},
-        "stage1": {"steps": 60, "topk": (0.03, 0.1)},
-        "stage2": {"steps": 40, "batch_size": 4},
+        "stage1": {"steps": 200, "topk": (0.03, 0.1)},
+        "stage2": {"steps": 200, "batch_size": 4, "learning_rate": 1e-3, "alpha_learning_rate": 1e-2},
         "generate": {"num_prompts": 16, "steps": 20},
         "variants": VARIANTS,
     }

@@ -129,11 +129,11 @@ class TeacherSettings(Settings):
     videos: Path | None = None
     num_videos: int = Field(6000, ge=1)
     seed: int = Field(0, ge=0)
-    steps: int = Field(9000, ge=1)
+    steps: int = Field(6000, ge=1)
     batch_size: int = Field(8, ge=1)
     learning_rate: float = Field(2e-3, gt=0)
     warmup: int = Field(100, ge=1)
-    cooldown: int = Field(2500, ge=1)
+    cooldown: int = Field(2000, ge=1)
     weight_decay: float = Field(0.01, ge=0)
     caption_dropout: float = Field(0.1, ge=0, le=1)
     ema: float = Field(0.999, ge=0, lt=1)

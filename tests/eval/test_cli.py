@@ -1,0 +1,179 @@
+"""The sla2 command: help, exit codes, and one-line errors that name the file or option and what was expected."""
+
+import json
+
+import numpy as np
+import pytest
+from sla2_eval.cli import COMMANDS, main
+from sla2_eval.video import write_video
+
+SUBCOMMANDS = [[name] for name in COMMANDS] + [
+    ["train", "teacher"], ["train", "router"], ["train", "finetune"], ["weights", "list"], ["weights", "fetch"],
+]  # fmt: skip
+
+
+def fails(capsys, arguments: list[str], code: int = 2) -> str:
+    """Run, expect the exit code and exactly one line on stderr; returns that line."""
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1, captured.err
+    assert captured.err.startswith("sla2: error: ")
+    return captured.err.strip()
+
+
+def moving_square(step: int) -> np.ndarray:
+    frames = np.full((6, 32, 32, 3), 20, dtype=np.uint8)
+    for t in range(6):
+        frames[t, 8:16, 4 + step * t : 12 + step * t] = (200, 40, 40)
+    return frames
+
+
+@pytest.mark.parametrize("arguments", SUBCOMMANDS, ids=" ".join)
+def test_help_has_an_example(arguments, capsys):
+    assert main([*arguments, "--help"]) == 0
+    assert "Example:\n    sla2 " + " ".join(arguments) in capsys.readouterr().out
+
+
+def test_the_group_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["quickstrt"], ["quickstart", "'quickstrt'"]),
+        (["train"], []),
+        (["train", "teacher"], ["--config"]),
+        (["train", "teacher", "--config", "x.yaml", "--stepz", "3"], ["--stepz"]),
+        (["generate", "--prompts", "p.txt", "--out", "o", "--steps", "0"], ["--steps", "0"]),
+        (["generate", "--prompts", "p.txt", "--out", "o"], ["p.txt", "one prompt a line", "nothing there"]),
+        (["score", "--videos", "v", "--out", "o"], ["--metrics"]),
+        (["score", "--videos", "v", "--metrics", "psnrr", "--out", "o"], ["--metrics", "psnr", "'psnrr'"]),
+        (["score", "--videos", "v", "--metrics", "psnr", "--out", "o"], ["reference", "psnr"]),
+        (["score", "--videos", "v", "--metrics", "temporal_flickering", "--out", "o"], ["v:", "nothing there"]),
+        (["report", "nowhere"], ["FOLDER", "run.json", "nowhere"]),
+        (["weights", "fetch", "alexnett"], ["alexnet", "'alexnett'"]),
+        (["ablate", "--config", "none.yaml", "--out", "o"], ["none.yaml", "YAML", "nothing there"]),
+    ],
+)
+def test_bad_arguments(arguments, parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if not parts:
+        assert main(arguments) == 2
+        return
+    message = fails(capsys, arguments)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("stepz: 3\n", ["stepz: unknown key", "known keys here: videos, num_videos"]),
+        ("steps: many\n", ["steps:", "integer", "'many'"]),
+        ("steps: 0\n", ["steps:", "greater than or equal to 1", "'0'"]),
+        ("steps: [1\nseed: 2\n", ["line 2", "expected YAML"]),
+        ("- 1\n- 2\n", ["expected keys and values", "list"]),
+    ],
+)
+def test_broken_settings_name_file_and_key(text, parts, tmp_path, capsys):
+    path = tmp_path / "teacher.yaml"
+    path.write_text(text)
+    message = fails(capsys, ["train", "teacher", "--config", str(path), "--out", str(tmp_path / "out")])
+    assert all(part in message for part in ["teacher.yaml", *parts]), message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("variants: [{name: a, label: A, family: F, topk: 0.1}]", ["variants.0.topk: unknown key", "attention"]),
+        ("variants: [{name: a, label: A, family: F, attention: {topkk: 0.1}}]", ["(a)", "topkk: unknown key", "topk,"]),
+        ("variants: [{name: a, label: A, family: F, attention: {topk: 2}}]", ["topk: input should be less"]),
+        ("variants: [{name: full, label: A, family: F}]", ["none called 'full'"]),
+        ("variants: []", ["variants:", "at least 1"]),
+        ("seeds: [0]", ["variants: expected a value"]),
+        ("stage2: {lr: 1}\nvariants: [{name: a, label: A, family: F}]", ["stage2.lr: unknown key", "learning_rate"]),
+    ],
+)
+def test_broken_grids_name_the_variant(text, parts, tmp_path, capsys):
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    message = fails(capsys, ["ablate", "--config", str(path), "--out", str(tmp_path / "out")])
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("command", ["quickstart", "generate", "score"])
+def test_an_out_that_is_no_folder(command, tmp_path, capsys):
+    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "prompts.txt").write_text("a red circle moving left\n")
+    write_video(tmp_path / "a-0.mp4", moving_square(1), 8)
+    out = str(tmp_path / "taken")
+    arguments = {
+        "quickstart": ["quickstart", "--out", out],
+        "generate": ["generate", "--prompts", str(tmp_path / "prompts.txt"), "--out", out],
+        "score": ["score", "--videos", str(tmp_path), "--metrics", "temporal_flickering", "--out", out],
+    }[command]
+    message = fails(capsys, arguments)
+    assert "--out: expected a folder that can be written" in message
+    assert out in message
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
+def test_generate_names_a_foreign_model(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red circle moving left\n")
+    (tmp_path / "empty").mkdir()
+    arguments = ["generate", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
+    message = fails(capsys, [*arguments, "--model", str(tmp_path / "empty")])
+    assert "model: expected" in message
+    assert "empty" in message
+    assert "hub id" in fails(capsys, [*arguments, "--model", "a/b/c"])
+    assert "adapter: expected a folder" in fails(capsys, [*arguments, "--model", "a/b", "--adapter", "none"])
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(ValueError, match="nothing there"):
+        main(["generate", "--debug", "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "o")])
+
+
+def test_json_tables_are_json(capsys):
+    assert main(["weights", "list", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {"name", "licence", "path", "present"} <= set(rows[0])
+    assert main(["score", "--list", "--json"]) == 0
+    assert "psnr" in {row["metric"] for row in json.loads(capsys.readouterr().out)}
+
+
+def test_score_prints_a_table_and_names_broken_videos(tmp_path, capsys):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for index in range(2):
+        write_video(folder / f"a square-{index}.mp4", moving_square(index), 8)
+    arguments = ["score", "--videos", str(folder), "--metrics", "temporal_flickering", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)[0]
+    assert row["metric"] == "temporal_flickering"
+    assert row["videos"] == 2
+    assert 0.9 < row["mean"] < 1
+    (folder / "broken-0.mp4").write_text("not a video")
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("sla2: error:")]
+    assert len(errors) == 1
+    assert "broken-0.mp4" in errors[0]
+    assert "temporal_flickering" in captured.out
+    assert not [path for path in (tmp_path / "out").rglob("*") if "partial" in path.name]
+
+
+def test_an_unexpected_error_is_one_line(monkeypatch, capsys):
+    import sla2_eval.doctor
+
+    def broken():
+        raise KeyError("unforeseen\nand on two lines")
+
+    monkeypatch.setattr(sla2_eval.doctor, "examine", broken)
+    message = fails(capsys, ["doctor"], code=1)
+    assert "KeyError" in message
+    assert "--debug" in message

@@ -1,0 +1,143 @@
+"""Generation: noise that depends on prompt, index and seed alone, files that are not done twice, folders held to one setting."""
+
+import json
+
+import numpy as np
+import pytest
+from sla2_eval.generation import (
+    Request,
+    SamplingConfig,
+    TinyGenerator,
+    generate,
+    load_generator,
+    model_fingerprint,
+    noise_seed,
+    read_prompts,
+)
+from sla2_eval.manifest import read_manifest
+from sla2_eval.video import read_video
+
+PROMPTS = ["a red circle moving left", "a blue square moving up", "a cyan triangle moving right behind a red square"]
+
+
+class Recorder:
+    """A generator that paints each request's noise seed and notes what it was asked for."""
+
+    transformer, fps, upscale = None, 8, 2
+
+    def __init__(self):
+        self.asked = []
+
+    def sample(self, requests, config):
+        self.asked += list(requests)
+        seeds = [noise_seed(r.prompt, r.index, r.seed) % 200 for r in requests]
+        return np.stack([np.full((3, 8, 8, 3), seed, dtype=np.uint8) for seed in seeds])
+
+
+def _save_random_model(folder):
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from sla2_eval.tiny.model import SHIFT, build_transformer
+
+    torch.manual_seed(0)
+    build_transformer().save_pretrained(folder / "transformer")
+    FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(folder / "scheduler")
+
+
+def test_noise_seeds_differ_by_prompt_index_and_seed():
+    seeds = {noise_seed(p, i, s) for p in ("a", "b", "a|1") for i in range(3) for s in range(3)}
+    assert len(seeds) == 27
+    assert noise_seed("a red circle moving left", 1, 2) == noise_seed("a red circle moving left", 1, 2)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_files_manifest_and_resuming(tmp_path):
+    config, out = SamplingConfig(batch_size=2, seed=7), tmp_path / "out"
+    first = Recorder()
+    generate(first, PROMPTS, out, config=config, indices=(0, 1))
+    assert len(first.asked) == 6
+    entries = read_manifest(out)
+    assert {(e.prompt, e.index, e.seed) for e in entries} == {(p, i, 7) for p in PROMPTS for i in (0, 1)}
+    assert read_video(entries[0].path).frames.shape == (3, 16, 16, 3)
+    entries[3].path.unlink()
+    second = Recorder()
+    generate(second, PROMPTS, out, config=config, indices=(0, 1))
+    assert [r.file_name for r in second.asked] == [entries[3].file_name]
+
+
+def test_a_folder_takes_one_setting(tmp_path):
+    generate(Recorder(), PROMPTS, tmp_path / "out", config=SamplingConfig(steps=4), fingerprint={"model": "a"})
+    with pytest.raises(ValueError, match=r"sampling was .*4.* and is .*5"):
+        generate(Recorder(), PROMPTS, tmp_path / "out", config=SamplingConfig(steps=5), fingerprint={"model": "a"})
+    with pytest.raises(ValueError, match='model was "a" and is "b"'):
+        generate(Recorder(), PROMPTS, tmp_path / "out", config=SamplingConfig(steps=4), fingerprint={"model": "b"})
+
+
+def test_foreign_videos_are_not_mixed_with(tmp_path):
+    (tmp_path / "holiday.mp4").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"without generation\.json"):
+        generate(Recorder(), PROMPTS, tmp_path)
+    assert (tmp_path / "holiday.mp4").read_bytes() == b"mine"
+
+
+def test_prompts_of_one_file_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="different file names"):
+        generate(Recorder(), ["a/b", "a b"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("\n \n", "got none"), ("a\nb\na\n", "got 'a' again"), (b"\xff\xfe\x00", "UTF-8")],
+)
+def test_prompt_files(text, message, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        read_prompts(path)
+    assert str(path) in str(error.value)
+
+
+def test_the_experiments_prompts_are_those_of_the_quickstart():
+    from pathlib import Path
+
+    from sla2_eval.pipeline import builtin_prompts
+
+    found = read_prompts(Path(__file__).parents[2] / "experiments" / "tiny_wan" / "prompts.txt")
+    assert found == builtin_prompts(50)
+
+
+def test_tiny_noise_does_not_depend_on_the_batch(tmp_path):
+    _save_random_model(tmp_path)
+    generator = load_generator(tmp_path)
+    assert isinstance(generator, TinyGenerator)
+    config = SamplingConfig(steps=2, dtype="float32")
+    requests = [Request(prompt, 0, 3) for prompt in PROMPTS]
+    together = generator.sample(requests, config).astype(int)
+    alone = generator.sample(requests[1:2], config).astype(int)
+    assert together.shape == (3, 16, 32, 32, 3)
+    assert np.abs(together[1] - alone[0]).max() <= 1
+    assert np.abs(together[0] - together[1]).mean() > 10
+    other_seed = generator.sample([Request(PROMPTS[1], 0, 4)], config).astype(int)
+    assert np.abs(other_seed[0] - alone[0]).mean() > 10
+
+
+def test_guidance_moves_away_from_the_empty_caption(tmp_path):
+    _save_random_model(tmp_path)
+    generator, request = load_generator(tmp_path), [Request(PROMPTS[0], 0, 0)]
+    videos = [
+        generator.sample(request, SamplingConfig(steps=1, guidance=g, dtype="float32")).astype(float) for g in (1, 2, 3)
+    ]
+    assert np.abs(videos[1] - videos[0]).max() > 1
+    assert np.abs((videos[2] - videos[1]) - (videos[1] - videos[0])).mean() < 0.5  # linear in the guidance scale
+
+
+def test_the_fingerprint_follows_the_weights(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "a.safetensors").write_bytes(b"1")
+    before = model_fingerprint(tmp_path)
+    assert model_fingerprint(tmp_path) == before
+    (tmp_path / "a.safetensors").write_bytes(b"2")
+    assert model_fingerprint(tmp_path) != before
+    assert model_fingerprint("owner/name") == {"id": "owner/name"}
+    assert json.dumps(before)

@@ -1,0 +1,147 @@
+"""The grid of variants: what shares a training, what the run leaves behind, and a quickstart killed half-way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from sla2_eval.ablation import cells, graph
+from sla2_eval.settings import AblationSettings, SettingsError, load_settings, validate
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "seeds": [0],
+    "data": {"num_videos": 6},
+    "capture": {"samples": 2},
+    "stage1": {"steps": 2, "topk": [0.1]},
+    "stage2": {"steps": 3, "batch_size": 1, "checkpoint_every": 1},
+    "generate": {"num_prompts": 2, "steps": 1, "dtype": "float32"},
+    "metrics": ["psnr", "temporal_flickering"],
+    "variants": [
+        {"name": "a", "label": "A", "family": "F", "attention": {"topk": 0.1, "precision": "int8"}},
+        {"name": "b", "label": "B", "family": "F", "attention": {"topk": 0.1}},
+    ],
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from sla2_eval.tiny.model import SHIFT, build_transformer
+
+    torch.manual_seed(0)
+    build_transformer().save_pretrained(tmp_path / "model" / "transformer")
+    FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(tmp_path / "model" / "scheduler")
+    return tmp_path / "model"
+
+
+def grid(model, **changes) -> AblationSettings:
+    return validate({**SMALL, "model": str(model), "workers": 0, **changes}, AblationSettings, "test")
+
+
+def variant(name: str, train_precision: str | None = None, **attention) -> dict:
+    return {
+        "name": name, "label": name, "family": name, "attention": attention, "train_precision": train_precision,
+    }  # fmt: skip
+
+
+def test_variants_share_what_they_train_alike(model):
+    found = {
+        cell.name: cell
+        for cell in cells(
+            grid(
+                model,
+                seeds=[0, 1],
+                variants=[
+                    variant("full"[::-1], topk=0.1),
+                    variant("qat", topk=0.1, precision="int8"),
+                    variant("no-qat", "full", topk=0.1, precision="int8"),
+                    variant("wide", topk=0.2),
+                    variant("mass", topk=0.1, alpha="mass"),
+                    variant("sla", topk=0.1, method="sla", router="heuristic", alpha="one"),
+                ],
+            )
+        )
+    }
+    base = found["lluf-s0"]
+    assert len(found) == 12
+    assert found["no-qat-s0"].tuned == base.tuned  # trained in full precision, run in low bit
+    assert found["no-qat-s0"].attention.precision == "int8"
+    assert found["qat-s0"].tuned != base.tuned
+    assert {found[f"{name}-s0"].router for name in ("qat", "no-qat", "wide")} == {base.router}
+    assert found["mass-s0"].router != base.router
+    assert found["sla-s0"].router is None
+    assert base.router.removesuffix("-s0") == found["lluf-s1"].router.removesuffix("-s1")
+    assert base.router != found["lluf-s1"].router
+
+
+def test_the_graph_has_each_training_once(model, tmp_path):
+    settings = grid(model, variants=[variant("a", topk=0.1), variant("b", "full", topk=0.1, precision="int8")])
+    tasks = graph(settings, tmp_path)
+    assert sum(name.startswith("stage1") for name in tasks) == 1
+    assert sum(name.startswith("stage2") for name in tasks) == 1
+    assert set(tasks["scores a"].needs) == {"videos a", "full 0.0", "full 0.1"}
+    assert all(need in tasks for task in tasks.values() for need in task.needs)
+
+
+def test_a_repeated_variant_is_refused(model):
+    with pytest.raises(SettingsError, match=r"each name once .* got 'a'"):
+        cells(grid(model, variants=[variant("a"), variant("a")]))
+
+
+def test_the_experiments_settings_are_valid():
+    found = load_settings(ROOT / "experiments" / "tiny_wan" / "ablation.yaml", AblationSettings)
+    assert {variant.attention["topk"] for variant in found.variants} >= {0.15, 0.10, 0.05, 0.03}
+    assert len(found.seeds) >= 3
+    assert found.generate.prompts == ROOT / "experiments" / "tiny_wan" / "prompts.txt"
+
+
+def _ablate(folder: Path, out: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "sla2_eval.cli", "ablate", "--config", "grid.yaml", "--out", str(out)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_killed_half_way_it_goes_on(model, tmp_path):
+    settings = {**SMALL, "model": str(model), "workers": 1}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(settings))
+    out = tmp_path / "out"
+    first = _ablate(tmp_path, out)
+    deadline = time.monotonic() + 240
+    while not list(out.glob("work/stage2/*/checkpoint*")) and time.monotonic() < deadline:
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    time.sleep(2)  # its workers end with it
+    done = [
+        p for p in out.rglob("*") if p.is_file() and p.suffix in (".mp4", ".safetensors") and "stage2" not in p.parts
+    ]
+    before = {path: path.stat().st_mtime_ns for path in done}
+    assert any(path.parent.name == "full" for path in before)
+    assert not (out / "report").exists()
+    second = _ablate(tmp_path, out)
+    stdout, stderr = second.communicate(timeout=400)
+    assert second.returncode == 0, stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "psnr" in stdout.splitlines()[0]
+    assert (out / "report" / "index.html").is_file()
+    results = json.loads((out / "scores" / "a" / "results.json").read_text())
+    assert results["metrics"]["psnr"]["num_videos"] == 2
+    maps = json.loads((out / "block_maps" / "a.json").read_text())
+    assert maps["grid"] == [16, 8, 8]
+    assert len(maps["layers"]) == 16
+    assert {len(row) for row in maps["layers"][0]["map"]} == {6}  # round(0.1 * 64)
+    assert (out / maps["frame_of"]).is_file()
+    assert not [path for path in out.rglob("*") if "partial" in path.name and "stage" not in str(path)]
+    third = _ablate(tmp_path, out)
+    _, stderr = third.communicate(timeout=400)
+    assert third.returncode == 0
+    assert "0 routers, 0 fine-tunings, 0 videos" in stderr

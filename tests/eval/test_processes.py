@@ -1,0 +1,94 @@
+"""Worker processes: order by needs, the first error, a worker that dies, and a parent that dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from sla2_eval.processes import Task, Workers
+
+JOBS = '''
+"""Jobs of the tests."""
+import os, time
+
+def join(path, text, report):
+    report(text, 1, 1)
+    with open(path, "a") as file:
+        file.write(text)
+    return text
+
+def fail(report):
+    raise ValueError("expected better")
+
+def die(report):
+    os._exit(9)
+
+def note_pid_and_sleep(path, report):
+    with open(path, "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(120)
+'''
+
+
+@pytest.fixture
+def jobs(tmp_path, monkeypatch):
+    (tmp_path / "sla2_test_jobs.py").write_text(JOBS)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "sla2_test_jobs"
+    sys.modules.pop("sla2_test_jobs", None)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_tasks_wait_for_what_they_need(count, jobs, tmp_path):
+    path, seen = tmp_path / "log", []
+    tasks = {
+        name: Task(f"{jobs}:join", {"path": str(path), "text": name}, needs)
+        for name, needs in {"c": ("a", "b"), "b": ("a",), "a": ()}.items()
+    }
+    with Workers(count, report=lambda *event: seen.append(event)) as workers:
+        assert workers.run(tasks) == {"a": "a", "b": "b", "c": "c"}
+    assert path.read_text() == "abc"
+    assert sorted(seen) == [("a", 1, 1), ("b", 1, 1), ("c", 1, 1)]
+
+
+def test_needs_that_cannot_be_met():
+    with Workers(0) as workers, pytest.raises(ValueError, match="'a' waiting for ever"):
+        workers.run({"a": Task("m:f", {}, ("b",)), "b": Task("m:f", {}, ("a",))})
+
+
+def test_errors_and_deaths_of_workers(jobs):
+    with pytest.raises(ValueError, match="expected better"), Workers(1) as workers:
+        workers.run({"failing": Task(f"{jobs}:fail", {})})
+    with pytest.raises(RuntimeError, match="dying: a worker process died"), Workers(1) as workers:
+        workers.run({"dying": Task(f"{jobs}:die", {})})
+
+
+def test_workers_end_with_their_parent(jobs, tmp_path):
+    pid_file = tmp_path / "pid"
+    script = (
+        "from sla2_eval.processes import Task, Workers\n"
+        "if __name__ == '__main__':\n"
+        "    with Workers(1) as workers:\n"
+        f"        workers.run({{'a': Task('{jobs}:note_pid_and_sleep', {{'path': {str(pid_file)!r}}})}})\n"
+    )
+    (tmp_path / "parent.py").write_text(script)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")])
+    try:
+        deadline = time.monotonic() + 120
+        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        worker = int(pid_file.read_text())
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlived its parent")
