@@ -1,4 +1,4 @@
-"""Tiny random transformers of every family, and one training sample of each: latents beside the model's conditions."""
+"""Tiny random models of every family: transformers, one training sample of each, and pipelines that generate latents."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def cogvideox(rotary=True):
     from diffusers import CogVideoXTransformer3DModel
 
     model = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12 if rotary else 16, in_channels=4, out_channels=4, time_embed_dim=2, text_embed_dim=8,
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=2, text_embed_dim=8,
         num_layers=2, sample_width=10, sample_height=6, sample_frames=9, patch_size=2, temporal_compression_ratio=4,
         max_text_seq_length=TEXT, use_rotary_positional_embeddings=rotary,
     )  # fmt: skip
-    angle = _randn(45, 6).repeat_interleave(2, 1)
+    angle = _randn(45, 8).repeat_interleave(2, 1)
     rope = {"rotary_cos": angle.cos(), "rotary_sin": angle.sin()} if rotary else {}
     return model, lambda: {"latents": _randn(3, 4, 6, 10), "encoder_hidden_states": _randn(TEXT, 8)} | rope, 45
 
@@ -131,3 +131,82 @@ def build(name: str, seed: int = 0):
         return draw()
 
     return model.eval(), sample, tokens
+
+
+PIPELINES = ("wan", "hunyuan_video", "hunyuan_video15", "cogvideox_5b", "flux", "ltx2")
+
+
+def pipeline(name: str, transformer):
+    """The family's diffusers pipeline around `transformer`, without text encoders (embeddings are given instead)."""
+    import diffusers
+
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    text = {"text_encoder": None, "tokenizer": None}
+    two = text | {"text_encoder_2": None, "tokenizer_2": None}
+    given = {"transformer": transformer, "scheduler": flow, "vae": None}
+    if name == "wan":
+        return diffusers.WanPipeline(**given, **text)
+    if name == "hunyuan_video":
+        return diffusers.HunyuanVideoPipeline(**given, **two)
+    if name == "hunyuan_video15":
+        vae = diffusers.AutoencoderKLHunyuanVideo15(
+            in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1,
+            downsample_match_channel=False, upsample_match_channel=False,
+        )  # fmt: skip
+        guider = diffusers.guiders.ClassifierFreeGuidance(guidance_scale=1.0)
+        return diffusers.HunyuanVideo15Pipeline(**(given | {"vae": vae}), **two, guider=guider)
+    if name == "cogvideox_5b":
+        scheduler = diffusers.CogVideoXDDIMScheduler(
+            beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+        )  # fmt: skip
+        return diffusers.CogVideoXPipeline(**(given | {"scheduler": scheduler}), **text)
+    if name == "flux":
+        return diffusers.FluxPipeline(**given, **two)
+    return diffusers.LTX2Pipeline(**given, **text, audio_vae=None, connectors=None, vocoder=None)
+
+
+def load_pipeline(name: str, folder):
+    """Load a saved pipeline the ordinary way; components that are None are passed as such."""
+    import diffusers
+
+    cls = getattr(diffusers, type(pipeline(name, None)).__name__) if name != "hunyuan_video15" else None
+    cls = cls or diffusers.HunyuanVideo15Pipeline
+    components = pipeline(name, None).components
+    absent = {key: None for key, value in components.items() if value is None and key != "transformer"}
+    pipe = cls.from_pretrained(folder, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(name: str, pipe, sample, seed: int = 0) -> torch.Tensor:
+    """Two denoising steps from noise that `seed` fixes: latents. LTX-2's pipeline needs connectors; it has a plain loop."""
+    rng = torch.Generator().manual_seed(seed)
+    text = torch.randn(1, TEXT, 8, generator=rng)
+    mask = torch.ones(1, TEXT).long()
+    given = dict(num_inference_steps=2, output_type="latent", generator=rng, return_dict=False)
+    if name in ("wan", "cogvideox_5b"):
+        size = dict(height=48, width=80, num_frames=9)
+        return pipe(prompt_embeds=text, negative_prompt_embeds=0 * text, **size, **given)[0]
+    if name == "hunyuan_video":
+        return pipe(
+            prompt_embeds=text, pooled_prompt_embeds=torch.ones(1, 6), prompt_attention_mask=mask, height=48, width=80,
+            num_frames=9, **given,
+        )[0]  # fmt: skip
+    if name == "hunyuan_video15":
+        return pipe(
+            prompt_embeds=text, prompt_embeds_mask=mask, prompt_embeds_2=torch.ones(1, 4, 6),
+            prompt_embeds_mask_2=torch.ones(1, 4).long(), height=96, width=160, num_frames=9, **given,
+        )[0]  # fmt: skip
+    if name == "flux":
+        return pipe(prompt_embeds=text, pooled_prompt_embeds=torch.ones(1, 6), height=80, width=144, **given)[0]
+    from sla2_core.integrations.ltx2 import FAMILY
+
+    conditions = {key: value[None] for key, value in sample(0).items()}
+    latents = torch.randn(conditions.pop("latents").shape, generator=rng)
+    pipe.scheduler.set_timesteps(2)
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps:
+            velocity = FAMILY.predict(pipe.transformer, latents, t[None] / 1000, conditions)
+            latents = pipe.scheduler.step(velocity, t, latents, return_dict=False)[0]
+    return latents

@@ -145,10 +145,12 @@ def train_stage2(
 
 def _accelerator():
     try:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
     except ModuleNotFoundError:
         raise ModuleNotFoundError("accelerate: expected it for stage 2, install sla2-core[train]") from None
-    return Accelerator(cpu=not torch.cuda.is_available())
+    # The last block of a joint model computes text, and LTX-2 audio, that no loss reads.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
 
 
 def _check_settings(path: Path, settings: dict[str, Any], accelerator) -> None:

@@ -1,0 +1,130 @@
+"""Every family's pipeline from its folder to generated latents by way of two gloo processes; Ulysses against one process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sla2_core import SLA2Config
+from sla2_core.integrations.diffusers import apply_sla2
+from sla2_core.integrations.loading import apply_adapter
+from sla2_core.training.capture import CaptureConfig, capture
+from sla2_core.training.stage1 import Stage1Config, train_stage1
+
+
+def load_sibling(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+families, worker = load_sibling("families"), load_sibling("two_processes")
+
+
+def prepare(name, folder):
+    """Pipeline folder -> load -> apply -> capture from the running pipeline -> stage 1 -> adapter."""
+    transformer, sample, _ = families.build(name)
+    families.pipeline(name, transformer).save_pretrained(folder / "pipeline")
+    pipe = families.load_pipeline(name, folder / "pipeline")
+    heads, dim = families_heads(pipe.transformer)
+    config = SLA2Config(head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5, alpha_knots=3)
+    handle = apply_sla2(pipe.transformer, config)
+    captures = capture(
+        handle, lambda i: families.generate(name, pipe, sample, seed=i), folder / "captures", samples=2,
+        config=CaptureConfig(every=2),
+    )  # fmt: skip
+    assert {call["sample"] for call in captures.calls} == {0, 1}
+    train_stage1(handle, captures, Stage1Config(topk=(0.3,), steps=2, eval_every=2), folder / "stage1")
+    handle.save(folder / "stage1_adapter")
+
+
+def families_heads(transformer):
+    from sla2_core.integrations.families import family_of
+
+    family = family_of(transformer)
+    return family.heads(next(iter(family.attention_layers(transformer).values())))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder after both processes ended well, with their findings."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in families.PIPELINES:
+        prepare(name, folder / name)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        env = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        log = (folder / f"log{rank}").open("w")
+        command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(folder)]
+        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], "\n".join((folder / f"log{rank}").read_text()[-3000:] for rank in range(2))
+    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", ["plain", "text", "mass per head", "low bit", "sla"])
+def test_ulysses_is_one_process_to_rounding_forward_and_backward(run, case):
+    for found in run[1]:
+        for name, difference in found["exchange"][case].items():
+            assert difference < 2e-5, (case, name)
+
+
+@pytest.mark.parametrize("name", ["wan", "flux"])
+@pytest.mark.parametrize("parallel_first", [True, False])
+def test_a_model_under_diffusers_context_parallelism(run, name, parallel_first):
+    """Applied before or after enable_parallelism; every exchange saw half of the tokens."""
+    for found in run[1]:
+        result = found["models"][f"{name} {parallel_first}"]
+        assert result["forward"] < 1e-5 < result["size"]
+        assert result["tokens"] == [{"wan": 18, "flux": 25}[name]] * 6  # q, k, v of two layers
+
+
+def test_what_cannot_be_exchanged_is_refused(run):
+    for found in run[1]:
+        assert found["refusals"] == [
+            "_parallel_config: expected Ulysses alone for SLA2, got ring_degree=2",
+            "_parallel_config: expected equal shards for SLA2, got ulysses_anything=True",
+            "_parallel_config: expected ulysses_degree to divide 3 heads, got 2",
+        ]
+
+
+@pytest.mark.parametrize("name", families.PIPELINES)
+def test_stage2_on_two_processes_then_load_and_generate(run, name):
+    folder = run[0] / name
+    worker.stage2(name, run[0])  # the same two steps in this process
+    two = load_file(folder / "stage2_2" / "checkpoint-00000002.safetensors")
+    one = load_file(folder / "stage2_1" / "checkpoint-00000002.safetensors")
+    torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(two["grad_norm"], one["grad_norm"], rtol=1e-3, atol=0)
+    assert set(two) == set(one)
+    _, sample, _ = families.build(name)
+    results = {}
+    for adapter in (None, "stage1_adapter", "stage2_1/adapter", "stage2_2/adapter"):
+        pipe = families.load_pipeline(name, folder / "pipeline")
+        if adapter:
+            handle = apply_adapter(pipe.transformer, folder / adapter)
+            assert handle.config.precision == ("full" if adapter == "stage1_adapter" else "int8")
+        results[adapter] = families.generate(name, pipe, sample)
+        assert torch.isfinite(results[adapter]).all()
+    torch.testing.assert_close(results["stage2_1/adapter"], results["stage2_2/adapter"], atol=0.05, rtol=0)
+    for a, b in ((None, "stage1_adapter"), ("stage1_adapter", "stage2_2/adapter")):
+        assert (results[a] - results[b]).abs().max() > 1e-3
