@@ -95,7 +95,7 @@ def test_arguments_are_checked_against_the_kernel():
     ]:
         with pytest.raises(TypeError, match=words):
             planted("skips_shuffle", *args)
-    with pytest.raises(RuntimeError, match="planted.cu has no entry 'nothing'"):
+    with pytest.raises(RuntimeError, match=r"planted\.cu has no entry 'nothing'"):
         planted("nothing")
     with pytest.raises(ValueError, match="order: expected one of forward, reverse, random, got 'up'"), lanes("up"):
         pass

@@ -35,10 +35,23 @@ def compiler() -> tuple[str, ...]:
     raise RuntimeError("emulator: needs a C++ compiler; install g++, or pip install 'sla2-kernels[emulator]'")
 
 
+def _call(command: list[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the compiler, without the sanitizer library that this process may have preloaded."""
+    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
 @cache
 def _version(command: tuple[str, ...]) -> str:
-    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    done = _call([*command, "--version"])
     return done.stdout.splitlines()[0] if done.stdout else "unknown"
+
+
+def sanitizer_library(name: str) -> str | None:
+    """The library to preload (LD_PRELOAD) where $SLA2_EMULATOR_SANITIZE is `name`; None if the compiler has none."""
+    file = {"address": "libasan.so", "thread": "libtsan.so"}[name]
+    found = _call([*compiler(), f"-print-file-name={file}"]).stdout.strip()
+    return found if Path(found).is_absolute() else None
 
 
 def sanitizer() -> str:
@@ -79,8 +92,7 @@ def _compile(command, flags, texts, own, spec) -> tuple[bytes, dict]:
         sources = ["unit.cpp"]
         if platform.machine() in ("x86_64", "AMD64") and sys.platform.startswith("linux"):
             sources.append("switch_x86_64.S")
-        line = [*command, *flags, "-I.", *sources, "-o", "unit.so"]
-        done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+        done = _call([*command, *flags, "-I.", *sources, "-o", "unit.so"], folder)
         if done.returncode:
             errors = [text for text in done.stderr.splitlines() if "error" in text] or done.stderr.splitlines()
             raise RuntimeError(f"emulator: {spec.path.name} does not compile: " + " | ".join(errors[:3]))

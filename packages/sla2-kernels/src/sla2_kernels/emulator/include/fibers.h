@@ -90,10 +90,7 @@ inline void fiber_main() {
     Thread& t = self();
     Launch& launch = *t.block->launch;
     launch.call(launch.kernel, launch.arguments);
-    bool waited = t.pending.empty();
-    for (const auto& group : t.groups) waited &= group.empty();
-    if (!waited)
-        report(*t.block, "thread %d returned before its cp.async copies were waited for", t.linear);
+    check_copies(t);
     t.done = true;
     to_home(true);
     std::abort();

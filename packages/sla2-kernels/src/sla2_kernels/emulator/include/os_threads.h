@@ -2,9 +2,11 @@
 // mma does not (the programming model promises nothing there), so its exchange is hidden from the sanitizer.
 #pragma once
 #include "scheduler.h"
+#include <condition_variable>
 #include <ctime>
 #include <linux/futex.h>
-#include <pthread.h>
+#include <mutex>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <thread>
 #include <unistd.h>
@@ -25,7 +27,8 @@ namespace sla2 {
 
 inline thread_local Thread* running = nullptr;
 inline Thread& self() { return *running; }
-inline void abandon() { pthread_exit(nullptr); }
+struct Abandoned {};
+inline void abandon() { throw Abandoned{}; }
 
 struct Hidden {  // what happens inside is invisible to the sanitizer
     Hidden() {
@@ -40,33 +43,40 @@ struct Hidden {  // what happens inside is invisible to the sanitizer
     }
 };
 
-inline void take(Barrier& b) { while (__atomic_exchange_n(&b.lock, 1, __ATOMIC_ACQUIRE)) sched_yield(); }
-inline void give(Barrier& b) { __atomic_store_n(&b.lock, 0, __ATOMIC_RELEASE); }
+struct Locked {  // the block's bookkeeping
+    Block& block;
+    explicit Locked(Block& block) : block(block) {
+        while (__atomic_exchange_n(&block.lock, 1, __ATOMIC_ACQUIRE)) sched_yield();
+    }
+    ~Locked() { __atomic_store_n(&block.lock, 0, __ATOMIC_RELEASE); }
+    void check() {  // who sleeps now can be woken only by a thread that still runs
+        if (block.asleep && block.asleep + block.returned == int(block.threads.size())) report_stuck(block);
+    }
+};
 
 template <class Last> void arrive(Barrier& b, int needed, const Operation& operation, Last last) {
     Hidden hidden;
     Thread& t = self();
     unsigned generation = __atomic_load_n(&b.generation, __ATOMIC_ACQUIRE);
-    take(b);
-    bool is_last = count_arrival(b, needed, operation);
-    t.operation = operation;
-    give(b);
-    if (is_last) {
-        last();
-        b.arrived = 0;
-        __atomic_fetch_add(&b.generation, 1, __ATOMIC_ACQ_REL);
-        syscall(SYS_futex, &b.generation, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
-        return;
-    }
-    t.waits_at = &b;
-    timespec patience = {1, 0};
-    for (int seconds = 0; __atomic_load_n(&b.generation, __ATOMIC_ACQUIRE) == generation;) {
-        long code = syscall(SYS_futex, &b.generation, FUTEX_WAIT_PRIVATE, generation, &patience, nullptr, 0);
-        if (__atomic_load_n(&t.block->launch->failed, __ATOMIC_ACQUIRE)) abandon();
-        if (code && ++seconds > 60) {
-            report_stuck(*t.block);
-            abandon();
+    {
+        Locked locked(*t.block);
+        if (count_arrival(b, needed, operation)) {
+            last();
+            b.arrived = 0;
+            t.block->asleep -= needed - 1;
+            __atomic_fetch_add(&b.generation, 1, __ATOMIC_ACQ_REL);
+            syscall(SYS_futex, &b.generation, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
+            return;
         }
+        t.waits_at = &b;
+        t.operation = operation;
+        t.block->asleep++;
+        locked.check();
+    }
+    timespec patience = {0, 100000000};
+    while (__atomic_load_n(&b.generation, __ATOMIC_ACQUIRE) == generation) {
+        if (__atomic_load_n(&t.block->launch->failed, __ATOMIC_ACQUIRE)) abandon();
+        syscall(SYS_futex, &b.generation, FUTEX_WAIT_PRIVATE, generation, &patience, nullptr, 0);
     }
     t.waits_at = nullptr;
 }
@@ -95,17 +105,84 @@ void collective(const Operation& operation, const void* in, size_t bytes, void* 
     std::memcpy(out, warp.out[t.lane], out_bytes);
 }
 
-inline void* thread_main(void* argument) {
-    Thread& t = *static_cast<Thread*>(argument);
+inline void run_thread(Thread& t) {
     running = &t;
-    t.block->launch->call(t.block->launch->kernel, t.block->launch->arguments);
-    return nullptr;
+    try {
+        t.block->launch->call(t.block->launch->kernel, t.block->launch->arguments);
+        check_copies(t);
+    } catch (const Abandoned&) {
+    }
+    Hidden hidden;
+    Locked locked(*t.block);
+    t.done = true;
+    t.block->returned++;
+    if (!t.block->failed) locked.check();
 }
 
+// Threads are dear under the sanitizer: they stay for the next block. Their start and end order memory with the launcher,
+// and with nobody else: the mutex itself is hidden.
+struct Pool {
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::vector<std::thread> threads;
+    Block* block = nullptr;
+    unsigned round = 0;
+    size_t left = 0;
+    char started = 0, ended = 0;
+
+    Thread* next(size_t index, unsigned& seen) {
+        Hidden hidden;
+        std::unique_lock<std::mutex> lock(mutex);
+        changed.wait(lock, [&] { return round != seen && (!block || index < block->threads.size()); });
+        seen = round;
+        return block ? &block->threads[index] : nullptr;
+    }
+
+    void finish() {
+        Hidden hidden;
+        std::lock_guard<std::mutex> lock(mutex);
+        if (--left == 0) changed.notify_all();
+    }
+
+    void work(size_t index) {
+        unsigned seen = 0;
+        while (Thread* t = next(index, seen)) {
+            __tsan_acquire(&started);
+            run_thread(*t);
+            __tsan_release(&ended);
+            finish();
+        }
+    }
+
+    void run(Block& next) {
+        for (size_t i = threads.size(); i < next.threads.size(); i++) threads.emplace_back([this, i] { work(i); });
+        __tsan_release(&started);
+        {
+            Hidden hidden;
+            std::unique_lock<std::mutex> lock(mutex);
+            block = &next;
+            left = next.threads.size();
+            round++;
+            changed.notify_all();
+            changed.wait(lock, [&] { return left == 0; });
+        }
+        __tsan_acquire(&ended);
+    }
+
+    ~Pool() {
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            block = nullptr;
+            round++;
+        }
+        changed.notify_all();
+        for (std::thread& thread : threads) thread.join();
+    }
+};
+
 inline void run_threads(Block& block) {
-    std::vector<pthread_t> threads(block.threads.size());
-    for (Thread& t : block.threads) pthread_create(&threads[t.linear], nullptr, thread_main, &t);
-    for (pthread_t thread : threads) pthread_join(thread, nullptr);
+    static Pool pool;
+    pool.run(block);
 }
 
 struct Carrier { explicit Carrier(unsigned) {} };

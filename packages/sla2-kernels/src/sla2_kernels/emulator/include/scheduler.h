@@ -32,7 +32,6 @@ struct Barrier {
     int arrived = 0;
     unsigned generation = 0;
     int first = 0;  // thread that arrived first
-    int lock = 0;   // used by os_threads.h
     Operation operation;
 };
 
@@ -83,6 +82,7 @@ struct Block {
     std::vector<Warp> warps;
     Launch* launch = nullptr;
     bool failed = false;
+    int lock = 0, asleep = 0, returned = 0;  // of os_threads.h
 };
 
 Thread& self();                     // the CUDA thread that runs
@@ -153,6 +153,12 @@ inline void report_stuck(Block& block) {
                     first.operation.place.line);
     }
     report(block, "%s", text);
+}
+
+inline void check_copies(const Thread& t) {
+    bool waited = t.pending.empty();
+    for (const auto& group : t.groups) waited &= group.empty();
+    if (!waited) report(*t.block, "thread %d returned before its cp.async copies were waited for", t.linear);
 }
 
 void wait_for_block(const Operation& operation);  // a barrier of the block
