@@ -123,6 +123,7 @@ def test_a_killed_driver_is_run_again_to_an_identical_report(make_folder, tmp_pa
     store = tmp_path / "out" / "store" / "vision_reward"
     end = time.time() + 120
     while len(list(store.rglob("*.json"))) < 2 and time.time() < end:
+        assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -14,6 +14,15 @@ import sys
 import tempfile
 from typing import Protocol
 
+# No usage statistics; no environment of its own under `uv run`; and patience where the machine is busy.
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_agent_register_timeout_ms": "180000",
+    "RAY_raylet_start_wait_time_s": "180",
+}
+
 
 class WorkerDied(RuntimeError):
     """A worker ended in the middle of a task; the message says how."""
@@ -81,23 +90,39 @@ class ProcessPool:
             self.process = None
 
 
+def check_address(address: str) -> None:
+    """Raise ValueError if `address` is of no known form or nothing listens at host:port, which Ray would wait minutes for."""
+    import socket
+
+    host, _, port = address.rpartition(":")
+    if address == "auto" or "://" in address:
+        return
+    if not host or not port.isdigit():
+        raise ValueError(f"ray_address: expected 'auto', host:port or ray://host:port, got {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ValueError(f"ray_address: expected a Ray cluster at {address}, got {error}") from error
+
+
 class RayPool:
     """Actors of a Ray cluster, each with a GPU's share where the cluster has GPUs, else with one CPU."""
 
     def __init__(self, settings: dict[str, dict], device: str, num_workers: int, address: str | None):
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        for name, value in _RAY_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         import ray
 
         self.ray = ray
         self.started = not ray.is_initialized()
         if self.started:
-            quiet = {"logging_level": "ERROR", "log_to_driver": False}
-            if address:
-                ray.init(address=address, **quiet)
-            else:
-                ray.init(address="local", num_cpus=num_workers, include_dashboard=False, **quiet)
+            where = {"address": address} if address else {"address": "local", "num_cpus": num_workers}
+            options = {} if address else {"include_dashboard": False}
+            try:
+                ray.init(**where, **options, logging_level="ERROR", log_to_driver=False)
+            except Exception as error:
+                first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise RuntimeError(f"ray: expected a cluster at {where['address']!r}, got: {first}") from error
         resources = ray.cluster_resources()
         gpus = resources.get("GPU", 0) if device != "cpu" else 0
         if device == "cuda" and not gpus:

@@ -242,9 +242,13 @@ def _execute(
 def _chosen(names, settings: dict, reference, num_workers: int, device: str) -> dict[str, MetricSpec]:
     """The metrics asked for; raises ValueError for a bad argument of `score`."""
     chosen = metrics.select(names)
-    for name in settings:
+    for name, given in settings.items():
         if name not in chosen:
             raise ValueError(f"settings: expected names among {', '.join(chosen)}, got {name!r}")
+        for key in given:
+            known = [*chosen[name].settings, "files"]
+            if key not in (*known, "digests"):
+                raise ValueError(f"settings: expected {', '.join(known)} or digests for {name}, got {key!r}")
     if reference is None:
         paired = [name for name, spec in chosen.items() if spec.kind != "unpaired"]
         if paired:
@@ -283,6 +287,8 @@ def score(
     started = time.time()
     names = list(metrics)
     chosen = _chosen(names, settings or {}, reference, num_workers, device)
+    if ray_address is not None:
+        pools.check_address(ray_address)
     entries = read_manifest(videos)
     references = read_manifest(reference) if reference is not None else None
     out = Path(out)
