@@ -25,11 +25,11 @@ class TeacherConfig:
 
     num_videos: int = 6000
     seed: int = 0
-    steps: int = 9000
+    steps: int = 6000
     batch_size: int = 8
     learning_rate: float = 2e-3
     warmup: int = 100
-    cooldown: int = 2500
+    cooldown: int = 2000
     weight_decay: float = 0.01
     caption_dropout: float = 0.1
     ema: float = 0.999
