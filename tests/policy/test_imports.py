@@ -30,8 +30,8 @@ ORDER = {
         router
         mixing
         reference
-        streamed
         ops
+        streamed
         functional
         attention
         adapter
@@ -62,6 +62,7 @@ ORDER = {
         metrics
         worker
         summary
+        vbench
         pools
         scoring
         report_data

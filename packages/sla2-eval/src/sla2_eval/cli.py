@@ -16,6 +16,7 @@ COMMANDS = {
     "score": ("sla2_eval.commands.score", "Score a folder of videos, alone or against a reference folder."),
     "ablate": ("sla2_eval.commands.ablate", "A grid of variants, each compared with full attention."),
     "report": ("sla2_eval.commands.report", "Results to one HTML page, CSV and Markdown tables."),
+    "vbench": ("sla2_eval.commands.vbench", "The same videos through the original VBench, and its results back."),
     "weights": ("sla2_eval.commands.weights", "List and fetch the weights that metrics need."),
 }
 

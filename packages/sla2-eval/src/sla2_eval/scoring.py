@@ -18,6 +18,7 @@ from sla2_eval.manifest import Entry, pair, read_manifest
 from sla2_eval.metrics import MetricSpec
 from sla2_eval.store import ResultStore, digest, file_digest, write_atomic
 from sla2_eval.summary import document
+from sla2_eval.vbench import as_vbench
 from sla2_eval.worker import one_line
 
 ATTEMPTS = 3  # of a video whose worker dies or whose file or metric fails
@@ -276,6 +277,8 @@ def score(
 ) -> dict:
     """Score every video of a folder and return what `out`/results.json then holds.
 
+    The VBench dimensions among them are also in `out`/vbench_eval_results.json, in VBench's form.
+
     `videos`, `reference`: folders or JSONL manifests, paired by file name. `metrics`: names of `metrics.specs()`.
     `num_workers`: 1 is a child process, more are Ray actors, of the cluster at `ray_address` if given ("auto" finds one).
     `progress(metric, done, total)` is called as videos finish. `settings`: by metric, over the metric's defaults.
@@ -299,6 +302,8 @@ def score(
     deaths = _execute(run, tasks, counter, device, num_workers, ray_address) if tasks else 0
     results = document(run, entries, references, names)
     write_atomic(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    if theirs := as_vbench(results):
+        write_atomic(out / "vbench_eval_results.json", json.dumps(theirs, indent=1, ensure_ascii=False) + "\n")
     timing = {"seconds": round(time.time() - started, 3), "tasks": len(tasks), "workers": num_workers, "deaths": deaths}
     write_atomic(out / "timing.json", json.dumps(timing) + "\n")
     if results["failed"] and not allow_failures:

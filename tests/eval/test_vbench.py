@@ -1,0 +1,101 @@
+"""The VBench adapter: what the original expects, its command, and its results back."""
+
+import json
+import os
+import sys
+
+import pytest
+from sla2_eval import vbench
+from sla2_eval.scoring import score
+from sla2_eval.vbench import as_vbench, export, read, run
+
+EVALUATE = """#!{python}
+import json, sys
+from pathlib import Path
+options = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+assert sys.argv[1] == "evaluate"
+if options["--dimension"] == "imaging_quality":
+    sys.exit("no GPU")
+info = json.loads(Path(options["--full_json_dir"]).read_text())
+rows = []
+for entry in info:
+    assert options["--dimension"] in entry["dimension"]
+    for i, path in enumerate(entry["video_list"]):
+        assert Path(path).parent == Path(options["--videos_path"]).resolve()
+        assert Path(path).name == f"{{entry['prompt_en']}}-{{i}}.mp4"
+        assert Path(path).stat().st_size
+        rows.append({{"video_path": path, "video_results": 0.5 + len(rows)}})
+out = Path(options["--output_path"]) / (options["--dimension"] + "_eval_results.json")
+out.write_text(json.dumps({{options["--dimension"]: [sum(r["video_results"] for r in rows) / len(rows), rows]}}))
+"""
+
+
+@pytest.fixture
+def folder(make_folder):
+    """Two videos of one prompt, with seeds for indices, and one of another."""
+    folder = make_folder("a", 3, height=32, width=32)
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    rows[0] |= {"prompt": "a fox", "index": 41}
+    rows[1] |= {"prompt": "a fox", "index": 7}
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_export_run_and_read_back(folder, tmp_path, monkeypatch):
+    out = tmp_path / "vbench"
+    info = json.loads(export(folder, out, ["temporal_flickering", "imaging_quality"]).read_text())
+    assert [entry["prompt_en"] for entry in info] == ["a fox", "pattern 002"]
+    assert sorted(os.listdir(out / "videos")) == ["a fox-0.mp4", "a fox-1.mp4", "pattern 002-0.mp4"]
+    assert (out / "videos" / "a fox-0.mp4").read_bytes() == (folder / "pattern 001-0.mp4").read_bytes()
+
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "vbench"
+    command.write_text(EVALUATE.format(python=sys.executable))
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    found = run(out, ["temporal_flickering"])
+    assert found == {
+        "temporal_flickering": {
+            "mean": 1.5,
+            "normalised": pytest.approx((1.5 - 0.6293) / (1 - 0.6293)),
+            "videos": {"pattern 001-0.mp4": 0.5, "pattern 000-0.mp4": 1.5, "pattern 002-0.mp4": 2.5},
+        }
+    }
+    assert read(out) == found
+    with pytest.raises(RuntimeError, match="--dimension imaging_quality: exit code 1: no GPU"):
+        run(out, ["imaging_quality"])
+
+
+def test_results_are_written_in_vbenchs_form(folder, tmp_path):
+    results = score(folder, None, ["temporal_flickering", "motion_smoothness_linear"], tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "vbench_eval_results.json").read_text())
+    assert written == as_vbench(results)
+    assert list(written) == ["temporal_flickering"]
+    mean, rows = written["temporal_flickering"]
+    assert mean == pytest.approx(sum(row["video_results"] for row in rows) / 3)
+    assert rows[0]["video_path"] == "pattern 000-0.mp4"
+    assert read(tmp_path / "out")["temporal_flickering"]["mean"] == mean
+
+
+def test_what_vbench_cannot_take_is_refused(folder, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="dimensions: expected names among subject_consistency"):
+        export(folder, tmp_path / "out", ["sharpness"])
+    (folder / "manifest.jsonl").write_text('{"file_name": "pattern 000-0.mp4", "prompt": "either/or"}\n')
+    with pytest.raises(ValueError, match="expected a prompt that VBench can use as a file name, got 'either/or'"):
+        export(folder, tmp_path / "out")
+    (folder / "manifest.jsonl").write_text('{"file_name": "absent.mp4", "prompt": "x"}\n')
+    with pytest.raises(ValueError, match=r"absent\.mp4: expected a video file"):
+        export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="expected the vbench command"):
+        run(tmp_path, ["temporal_flickering"])
+    with pytest.raises(ValueError, match="got none"):
+        read(tmp_path)
+    (tmp_path / "x_eval_results.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"x_eval_results\.json: expected"):
+        read(tmp_path)
+
+
+def test_dimensions_are_vbenchs():
+    assert len(vbench.dimensions()) == 8
