@@ -139,7 +139,7 @@ def test_killed_half_way_it_goes_on(model, tmp_path):
     assert maps["grid"] == [16, 8, 8]
     assert len(maps["layers"]) == 16
     assert {len(row) for row in maps["layers"][0]["map"]} == {6}  # round(0.1 * 64)
-    assert (out / maps["frame_of"]).is_file()
+    assert (out / "videos" / "a" / maps["frame_of"]).is_file()
     assert not [path for path in out.rglob("*") if "partial" in path.name and "stage" not in str(path)]
     third = _ablate(tmp_path, out)
     _, stderr = third.communicate(timeout=400)

@@ -108,12 +108,16 @@ def metrics_of(settings: AblationSettings) -> list[str]:
 def task_data(settings: AblationSettings, work: Path, *, report: Report = silent) -> None:
     """Training videos, then Q, K, V."""
     data = pipeline.write_data(settings.data, _data(settings, work), report=report)
+    if pipeline.is_captured(settings.capture, _captures(settings, work)):
+        return
     generator = generation.load_generator(settings.model)
     pipeline.capture_qkv(generator, data, settings.capture, _captures(settings, work), report=report)
 
 
 def task_router(settings: AblationSettings, cell: Cell, work: Path, *, report: Report = silent) -> dict:
     """Stage 1, shared by every variant of the same routing and seed; it does not depend on the precision."""
+    if (work / cell.router / "adapter" / "sla2_config.json").exists():
+        return json.loads((work / cell.router / "report.json").read_text())
     generator = generation.load_generator(settings.model)
     attention = cell.attention.model_copy(update={"precision": "full", "topk": max(settings.stage1.topk)})
     return pipeline.stage1(
@@ -124,6 +128,8 @@ def task_router(settings: AblationSettings, cell: Cell, work: Path, *, report: R
 
 def task_tune(settings: AblationSettings, cell: Cell, work: Path, *, report: Report = silent) -> dict:
     """Stage 2, shared by every variant that is trained the same way."""
+    if (done := work / cell.tuned / "finished.json").exists():
+        return json.loads(done.read_text())
     generator = generation.load_generator(settings.model)
     data = settings.data.videos or _data(settings, work)
     router = work / cell.router if cell.router else None
@@ -138,6 +144,8 @@ def task_full(settings: AblationSettings, out: Path, seed: int, share: int, *, r
     config, folder = sampling(settings), out / "videos" / REFERENCE
     requests = generation.plan(prompts_of(settings), [seed], config.seed)[share::2]
     stage = f"videos of {REFERENCE}, seed {seed}, half {share + 1}"
+    if all((folder / request.file_name).exists() for request in requests):
+        return
     generator = generation.load_generator(settings.model)
     generation.write_videos(generator, requests, folder, config, stage=stage, report=report)
 
@@ -146,7 +154,12 @@ def task_videos(settings: AblationSettings, cell: Cell, out: Path, *, report: Re
     """The videos and block maps of one variant at one seed."""
     from sla2_core.training.stage1 import load_stage1
 
-    prompts, folder = prompts_of(settings), out / "videos" / cell.name
+    prompts, folder, config = prompts_of(settings), out / "videos" / cell.name, sampling(settings)
+    maps = out / "block_maps" / f"{cell.name}.json"
+    fingerprint = {"attention": cell.attention.model_dump(), "trained": cell.tuned or cell.router}
+    generation.open_folder(folder, config, fingerprint)
+    if maps.exists() and generation.is_complete(generation.plan(prompts, [cell.seed], config.seed), folder):
+        return
     generator = generation.load_generator(settings.model)
     handle = pipeline.apply(generator, cell.attention)
     if cell.tuned:
@@ -154,15 +167,13 @@ def task_videos(settings: AblationSettings, cell: Cell, out: Path, *, report: Re
     elif cell.router:
         load_stage1(handle, out / "work" / cell.router)
     generator.transformer.eval()
-    fingerprint = {"attention": cell.attention.model_dump(), "trained": cell.tuned or cell.router}
     generation.generate(
-        generator, prompts, folder, config=sampling(settings), indices=[cell.seed], fingerprint=fingerprint,
+        generator, prompts, folder, config=config, indices=[cell.seed], fingerprint=fingerprint,
         stage=f"videos of {cell.name}", report=report,
     )  # fmt: skip
-    maps = out / "block_maps" / f"{cell.name}.json"
     if not maps.exists():
-        reference = f"videos/{REFERENCE}/{generation.video_name(prompts[0], cell.seed)}"
-        found = pipeline.block_maps(generator, handle, prompts[0]) | {"frame_of": reference}
+        video = folder / generation.video_name(prompts[0], cell.seed)
+        found = pipeline.block_maps(generator, handle, video, prompts[0])
         write_atomic(maps, json.dumps(found) + "\n")
 
 

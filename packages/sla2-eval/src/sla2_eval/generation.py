@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from sla2_eval.manifest import video_name
+from sla2_eval.manifest import read_manifest, video_name
 from sla2_eval.progress import Report, silent
 from sla2_eval.store import canonical, digest, file_digest, write_atomic
 from sla2_eval.video import write_video
@@ -191,8 +191,10 @@ def find_model(model: str | Path) -> Path | str:
     from sla2_eval.tiny.model import WEIGHTS
 
     folder = WEIGHTS if str(model) == "tiny" else Path(model)
+    if folder == WEIGHTS and not folder.is_dir():
+        raise ValueError(f"model: expected the tiny model's weights in {folder}, got none; run sla2 train teacher")
     if not folder.is_dir():
-        if folder == WEIGHTS or folder.exists() or str(model).startswith((".", "/")) or str(model).count("/") != 1:
+        if folder.exists() or str(model).startswith((".", "/")) or str(model).count("/") != 1:
             raise ValueError(f"model: expected 'tiny', a diffusers folder or a hub id (owner/name), got {str(model)!r}")
         return str(model)
     if not any((folder / name).is_file() for name in ("model_index.json", "transformer/config.json")):
@@ -289,6 +291,14 @@ def write_videos(
             write_video(folder / request.file_name, enlarged, generator.fps)
         done += len(batch)
         report(stage, done, len(requests))
+
+
+def is_complete(requests: Sequence[Request], folder: Path) -> bool:
+    """Whether the manifest lists exactly these videos and every file is there."""
+    if not (folder / MANIFEST).exists():
+        return False
+    listed = {entry.file_name for entry in read_manifest(folder)}
+    return listed == {r.file_name for r in requests} and all((folder / name).exists() for name in listed)
 
 
 def write_manifest(requests: Sequence[Request], folder: Path) -> Path:

@@ -75,6 +75,13 @@ def apply(generator: Generator, attention: AttentionSettings):
     return apply_sla2(generator.transformer, SLA2Config(num_heads=heads, head_dim=head_dim, **attention.model_dump()))
 
 
+def is_captured(capture: CaptureSettings, folder: Path) -> bool:
+    """Whether `folder` holds all the captures."""
+    from sla2_core.training.capture import INDEX_NAME, Captures
+
+    return (folder / INDEX_NAME).exists() and len(Captures(folder).samples) == capture.samples
+
+
 def capture_qkv(
     generator: Generator, data: Path, capture: CaptureSettings, folder: Path, *, report: Report = silent
 ) -> None:
@@ -120,12 +127,14 @@ def stage1(
     from sla2_core.training.capture import Captures
     from sla2_core.training.stage1 import Stage1Config, train_stage1
 
+    adapter = folder / "adapter"
     handle = apply(generator, attention)
-    config = Stage1Config(topk=settings.topk, steps=settings.steps, seed=seed)
+    config = Stage1Config(topk=settings.topk, steps=settings.steps, seed=seed, max_scores=1 << 22)
     found = train_stage1(
         handle, Captures(captures), config, folder, progress=lambda done, total, _: report(stage, done, total)
     )
-    handle.save(folder / "adapter")
+    if not (adapter / "sla2_config.json").exists():
+        handle.save(adapter)
     return found.to_dict()
 
 
@@ -171,18 +180,24 @@ def stage2(
     return summary
 
 
-def block_maps(generator: Generator, handle, prompt: str) -> dict:
-    """The block map of every layer and head at the middle noise level, as the report draws it."""
+def block_maps(generator: Generator, handle, video: Path, prompt: str) -> dict:
+    """The block map of every layer and head while the model denoises `video`, half noise: what the report draws over it."""
     import torch
 
-    from sla2_eval.tiny.model import LATENT_SHAPE, encode_captions
+    from sla2_eval.tiny import model as tiny
+    from sla2_eval.video import read_video
 
     _expect_tiny(generator)
-    noise = torch.randn(1, *LATENT_SHAPE, generator=torch.Generator().manual_seed(0))
+    _, frames, height, width = tiny.LATENT_SHAPE
+    written = read_video(video).frames  # each pixel `upscale` times in both directions
+    small = written.reshape(frames, height, generator.upscale, width, generator.upscale, 3).mean((2, 4))
+    clean = tiny.to_latents(small[None])
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
 
     def run() -> None:
         with torch.inference_mode():
-            generator.transformer(noise, torch.tensor([500.0]), encode_captions([prompt]), return_dict=False)
+            half, time = torch.lerp(clean, noise, 0.5), torch.tensor([500.0])
+            generator.transformer(half, time, tiny.encode_captions([prompt]), return_dict=False)
 
     maps = handle.block_maps(run)
     patch = generator.transformer.config.patch_size
@@ -195,11 +210,11 @@ def block_maps(generator: Generator, handle, prompt: str) -> dict:
             ]
             layers.append({"layer": layer, "head": head, "map": rows})
     return {
-        "grid": [size // p for size, p in zip(LATENT_SHAPE[1:], patch)],
+        "grid": [size // p for size, p in zip(tiny.LATENT_SHAPE[1:], patch)],
         "block_q": handle.config.block_q,
         "block_k": handle.config.block_k,
         "sparsity": sum(found.sparsity for found in maps.values()) / len(maps),
-        "prompt": prompt,
+        "frame_of": video.name,
         "layers": layers,
     }
 

@@ -1,0 +1,50 @@
+"""sla2 doctor: what is missing is named with the way to get it, what is broken makes the exit code 1."""
+
+import json
+
+from sla2_eval import doctor
+from sla2_eval.cli import main
+
+
+def test_every_finding_says_what_and_how():
+    found = {finding.what: finding for finding in doctor.examine()}
+    assert {"python", "torch", "driver", "GPU", "NVRTC", "CuPy", "cache folder", "backend auto"} <= set(found) | {"GPU"}
+    assert {found["backend reference"].status, found["backend cpu"].status} == {"works"}
+    assert {finding.status for finding in found.values()} <= {"works", "missing", "broken"}
+    assert all(
+        finding.get for finding in found.values() if finding.status == "missing" and "backend" not in finding.what
+    )
+
+
+def test_a_missing_package_is_found(monkeypatch):
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("ray", "timm") else real(name))
+    found = {finding.what: finding for finding in doctor._packages()}
+    assert (found["ray"].status, found["timm"].status) == ("broken", "missing")
+    assert found["timm"].get == "uv pip install timm"
+    assert found["torch"].status == "works"
+
+
+def test_a_wrong_backend_is_broken(monkeypatch):
+    from sla2_core import functional
+
+    real = functional.block_sparse_attention
+
+    def wrong(q, k, v, blocks, backend):
+        out, lse = real(q, k, v, blocks, backend=backend)
+        return (out + 0.1 if backend == "cpu" else out), lse
+
+    monkeypatch.setattr(functional, "block_sparse_attention", wrong)
+    found = {finding.what: finding for finding in doctor._backends()}
+    assert found["backend cpu"].status == "broken"
+    assert "differs from the reference" in found["backend cpu"].detail
+    assert found["backend reference"].status == "works"
+
+
+def test_exit_code_and_json(monkeypatch, capsys):
+    good = doctor.Finding("torch", "works", "2")
+    monkeypatch.setattr(doctor, "examine", lambda: [good])
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"what": "torch", "status": "works", "detail": "2", "get": ""}]
+    monkeypatch.setattr(doctor, "examine", lambda: [good, doctor.Finding("av", "broken", "not installed", "make")])
+    assert main(["doctor"]) == 1
