@@ -17,7 +17,7 @@ from sla2_eval.generation import (
 from sla2_eval.manifest import read_manifest
 from sla2_eval.video import read_video
 
-PROMPTS = ["a red circle moving left", "a blue square moving up", "a cyan triangle moving right behind a red square"]
+PROMPTS = ["a red circle moving horizontally", "a blue square moving vertically", "a cyan triangle moving horizontally behind a red square"]
 
 
 class Recorder:
@@ -47,7 +47,7 @@ def _save_random_model(folder):
 def test_noise_seeds_differ_by_prompt_index_and_seed():
     seeds = {noise_seed(p, i, s) for p in ("a", "b", "a|1") for i in range(3) for s in range(3)}
     assert len(seeds) == 27
-    assert noise_seed("a red circle moving left", 1, 2) == noise_seed("a red circle moving left", 1, 2)
+    assert noise_seed("a red circle moving horizontally", 1, 2) == noise_seed("a red circle moving horizontally", 1, 2)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sla2_eval.tiny.shapes import BACKGROUND, COLOURS, DIRECTIONS, RADIUS, SHAPES, Scene, coverage, parse_caption
+from sla2_eval.tiny.shapes import BACKGROUND, COLOURS, MOTIONS, RADIUS, SHAPES, Scene, coverage, parse_caption
 
 _NOMINAL_AREA = {shape: float(coverage(shape, 16.0, 16.0).sum()) for shape in SHAPES}
 _MIN_TRAVEL = 6.0  # pixels over the whole video; the data set moves at least 12
@@ -58,16 +58,15 @@ def _shape_of(mask: np.ndarray) -> str:
 
 
 def _moves(track: np.ndarray, frames: np.ndarray, scene: Scene) -> bool:
-    """The track (n, 2), seen at `frames` (n,), goes the captioned way: steadily, or there and back if it collides."""
-    step = np.asarray(DIRECTIONS[scene.direction], dtype=np.float64)
-    along = track @ step
-    across = track @ np.array([step[1], step[0]])
-    gaps = np.diff(frames)
-    smooth = bool((np.abs(np.diff(along)) <= _MAX_STEP * gaps).all()) and bool(np.ptp(across) <= 4.0)
+    """The track (n, 2), seen at `frames` (n,), goes along the captioned axis: steadily, or there and back if it collides."""
+    axis = MOTIONS[scene.motion]
+    along, across = track[:, axis], track[:, 1 - axis]
+    if along[len(along) // 2] < along[0]:  # either way along the axis
+        along = -along
+    smooth = bool((np.abs(np.diff(along)) <= _MAX_STEP * np.diff(frames)).all()) and bool(np.ptp(across) <= 4.0)
     if scene.relation == "colliding with":
         turn = int(along.argmax())
-        back = along[turn] - along[-1]
-        return smooth and along[turn] - along[0] >= 2.0 and back >= 2.0
+        return smooth and along[turn] - along[0] >= 2.0 and along[turn] - along[-1] >= 2.0
     return smooth and along[-1] - along[0] >= _MIN_TRAVEL
 
 

@@ -23,29 +23,29 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "cyan": (0.15, 0.90, 0.90),
 }
 SHAPES = ("circle", "square", "triangle")
-DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+MOTIONS: dict[str, int] = {"horizontally": 0, "vertically": 1}  # the axis; which way along it the caption does not say
 RELATIONS = ("alone", "in front of", "behind", "colliding with")
 RADIUS = 5.0  # pixels; every shape has about the same area
 
 WORDS = (
-    "a", "and", "moving", "in", "front", "of", "behind", "colliding", "with", *COLOURS, *SHAPES, *DIRECTIONS,
+    "a", "and", "moving", "in", "front", "of", "behind", "colliding", "with", *COLOURS, *SHAPES, *MOTIONS,
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a caption says: the mover, its direction, and how it meets the second shape (if there is one)."""
+    """What a caption says: the mover, its axis of motion, and how it meets the second shape (if there is one)."""
 
     colour: str
     shape: str
-    direction: str
+    motion: str
     relation: str = "alone"
     other_colour: str | None = None
     other_shape: str | None = None
 
     @property
     def caption(self) -> str:
-        text = f"a {self.colour} {self.shape} moving {self.direction}"
+        text = f"a {self.colour} {self.shape} moving {self.motion}"
         if self.relation == "alone":
             return text
         return f"{text} {self.relation} a {self.other_colour} {self.other_shape}"
@@ -61,15 +61,13 @@ def parse_caption(caption: str) -> Scene:
         head, relation, tail = caption, "alone", ""
     words, others = head.split(), tail.split()
     ok = len(words) == 5 and words[0] == "a" and words[3] == "moving"
-    ok = ok and words[1] in COLOURS and words[2] in SHAPES and words[4] in DIRECTIONS
+    ok = ok and words[1] in COLOURS and words[2] in SHAPES and words[4] in MOTIONS
     if relation != "alone":
         ok = ok and len(others) == 3 and others[0] == "a" and others[1] in COLOURS and others[2] in SHAPES
     if not ok:
-        raise ValueError(
-            f"caption: expected 'a COLOUR SHAPE moving DIRECTION [RELATION a COLOUR SHAPE]', got {caption!r}"
-        )
+        raise ValueError(f"caption: expected 'a COLOUR SHAPE moving AXIS [RELATION a COLOUR SHAPE]', got {caption!r}")
     second = {} if relation == "alone" else {"other_colour": others[1], "other_shape": others[2]}
-    return Scene(colour=words[1], shape=words[2], direction=words[4], relation=relation, **second)
+    return Scene(colour=words[1], shape=words[2], motion=words[4], relation=relation, **second)
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
@@ -81,7 +79,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     return Scene(
         colour=str(colours[0]),
         shape=str(shapes[0]),
-        direction=str(rng.choice(list(DIRECTIONS))),
+        motion=str(rng.choice(list(MOTIONS))),
         relation=relation,
         **second,
     )
@@ -103,8 +101,8 @@ def coverage(shape: str, x: float, y: float, radius: float = RADIUS) -> np.ndarr
 
 def _tracks(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
     """Centres of mover and other, float (NUM_FRAMES, 2) as (x, y)."""
-    step = np.asarray(DIRECTIONS[scene.direction], dtype=np.float64)
-    along = int(np.argmax(np.abs(step)))
+    along = MOTIONS[scene.motion]
+    sign = rng.choice([-1.0, 1.0])
     low, high = RADIUS + 1.0, SIZE - 2.0 - RADIUS
     time = np.arange(NUM_FRAMES)[:, None]
     centre = np.empty(2)
@@ -115,15 +113,15 @@ def _tracks(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
         frame = rng.uniform(6.0, 8.0)  # of the collision
         swing = np.abs(time - frame) * speed  # distance from the contact point, shrinking then growing
         mover, other = np.repeat(centre[None], NUM_FRAMES, 0), np.repeat(centre[None], NUM_FRAMES, 0)
-        sign = step[along]
         mover[:, along] = np.clip(meet - sign * (contact / 2 + swing[:, 0]), low - 1.0, high + 1.0)
         other[:, along] = np.clip(meet + sign * (contact / 2 + swing[:, 0]), low - 1.0, high + 1.0)
         return mover, other
     speed = rng.uniform(0.85, 1.25)
     reach = speed * (NUM_FRAMES - 1)
     start = rng.uniform(low, high - reach) if high - reach > low else (low + high - reach) / 2
-    centre[along] = start if step[along] > 0 else SIZE - 1 - start
-    mover = centre[None] + step[None] * speed * time
+    centre[along] = start if sign > 0 else SIZE - 1 - start
+    mover = np.repeat(centre[None], NUM_FRAMES, 0)
+    mover[:, along] += sign * speed * time[:, 0]
     if scene.relation == "alone":
         return mover, None
     middle = mover[NUM_FRAMES // 2].copy()
