@@ -245,3 +245,23 @@ def test_ray_workers_give_the_bytes_of_one_process(make_folder, tmp_path, runs):
     runs.score(videos, tmp_path / "one")
     runs.score(videos, tmp_path / "two", workers=2)
     assert (tmp_path / "two" / "results.json").read_bytes() == (tmp_path / "one" / "results.json").read_bytes()
+
+
+MEASURED = """
+import resource, sys
+from sla2_eval.scoring import score
+videos, out = sys.argv[1:3]
+score(videos, None, ["temporal_flickering"], out)
+print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_videos(make_folder, tmp_path):
+    peaks = []
+    for count in (20, 200):
+        videos = make_folder(f"videos {count}", count, frames=8, height=64, width=64)
+        command = [sys.executable, "-c", MEASURED, str(videos), str(tmp_path / f"out {count}")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append([int(kilobytes) / 1024 for kilobytes in done.stdout.split()])
+    for few, many in zip(*peaks, strict=True):
+        assert many < few + 12, peaks
