@@ -8,6 +8,7 @@ from torch import nn
 
 from sla2_core.attention import build_attention
 from sla2_core.config import SLA2Config
+from sla2_core.integrations import compiled
 from sla2_core.integrations.families import family_of
 from sla2_core.integrations.handle import SLA2Handle
 from sla2_core.integrations.processor import SLA2Processor, Switch
@@ -58,6 +59,7 @@ def apply_sla2(
             raise ValueError(
                 f"transformer: expected a model without SLA2, but {name} has it; call handle.remove() first"
             )
+    compiled.register()
     switch = Switch()
     device = next(transformer.parameters()).device
     for layer, name in names.items():

@@ -135,8 +135,8 @@ class SLA2Handle:
                 allowed = [f.name for f in dataclasses.fields(SLA2Config) if f.name not in files.GEOMETRY]
                 raise ValueError(f"{name}: expected a field that may change, one of {', '.join(allowed)}")
         config = dataclasses.replace(self.config, **changes)
-        for attention in self.attentions.values():
-            attention.config = config
+        for processor in self.processors.values():
+            processor.configure(config)
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by group: router, alpha, proj (of SLA), model (everything that is not SLA2's)."""

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from sla2_core.config import SLA2Config
+from sla2_core.integrations.compiled import config_text, routed_operator
 from sla2_core.integrations.joint import full_attention, routed_attention
 from sla2_core.integrations.ulysses import Ulysses
 
@@ -40,6 +43,7 @@ class SLA2Processor(nn.Module):
     def __init__(self, attention: nn.Module, original: Any, layer: int, switch: Switch):
         super().__init__()
         self.attention = attention
+        self.config_text = config_text(attention.config)
         self.layer = layer
         self.switch = switch
         for name in ("_attention_backend", "_parallel_config"):  # diffusers may have set them before
@@ -49,6 +53,11 @@ class SLA2Processor(nn.Module):
     @property
     def original(self) -> Any:
         return self._original[0]
+
+    def configure(self, config: SLA2Config) -> None:
+        """Replace the configuration of the attention, also for compiled graphs."""
+        self.attention.config = config
+        self.config_text = config_text(config)
 
     @property
     def routed(self) -> bool:
@@ -86,6 +95,8 @@ class SLA2Processor(nn.Module):
             self.switch.recorder(self.layer, q, k, v, text_tokens, kv_lengths)
         if not self.routed:
             out = full_attention(*(x.transpose(1, 2) for x in (q, k, v)), kv_lengths).transpose(1, 2)
+        elif torch.compiler.is_compiling() and ulysses is None:
+            out = routed_operator(self.attention, self.config_text, q, k, v, text_tokens, kv_lengths)
         elif ulysses is None and not text_tokens and kv_lengths is None and self.switch.observer is None:
             out = self.attention(q, k, v, layout="bnhd")
         else:
