@@ -19,6 +19,7 @@ ORDER = {
         emulator
         launch
         operator
+        operator_backward
         cpu
     """,
     "sla2_core": """
