@@ -41,9 +41,9 @@ class Compiled:
 def _candidates() -> list[Path]:
     """NVRTC libraries of the nvidia wheels (CUDA 13: nvidia/cu13/lib, 12: nvidia/cuda_nvrtc/lib) and of CUDA_PATH."""
     patterns = (
-        "cu*/lib/libnvrtc.so.*",
+        "cu[0-9]*/lib/libnvrtc.so.*",
         "cuda_nvrtc/lib/libnvrtc.so.*",
-        "cu*/bin/**/nvrtc64_*.dll",
+        "cu[0-9]*/bin/**/nvrtc64_*.dll",
         "cuda_nvrtc/bin/nvrtc64_*.dll",
     )
     roots = [(Path(root), patterns) for root in _nvidia_roots()]
