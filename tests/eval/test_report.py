@@ -34,6 +34,19 @@ def test_groups_hold_seeds_intervals_and_paired_differences(run_dir):
     assert data["versions"] == {"torch": "9.9"}
 
 
+def test_speed_is_what_generation_noted(run_dir):
+    assert gather(run_dir)["speed"] == []
+    (run_dir / "videos" / "full" / "speed.jsonl").write_text(
+        '{"videos": 2, "seconds": 8.0}\n{"videos": 2, "seconds": 12.0}\n'
+    )
+    (run_dir / "videos" / "sla2-90" / "speed.jsonl").write_text('{"videos": 1, "seconds": 2.5}\n')
+    assert gather(run_dir)["speed"] == [
+        {"variant": "Full attention", "seconds a video": 5.0, "against full attention": "1.00 x"},
+        {"variant": "SLA2 90 %", "seconds a video": 2.5, "against full attention": "2.00 x"},
+    ]
+    assert "seconds a video" in write_report(run_dir).read_text()
+
+
 def test_page_stands_alone_and_says_everything(run_dir):
     page = write_report(run_dir).read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#|results\.(?:csv|md|json)["'])""", page)

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from sla2_eval.manifest import read_manifest, video_name
-from sla2_eval.progress import Report, silent
+from sla2_eval.progress import Report, noted, silent
 from sla2_eval.store import canonical, digest, file_digest, write_atomic
 from sla2_eval.video import write_video
 
@@ -286,9 +286,10 @@ def write_videos(
     report(stage, done, len(requests))
     for start in range(0, len(missing), config.batch_size):
         batch = missing[start : start + config.batch_size]
-        for video, request in zip(generator.sample(batch, config), batch):
-            enlarged = video.repeat(generator.upscale, 1).repeat(generator.upscale, 2)
-            write_video(folder / request.file_name, enlarged, generator.fps)
+        with noted(folder, len(batch)):
+            for video, request in zip(generator.sample(batch, config), batch):
+                enlarged = video.repeat(generator.upscale, 1).repeat(generator.upscale, 2)
+                write_video(folder / request.file_name, enlarged, generator.fps)
         done += len(batch)
         report(stage, done, len(requests))
 

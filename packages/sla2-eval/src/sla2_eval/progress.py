@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SPEED = "speed.jsonl"  # in a folder of videos: one line a batch, with its videos and seconds of wall clock
 
 # How library functions report: (stage, done, total). They call it often; it must be cheap.
 Report = Callable[[str, int, int], None]
@@ -44,3 +50,13 @@ class ProgressDisplay:
         elif done >= total and stage not in self._finished:
             self._finished.add(stage)
             print(f"{stage}: {total} of {total}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def noted(folder: Path, videos: int) -> Iterator[None]:
+    """Add the seconds that a batch of videos takes to the folder's speed.jsonl, which the report reads."""
+    began = time.perf_counter()
+    yield
+    line = json.dumps({"videos": videos, "seconds": round(time.perf_counter() - began, 3)})
+    with (folder / SPEED).open("a", encoding="utf-8") as log:
+        log.write(line + "\n")

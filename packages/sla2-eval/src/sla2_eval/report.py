@@ -118,13 +118,19 @@ def _check_map(maps: dict, path: Path) -> None:
 
 
 def _glance(data: dict) -> list[dict]:
-    """Up to four groups for the top of the page: all of them, else the sparsest of each family."""
+    """Up to four groups for the top of the page, all of them or the sparsest of each family, with three metrics each."""
     scored = [group for group in data["groups"] if group["metrics"] and not group["reference"]]
     if len(scored) > 4:
         scored = list({g["family"]: g for g in sorted(scored, key=lambda g: g["sparsity"])}.values())
         order = {id(group): i for i, group in enumerate(data["groups"])}
         scored.sort(key=lambda group: order[id(group)])
-    return scored[:4]
+    kinds = {name: about["kind"] for name, about in data["metrics"].items()}
+    paired = [name for name, kind in kinds.items() if kind == "paired"][:2]
+    others = sorted((name for name in kinds if name not in paired), key=lambda name: name != "caption_accuracy")
+    chosen = (paired + others)[:3]
+    return [
+        {**group, "metrics": {n: group["metrics"][n] for n in chosen if n in group["metrics"]}} for group in scored[:4]
+    ]
 
 
 def _charts(data: dict) -> tuple[list[str], str]:

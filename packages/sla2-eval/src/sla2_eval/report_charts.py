@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 
 WIDTH, HEIGHT = 320, 224
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 12, 34
@@ -52,6 +53,21 @@ def _span(values: Sequence[float], least: float) -> tuple[float, float]:
     return low - margin, high + margin
 
 
+def _dodge(families: Mapping[str, Sequence[Mapping]]) -> dict[tuple[str, float], float]:
+    """How far to move each point sideways, so that families of the same sparsity do not cover one another."""
+    beside: dict[float, list[str]] = {}
+    for name, family in families.items():
+        for point in family:
+            beside.setdefault(round(point["sparsity"], 2), []).append(name)
+    step = {place: min(7.0, 28.0 / len(names)) for place, names in beside.items()}
+    return {
+        (name, point["sparsity"]): step[place] * (beside[place].index(name) - (len(beside[place]) - 1) / 2)
+        for name, family in families.items()
+        for point in family
+        for place in [round(point["sparsity"], 2)]
+    }
+
+
 def chart(
     title: str,
     note: str,
@@ -87,7 +103,8 @@ def chart(
         parts.append(f'<line class="gridline" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{tick:g}</text>')
     known = sorted(set(sparsities))
-    for tick in known if len(known) <= 5 else ticks(left, right):
+    gaps = [(b - a) / (right - left) * (WIDTH - _LEFT - _RIGHT) for a, b in pairwise(known)]
+    for tick in known if len(known) <= 5 and min(gaps, default=99) > 25 else ticks(left, right):
         x, _ = at(tick / 100, low)
         parts.append(
             f'<line class="stub" x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT - _BOTTOM}" y2="{HEIGHT - _BOTTOM + 4}"/>'
@@ -104,14 +121,15 @@ def chart(
         above = y - 5 if y > _TOP + 14 else y + 13
         parts.append(f'<line class="full" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="fulllabel" x="{_LEFT + 4}" y="{above:.1f}">full attention {full:.4g}</text>')
+    shift = _dodge(families)
     for name, family in families.items():
         number = numbers[name]
         ordered = sorted(family, key=lambda point: point["sparsity"])
-        path = " ".join("{:.1f},{:.1f}".format(*at(p["sparsity"], p["value"])) for p in ordered)
+        places = [(x + shift[name, p["sparsity"]], y) for p in ordered for x, y in [at(p["sparsity"], p["value"])]]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         if len(ordered) > 1:
             parts.append(f'<polyline class="line c{number % NUM_COLOURS}" points="{path}"/>')
-        for point in ordered:
-            x, y = at(point["sparsity"], point["value"])
+        for point, (x, y) in zip(ordered, places, strict=True):
             said = f"{point.get('label', name)}: {point['value']:.4g}"
             parts.append("<g>")
             if point.get("low") is not None:

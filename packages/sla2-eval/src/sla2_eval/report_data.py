@@ -9,6 +9,7 @@ from pathlib import Path
 from sla2_eval import metrics
 from sla2_eval.intervals import Interval, over_prompts, over_seeds, paired_difference
 from sla2_eval.manifest import read_manifest
+from sla2_eval.progress import SPEED
 
 PAPER_METRICS = {
     "IQ": "Imaging quality",
@@ -127,7 +128,7 @@ def gather(run_dir: Path) -> dict:
         "not_scored": [v["name"] for v in variants if v["name"] not in scored],
         "failed": _failed(scored),
         "unavailable": _unavailable(scored),
-        "speed": run.get("speed", []),
+        "speed": run.get("speed") or _speed(run_dir, _ordered(groups)),
         "settings": run.get("settings", {}),
         "versions": _versions(run, scored),
         "hardware": run.get("hardware", {}),
@@ -169,6 +170,26 @@ def _failed(scored: dict[str, dict]) -> list[dict]:
 
 def _unavailable(scored: dict[str, dict]) -> dict[str, str]:
     return dict(sorted({n: why for results in scored.values() for n, why in results["unavailable"].items()}.items()))
+
+
+def _speed(run_dir: Path, groups: list[dict]) -> list[dict]:
+    """Seconds a video, by wall clock while it was generated, from the speed.jsonl that generation leaves."""
+    rows, full = [], None
+    for group in groups:
+        videos = seconds = 0.0
+        for name in group["names"]:
+            path = run_dir / "videos" / name / SPEED
+            for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+                batch = json.loads(line)
+                videos, seconds = videos + batch["videos"], seconds + batch["seconds"]
+        if videos:
+            each = seconds / videos
+            full = each if group["reference"] else full
+            against = f"{full / each:.2f} x" if full else "–"
+            rows.append(
+                {"variant": group["label"], "seconds a video": round(each, 3), "against full attention": against}
+            )
+    return rows
 
 
 def _versions(run: dict, scored: dict[str, dict]) -> dict[str, str]:
