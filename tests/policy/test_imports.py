@@ -27,17 +27,18 @@ ORDER = {
         checks
         block_map
         quantize
+        ops
         softtopk
         router
         mixing
         reference
-        ops
         streamed
         functional
         attention
         adapter
         cost
         integrations
+        training/cache
         training/data
         training/objectives
         training/capture
@@ -54,6 +55,7 @@ ORDER = {
         manifest
         video
         dataset
+        encoding
         tiny
         settings
         processes
@@ -72,6 +74,9 @@ ORDER = {
         ablation
         estimate
         quickstart
+        timing
+        bench_cpu
+        bench_paper
         doctor
         commands
         cli

@@ -40,8 +40,11 @@ def write_folder(folder: Path, samples: Iterable[tuple[np.ndarray, str]], *, fps
     os.replace(partial, folder / MANIFEST)
 
 
-def _captions(folder: Path) -> list[tuple[Path, str]]:
-    """Pairs of video and caption: from the manifest if there is one, else from NAME.txt beside each NAME.mp4."""
+def captioned_files(folder: Path) -> list[tuple[Path, str]]:
+    """Pairs of video and caption: from the manifest if there is one, else from NAME.txt beside each NAME.mp4.
+
+    Raises ValueError naming the file for a missing caption or a manifest line of another form.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder of mp4 files with captions, got nothing there")
     manifest = folder / MANIFEST
@@ -71,6 +74,25 @@ def _captions(folder: Path) -> list[tuple[Path, str]]:
     return pairs
 
 
+def read_frames(path: Path, *, num_frames: int, height: int, width: int) -> np.ndarray:
+    """The first `num_frames` frames of a video, area-resized to (height, width): uint8 (num_frames, height, width, 3).
+
+    Raises ValueError naming the file if it is broken or too short.
+    """
+    import torch
+    from torch.nn.functional import interpolate
+
+    frames = read_video(path).frames
+    if len(frames) < num_frames:
+        raise ValueError(f"{path}: expected at least {num_frames} frames, got {len(frames)}")
+    frames = frames[:num_frames]
+    if frames.shape[1:3] == (height, width):
+        return frames
+    planar = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    planar = interpolate(planar, (height, width), mode="area").round_()
+    return planar.permute(0, 2, 3, 1).to(torch.uint8).numpy()
+
+
 def read_folder(
     folder: str | Path,
     *,
@@ -83,21 +105,10 @@ def read_folder(
 
     Raises ValueError naming the file for a missing caption, a broken or too short video, or a manifest line of another form.
     """
-    import torch
-    from torch.nn.functional import interpolate
-
-    pairs = _captions(Path(folder))
+    pairs = captioned_files(Path(folder))
     videos = np.empty((len(pairs), num_frames, height, width, 3), dtype=np.uint8)
     for index, (path, _) in enumerate(pairs):
-        frames = read_video(path).frames
-        if len(frames) < num_frames:
-            raise ValueError(f"{path}: expected at least {num_frames} frames, got {len(frames)}")
-        frames = frames[:num_frames]
-        if frames.shape[1:3] != (height, width):
-            planar = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
-            planar = interpolate(planar, (height, width), mode="area").round_()
-            frames = planar.permute(0, 2, 3, 1).to(torch.uint8).numpy()
-        videos[index] = frames
+        videos[index] = read_frames(path, num_frames=num_frames, height=height, width=width)
         if progress:
             progress(index + 1, len(pairs))
     return CaptionedVideos(videos=videos, captions=[caption for _, caption in pairs])

@@ -1,0 +1,84 @@
+"""Training data encoded once: latents and text embeddings of each sample in its own safetensors file, read when drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sla2_core.adapter import read_json, read_tensors, write_json, write_tensors
+
+INDEX_NAME = "cache.json"
+UNCONDITIONAL_NAME = "unconditional.safetensors"
+
+
+class CachedData:
+    """A folder of encoded samples: a data set for train_stage2.
+
+    `unconditional` holds the conditions of the empty caption, if they were encoded. Raises FileNotFoundError or
+    ValueError, naming the file, for a folder without an index or with a missing or damaged sample.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        content = read_json(self.folder / INDEX_NAME)
+        if content.get("format_version") != 1:
+            raise ValueError(
+                f"{self.folder / INDEX_NAME}: expected format_version 1, got {content.get('format_version')!r}"
+            )
+        self.names: list[str] = content["names"]
+        path = self.folder / UNCONDITIONAL_NAME
+        self.unconditional = read_tensors(path) if path.exists() else None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return read_tensors(self.folder / f"{index:06d}.safetensors")
+
+
+def encode_samples(
+    names: Sequence[str],
+    encode: Callable[[int], Mapping[str, Tensor]],
+    folder: str | Path,
+    *,
+    settings: Mapping[str, Any],
+    unconditional: Callable[[], Mapping[str, Tensor]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CachedData:
+    """Encode samples that are not encoded yet; started again, it goes on where it was.
+
+    Args:
+        names: what each sample is called (its file), to notice another data set.
+        encode: i -> {"latents": ..., condition: ...} of sample i, without a batch dimension.
+        folder: gets one file per sample, and the index when all are there.
+        settings: JSON values that fix the encoding (model, size, frames); a folder with others is refused.
+        unconditional: () -> the conditions of the empty caption.
+        progress: called as progress(done, total).
+
+    Raises:
+        ValueError: the folder holds other samples or other settings. Whatever encode raises: samples done before it stay.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {"names": list(names), "settings": dict(settings)}
+    plan = folder / "plan.json"
+    if plan.exists():
+        found = read_json(plan)
+        for key, value in wanted.items():
+            if found.get(key) != value:
+                raise ValueError(f"{plan}: expected the {key} given, got others; encode into a new folder")
+    else:
+        write_json(plan, wanted)
+    if unconditional is not None and not (folder / UNCONDITIONAL_NAME).exists():
+        write_tensors(folder / UNCONDITIONAL_NAME, unconditional())
+    for index in range(len(names)):
+        path = folder / f"{index:06d}.safetensors"
+        if not path.exists():
+            write_tensors(path, encode(index))
+        if progress:
+            progress(index + 1, len(names))
+    write_json(folder / INDEX_NAME, {"format_version": 1, "names": list(names), "settings": dict(settings)})
+    return CachedData(folder)
