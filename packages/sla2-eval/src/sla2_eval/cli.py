@@ -18,6 +18,7 @@ COMMANDS = {
     "report": ("sla2_eval.commands.report", "Results to one HTML page, CSV and Markdown tables."),
     "vbench": ("sla2_eval.commands.vbench", "The same videos through the original VBench, and its results back."),
     "weights": ("sla2_eval.commands.weights", "List and fetch the weights that metrics need."),
+    "bench": ("sla2_eval.commands.bench", "Time SLA2 against the dense baselines on this machine."),
     "compile": ("sla2_eval.commands.compile", "Build every CUDA kernel ahead of time; needs no GPU."),
 }
 

@@ -1,0 +1,290 @@
+"""The paper's speed table on a GPU: SLA2 whole and by stage against every dense attention of torch and FlexAttention."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from sla2_eval.timing import cuda_clock, interleave
+
+COLUMNS = ("shape", "sparsity", "case", "median", "low", "high", "speedup", "c_over_t", "floor", "times_floor")
+
+BLOCK_Q, BLOCK_K, HEAD_DIM = 128, 64, 128
+SHAPES = {"1.3B 480p": (32760, 12), "14B 720p": (75600, 40)}  # tokens, heads of Wan2.1's self-attention
+SPARSITIES = (0.85, 0.90, 0.95, 0.97)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """FLOPs and compulsory bytes of a stage."""
+
+    flops: float
+    bytes: float
+
+    def milliseconds(self, flops_per_second: float, bytes_per_second: float) -> float:
+        return 1e3 * max(self.flops / flops_per_second, self.bytes / bytes_per_second)
+
+
+def floors(n: int, heads: int, selected: int, d: int = HEAD_DIM) -> dict[str, Floor]:
+    """What each stage must compute and move at least, for `selected` of the key blocks a row; 16-bit tensors."""
+    t_m, t_n = -(-n // BLOCK_Q), -(-n // BLOCK_K)
+    tensor, states = 2 * n * heads * d, 2 * heads * d * (d + 1)
+    pairs = selected * BLOCK_K / n
+    full = 4.0 * n * n * d * heads
+    stages = {
+        "prologue": Floor(10.0 * n * d * heads, 5 * tensor),
+        "route": Floor(
+            2.0 * heads * (t_m * t_n * d + (t_m + t_n) * d * d), 4 * heads * (t_m + t_n) * d + 4 * heads * t_m * t_n
+        ),
+        "linear states": Floor(
+            2.0 * heads * (n * d * d + t_m * t_n * d * (d + 1)), 2 * tensor + (2 * t_n + t_m) * states
+        ),
+        "sparse forward": Floor(pairs * full + 2.0 * n * d * d * heads, 5 * tensor + t_m * states),
+    }
+    whole = Floor(sum(f.flops for f in stages.values()), sum(f.bytes for f in stages.values()))
+    return {**stages, "forward": whole, "backward": Floor(2.5 * whole.flops, 2 * whole.bytes)}
+
+
+def measure(report: Callable[[str, int, int], None], quick: bool) -> dict:
+    """Every shape and sparsity -> {"suite", "hardware", "rates", "settings", "rows"}; needs a GPU.
+
+    Rows: shape, sparsity, case, median, low, high (ms), speedup over SDPA-flash of the same direction, c_over_t (TFLOP/s of
+    full attention, 4 N^2 d H, over the time: the paper's measure), and for stages the floor (ms, at the measured GEMM rate
+    and copy bandwidth) and the time over it. Raises RuntimeError in one line without a GPU or without CuPy.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("suite 'paper': needs a CUDA GPU, and torch sees none; --suite cpu runs here")
+    repetitions = 10 if quick else 50
+    rates = _rates(repetitions)
+    rows = []
+    for shape, (n, heads) in list(SHAPES.items())[: 1 if quick else None]:
+        for sparsity in SPARSITIES[-1:] if quick else SPARSITIES:
+            progress = partial(report, f"{shape} {sparsity:.0%}")
+            found, selected = _setting(n, heads, sparsity, repetitions, progress)
+            rows += _rows(shape, n, heads, sparsity, selected, found, rates)
+            torch.cuda.empty_cache()
+    settings = {
+        "block_q": BLOCK_Q,
+        "block_k": BLOCK_K,
+        "head_dim": HEAD_DIM,
+        "dtype": "bfloat16",
+        "repetitions": repetitions,
+    }
+    return {"suite": "paper", "hardware": _hardware(), "rates": rates, "settings": settings, "rows": rows}
+
+
+def _hardware() -> dict:
+    import datetime
+    import importlib.metadata
+
+    import torch
+
+    about = torch.cuda.get_device_properties(0)
+    versions = {}
+    for name in ("torch", "cupy-cuda12x", "cupy-cuda13x", "sla2-kernels"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "gpu": about.name, "capability": f"{about.major}.{about.minor}", "memory_gb": round(about.total_memory / 2**30),
+        "cuda": torch.version.cuda, "driver": _driver(), "python": platform.python_version(), "versions": versions,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }  # fmt: skip
+
+
+def _driver() -> str | None:
+    import shutil
+    import subprocess
+
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return None
+    done = subprocess.run(
+        [tool, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None
+
+
+def _rates(repetitions: int) -> dict[str, float]:
+    """The machine's copy bandwidth (bytes read plus written a second) and bf16 GEMM rate (FLOP/s), measured."""
+    import torch
+
+    size = 8192
+    source, a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    source = source.repeat(8, 1)
+    target = torch.empty_like(source)
+    found = interleave({"copy": lambda: target.copy_(source), "gemm": lambda: a @ b}, cuda_clock, repetitions)
+    return {
+        "copy_bytes_per_second": 2e3 * source.numel() * 2 / found["copy"]["median"],
+        "gemm_flops_per_second": 2e3 * size**3 / found["gemm"]["median"],
+    }
+
+
+def _rows(shape, n, heads, sparsity, selected, found, rates) -> list[dict]:
+    least = floors(n, heads, selected)
+    full = 4.0 * n * n * HEAD_DIM * heads
+    rows = []
+    for case, times in found.items():
+        backward = "backward" in case
+        row = {"shape": shape, "sparsity": sparsity, "case": case, **times}
+        if "median" in times:
+            base = found.get(f"SDPA flash {'backward' if backward else 'forward'}", {}).get("median")
+            whole = case.startswith(("SLA2 forward", "SLA2 backward", "SDPA", "FlexAttention"))
+            row["speedup"] = base / times["median"] if base and whole else None
+            row["c_over_t"] = full * (2.5 if backward else 1.0) / times["median"] / 1e9 if whole else None
+            if (stage := case.removeprefix("SLA2 ")) in least:
+                row["floor"] = least[stage].milliseconds(rates["gemm_flops_per_second"], rates["copy_bytes_per_second"])
+                row["times_floor"] = times["median"] / row["floor"]
+            if stage == "sparse forward":
+                row["effective_tflops"] = full * selected * BLOCK_K / n / times["median"] / 1e9
+        rows.append(row)
+    return rows
+
+
+def _setting(n: int, heads: int, sparsity: float, repetitions: int, report) -> tuple[dict[str, dict], int]:
+    """Times of every case at one shape and sparsity, and how many key blocks a row selects."""
+    import torch
+
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(1, heads, n, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    kernels = _Kernels(q, k, v, 1 - sparsity)
+    cases = kernels.cases(grad) | _dense(q, k, v, grad) | _flex(q, k, v, grad, kernels)
+    return interleave(cases, cuda_clock, repetitions, warmups=3, report=report), kernels.block_map.width
+
+
+class _Kernels:
+    """SLA2's stages on one input, through the kernels' own operator; buffers are torch's."""
+
+    def __init__(self, q, k, v, topk: float):
+        import torch
+        from sla2_kernels import operator
+        from sla2_kernels.operator import Alpha, Device, Problem
+        from sla2_kernels.specs import architecture_of
+
+        self.operator, self.arch = operator, architecture_of(*torch.cuda.get_device_capability())
+        self.inputs = [self.pointer(x) for x in (q, k, v)]
+        stream = torch.cuda.current_stream().cuda_stream
+        self.device = Device(allocate=self.allocate, target="cuda", arch=self.arch, stream=stream)
+        self.shape = dict(batch=q.shape[0], heads=q.shape[1], n_q=q.shape[2], n_k=k.shape[2], head_dim=q.shape[3])
+        self.problem = Problem(**self.shape)
+        weight = torch.eye(q.shape[3], device="cuda")[None].contiguous()
+        self.weight, self.topk = self.pointer(weight), topk
+        self.alpha = Alpha.of(self.pointer(torch.full((1, q.shape[1], 1), 0.8, device="cuda")), (1, q.shape[1], 1))
+        self.made = self.prologue(self.problem)
+        self.block_map = self.route(self.problem, self.made)
+        self.linear = operator.linear_states(self.device, self.problem, self.made, self.block_map)
+
+    @staticmethod
+    def pointer(tensor):
+        from sla2_kernels.operator import Pointer
+
+        return Pointer(tensor.data_ptr(), tensor)
+
+    def allocate(self, shape, dtype):
+        import torch
+
+        return self.pointer(torch.empty(shape, dtype=getattr(torch, dtype), device="cuda"))
+
+    def prologue(self, problem):
+        return self.operator.prologue(self.device, problem, *self.inputs, linear=True, pool=True)
+
+    def route(self, problem, made):
+        return self.operator.route(
+            self.device, problem, made.pooled_q, made.pooled_k, self.weight, self.weight, 1, self.topk
+        )[0]
+
+    def forward(self, problem, save: bool = False):
+        made = self.prologue(problem)
+        block_map = self.route(problem, made)
+        return self.operator.forward(self.device, problem, *self.inputs, block_map, self.alpha, made=made, save=save)
+
+    def cases(self, grad) -> dict[str, Callable[[], object]]:
+        from dataclasses import replace
+
+        from sla2_kernels.kernels import supports
+        from sla2_kernels.operator_backward import backward
+
+        op, device, problem = self.operator, self.device, self.problem
+        saved, d_out = self.forward(problem, save=True), self.pointer(grad)
+        cases = {
+            "SLA2 forward": lambda: self.forward(problem),
+            "SLA2 prologue": lambda: self.prologue(problem),
+            "SLA2 route": lambda: self.route(problem, self.made),
+            "SLA2 linear states": lambda: op.linear_states(device, problem, self.made, self.block_map),
+            "SLA2 sparse forward": lambda: op.sparse_forward(
+                device, problem, self.made, self.block_map, self.linear, self.alpha, False
+            ),
+            "SLA2 backward": lambda: backward(device, problem, saved, d_out),
+        }
+        for precision in ("int8", "int8_int8"):
+            if supports(self.arch, precision):
+                low = replace(problem, precision=precision)
+                cases[f"SLA2 forward {precision}"] = lambda low=low: self.forward(low)
+        return cases
+
+
+def _both(function: Callable, q, k, v, grad, name: str) -> dict[str, Callable[[], object]]:
+    """Forward and backward of an attention function as two cases; the backward of a graph that is kept."""
+    import torch
+
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    graph = []
+
+    def forward():
+        with torch.no_grad():
+            return function(q, k, v)
+
+    def backward():
+        if not graph:
+            graph.append(function(*leaves))
+        return torch.autograd.grad(graph[0], leaves, grad, retain_graph=True)
+
+    return {f"{name} forward": forward, f"{name} backward": backward}
+
+
+def _dense(q, k, v, grad) -> dict[str, Callable[[], object]]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    cases = {}
+    for name, backend in (
+        ("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION),
+        ("efficient", SDPBackend.EFFICIENT_ATTENTION),
+    ):  # fmt: skip
+
+        def attention(q, k, v, backend=backend):
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v)
+
+        cases |= _both(attention, q, k, v, grad, f"SDPA {name}")
+    return cases
+
+
+def _flex(q, k, v, grad, kernels: _Kernels) -> dict[str, Callable[[], object]]:
+    """FlexAttention over the blocks that the router chose."""
+    compiled = []
+
+    def attention(q, k, v):
+        if not compiled:
+            compiled.append(_compiled_flex(q, k, kernels))
+        return compiled[0](q, k, v)
+
+    return _both(attention, q, k, v, grad, "FlexAttention")
+
+
+def _compiled_flex(q, k, kernels: _Kernels) -> Callable:
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    counts, indices = kernels.block_map.counts.owner, kernels.block_map.indices.owner
+    padded = indices.new_zeros(*indices.shape[:3], -(-k.shape[2] // BLOCK_K))
+    padded[..., : indices.shape[3]] = indices.clamp(min=0)
+    mask = BlockMask.from_kv_blocks(
+        torch.zeros_like(counts), torch.zeros_like(padded), counts, padded, BLOCK_SIZE=(BLOCK_Q, BLOCK_K),
+        seq_lengths=(q.shape[2], k.shape[2]),
+    )  # fmt: skip
+    return partial(torch.compile(flex_attention), block_mask=mask)
