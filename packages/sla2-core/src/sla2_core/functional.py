@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sla2_core import reference, streamed
-from sla2_core.block_map import BlockMap, num_blocks
+from sla2_core import ops, reference, streamed
+from sla2_core.block_map import BlockMap
 from sla2_core.checks import (
     check_alpha,
     check_backend,
@@ -42,6 +42,25 @@ def _valid_blocks(block_map: BlockMap, kv_lengths: Tensor | None) -> Tensor:
     if kv_lengths is None:
         return torch.ones_like(start, dtype=torch.bool)[None, None, None]
     return (start < kv_lengths[:, None])[:, None, None, :]
+
+
+def _simulated(precision: str, qat_backward: str) -> bool:
+    """Low-bit settings that no kernel has: formats beyond the kernels', and the backward that rounds again."""
+    return precision not in ops.KERNEL_FORMATS or (precision != "full" and qat_backward == "matched")
+
+
+def _attention(q, k, v, block_map: BlockMap, alpha, lengths, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    return ops.attention(
+        q, k, v, block_map.indices, block_map.counts, alpha, lengths, block_map.block_q, block_map.block_k, precision
+    )
+
+
+def _linear_attention(q, k, v, block_map: BlockMap, lengths) -> Tensor:
+    """Linear attention over all blocks: the operator where nothing is selected."""
+    counts = torch.zeros_like(block_map.counts)
+    alpha = torch.zeros(counts.shape, dtype=q.dtype)
+    sizes = (lengths, block_map.block_q, block_map.block_k)
+    return ops.attention(q, k, v, block_map.indices[..., :1], counts, alpha, *sizes, "full")[0]
 
 
 def block_sparse_attention(
@@ -81,8 +100,11 @@ def block_sparse_attention(
         out, lse = reference.block_sparse_reference(q, k, v, block_map, precision=precision, kv_lengths=lengths)
         return out, lse.detach()
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = streamed.sparse_branch(_work(q), _work(k), _work(v), block_map, lengths, precision, qat_backward)
-    return out.to(q.dtype), lse
+        if _simulated(precision, qat_backward):
+            out, lse = streamed.sparse_branch(_work(q), _work(k), _work(v), block_map, lengths, precision, qat_backward)
+            return out.to(q.dtype), lse
+        out, _, lse = _attention(q, k, v, block_map, None, lengths, precision)
+        return out, lse.detach()
 
 
 def sla2_attention(
@@ -123,16 +145,15 @@ def sla2_attention(
             q, k, v, block_map, alpha, precision=precision, smooth_k=smooth_k, kv_lengths=lengths
         )
     with torch.autocast(q.device.type, enabled=False):
-        queries, keys, values = _work(q), _work(k), _work(v)
-        if smooth_k:
-            keys = smooth_keys(keys, lengths)
+        keys = smooth_keys(_work(k), lengths) if smooth_k else k
+        alpha = alpha.expand(block_map.shape[:3])
+        if not _simulated(precision, qat_backward):
+            return _attention(q, keys, v, block_map, alpha, lengths, precision)[0]
+        queries, keys, values = _work(q), _work(keys), _work(v)
         o_s, _ = streamed.sparse_branch(queries, keys, values, block_map, lengths, precision, qat_backward)
+        o_l = _attention(queries, keys, values, block_map, torch.zeros_like(alpha), lengths, "full")[0]
         mask, valid = block_map.mask(), _valid_blocks(block_map, lengths)
-        rest = ~mask & valid
-        o_l = streamed.linear_branch(
-            queries, keys, values, rest.to(queries.dtype), block_map.block_q, block_map.block_k, lengths
-        )
-        nothing, everything = ~(mask & valid).any(-1), ~rest.any(-1)
+        nothing, everything = ~(mask & valid).any(-1), ~(~mask & valid).any(-1)
         weight = torch.where(everything, 1.0, torch.where(nothing, 0.0, alpha.to(queries.dtype)))
         weight = weight.repeat_interleave(block_map.block_q, 2)[:, :, : q.shape[2], None]
         return torch.lerp(o_l, o_s, weight.expand(o_s.shape)).to(q.dtype)
@@ -170,13 +191,12 @@ def sla_attention(
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
     lengths = check_kv_lengths(kv_lengths, q, k)
     with torch.autocast(q.device.type, enabled=False):
-        rest = _valid_blocks(block_map, lengths).to(_work(q).dtype)
-        rest = rest.expand(*q.shape[:2], 1, num_blocks(k.shape[2], block_map.block_k))
-        o_l = streamed.linear_branch(_work(q), _work(k), _work(v), rest, block_map.block_q, block_map.block_k, lengths)
         if proj_weight is None:
-            o_l = torch.zeros_like(o_l)
+            o_l = torch.zeros_like(_work(q))
         else:
-            o_l = o_l @ proj_weight.to(o_l.dtype).t()
+            o_l = (
+                _linear_attention(_work(q), _work(k), _work(v), block_map, lengths) @ proj_weight.to(_work(q).dtype).t()
+            )
         if proj_bias is not None:
             o_l = o_l + proj_bias.to(o_l.dtype)
         return (o_s.to(o_l.dtype) + o_l).to(q.dtype)

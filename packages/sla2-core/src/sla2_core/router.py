@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sla2_core import ops
 from sla2_core.block_map import BlockMap, Rows, num_blocks
 from sla2_core.config import SLA2Config
+
+_MEAN_BLOCK = 256  # tokens that one partial sum of the mean over tokens holds
 
 
 class Float32Module(nn.Module):
@@ -33,6 +36,8 @@ def pool(x: Tensor, block: int, lengths: Tensor | None = None) -> Tensor:
     Returns:
         (B, H, ceil(N / block), d).
     """
+    if x.device.type == "cpu":
+        return ops.block_means(x, lengths, block)
     work = x if x.dtype == torch.float64 else x.float()
     b, _, n, _ = x.shape
     count = num_blocks(n, block)
@@ -54,17 +59,26 @@ def smooth_keys(k: Tensor, lengths: Tensor | None = None) -> Tensor:
 
     The sparse branch and the top-k are unchanged by it, up to rounding; phi(K) and low-bit K are not.
     """
-    work = k if k.dtype == torch.float64 else k.float()
-    if lengths is None:
-        return (work - work.mean(2, keepdim=True)).to(k.dtype)
-    valid = (torch.arange(k.shape[2], device=k.device) < lengths[:, None])[:, None, :, None]
-    mean = work.masked_fill(~valid, 0.0).sum(2, keepdim=True) / lengths[:, None, None, None]
-    return (work - mean).to(k.dtype)
+    n = k.shape[2]
+    start = torch.arange(0, n, _MEAN_BLOCK, device=k.device)
+    last = torch.full((1,), n, device=k.device) if lengths is None else lengths
+    tokens = (last[:, None] - start).clamp(0, _MEAN_BLOCK)
+    means = pool(k, _MEAN_BLOCK, lengths)
+    share = (tokens / last[:, None]).to(means.dtype)[:, None, :, None]
+    return (k - (means * share).sum(2, keepdim=True)).to(k.dtype)
 
 
 def blocks_to_select(topk: float, t_n: int) -> int:
     """K = max(1, round(k% * T_n))."""
     return max(1, round(topk * t_n))
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Ascending indices of the `count` best of each row, ties to the lower index."""
+    if scores.device.type == "cpu":
+        return ops.top_k(scores, count)
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[..., :count].sort(-1).values
 
 
 def top_k_map(
@@ -80,16 +94,15 @@ def top_k_map(
     scores = scores.detach()
     t_n = scores.shape[-1]
     if kv_lengths is None:
-        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-        indices = order[..., : blocks_to_select(topk, t_n)].sort(-1).values
+        indices = _best(scores, blocks_to_select(topk, t_n))
         counts = torch.full(scores.shape[:3], indices.shape[-1], dtype=torch.int32, device=scores.device)
         rows = Rows(indices.to(torch.int32).contiguous(), counts)
         return BlockMap._trusted(rows, block_q=block_q, block_k=block_k, n_q=n_q, n_k=n_k)
     blocks = [num_blocks(int(length), block_k) for length in kv_lengths.tolist()]
     mask = torch.zeros_like(scores, dtype=torch.bool)
     for item, count in enumerate(blocks):
-        order = torch.sort(scores[item, ..., :count], dim=-1, descending=True, stable=True).indices
-        mask[item, ..., :count].scatter_(-1, order[..., : blocks_to_select(topk, count)], True)
+        best = _best(scores[item : item + 1, ..., :count], blocks_to_select(topk, count))
+        mask[item, ..., :count].scatter_(-1, best[0].long(), True)
     return BlockMap.from_mask(mask, block_q=block_q, block_k=block_k, n_q=n_q, n_k=n_k)
 
 

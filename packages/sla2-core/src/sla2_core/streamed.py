@@ -1,4 +1,4 @@
-"""The operator on the CPU in torch, streamed over query blocks: nothing of size N x N is ever made."""
+"""The sparse branch in torch, streamed over query blocks: low-bit settings that no kernel has, for study."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from sla2_core import quantize
-from sla2_core.block_map import BlockMap, num_blocks
+from sla2_core import ops, quantize
+from sla2_core.block_map import BlockMap
 
 _CHUNK_ELEMENTS = 1 << 21  # scores of one chunk: 8 MB in fp32
 
@@ -125,14 +125,7 @@ class _SparseBranch(torch.autograd.Function):
 
 
 def _round(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    if precision == "full":
-        return q, k, v
-    formats = quantize.FORMATS[precision]
-    return (
-        quantize.quantize_blocks(q, block_map.block_q, formats.qk),
-        quantize.quantize_blocks(k, block_map.block_k, formats.qk),
-        quantize.quantize_values(v, formats.pv, block_map.block_k),
-    )
+    return (q, k, v) if precision == "full" else ops.rounded(q, k, v, block_map.block_q, block_map.block_k, precision)
 
 
 def _requantize(p: Tensor, fmt: str, block_k: int) -> Tensor:
@@ -146,31 +139,3 @@ def sparse_branch(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, lengths,
     """O_s (B, H, N_q, d) and L (B, H, N_q) for fp32 or fp64 inputs; L carries no gradient."""
     out, lse = _SparseBranch.apply(q, k, v, block_map, lengths, precision, qat_backward)
     return out, lse.detach()
-
-
-def linear_branch(q: Tensor, k: Tensor, v: Tensor, rest: Tensor, block_q: int, block_k: int, lengths) -> Tensor:
-    """O_l = phi(Q) H_i / (phi(Q) . Z_i), H_i and Z_i summed over the blocks j where rest_ij is 1.
-
-    Args:
-        q, k, v: (B, H, N, d) fp32 or fp64. rest: (B, H, T_m, T_n) or (B, H, 1, T_n), same dtype. lengths: (B,) or None.
-
-    Returns:
-        (B, H, N_q, d); rows whose `rest` is all zero have 0.
-    """
-    (b, h, n_q, d), n_k = q.shape, k.shape[2]
-    t_m, t_n = num_blocks(n_q, block_q), num_blocks(n_k, block_k)
-    phi_k = torch.softmax(k, -1)
-    if lengths is not None:
-        drop = (torch.arange(n_k, device=k.device) >= lengths[:, None])[:, None, :, None]
-        phi_k, v = phi_k.masked_fill(drop, 0.0), v.masked_fill(drop, 0.0)
-    keys = _blocks(phi_k, block_k)
-    states = torch.cat([torch.bmm(keys.transpose(1, 2), _blocks(v, block_k)), keys.sum(1)[..., None]], -1)
-    sums = torch.matmul(rest, states.view(b, h, t_n, d * (d + 1))).view(b, h, -1, d, d + 1)
-    if sums.shape[2] == 1:
-        parts = torch.softmax(q, -1) @ sums[:, :, 0]
-    else:
-        parts = torch.bmm(_blocks(torch.softmax(q, -1), block_q), sums.flatten(0, 2))
-        parts = parts.view(b, h, t_m * block_q, d + 1)[:, :, :n_q]
-    below = parts[..., d:]
-    empty = below == 0
-    return (parts[..., :d] / below.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)

@@ -1,0 +1,116 @@
+"""How the numba kernels are declared, cached in the project's cache folder, and run on several threads."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numba
+
+# Without "nnan" and "ninf": NaN and inf must come out as NaN or inf. Division and order of sums are free.
+FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
+
+_lock = threading.Lock()
+_pools: dict[int, ThreadPoolExecutor] = {}
+_registered: list = []
+_cached: set[int] = set()
+_compiled: set[tuple] = set()
+_seconds: dict[str, float] = {}
+
+
+def inner(function):
+    """A function that kernels call; compiled into them."""
+    return numba.njit(function, fastmath=FASTMATH, error_model="numpy", nogil=True)
+
+
+def kernel(function):
+    """A compiled function (*arrays and numbers, lo, hi) over the work items lo..hi; run it with `run`."""
+    dispatcher = numba.njit(function, fastmath=FASTMATH, error_model="numpy", nogil=True)
+    _registered.append(dispatcher)
+    return dispatcher
+
+
+def _fingerprint() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _enable_cache() -> None:
+    """Point numba's cache of every kernel at the project's cache folder; a folder that cannot be written is no error."""
+    from sla2_kernels.cache import cache_folder
+
+    folder = cache_folder() / "numba" / _fingerprint()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            return
+    except OSError:
+        return
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
+    try:
+        for dispatcher in _registered:
+            if id(dispatcher) not in _cached:
+                dispatcher.enable_caching()
+                _cached.add(id(dispatcher))
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+def compile_seconds() -> dict[str, float]:
+    """Seconds that this process spent compiling (or loading from the cache), by kernel."""
+    return dict(_seconds)
+
+
+def _compile(dispatcher, arguments) -> None:
+    with _lock:
+        _enable_cache()
+        start = time.perf_counter()
+        dispatcher.compile(tuple(numba.typeof(x) for x in arguments))
+        name = dispatcher.py_func.__name__
+        _seconds[name] = _seconds.get(name, 0.0) + time.perf_counter() - start
+        _compiled.add((id(dispatcher), arguments[0].dtype))
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    with _lock:
+        if threads not in _pools:
+            _pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="sla2")
+        return _pools[threads]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pools.clear)  # the parent's threads do not exist in a forked child
+
+
+def run(dispatcher, items: int, threads: int, *arguments) -> None:
+    """Call a kernel on all of `items` work items, in up to 4 ranges a thread; each item is computed whole by one thread."""
+    arguments = (*arguments, 0, items)
+    if (id(dispatcher), arguments[0].dtype) not in _compiled:  # the first array's dtype fixes all the others'
+        _compile(dispatcher, arguments)
+    if threads <= 1 or items <= 1:
+        dispatcher(*arguments)
+        return
+    ranges = min(items, 4 * threads)
+    edges = [items * i // ranges for i in range(ranges + 1)]
+    turn = pairwise(edges)
+    guard = threading.Lock()
+
+    def work():
+        while True:
+            with guard:
+                part = next(turn, None)
+            if part is None:
+                return
+            dispatcher(*arguments[:-2], *part)
+
+    others = [_pool(threads).submit(work) for _ in range(threads - 1)]
+    work()
+    for other in others:
+        other.result()

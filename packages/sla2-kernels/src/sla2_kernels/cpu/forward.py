@@ -1,0 +1,136 @@
+"""Per query block: softmax over the selected key blocks, the linear branch over the others, and their mixture."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sla2_kernels.cpu.build import inner, kernel
+from sla2_kernels.cpu.elementwise import (
+    LN_2,
+    exp2,
+    exponentials,
+    load_rows,
+    round_e4m3,
+    round_int8,
+    row_maximum,
+    softmax_rows,
+)
+from sla2_kernels.cpu.tiles import gemm
+
+
+@inner
+def scores_of_block(x, depth, blocks, block, tokens, scores, column):
+    """scores[:, column:column + W] <- x blocks[block], with -inf for the keys at or past `tokens`.
+
+    x (rows, D). blocks is a contiguous (..., D, W) array seen as a list of blocks.
+    """
+    wide, width, total = x.shape[1], blocks.shape[3], scores.shape[1]
+    gemm(x, 0, wide, 1, blocks, block * wide * width, width, scores, column, total, x.shape[0], width, depth, 0)
+    if tokens < width:
+        for r in range(x.shape[0]):
+            for c in range(column + tokens, column + width):
+                scores[r, c] = -np.inf
+
+
+@inner
+def linear_of_block(phi, sums, bh, row, d, below, out):
+    """out <- phi H / (phi . Z), below <- phi . Z; sums[bh, row] holds (H, Z). Rows with phi . Z = 0 become 0."""
+    wide = phi.shape[1]
+    start = (bh * sums.shape[1] + row) * sums.shape[2]
+    gemm(phi, 0, wide, 1, sums, start, wide, out, 0, wide, phi.shape[0], wide, d, 0)
+    for r in range(phi.shape[0]):
+        total = phi.dtype.type(0)
+        for c in range(wide):
+            total += phi[r, c] * sums[bh, row, wide * wide + c]
+        below[r] = total
+        one = phi.dtype.type(0) if total == 0 else phi.dtype.type(1) / total
+        for c in range(wide):
+            out[r, c] = phi.dtype.type(0) if total == 0 else out[r, c] * one
+
+
+@kernel
+def query_blocks(
+    q_low, q, indices, counts, tokens, block, group, rounding, kt, v_rows, sums, share, alpha, o_s, lse, out, lo, hi
+):
+    """One head's query block per item: O_s and L (natural) of the sparse branch; with `sums` also the mixture.
+
+    q_low, q: (G, N_q, d), what the sparse branch and the linear branch see. indices (G, T_m, K), counts (G, T_m).
+    group: key blocks whose scores are held at once; all of them if `rounding` (0 none, 1 FP8 E4M3, 2 INT8 of P~).
+    kt, v_rows from key_blocks, kt scaled by log2(e) / sqrt(d). sums (G, rows, (D + 1) D) or with 0 rows: no linear branch.
+    share, alpha: (G, T_m). o_s, out: (G, N_q, d); lse: (G, N_q).
+    """  # fmt: skip
+    t_m, t_n = counts.shape[1], tokens.shape[1]
+    n_q, d = q.shape[1], q.shape[2]
+    wide, width = kt.shape[2], kt.shape[3]
+    padded = -(-block // 16) * 16
+    kind = q.dtype.type
+    one, zero, nothing = kind(1), kind(0), kind(-np.inf)
+    x, acc, linear = (
+        np.empty((padded, wide), q.dtype),
+        np.empty((padded, wide), q.dtype),
+        np.empty((padded, wide), q.dtype),
+    )
+    scores = np.empty((padded, group * width), q.dtype)
+    top, total, below = np.empty(padded, q.dtype), np.empty(padded, q.dtype), np.empty(padded, q.dtype)
+    for item in range(lo, hi):
+        bh, i = item // t_m, item % t_m
+        start = i * block
+        rows = min(block, n_q - start)
+        height = -(-rows // 8) * 8
+        load_rows(q_low, bh, start, rows, one, x)
+        for r in range(padded):
+            top[r] = nothing
+            total[r] = 0
+            for c in range(wide):
+                acc[r, c] = 0
+        first = 0
+        while first < counts[bh, i]:
+            last = min(first + group, counts[bh, i])
+            used = 0
+            for s in range(first, last):
+                j = indices[bh, i, s]
+                if tokens[bh, j] > 0:
+                    scores_of_block(x[:height], d, kt, bh * t_n + j, tokens[bh, j], scores, used * width)
+                    used += 1
+            if used:
+                for r in range(rows):
+                    above = row_maximum(scores, r, used * width, top[r])
+                    shift = zero if above == nothing else above
+                    if above > top[r] and top[r] > nothing:
+                        factor = exp2(top[r] - above)
+                        total[r] *= factor
+                        for c in range(wide):
+                            acc[r, c] *= factor
+                    top[r] = above
+                    total[r] += exponentials(scores, r, used * width, shift)
+                    if rounding == 1:
+                        round_e4m3(scores, r, used * width)
+                    elif rounding == 2:
+                        round_int8(scores, r, used * width)
+                used = 0
+                for s in range(first, last):
+                    j = indices[bh, i, s]
+                    if tokens[bh, j] > 0:
+                        gemm(
+                            scores, used * width, scores.shape[1], 1, v_rows, (bh * t_n + j) * width * wide, wide,
+                            acc, 0, wide, height, wide, width, 1,
+                        )  # fmt: skip
+                        used += 1
+            first = last
+        for r in range(rows):
+            empty = total[r] == 0
+            factor = zero if empty else one / total[r]
+            lse[bh, start + r] = nothing if empty else (top[r] + np.log2(total[r])) * kind(LN_2)
+            for c in range(d):
+                o_s[bh, start + r, c] = zero if empty else acc[r, c] * factor
+        if sums.shape[1] == 0:
+            continue
+        weight = alpha[bh, i] if share[bh, i] == 1 else (one if share[bh, i] == 2 else zero)
+        if share[bh, i] != 2:
+            load_rows(q, bh, start, rows, one, x)
+            softmax_rows(x, rows, d)
+            linear_of_block(x[:height], sums, bh, i, d, below, linear)
+        for r in range(rows):
+            for c in range(d):
+                sparse = o_s[bh, start + r, c]
+                out[bh, start + r, c] = sparse if share[bh, i] == 2 else linear[r, c] + weight * (sparse - linear[r, c])

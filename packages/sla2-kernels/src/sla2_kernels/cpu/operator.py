@@ -1,0 +1,144 @@
+"""The operator's forward and backward on numpy arrays: which kernel runs on what, for a few heads at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sla2_kernels.cpu.backward import d_key_blocks, d_query_blocks
+from sla2_kernels.cpu.build import run
+from sla2_kernels.cpu.elementwise import LOG2_E
+from sla2_kernels.cpu.forward import query_blocks
+from sla2_kernels.cpu.route import transposed_map
+from sla2_kernels.cpu.states import complement, key_blocks, masked_sum
+from sla2_kernels.cpu.tiles import PAD
+
+ROUNDING = {"none": 0, "fp8": 1, "int8": 2}
+_STATE_BYTES = 64 << 20  # of the heads that are worked on together, unless one head alone needs more
+_SCORES = 1 << 16  # scores held at once by a thread: 256 KB in fp32, within the second-level cache
+
+
+def _up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+@dataclass(frozen=True)
+class Map:
+    """A block map of G heads (batch and head flattened): indices int32 (G, T_m, K), counts int32 (G, T_m), and its geometry.
+
+    lengths int64 (G,): valid key tokens.
+    """
+
+    indices: np.ndarray
+    counts: np.ndarray
+    lengths: np.ndarray
+    block_q: int
+    block_k: int
+    n_k: int
+
+    def tokens(self) -> np.ndarray:
+        """Valid tokens of each key block, int64 (G, T_n)."""
+        start = np.arange(0, self.n_k, self.block_k)
+        return np.clip(self.lengths[:, None] - start, 0, self.block_k)
+
+    def heads(self, part: slice) -> Map:
+        return Map(self.indices[part], self.counts[part], self.lengths[part], self.block_q, self.block_k, self.n_k)
+
+
+def _groups(block_map: Map, wide: int, itemsize: int):
+    """Slices of heads that are worked on together."""
+    g, t_m = block_map.counts.shape
+    t_n = -(-block_map.n_k // block_map.block_k)
+    size = max(1, _STATE_BYTES // ((t_m + t_n) * wide * (wide + 1) * itemsize))
+    return (slice(start, min(g, start + size)) for start in range(0, g, size))
+
+
+class _Keys:
+    """K and V of some heads laid out by key block, and the linear branch's sums over unselected blocks."""
+
+    def __init__(self, here: Map, k_low, v_low, k, v, linear: bool, backward: bool, threads: int):
+        kind, d = k.dtype, k.shape[2]
+        self.wide, width = _up(d, PAD), _up(here.block_k, PAD)
+        self.tokens = here.tokens()
+        heads, t_n = self.tokens.shape
+        t_m = here.counts.shape[1]
+
+        def layout(rows: int, columns: int, wanted: bool):
+            return np.empty((heads, t_n if wanted else 0, rows, columns), kind)
+
+        self.kt, self.vt = layout(self.wide, width, True), layout(self.wide, width, backward)
+        self.k_rows, self.v_rows = layout(width, self.wide, backward), layout(width, self.wide, not backward)
+        self.panel = next(size for size in (64, 32, 16) if self.wide % size == 0)
+        self.panels = (self.wide + 1) * (self.wide // self.panel) if linear else 0
+        states = np.empty((heads, self.panels, t_n, self.panel), kind)
+        run(key_blocks, heads * t_n, threads, k_low, v_low, k, v, self.tokens, here.block_k, kind.type(LOG2_E / d**0.5),
+            self.kt, self.k_rows, self.vt, self.v_rows, states)  # fmt: skip
+        self.rest = np.empty((heads, _up(t_m, 8) if linear else 0, _up(t_n, 8)), kind)
+        self.share = np.empty((heads, t_m), np.int8)
+        self.sums = np.empty((heads, self.rest.shape[1], self.wide * (self.wide + 1)), kind)
+        if linear:
+            run(complement, heads, threads, here.indices, here.counts, self.tokens, self.rest, self.share)
+            run(masked_sum, heads * self.panels, threads, self.rest, states, False, self.sums)
+
+
+def forward(q, k, v, block_map: Map, alpha, low=None, rounding: str = "none", threads: int = 1):
+    """O, O_s and L of the operator.
+
+    Args:
+        q (G, N_q, d), k and v (G, N_k, d): contiguous float32 or float64; K already smoothed.
+        block_map: the selected blocks.
+        alpha: (G, T_m) of q's dtype, or None for the sparse branch alone.
+        low: what the sparse branch sees in place of (q, k, v), or None.
+        rounding: how it rounds P~, "none", "fp8" or "int8".
+        threads: how many work.
+
+    Returns:
+        out, o_s (G, N_q, d), lse (G, N_q) natural. Without alpha, out is o_s.
+    """
+    (g, n_q, d), kind = q.shape, q.dtype
+    q_low, k_low, v_low = low or (q, k, v)
+    t_m, linear = block_map.counts.shape[1], alpha is not None
+    o_s, lse = np.empty(q.shape, kind), np.empty((g, n_q), kind)
+    out = np.empty(q.shape, kind) if linear else o_s
+    alpha = alpha if linear else np.empty((g, t_m), kind)
+    longest = block_map.indices.shape[2]
+    group = max(1, _SCORES // (_up(block_map.block_q, PAD) * _up(block_map.block_k, PAD)))
+    group = longest if rounding != "none" else min(group, longest)
+    for part in _groups(block_map, _up(d, PAD), kind.itemsize):
+        here = block_map.heads(part)
+        keys = _Keys(here, k_low[part], v_low[part], k[part], v[part], linear, False, threads)
+        run(query_blocks, keys.share.size, threads, q_low[part], q[part], here.indices, here.counts, keys.tokens,
+            here.block_q, group, ROUNDING[rounding], keys.kt, keys.v_rows, keys.sums, keys.share, alpha[part],
+            o_s[part], lse[part], out[part])  # fmt: skip
+    return out, o_s, lse
+
+
+def backward(grad_out, q, k, v, block_map: Map, alpha, o_s, lse, threads: int = 1):
+    """dQ, dK, dV (shapes of q, k, v) and d alpha (G, T_m; zeros without alpha) from the forward's O_s and L (Alg. 3).
+
+    Arguments as of `forward`; grad_out and o_s (G, N_q, d), lse (G, N_q).
+    """
+    (g, _, d), kind = q.shape, q.dtype
+    t_m, linear = block_map.counts.shape[1], alpha is not None
+    d_q, d_k, d_v, d_alpha = np.empty_like(q), np.empty_like(k), np.empty_like(v), np.empty((g, t_m), kind)
+    alpha = alpha if linear else d_alpha
+    for part in _groups(block_map, _up(d, PAD), kind.itemsize):
+        here = block_map.heads(part)
+        keys = _Keys(here, k[part], v[part], k[part], v[part], linear, True, threads)
+        heads, t_n = keys.tokens.shape
+        tall = _up(here.block_q, PAD)
+        q_rows, g_rows = (np.empty((heads, t_m, tall, keys.wide), kind) for _ in range(2))
+        q_turned, g_turned = (np.empty((heads, t_m, keys.wide, tall), kind) for _ in range(2))
+        d_rows = np.empty((heads, 2, t_m, tall), kind)
+        d_sums = np.empty((heads, keys.panels, t_m, keys.panel), kind)
+        run(d_query_blocks, heads * t_m, threads, q[part], grad_out[part], o_s[part], lse[part], here.indices, here.counts,
+            keys.tokens, here.block_q, keys.kt, keys.k_rows, keys.vt, keys.sums, keys.share, alpha[part], d_q[part],
+            d_alpha[part], d_sums, d_rows, q_rows, q_turned, g_rows, g_turned)  # fmt: skip
+        d_states = np.empty((heads, keys.rest.shape[2] if linear else 0, keys.wide * (keys.wide + 1)), kind)
+        if linear:
+            run(masked_sum, heads * keys.panels, threads, keys.rest, d_sums, True, d_states)
+        queries, query_counts = transposed_map(here.indices, here.counts, t_n)
+        run(d_key_blocks, heads * t_n, threads, k[part], v[part], queries, query_counts, keys.tokens, here.block_k,
+            keys.kt, keys.vt, d_rows, q_rows, q_turned, g_rows, g_turned, d_states, d_k[part], d_v[part])  # fmt: skip
+    return d_q, d_k, d_v, d_alpha

@@ -1,0 +1,113 @@
+"""Per key block: K and V laid out for the products, and the linear branch's states h_j, z_j; their masked sums."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sla2_kernels.cpu.build import inner, kernel
+from sla2_kernels.cpu.elementwise import load_rows, softmax_rows, transpose
+from sla2_kernels.cpu.tiles import gemm
+
+DEPTH = 128  # of a step of the masked sum: a panel of 128 x 64 stays in the first-level cache
+
+
+@inner
+def copy(x, out):
+    """out <- x, two dimensions."""
+    for r in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            out[r, c] = x[r, c]
+
+
+@inner
+def to_panels(x, bh, j, panels):
+    """panels[bh, :, j] <- x (rows, D) flattened, cut into panels.shape[3] numbers each."""
+    width = panels.shape[3]
+    parts = x.shape[1] // width
+    for r in range(panels.shape[1] // parts):
+        for part in range(parts):
+            for c in range(width):
+                panels[bh, r * parts + part, j, c] = x[r, part * width + c]
+
+
+@kernel
+def key_blocks(k_low, v_low, k, v, tokens, block, scale, kt, k_rows, vt, v_rows, states, lo, hi):
+    """Lay out one head's key block per item: D and W are d and block_k padded. Outputs with T_n = 0 are left out.
+
+    k_low, v_low; k, v: (G, N_k, d), what the sparse branch sees; what the linear branch sees. tokens (G, T_n): valid ones.
+    kt (G, T_n, D, W) <- scale K_low transposed; k_rows (G, T_n, W, D) <- K_low; vt, v_rows likewise, unscaled.
+    states (G, P, T_n, S): (h_j, z_j), (D + 1) D numbers, in P panels of S, so that a panel of all blocks is contiguous.
+    """
+    t_n, d = tokens.shape[1], k.shape[2]
+    wide, width = kt.shape[2], kt.shape[3]
+    rows, values = np.empty((width, wide), k.dtype), np.empty((width, wide), k.dtype)
+    state = np.empty((wide + 1, wide), k.dtype)
+    one = k.dtype.type(1)
+    for item in range(lo, hi):
+        bh, j = item // t_n, item % t_n
+        count, start = tokens[bh, j], j * block
+        load_rows(k_low, bh, start, count, one, rows)
+        if k_rows.shape[1]:
+            copy(rows, k_rows[bh, j])
+        for r in range(count):
+            for c in range(d):
+                rows[r, c] *= scale
+        transpose(rows, kt[bh, j])
+        load_rows(v_low, bh, start, count, one, values)
+        if v_rows.shape[1]:
+            copy(values, v_rows[bh, j])
+        if vt.shape[1]:
+            transpose(values, vt[bh, j])
+        if states.shape[1]:
+            load_rows(k, bh, start, count, one, rows)
+            softmax_rows(rows, count, d)
+            load_rows(v, bh, start, count, one, values)
+            gemm(rows, 0, 1, wide, values, 0, wide, state, 0, wide, wide, wide, width, 0)
+            for c in range(wide):
+                state[wide, c] = 0
+            for r in range(count):
+                for c in range(wide):
+                    state[wide, c] += rows[r, c]
+            to_panels(state, bh, j, states)
+
+
+@kernel
+def complement(indices, counts, tokens, rest, share, lo, hi):
+    """rest (G, rows, T_n padded) <- 1 where a valid key block is not selected; share (G, T_m) <- 0 nothing selected,
+
+    2 everything selected, 1 otherwise; one head per item.
+    """
+    t_m, t_n = counts.shape[1], tokens.shape[1]
+    for bh in range(lo, hi):
+        rest[bh] = 0
+        for i in range(t_m):
+            for j in range(t_n):
+                rest[bh, i, j] = 1 if tokens[bh, j] > 0 else 0
+            selected = 0
+            for s in range(counts[bh, i]):
+                j = indices[bh, i, s]
+                selected += 1 if tokens[bh, j] > 0 else 0
+                rest[bh, i, j] = 0
+            left = 0
+            for j in range(t_n):
+                left += 1 if rest[bh, i, j] > 0 else 0
+            share[bh, i] = 2 if left == 0 else (0 if selected == 0 else 1)
+
+
+@kernel
+def masked_sum(rest, panels, turned, out, lo, hi):
+    """out[i] <- sum_j rest[i, j] panels[j], or out[j] <- sum_i rest[i, j] panels[i] if `turned`; one panel per item.
+
+    rest (G, rows, columns), both padded. panels (G, P, n, S). out (G, padded rows, P S).
+    """
+    count, depth, size = panels.shape[1], panels.shape[2], panels.shape[3]
+    row_step, depth_step = (1, rest.shape[2]) if turned else (rest.shape[2], 1)
+    for item in range(lo, hi):
+        bh, p = item // count, item % count
+        for k in range(0, depth, DEPTH):
+            gemm(
+                rest, bh * rest.shape[1] * rest.shape[2] + k * depth_step, row_step, depth_step,
+                panels, ((bh * count + p) * depth + k) * size, size,
+                out, bh * out.shape[1] * out.shape[2] + p * size, out.shape[2],
+                out.shape[1], size, min(DEPTH, depth - k), k,
+            )  # fmt: skip

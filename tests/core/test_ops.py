@@ -1,0 +1,126 @@
+"""The custom ops: opcheck, torch.compile equals eager, the same with one and two threads, dtypes and what is returned."""
+
+import pytest
+import torch
+from sla2_core import BlockMap, SLA2Attention, SLA2Config, ops, sla2_attention
+from sla2_core.reference import full_attention, sla2_reference
+
+BLOCKS = {"block_q": 16, "block_k": 8}
+
+
+def inputs(n_q=63, n_k=111, d=8, dtype=torch.float32, b=2, h=2):
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(b, h, n, d, generator=generator, dtype=torch.float64).to(dtype) for n in (n_q, n_k, n_k))
+    t_m, t_n = -(-n_q // 16), -(-n_k // 8)
+    mask = torch.rand(b, h, t_m, t_n, generator=generator) < 0.3
+    mask[0, 0, 0], mask[-1, -1, -1] = True, False  # every block, and none
+    alpha = torch.rand(b, h, t_m, generator=generator, dtype=torch.float64).to(dtype)
+    return q, k, v, alpha, BlockMap.from_mask(mask, n_q=n_q, n_k=n_k, **BLOCKS)
+
+
+@pytest.mark.parametrize("precision", ["full", "int8"])
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([50, 111])])
+def test_opcheck(precision, mixed, lengths):
+    q, k, v, alpha, bm = inputs()
+    for x in (q, k, v, alpha):
+        x.requires_grad_()
+    alpha = alpha if mixed else None
+    torch.library.opcheck(ops.attention, (q, k, v, bm.indices, bm.counts, alpha, lengths, 16, 8, precision))
+    with torch.no_grad():
+        out, o_s, lse = ops.attention(q, k, v, bm.indices, bm.counts, alpha, lengths, 16, 8, precision)
+        q, k, v = q.detach(), k.detach(), v.detach()
+        alpha = alpha if alpha is None else alpha.detach()
+        saved = o_s if mixed else out
+        arguments = (torch.ones_like(out), q, k, v, bm.indices, bm.counts, alpha, lengths, saved, lse, 16, 8)
+        torch.library.opcheck(ops.attention_backward, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_opcheck_of_other_dtypes(dtype):
+    q, k, v, alpha, bm = inputs(dtype=dtype)
+    torch.library.opcheck(ops.attention, (q, k, v, bm.indices, bm.counts, alpha, None, 16, 8, "full"))
+
+
+def test_gradcheck():
+    q, k, v, alpha = (x.requires_grad_() for x in inputs(5, 9, d=2, dtype=torch.float64, b=1, h=1)[:4])
+    mask = torch.tensor([[[[True, False]]]])
+    bm = BlockMap.from_mask(mask, n_q=5, n_k=9, **BLOCKS)
+
+    def run(q, k, v, alpha):
+        return ops.attention(q, k, v, bm.indices, bm.counts, alpha, None, 16, 8, "full")[0]
+
+    assert torch.autograd.gradcheck(run, (q, k, v, alpha))
+
+
+@pytest.mark.parametrize("alpha", ["position", "mass"])
+def test_a_compiled_module_equals_the_eager_one_with_every_gradient(alpha):
+    q, k, v = (x.requires_grad_() for x in inputs()[:3])
+    attn = SLA2Attention(SLA2Config(head_dim=8, num_heads=2, topk=0.3, alpha=alpha, **BLOCKS))
+    leaves = (q, k, v, *attn.mixing.parameters())
+    found = []
+    for call in (torch.compile(attn, fullgraph=True, backend="aot_eager"), attn):
+        out = call(q, k, v)
+        found.append((out, *torch.autograd.grad(torch.sin(out).sum(), leaves)))
+    for compiled, eager in zip(*found):
+        torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
+
+
+def test_a_compiled_function_equals_the_eager_one():
+    q, k, v, alpha, bm = inputs()
+    compiled = torch.compile(lambda *x: sla2_attention(*x[:3], bm, x[3]), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v, alpha), sla2_attention(q, k, v, bm, alpha))
+
+
+def test_one_and_two_threads_agree_to_the_bit(monkeypatch):
+    monkeypatch.setattr(ops, "_ALONE", 0)
+    leaves = [x.requires_grad_() for x in inputs(200, 333)[:4]]
+    bm = inputs(200, 333)[4]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            out = ops.attention(*leaves[:3], bm.indices, bm.counts, leaves[3], None, 16, 8, "full")[0]
+            found.append((out, *torch.autograd.grad(torch.sin(out).sum(), leaves)))
+    finally:
+        torch.set_num_threads(before)
+    for one, two, again in zip(*found):
+        assert torch.equal(one, two)
+        assert torch.equal(two, again)
+
+
+@pytest.mark.parametrize(("n_q", "n_k", "d"), [(63, 111, 64), (200, 63, 128), (111, 200, 48), (1, 1, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tolerance_rule_with_blocks_of_128_x_64(n_q, n_k, d, dtype):
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 2, n, d, generator=generator).to(dtype) for n in (n_q, n_k, n_k))
+    mask = torch.zeros(1, 2, -(-n_q // 128), -(-n_k // 64), dtype=torch.bool)
+    mask[..., ::2] = True
+    bm = BlockMap.from_mask(mask, block_q=128, block_k=64, n_q=n_q, n_k=n_k)
+    high = [x.double().requires_grad_() for x in (q, k, v)]
+    low = [x.clone().requires_grad_() for x in (q, k, v)]
+    plain = [x.clone().requires_grad_() for x in (q, k, v)]
+
+    def outputs(out, leaves):
+        return (out, *torch.autograd.grad(torch.sin(out).sum(), leaves))
+
+    exact = outputs(sla2_reference(*high, bm, 0.6), high)
+    fast = outputs(sla2_attention(*low, bm, 0.6), low)
+    dense = outputs(torch.nn.functional.scaled_dot_product_attention(*plain), plain)
+    full = outputs(full_attention(*high), high)
+    for i, (a, e, p, f) in enumerate(zip(fast, exact, dense, full)):
+        floor = 2 * torch.finfo(dtype).eps * e.abs().max()
+        assert a.dtype == dtype
+        assert (a - e).abs().max() <= (3 if i else 2) * (p - f).abs().max() + floor
+
+
+def test_strided_inputs_and_gradients():
+    q, k, v, alpha, bm = inputs()
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    plain = [x.clone().requires_grad_() for x in (q, k, v)]
+    found = []
+    for leaves in (turned, plain):
+        out = ops.attention(*leaves, bm.indices, bm.counts, alpha, None, 16, 8, "full")[0]
+        grad = torch.ones(out.shape[::-1]).permute(3, 2, 1, 0)
+        found.append((out, *torch.autograd.grad(out, leaves, grad)))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
