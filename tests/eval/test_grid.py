@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from sla2_eval.ablation import cells, graph
+from sla2_eval.ablation import cells, graph, prompts_of
+from sla2_eval.estimate import counts
+from sla2_eval.manifest import video_name
 from sla2_eval.settings import AblationSettings, SettingsError, load_settings, validate
 
 ROOT = Path(__file__).parents[2]
@@ -29,16 +31,18 @@ SMALL = {
 }
 
 
-@pytest.fixture
-def model(tmp_path):
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder of a tiny model with random weights."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler
     from sla2_eval.tiny.model import SHIFT, build_transformer
 
     torch.manual_seed(0)
-    build_transformer().save_pretrained(tmp_path / "model" / "transformer")
-    FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(tmp_path / "model" / "scheduler")
-    return tmp_path / "model"
+    folder = tmp_path_factory.mktemp("model")
+    build_transformer().save_pretrained(folder / "transformer")
+    FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(folder / "scheduler")
+    return folder
 
 
 def grid(model, **changes) -> AblationSettings:
@@ -88,6 +92,17 @@ def test_the_graph_has_each_training_once(model, tmp_path):
     assert sum(name.startswith("stage2") for name in tasks) == 1
     assert set(tasks["scores a"].needs) == {"videos a", "full 0.0", "full 0.1"}
     assert all(need in tasks for task in tasks.values() for need in task.needs)
+
+
+def test_the_estimate_counts_what_is_left(model, tmp_path):
+    settings, out = grid(model, seeds=[0, 1]), tmp_path / "out"
+    assert counts(settings, out) == {"videos": 12, "routers": 2, "tunings": 4, "scores": 5}
+    first = cells(settings)[0]
+    (out / "work" / first.tuned).mkdir(parents=True)
+    (out / "work" / first.tuned / "finished.json").write_text("{}")
+    (out / "videos" / first.name).mkdir(parents=True)
+    (out / "videos" / first.name / video_name(prompts_of(settings)[1], 0)).touch()
+    assert counts(settings, out) == {"videos": 11, "routers": 2, "tunings": 3, "scores": 5}
 
 
 def test_a_repeated_variant_is_refused(model):
