@@ -1,5 +1,5 @@
 # The workspace's commands. Each sets up .venv from uv.lock first, and does nothing twice.
-.PHONY: quickstart test test-full lint
+.PHONY: quickstart test test-full lint gpu-check
 
 PYTHON ?= python3
 # The uv that is installed and runs, else one that pip puts into .cache/uv (--target: allowed in externally managed Pythons).
@@ -17,6 +17,10 @@ test-full: $(READY)
 
 lint: $(READY)
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+# Needs a GPU and a python3 with torch, numpy, click and CuPy; installs nothing.
+gpu-check:
+	$(PYTHON) tools/gpu_check.py
 
 $(READY): uv.lock pyproject.toml $(wildcard packages/*/pyproject.toml)
 	$(UV) --version >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet --target .cache/uv --upgrade uv

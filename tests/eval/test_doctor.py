@@ -48,3 +48,19 @@ def test_exit_code_and_json(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out) == [{"what": "torch", "status": "works", "detail": "2", "get": ""}]
     monkeypatch.setattr(doctor, "examine", lambda: [good, doctor.Finding("av", "broken", "not installed", "make")])
     assert main(["doctor"]) == 1
+
+
+def test_the_kernel_cache_and_nvrtc_are_shown(monkeypatch, tmp_path):
+    monkeypatch.setenv("SLA2_CACHE", str(tmp_path))
+    (tmp_path / "kernels").mkdir()
+    for name in ("a.cubin", "a.cubin.json", "b.cubin.bad", "b.cubin.json.bad"):
+        (tmp_path / "kernels" / name).write_bytes(b"x" * 2**19)
+    found = doctor._kernel_cache()
+    assert found.status == "works"
+    assert found.detail == f"{tmp_path / 'kernels'}: 1 built kernels, 2.0 MB, 1 damaged ones set aside"
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert doctor._kernel_cache().get == "set SLA2_CACHE"
+    monkeypatch.setenv("SLA2_NVRTC", str(tmp_path / "no.so"))
+    found = doctor._nvrtc("do this")
+    assert (found.status, found.get) == ("missing", "do this")
+    assert "is no file" in found.detail

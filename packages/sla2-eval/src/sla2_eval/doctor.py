@@ -10,7 +10,6 @@ import platform
 import shutil
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -101,27 +100,36 @@ def _gpu() -> list[Finding]:
             found.append(Finding(f"GPU {index}", "works", text))
     else:
         found.append(Finding("GPU", "missing", "none that torch can use; everything runs on the CPU", "a CUDA GPU"))
-    nvrtc = importlib.util.find_spec("nvidia") is not None and any(
-        path.name.startswith(("libnvrtc.so", "nvrtc64")) for path in _nvidia_libraries()
-    )
     extra = "cuda13" if (torch.version.cuda or "13").startswith("13") else "cuda12"
     how = f"uv sync --all-packages --extra {extra}"
-    found.append(
-        Finding(
-            "NVRTC",
-            "works" if nvrtc else "missing",
-            "in the nvidia packages" if nvrtc else "not found",
-            "" if nvrtc else how,
-        )
-    )
+    found += [_nvrtc(how), _kernel_cache()]
     cupy = _version("cupy")
     found.append(Finding("CuPy", "works" if cupy else "missing", cupy or "not installed", "" if cupy else how))
     return found
 
 
-def _nvidia_libraries():
-    for root in importlib.util.find_spec("nvidia").submodule_search_locations or ():
-        yield from Path(root).rglob("*nvrtc*")
+def _nvrtc(how: str) -> Finding:
+    from sla2_kernels.compile import find_nvrtc, nvrtc_version
+
+    try:
+        path = find_nvrtc()
+        return Finding("NVRTC", "works", f"{nvrtc_version(path)}, {path.name}")
+    except (RuntimeError, OSError) as error:
+        return Finding("NVRTC", "missing", " ".join(str(error).split()), how)
+
+
+def _kernel_cache() -> Finding:
+    from sla2_kernels.artifacts import contents
+
+    held = contents()
+    detail = f"{held['folder']}: {held['artifacts']} built kernels, {held['bytes'] / 2**20:.1f} MB"
+    if held["damaged"]:
+        detail += f", {held['damaged']} damaged ones set aside"
+    if not held["writable"]:
+        return Finding(
+            "kernel cache", "missing", f"{detail}, cannot be written: built anew in each process", "set SLA2_CACHE"
+        )
+    return Finding("kernel cache", "works", detail)
 
 
 def _backends() -> list[Finding]:

@@ -1,0 +1,189 @@
+"""Checks and times the kernels on this machine's GPU: tests marked gpu, compute-sanitizer on tiny shapes, the paper's bench.
+
+Runs under a plain python3 with torch, numpy, click and CuPy, from the checkout, without installing anything. Writes one JSON
+file and ends with 0 only if everything passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [str(path) for path in sorted((ROOT / "packages").glob("*/src"))]
+TINY = [  # heads, n_q, n_k, head_dim, dtype, precision: each kernel once, odd lengths
+    (1, 200, 111, 64, "bfloat16", "full"),
+    (2, 63, 200, 128, "float16", "full"),
+    (1, 130, 200, 128, "bfloat16", "int8_int8"),
+    (1, 130, 200, 64, "bfloat16", "int8"),
+]
+
+
+def environment() -> dict[str, str]:
+    """This process's, with the packages' sources and what prepare() fetched on PYTHONPATH."""
+    paths = [*SOURCES, os.environ.get("PYTHONPATH", ""), str(ROOT / ".cache" / "gpu-check")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def missing() -> str | None:
+    """One line naming what this machine lacks, None if nothing."""
+    for name in ("torch", "numpy", "click"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed for {sys.executable}"
+    sys.path[:0] = SOURCES
+    from sla2_kernels.launch import missing_for_cuda
+
+    return missing_for_cuda()
+
+
+def call(command: list[str], minutes: float) -> tuple[int, str, float]:
+    """Exit code (None after the time limit -> 124), output and seconds of a command run in the checkout."""
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(), timeout=60 * minutes, text=True, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        return done.returncode, done.stdout, time.monotonic() - start
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout or b""
+        return 124, output if isinstance(output, str) else output.decode(errors="replace"), time.monotonic() - start
+
+
+def outcome(code: int, output: str, seconds: float, **more) -> dict:
+    """A part's entry in the results; the end of its output only where it failed."""
+    entry = {"passed": code == 0, "seconds": round(seconds, 1), **more}
+    return entry if code == 0 else entry | {"exit_code": code, "output": output[-4000:]}
+
+
+def run_tests() -> dict:
+    """The tests marked gpu. Fetches pytest into .cache/gpu-check if this Python has none."""
+    if importlib.util.find_spec("pytest") is None and not (ROOT / ".cache" / "gpu-check" / "pytest").is_dir():
+        target = str(ROOT / ".cache" / "gpu-check")
+        code, output, seconds = call([sys.executable, "-m", "pip", "install", "-q", "--target", target, "pytest"], 5)
+        if code:
+            return outcome(code, output, seconds, what="pytest is not installed and could not be fetched")
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels", "tests/core"]
+    code, output, seconds = call(command, 60)
+    counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
+    if code == 0 and not counts.get("passed"):
+        code = 5
+    return outcome(code, output, seconds, counts=counts)
+
+
+def run_sanitizer(tool: str) -> dict:
+    """compute-sanitizer's memcheck or racecheck over the tiny shapes; "skipped" where it is not installed."""
+    folders = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    path = shutil.which(
+        "compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", "")] + [f"{f}/bin" for f in folders if f])
+    )
+    if path is None:
+        return {"passed": True, "skipped": "compute-sanitizer is not installed"}
+    command = [path, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--tiny"]
+    return outcome(*call(command, 30))
+
+
+def run_bench(quick: bool) -> dict:
+    """`sla2 bench --suite paper`; its rows go into the results as they are."""
+    file = ROOT / ".cache" / "gpu-check-bench.json"
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "sla2_eval.cli", "bench", "--suite", "paper", "--json", str(file)]
+    code, output, seconds = call(command + ["--quick"] * quick, 60)
+    return outcome(code, output, seconds, result=json.loads(file.read_text()) if file.is_file() else None)
+
+
+def tiny() -> None:
+    """Every kernel, forward and backward, on shapes of a few blocks; fails if an output is not finite."""
+    sys.path[:0] = SOURCES
+    import torch
+    from sla2_kernels.kernels import supports
+    from sla2_kernels.operator import Alpha, Device, Pointer, Problem, forward, prologue, route
+    from sla2_kernels.operator_backward import backward
+    from sla2_kernels.specs import architecture_of
+
+    def pointer(tensor):
+        return Pointer(tensor.data_ptr(), tensor)
+
+    def allocate(shape, dtype):
+        return pointer(torch.empty(shape, dtype=getattr(torch, dtype), device="cuda"))
+
+    arch = architecture_of(*torch.cuda.get_device_capability())
+    device = Device(allocate=allocate, arch=arch, stream=torch.cuda.current_stream().cuda_stream)
+    for heads, n_q, n_k, d, dtype, precision in TINY:
+        if not supports(arch, precision):
+            continue
+        torch.manual_seed(0)
+        q, k, v, grad = (
+            pointer(torch.randn(1, heads, n, d, device="cuda").to(getattr(torch, dtype))) for n in (n_q, n_k, n_k, n_q)
+        )
+        problem = Problem(batch=1, heads=heads, n_q=n_q, n_k=n_k, head_dim=d, dtype=dtype, precision=precision)
+        weight = pointer(torch.eye(d, device="cuda")[None].contiguous())
+        made = prologue(device, problem, q, k, v, pool=True)
+        block_map, _ = route(device, problem, made.pooled_q, made.pooled_k, weight, weight, 1, 0.5)
+        alpha = Alpha.of(pointer(torch.full((1, heads, 1), 0.8, device="cuda")), (1, heads, 1))
+        saved = forward(device, problem, q, k, v, block_map, alpha, made=made, save=True)
+        found = backward(device, problem, saved, grad)
+        torch.cuda.synchronize()
+        for name, tensor in {"O": saved.out, "dQ": found.d_q, "dK": found.d_k, "dV": found.d_v}.items():
+            if not tensor.owner.isfinite().all():
+                raise SystemExit(f"{name} is not finite for {n_q} x {n_k}, d {d}, {dtype}, {precision}")
+
+
+def machine() -> dict:
+    """GPU, driver, versions and date."""
+    import torch
+    from sla2_eval.bench_paper import _hardware
+    from sla2_kernels.compile import find_nvrtc, nvrtc_version
+
+    return _hardware() | {"nvrtc": nvrtc_version(find_nvrtc()), "torch_cuda": torch.version.cuda}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/<gpu>-<date>.json")
+    parser.add_argument("--quick", action="store_true", help="fewer settings and repetitions of the benchmark")
+    parser.add_argument("--skip", action="append", default=[], choices=["tests", "memcheck", "racecheck", "bench"])
+    parser.add_argument(
+        "--tiny", action="store_true", help="only run every kernel once (what compute-sanitizer watches)"
+    )
+    arguments = parser.parse_args()
+    if lacks := missing():
+        print(f"gpu-check: {lacks}", file=sys.stderr)
+        return 1
+    if arguments.tiny:
+        tiny()
+        return 0
+    about = machine()
+    parts = {
+        "tests": run_tests,
+        "memcheck": lambda: run_sanitizer("memcheck"),
+        "racecheck": lambda: run_sanitizer("racecheck"),
+        "bench": lambda: run_bench(arguments.quick),
+    }
+    results = {"machine": about, "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    for name, part in parts.items():
+        if name in arguments.skip:
+            continue
+        results[name] = part()
+        said = results[name].get("skipped") if isinstance(results[name].get("skipped"), str) else None
+        print(f"{name}: {said or ('passed' if results[name]['passed'] else 'FAILED')}", flush=True)
+    name = re.sub(r"[^a-z0-9]+", "-", about["gpu"].lower()).strip("-")
+    out = arguments.out or ROOT / "benchmarks" / "results" / f"{name}-{about['date']}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    print(out)
+    return int(not all(part["passed"] for part in results.values() if isinstance(part, dict) and "passed" in part))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
