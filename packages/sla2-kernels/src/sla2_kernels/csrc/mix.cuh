@@ -1,0 +1,157 @@
+// Epilogue of the sparse forward kernels: normalise O_s, O_l = phi(Q) H / (phi(Q) . Z), mix with alpha, store O and L.
+#pragma once
+
+#include "softmax.cuh"
+#include "tile.cuh"
+
+// 32 rows a warp halve the shared-memory reads of 16 bit; 8 bit reads half as much, and 16 rows spare its registers.
+constexpr int FWD_WARP_ROWS = SLA2_PRECISION == 0 && BLOCK_Q % 32 == 0 ? 32 : 16;
+constexpr int FWD_M_TILES = FWD_WARP_ROWS / 16;
+constexpr int FWD_THREADS = BLOCK_Q / FWD_WARP_ROWS * 32;
+constexpr int D_TILES = HEAD_DIM / 8;
+constexpr int HALF_ROW = HEAD_DIM * 2;  // bytes of a row of 16-bit channels
+
+// What the epilogue reads and writes, already advanced to the block's (batch, head); null pointers switch parts off.
+struct MixArguments {
+    const half_bits* phi_q;  // (n_q, D), or null: no linear branch, O = O_s
+    const half_bits* state;  // H of this row block (D, D): [channel of phi][channel of V]
+    const float* norm;       // Z of this row block (D,)
+    float alpha;
+    half_bits* out;         // (n_q, D)
+    half_bits* out_sparse;  // (n_q, D) O_s for the backward, or null
+    float* lse;             // (n_q,) natural log-sum-exp of the selected scores
+};
+
+SLA2_INLINE MixArguments mix_arguments(const half_bits* phi_q, const half_bits* state, const float* norm,
+                                       const float* alpha, int alpha_at, half_bits* out, half_bits* out_sparse,
+                                       float* lse, int n_q) {
+    const long long rows_at = static_cast<long long>(blockIdx.y) * n_q;
+    const long long block_at = static_cast<long long>(blockIdx.y) * gridDim.x + blockIdx.x;
+    MixArguments args;
+    args.phi_q = phi_q == nullptr ? nullptr : phi_q + rows_at * HEAD_DIM;
+    args.state = phi_q == nullptr ? nullptr : state + block_at * HEAD_DIM * HEAD_DIM;
+    args.norm = phi_q == nullptr ? nullptr : norm + block_at * HEAD_DIM;
+    args.alpha = phi_q == nullptr ? 1.0f : alpha[alpha_at];
+    args.out = out + rows_at * HEAD_DIM;
+    args.out_sparse = out_sparse == nullptr ? nullptr : out_sparse + rows_at * HEAD_DIM;
+    args.lse = lse + rows_at;
+    return args;
+}
+
+// o += share phi(Q) H / (phi(Q) . Z). The factor of each row goes into its A operand, so that the product adds to o as it
+// stands and needs no accumulators of its own. Rows without a denominator add nothing.
+SLA2_INLINE void add_linear(float (&o)[FWD_M_TILES][D_TILES][4], const unsigned char* phi_tile,
+                            const unsigned char* state_tile, const float* norm, float share, int row0) {
+    const int column = (threadIdx.x & 3) * 2;
+    float factor[FWD_M_TILES][2];
+#pragma unroll
+    for (int m = 0; m < FWD_M_TILES; ++m) {
+        factor[m][0] = factor[m][1] = 0.0f;
+#pragma unroll
+        for (int c = 0; c < HEAD_DIM / 16; ++c) {
+            unsigned a[4];
+            load_a<HALF_ROW>(a, phi_tile, row0 + 16 * m, 2 * c);
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                const float* z = norm + 16 * c + 8 * (r >> 1) + column;
+                factor[m][r & 1] += low_half(a[r]) * z[0] + high_half(a[r]) * z[1];
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float below = quad_sum(factor[m][r]);
+            factor[m][r] = below == 0.0f ? 0.0f : share / below;
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < HEAD_DIM / 16; ++c) {
+        unsigned a[FWD_M_TILES][4];
+#pragma unroll
+        for (int m = 0; m < FWD_M_TILES; ++m) {
+            load_a<HALF_ROW>(a[m], phi_tile, row0 + 16 * m, 2 * c);
+#pragma unroll
+            for (int r = 0; r < 4; ++r)
+                a[m][r] = pack_half(low_half(a[m][r]) * factor[m][r & 1], high_half(a[m][r]) * factor[m][r & 1]);
+        }
+#pragma unroll
+        for (int n = 0; n < D_TILES; n += 2) {
+            unsigned b[4];
+            load_b_trans<HALF_ROW>(b, state_tile, 16 * c, 8 * n);
+#pragma unroll
+            for (int m = 0; m < FWD_M_TILES; ++m) {
+                mma_half(o[m][n], a[m], &b[0]);
+                mma_half(o[m][n + 1], a[m], &b[2]);
+            }
+        }
+    }
+}
+
+// o in 16 bit -> `tile` in shared memory (of this warp's rows only) -> 16-byte stores to `target` (rows, D).
+SLA2_INLINE void store_rows(float (&o)[FWD_M_TILES][D_TILES][4], unsigned char* tile, half_bits* target, int row0,
+                            int rows) {
+    constexpr int CHUNKS = HALF_ROW / 16;
+    const int lane = threadIdx.x & 31, g = lane >> 2, column = (lane & 3) * 2;
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < FWD_M_TILES; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int n = 0; n < D_TILES; ++n)
+                *reinterpret_cast<unsigned*>(tile + tile_offset<HALF_ROW>(row0 + 16 * m + 8 * r + g, n) + 2 * column) =
+                    pack_half(o[m][n][2 * r], o[m][n][2 * r + 1]);
+    __syncwarp();
+    for (int i = lane; i < FWD_WARP_ROWS * CHUNKS; i += 32) {
+        const int row = row0 + i / CHUNKS, chunk = i % CHUNKS;
+        if (row < rows)
+            reinterpret_cast<uint4*>(target + row * HEAD_DIM)[chunk] =
+                *reinterpret_cast<const uint4*>(tile + tile_offset<HALF_ROW>(row, chunk));
+    }
+}
+
+// Ends a row block. All threads call it after the main loop; `phi_tile` (BLOCK_Q x D halves) and `scratch`
+// ((D + BLOCK_Q) x D halves) are shared memory that no thread reads any more once the barrier below is passed, and no
+// cp.async may be in flight. `some` and `rest` say whether the row selects any block and whether any is left over.
+SLA2_INLINE void mix_and_store(const MixArguments& args, float (&o)[FWD_M_TILES][D_TILES][4],
+                               OnlineSoftmax<FWD_M_TILES>& softmax, float softmax_scale, bool some, bool rest,
+                               int first_row, int n_q, unsigned char* phi_tile, unsigned char* scratch) {
+    const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * FWD_WARP_ROWS, g = lane >> 2;
+    const int rows = n_q - first_row < BLOCK_Q ? n_q - first_row : BLOCK_Q;
+    const long long first_at = static_cast<long long>(first_row) * HEAD_DIM;
+    const bool linear = args.phi_q != nullptr && rest;
+    unsigned char* state_tile = scratch;
+    unsigned char* out_tile = scratch + HEAD_DIM * HALF_ROW;
+    __syncthreads();
+    if (linear) {
+        load_tile<BLOCK_Q, HALF_ROW, FWD_THREADS>(phi_tile, args.phi_q + first_at, HALF_ROW, rows);
+        load_tile<HEAD_DIM, HALF_ROW, FWD_THREADS>(state_tile, args.state, HALF_ROW, HEAD_DIM);
+        cp_async_commit();
+    }
+    softmax.finish();
+#pragma unroll
+    for (int m = 0; m < FWD_M_TILES; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float inverse = some ? 1.0f / softmax.sum[m][r] : 0.0f;
+#pragma unroll
+            for (int n = 0; n < D_TILES; ++n) o[m][n][2 * r] *= inverse, o[m][n][2 * r + 1] *= inverse;
+            const int row = row0 + 16 * m + 8 * r + g;
+            if (row < rows && (lane & 3) == 0)
+                args.lse[first_row + row] =
+                    some ? softmax.maximum[m][r] * softmax_scale + logf(softmax.sum[m][r]) : MINUS_INFINITY;
+        }
+    if (args.out_sparse != nullptr) store_rows(o, out_tile, args.out_sparse + first_at, row0, rows);
+    if (linear) {
+        const float weight = some ? args.alpha : 0.0f;
+#pragma unroll
+        for (int m = 0; m < FWD_M_TILES; ++m)
+#pragma unroll
+            for (int n = 0; n < D_TILES; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) o[m][n][e] *= weight;
+        cp_async_wait<0>();
+        __syncthreads();
+        add_linear(o, phi_tile, state_tile, args.norm, 1.0f - weight, row0);
+    }
+    store_rows(o, out_tile, args.out + first_at, row0, rows);
+}

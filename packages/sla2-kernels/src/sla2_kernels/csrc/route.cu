@@ -1,0 +1,221 @@
+// The router: projected block means, scores in fp32, top-k indices, and the block map by bits and by columns.
+#include "common.cuh"
+
+constexpr int PROJECT_ROWS = 16;
+
+// y = x W, fp32. x, y (B H, rows, D), W (H or 1, channels, channels). Grid (ceil(rows / 16), B H), D threads: a thread
+// makes one column of 16 rows.
+extern "C" __global__ void __launch_bounds__(HEAD_DIM)
+sla2_project(const float* __restrict__ x, const float* __restrict__ weight, float* __restrict__ y, int num_heads,
+             int weight_heads, int rows, int channels) {
+    __shared__ float tile[PROJECT_ROWS][HEAD_DIM];
+    const int column = threadIdx.x, first = blockIdx.x * PROJECT_ROWS;
+    const long long bh = blockIdx.y;
+    const int count = rows - first < PROJECT_ROWS ? rows - first : PROJECT_ROWS;
+    for (int r = 0; r < PROJECT_ROWS; ++r)
+        tile[r][column] = r < count ? x[(bh * rows + first + r) * HEAD_DIM + column] : 0.0f;
+    __syncthreads();
+    const int head = weight_heads == 1 ? 0 : static_cast<int>(blockIdx.y) % num_heads;
+    const float* w = weight + static_cast<long long>(head) * channels * channels + column;
+    float acc[PROJECT_ROWS];
+#pragma unroll
+    for (int r = 0; r < PROJECT_ROWS; ++r) acc[r] = 0.0f;
+    if (column < channels)
+        for (int c = 0; c < channels; ++c) {
+            const float value = w[c * channels];
+#pragma unroll
+            for (int r = 0; r < PROJECT_ROWS; ++r) acc[r] += tile[r][c] * value;
+        }
+#pragma unroll
+    for (int r = 0; r < PROJECT_ROWS; ++r)
+        if (r < count) y[(bh * rows + first + r) * HEAD_DIM + column] = acc[r];
+}
+
+constexpr int SCORE_TILE = 32;
+
+// scores = q k^T scale, fp32; columns of blocks without a valid token get -inf. q (B H, T_m, D), k (B H, T_n, D). Grid
+// (ceil(T_n / 32), ceil(T_m / 32), B H), 64 threads: a thread makes 4 x 4 scores.
+extern "C" __global__ void __launch_bounds__(64)
+sla2_scores(const float* __restrict__ q, const float* __restrict__ k, const int* __restrict__ kv_lengths,
+            float* __restrict__ scores, int num_heads, int t_m, int t_n, int n_k, float scale) {
+    __shared__ float rows[32][SCORE_TILE + 1];
+    __shared__ float columns[32][SCORE_TILE + 1];
+    const long long bh = blockIdx.z;
+    const int row0 = blockIdx.y * SCORE_TILE, column0 = blockIdx.x * SCORE_TILE;
+    const int tr = threadIdx.x / 8, tc = threadIdx.x % 8;
+    float acc[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) acc[i][j] = 0.0f;
+    for (int depth = 0; depth < HEAD_DIM; depth += 32) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < 32 * SCORE_TILE; i += 64) {
+            const int r = i / 32, c = i % 32;
+            rows[c][r] = row0 + r < t_m ? q[(bh * t_m + row0 + r) * HEAD_DIM + depth + c] : 0.0f;
+            columns[c][r] = column0 + r < t_n ? k[(bh * t_n + column0 + r) * HEAD_DIM + depth + c] : 0.0f;
+        }
+        __syncthreads();
+        for (int c = 0; c < 32; ++c)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) acc[i][j] += rows[c][tr + 8 * i] * columns[c][tc + 8 * j];
+    }
+    const int blocks = ceil_div(valid_keys(kv_lengths, blockIdx.z / num_heads, n_k), BLOCK_K);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int row = row0 + tr + 8 * i, column = column0 + tc + 8 * j;
+            if (row < t_m && column < t_n)
+                scores[(bh * t_m + row) * t_n + column] = column < blocks ? acc[i][j] * scale : MINUS_INFINITY;
+        }
+}
+
+// Unsigned integers in the order of the floats; +0 = -0, and NaN, of either sign, comes out on top, as in torch.sort.
+SLA2_INLINE unsigned order_key(float x) {
+    if (x != x) return 0xffffffffu;
+    const unsigned bits = __float_as_uint(x + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+SLA2_INLINE int lanes_below(unsigned votes) { return __popc(votes & ((1u << (threadIdx.x & 31)) - 1u)); }
+
+constexpr int WARPS_OF_ROWS = 4;
+
+// The K = max(1, round(topk * blocks)) best key blocks of every row, blocks counted from the item's valid tokens; ties go
+// to the lower index; indices ascend and are followed by -1. The K-th largest key is found bit by bit, so the result does
+// not depend on any order of execution. A warp per row: grid (ceil(T_m / 4), B H), 128 threads.
+extern "C" __global__ void __launch_bounds__(32 * WARPS_OF_ROWS)
+sla2_topk(const float* __restrict__ scores, const int* __restrict__ kv_lengths, int* __restrict__ indices,
+          int* __restrict__ counts, int num_heads, int t_m, int t_n, int n_k, int max_selected, double topk) {
+    const int row = blockIdx.x * WARPS_OF_ROWS + threadIdx.x / 32, lane = threadIdx.x & 31;
+    if (row >= t_m) return;
+    const long long at = static_cast<long long>(blockIdx.y) * t_m + row;
+    const float* line = scores + at * t_n;
+    int* list = indices + at * max_selected;
+    const int blocks = ceil_div(valid_keys(kv_lengths, blockIdx.y / num_heads, n_k), BLOCK_K);
+    const int wanted = clamp_int(static_cast<int>(rint(topk * blocks)), 1, blocks < max_selected ? blocks : max_selected);
+
+    unsigned threshold = 0u;
+    int above = 0;
+    for (int bit = 31; bit >= 0; --bit) {
+        const unsigned trial = threshold | (1u << bit);
+        int reach = 0;
+        for (int j = lane; j < blocks; j += 32) reach += order_key(line[j]) >= trial;
+        reach = warp_sum(reach);
+        if (reach >= wanted) threshold = trial;
+        else above = reach;  // fewer than `wanted` reach the trial: the last such count is that of keys > threshold
+    }
+    const int ties = wanted - above;
+    int placed = 0, tied = 0;
+    for (int first = 0; first < blocks; first += 32) {
+        const int j = first + lane;
+        const unsigned key = j < blocks ? order_key(line[j]) : 0u;
+        const bool equal = j < blocks && key == threshold;
+        const unsigned equals = __ballot_sync(0xffffffffu, equal);
+        const bool take = j < blocks && (key > threshold || (equal && tied + lanes_below(equals) < ties));
+        const unsigned takes = __ballot_sync(0xffffffffu, take);
+        if (take) list[placed + lanes_below(takes)] = j;
+        placed += __popc(takes);
+        tied += __popc(equals);
+    }
+    for (int i = wanted + lane; i < max_selected; i += 32) list[i] = -1;
+    if (lane == 0) counts[at] = wanted;
+}
+
+// The map as bits, (B H, T_m, ceil(T_n / 32)), and 1 / (number of valid blocks left over), 0 if none is, per row. A warp
+// per row: grid (ceil(T_m / 4), B H), 128 threads.
+extern "C" __global__ void __launch_bounds__(32 * WARPS_OF_ROWS)
+sla2_row_bits(const int* __restrict__ indices, const int* __restrict__ counts, const int* __restrict__ kv_lengths,
+              unsigned* __restrict__ bits, float* __restrict__ rest_inverse, int num_heads, int t_m, int t_n, int n_k,
+              int max_selected) {
+    const int row = blockIdx.x * WARPS_OF_ROWS + threadIdx.x / 32, lane = threadIdx.x & 31;
+    if (row >= t_m) return;
+    const long long at = static_cast<long long>(blockIdx.y) * t_m + row;
+    const int* list = indices + at * max_selected;
+    const int count = counts[at], words = ceil_div(t_n, 32);
+    const int blocks = ceil_div(valid_keys(kv_lengths, blockIdx.y / num_heads, n_k), BLOCK_K);
+    int selected = 0;
+    for (int w = lane; w < words; w += 32) {
+        int low = 0, high = count;  // the first index that is at least 32 w
+        while (low < high) {
+            const int middle = (low + high) / 2;
+            if (list[middle] < 32 * w) low = middle + 1;
+            else high = middle;
+        }
+        unsigned word = 0u;
+        for (; low < count && list[low] < 32 * w + 32; ++low) {
+            word |= 1u << (list[low] - 32 * w);
+            selected += list[low] < blocks;
+        }
+        bits[at * words + w] = word;
+    }
+    selected = warp_sum(selected);
+    if (lane == 0) rest_inverse[at] = selected < blocks ? 1.0f / static_cast<float>(blocks - selected) : 0.0f;
+}
+
+// The transposed bits, (B H, T_n, ceil(T_m / 32)), and how many rows chose each column. A warp per column: grid
+// (ceil(T_n / 4), B H), 128 threads.
+extern "C" __global__ void __launch_bounds__(32 * WARPS_OF_ROWS)
+sla2_column_bits(const unsigned* __restrict__ bits, unsigned* __restrict__ column_bits, int* __restrict__ column_counts,
+                 int t_m, int t_n) {
+    const int column = blockIdx.x * WARPS_OF_ROWS + threadIdx.x / 32, lane = threadIdx.x & 31;
+    if (column >= t_n) return;
+    const long long bh = blockIdx.y;
+    const int words = ceil_div(t_n, 32), column_words = ceil_div(t_m, 32);
+    int count = 0;
+    for (int w = 0; w < column_words; ++w) {
+        const int row = 32 * w + lane;
+        const bool chosen = row < t_m && (bits[(bh * t_m + row) * words + column / 32] >> (column % 32) & 1u);
+        const unsigned word = __ballot_sync(0xffffffffu, chosen);
+        if (lane == 0) column_bits[(bh * t_n + column) * column_words + w] = word;
+        count += __popc(word);
+    }
+    if (lane == 0) column_counts[bh * t_n + column] = count;
+}
+
+// Exclusive sums of the counts: offsets (B H, T_n + 1). Grid (B H), 256 threads; a thread adds a run of columns.
+extern "C" __global__ void __launch_bounds__(256)
+sla2_column_offsets(const int* __restrict__ column_counts, int* __restrict__ offsets, int t_n) {
+    __shared__ int sums[2][256];
+    const long long bh = blockIdx.x;
+    const int* counts = column_counts + bh * t_n;
+    int* out = offsets + bh * (t_n + 1);
+    const int run = ceil_div(t_n, 256), first = threadIdx.x * run;
+    int own = 0;
+    for (int j = first; j < first + run && j < t_n; ++j) own += counts[j];
+    int side = 0;
+    sums[0][threadIdx.x] = own;
+    __syncthreads();
+    for (int distance = 1; distance < 256; distance <<= 1) {
+        const int x = sums[side][threadIdx.x];
+        sums[1 - side][threadIdx.x] =
+            static_cast<int>(threadIdx.x) >= distance ? x + sums[side][threadIdx.x - distance] : x;
+        side = 1 - side;
+        __syncthreads();
+    }
+    int before = sums[side][threadIdx.x] - own;
+    for (int j = first; j < first + run && j < t_n; ++j) {
+        out[j] = before;
+        before += counts[j];
+    }
+    if (threadIdx.x == 255) out[t_n] = before;
+}
+
+// The rows that chose each column, ascending, from offsets[column] on: rows (B H, capacity). A warp per column.
+extern "C" __global__ void __launch_bounds__(32 * WARPS_OF_ROWS)
+sla2_column_rows(const unsigned* __restrict__ column_bits, const int* __restrict__ offsets, int* __restrict__ rows,
+                 int t_m, int t_n, long long capacity) {
+    const int column = blockIdx.x * WARPS_OF_ROWS + threadIdx.x / 32, lane = threadIdx.x & 31;
+    if (column >= t_n) return;
+    const long long bh = blockIdx.y;
+    const int column_words = ceil_div(t_m, 32);
+    int* list = rows + bh * capacity + offsets[bh * (t_n + 1) + column];
+    for (int w = 0; w < column_words; ++w) {
+        const unsigned word = column_bits[(bh * t_n + column) * column_words + w];
+        if (word >> lane & 1u) list[lanes_below(word)] = 32 * w + lane;
+        list += __popc(word);
+    }
+}

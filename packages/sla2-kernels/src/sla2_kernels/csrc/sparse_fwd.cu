@@ -1,0 +1,131 @@
+// Block-sparse attention in 16 bit over the selected key blocks, with the linear branch and the mix in its epilogue.
+#include "mix.cuh"
+
+constexpr int KEY_TILES = BLOCK_K / 8;
+constexpr int KEY_BYTES = BLOCK_K * HALF_ROW;  // one K or V tile
+// What keeps the compiler within 255 registers; whole unrolling spills two of them before sm_90.
+constexpr int SCORE_UNROLL = SLA2_ARCH >= 90 ? HEAD_DIM / 16 : 2;
+
+// One block of threads per query block; grid (T_m, B H). Shared memory: Q | two K tiles | two V tiles, reused at the end
+// for phi(Q) | H | O. K of step t + 1 travels during Q K^T of step t, V of step t + 1 during P V of step t.
+extern "C" __global__ void __launch_bounds__(FWD_THREADS)
+sla2_sparse_fwd(const half_bits* __restrict__ q, const half_bits* __restrict__ k, const half_bits* __restrict__ v,
+                const int* __restrict__ indices, const int* __restrict__ counts, int max_selected,
+                const int* __restrict__ kv_lengths, const half_bits* __restrict__ phi_q,
+                const half_bits* __restrict__ state, const float* __restrict__ norm, const float* __restrict__ alpha,
+                int alpha_stride_b, int alpha_stride_h, int alpha_stride_row, half_bits* out, half_bits* out_sparse,
+                float* lse, int num_heads, int n_q, int n_k,
+                float softmax_scale) {
+    SLA2_DYNAMIC_SHARED(shared);
+    unsigned char* q_tile = shared;
+    unsigned char* k_ring = shared + BLOCK_Q * HALF_ROW;
+    unsigned char* v_ring = k_ring + 2 * KEY_BYTES;
+
+    const int row_block = blockIdx.x, item = blockIdx.y / num_heads, head = blockIdx.y % num_heads;
+    const long long bh = blockIdx.y;
+    const int first_row = row_block * BLOCK_Q, t_m = gridDim.x;
+    const int length = valid_keys(kv_lengths, item, n_k);
+    const int* list = indices + (bh * t_m + row_block) * max_selected;
+    int steps = counts[bh * t_m + row_block];
+    while (steps > 0 && list[steps - 1] * BLOCK_K >= length) --steps;
+    const bool some = steps > 0, rest = steps < ceil_div(length, BLOCK_K);
+    q += bh * n_q * HEAD_DIM, k += bh * n_k * HEAD_DIM, v += bh * n_k * HEAD_DIM;
+
+    const int row0 = threadIdx.x / 32 * FWD_WARP_ROWS;
+    float o[FWD_M_TILES][D_TILES][4];
+#pragma unroll
+    for (int m = 0; m < FWD_M_TILES; ++m)
+#pragma unroll
+        for (int n = 0; n < D_TILES; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) o[m][n][e] = 0.0f;
+    OnlineSoftmax<FWD_M_TILES> softmax;
+    softmax.init();
+    const float scale = softmax_scale * LOG2_E;
+
+    int next = 0, tail = BLOCK_K;  // key block of the next step; valid keys of the last one
+    if (some) {
+        const int block = list[0];
+        next = steps > 1 ? list[1] : 0;
+        tail = length - list[steps - 1] * BLOCK_K;
+        const long long at = static_cast<long long>(block) * BLOCK_K;
+        load_tile<BLOCK_Q, HALF_ROW, FWD_THREADS>(q_tile, q + static_cast<long long>(first_row) * HEAD_DIM, HALF_ROW,
+                                                  n_q - first_row);
+        load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(k_ring, k + at * HEAD_DIM, HALF_ROW, length - block * BLOCK_K);
+        cp_async_commit();
+        load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(v_ring, v + at * HEAD_DIM, HALF_ROW, length - block * BLOCK_K);
+        cp_async_commit();
+    }
+    for (int step = 0; step < steps; ++step) {
+        const unsigned char* k_tile = k_ring + (step & 1) * KEY_BYTES;
+        const unsigned char* v_tile = v_ring + (step & 1) * KEY_BYTES;
+        const int other = ((step + 1) & 1) * KEY_BYTES;
+        const long long next_at = static_cast<long long>(next) * BLOCK_K;
+        const int next_valid = length - next * BLOCK_K;
+        const bool more = step + 1 < steps;
+
+        cp_async_wait<1>();  // K of this step is here; V may still travel
+        __syncthreads();
+        if (more) load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(k_ring + other, k + next_at * HEAD_DIM, HALF_ROW, next_valid);
+        cp_async_commit();
+
+        float s[FWD_M_TILES][KEY_TILES][4];
+#pragma unroll
+        for (int m = 0; m < FWD_M_TILES; ++m)
+#pragma unroll
+            for (int n = 0; n < KEY_TILES; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) s[m][n][e] = 0.0f;
+#pragma unroll SCORE_UNROLL
+        for (int c = 0; c < HEAD_DIM / 16; ++c) {
+            unsigned a[FWD_M_TILES][4];
+#pragma unroll
+            for (int m = 0; m < FWD_M_TILES; ++m) load_a<HALF_ROW>(a[m], q_tile, row0 + 16 * m, 2 * c);
+#pragma unroll
+            for (int n = 0; n < KEY_TILES; n += 2) {
+                unsigned b[4];
+                load_b<HALF_ROW>(b, k_tile, 8 * n, 2 * c);
+#pragma unroll
+                for (int m = 0; m < FWD_M_TILES; ++m) {
+                    mma_half(s[m][n], a[m], &b[0]);
+                    mma_half(s[m][n + 1], a[m], &b[2]);
+                }
+            }
+        }
+        // Indices ascend, so only the last block can hold keys that do not count.
+        if (!more && tail < BLOCK_K) mask_tail(s, tail);
+        softmax.update(s, o, scale, 8.0f);
+
+        cp_async_wait<1>();  // V of this step is here; K of the next may still travel
+        __syncthreads();
+        if (more) load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(v_ring + other, v + next_at * HEAD_DIM, HALF_ROW, next_valid);
+        cp_async_commit();
+        next = step + 2 < steps ? list[step + 2] : 0;
+
+#pragma unroll
+        for (int c = 0; c < BLOCK_K / 16; ++c) {
+            unsigned a[FWD_M_TILES][4];
+#pragma unroll
+            for (int m = 0; m < FWD_M_TILES; ++m)
+#pragma unroll
+                for (int r = 0; r < 4; ++r)
+                    a[m][r] = pack_half(s[m][2 * c + (r >> 1)][2 * (r & 1)], s[m][2 * c + (r >> 1)][2 * (r & 1) + 1]);
+#pragma unroll
+            for (int n = 0; n < D_TILES; n += 2) {
+                unsigned b[4];
+                load_b_trans<HALF_ROW>(b, v_tile, 16 * c, 8 * n);
+#pragma unroll
+                for (int m = 0; m < FWD_M_TILES; ++m) {
+                    mma_half(o[m][n], a[m], &b[0]);
+                    mma_half(o[m][n + 1], a[m], &b[2]);
+                }
+            }
+        }
+    }
+    cp_async_wait<0>();
+
+    const MixArguments args = mix_arguments(phi_q, state, norm, alpha,
+                                            item * alpha_stride_b + head * alpha_stride_h + row_block * alpha_stride_row,
+                                            out, out_sparse, lse, n_q);
+    mix_and_store(args, o, softmax, softmax_scale, some, rest, first_row, n_q, q_tile, k_ring);
+}

@@ -1,0 +1,164 @@
+"""Which kernels there are: entry -> threads, shared memory and limits for a geometry. Must agree with csrc/*.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from sla2_kernels.specs import ARCHITECTURES, DTYPES, HEAD_DIMS, PRECISIONS, KernelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """What a kernel is compiled for; `head_dim` is 64 or 128 (smaller heads are padded to it)."""
+
+    head_dim: int
+    dtype: str = "bfloat16"
+    block_q: int = 128
+    block_k: int = 64
+    precision: str = "full"
+
+    def __post_init__(self):
+        if self.head_dim not in HEAD_DIMS:
+            raise ValueError(f"head_dim: expected one of {', '.join(map(str, HEAD_DIMS))}, got {self.head_dim}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if not (16 <= self.block_q <= 128 and self.block_q % 16 == 0):
+            raise ValueError(f"block_q: expected a multiple of 16 in [16, 128], got {self.block_q}")
+        step = 16 if self.precision == "full" else 32
+        if not (16 <= self.block_k <= 64 and self.block_k % step == 0):
+            raise ValueError(f"block_k: expected a multiple of {step} in [{step}, 64], got {self.block_k}")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of 16-bit channels."""
+        return 2 * self.head_dim
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    source: str
+    threads: Callable[[Geometry], int]
+    shared_bytes: Callable[[Geometry], int]
+    precisions: tuple[str, ...] = ("full",)
+    max_registers: int = 255
+    spills: bool = False
+
+
+_LOW = ("int8", "int8_int8", "fp8")
+
+
+def _none(_: Geometry) -> int:
+    return 0
+
+
+def _fixed(threads: int) -> Callable[[Geometry], int]:
+    return lambda _: threads
+
+
+def _forward_threads(g: Geometry) -> int:
+    return g.block_q if g.block_q % 32 == 0 else 2 * g.block_q
+
+
+def _sparse_forward_shared(g: Geometry) -> int:
+    ring = 4 * g.block_k * g.row_bytes
+    mix = (g.head_dim + g.block_q) * g.row_bytes
+    return g.block_q * g.row_bytes + max(ring, mix)
+
+
+def _sparse_forward_low_shared(g: Geometry) -> int:
+    ring = g.block_q * g.head_dim + 4 * g.block_k * g.head_dim
+    return max(ring, (2 * g.block_q + g.head_dim) * g.row_bytes)
+
+
+def _backward_rows(g: Geometry) -> int:
+    return min(64, g.block_q)
+
+
+def _backward_kv_shared(g: Geometry) -> int:
+    rows = _backward_rows(g)
+    return (2 * g.block_k + 4 * rows) * g.row_bytes + 4 * rows * 4
+
+
+_KERNELS = {
+    "sla2_copy_columns": _Kernel("prologue.cu", _fixed(256), _none),
+    "sla2_key_sums": _Kernel("prologue.cu", _fixed(128), _none),
+    "sla2_key_mean": _Kernel("prologue.cu", _fixed(512), _none, ("full", *_LOW)),
+    "sla2_prologue_q": _Kernel("prologue.cu", lambda g: 2 * g.block_q, _none, ("full", *_LOW)),
+    "sla2_prologue_k": _Kernel("prologue.cu", lambda g: 2 * g.block_k, _none, ("full", *_LOW)),
+    "sla2_prologue_v": _Kernel("prologue.cu", _fixed(128), _none, _LOW),
+    "sla2_project": _Kernel("route.cu", lambda g: g.head_dim, _none),
+    "sla2_scores": _Kernel("route.cu", _fixed(64), _none),
+    "sla2_topk": _Kernel("route.cu", _fixed(128), _none),
+    "sla2_row_bits": _Kernel("route.cu", _fixed(128), _none),
+    "sla2_column_bits": _Kernel("route.cu", _fixed(128), _none),
+    "sla2_column_offsets": _Kernel("route.cu", _fixed(256), _none),
+    "sla2_column_rows": _Kernel("route.cu", _fixed(128), _none),
+    "sla2_states": _Kernel("linear.cu", lambda g: 2 * g.head_dim, lambda g: 2 * g.block_k * g.row_bytes),
+    "sla2_masked_sum": _Kernel("linear.cu", _fixed(256), lambda g: 4 * 32 * 256),
+    "sla2_sparse_fwd": _Kernel("sparse_fwd.cu", _forward_threads, _sparse_forward_shared),
+    "sla2_sparse_fwd_low": _Kernel("sparse_fwd_low.cu", lambda g: 2 * g.block_q, _sparse_forward_low_shared, _LOW),
+    "sla2_bwd_row_dot": _Kernel("sparse_bwd.cu", lambda g: 2 * g.block_q, _none),
+    "sla2_sparse_bwd_q": _Kernel(
+        "sparse_bwd.cu",
+        lambda g: 2 * _backward_rows(g),
+        lambda g: (2 * _backward_rows(g) + 4 * g.block_k) * g.row_bytes,
+    ),
+    "sla2_sparse_bwd_kv": _Kernel("sparse_bwd.cu", lambda g: 2 * g.block_k, _backward_kv_shared),
+    "sla2_finish_dk": _Kernel("sparse_bwd.cu", _fixed(256), _none),
+    "sla2_linear_bwd_q": _Kernel(
+        "linear_bwd.cu",
+        lambda g: 2 * g.block_q,
+        lambda g: (2 * g.block_q + g.head_dim) * g.row_bytes + 12 * g.block_q,
+    ),
+    "sla2_linear_bwd_kv": _Kernel(
+        "linear_bwd.cu", lambda g: 2 * g.block_k, lambda g: (2 * g.block_k + g.head_dim) * g.row_bytes
+    ),
+}
+
+
+def supports(arch: str, precision: str) -> bool:
+    """Whether the tensor cores of `arch` have what a precision needs: FP8 came with sm_89."""
+    return precision in ("full", "int8_int8") or ARCHITECTURES[arch].number >= 89
+
+
+@cache
+def spec_of(name: str, arch: str, geometry: Geometry) -> KernelSpec:
+    """The spec of kernel `name` for an architecture such as "sm_90a"; ValueError if the architecture cannot run it."""
+    kernel = _KERNELS[name]
+    precision = geometry.precision if geometry.precision in kernel.precisions else kernel.precisions[0]
+    if not supports(arch, precision):
+        raise ValueError(f"precision: expected 'full' or 'int8_int8' on {arch}, which has no FP8, got {precision!r}")
+    return KernelSpec(
+        source=kernel.source,
+        entry=name,
+        arch=arch,
+        threads=kernel.threads(geometry),
+        macros=(
+            ("SLA2_HEAD_DIM", geometry.head_dim),
+            ("SLA2_BLOCK_Q", geometry.block_q),
+            ("SLA2_BLOCK_K", geometry.block_k),
+            ("SLA2_DTYPE", DTYPES[geometry.dtype]),
+            ("SLA2_PRECISION", PRECISIONS[precision]),
+        ),
+        shared_bytes=kernel.shared_bytes(geometry),
+        max_registers=kernel.max_registers,
+        spills=kernel.spills,
+    )
+
+
+def all_specs(arch: str) -> list[KernelSpec]:
+    """Every kernel of an architecture: what `sla2 compile` builds and the gate checks; ValueError for an unknown one."""
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+    return [
+        spec_of(name, arch, Geometry(head_dim=head_dim, dtype=dtype, precision=precision))
+        for name, kernel in _KERNELS.items()
+        for head_dim in HEAD_DIMS
+        for dtype in DTYPES
+        for precision in kernel.precisions
+        if supports(arch, precision)
+    ]

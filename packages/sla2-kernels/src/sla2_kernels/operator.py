@@ -1,0 +1,380 @@
+"""The whole operator on raw pointers, forward: prologue -> route -> linear states -> sparse forward, on GPU or emulator.
+
+Nothing here reads device memory, so nothing waits for the device: every launch goes to the caller's stream. Memory comes
+from the caller's allocator. All tensors are C-contiguous; 16-bit ones are bfloat16 or float16 as `Problem.dtype` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from sla2_kernels.kernels import Geometry, spec_of
+from sla2_kernels.launch import Pointer, launch, load
+
+NULL = Pointer(0)
+Allocate = Callable[[tuple[int, ...], str], Pointer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Where kernels run: target "cuda" or "emulator", architecture, GPU number, CUDA stream, and the allocator.
+
+    `allocate(shape, dtype)` returns a Pointer to uninitialised memory of that shape, 16-byte aligned; dtype is "float32",
+    "int32", "uint32", "uint8", "bfloat16" or "float16". The Pointer's owner must keep the memory alive.
+    """
+
+    allocate: Allocate
+    target: str = "cuda"
+    arch: str = "sm_90a"
+    index: int = 0
+    stream: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Shapes and settings of a call: q (B, H, n_q, d), k and v (B, H, n_k, d), d <= 128; see sla2_core.functional.
+
+    `kv_lengths` is a device pointer to int32 (B,), or NULL. Raises ValueError naming the argument for what no kernel takes.
+    """
+
+    batch: int
+    heads: int
+    n_q: int
+    n_k: int
+    head_dim: int
+    dtype: str = "bfloat16"
+    block_q: int = 128
+    block_k: int = 64
+    precision: str = "full"
+    kv_lengths: Pointer = NULL
+
+    def __post_init__(self):
+        for name in ("batch", "heads", "n_q", "n_k", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
+        if self.head_dim > 128:
+            raise ValueError(f"head_dim: expected at most 128, got {self.head_dim}")
+        if self.pairs > 65535:
+            raise ValueError(f"batch * heads: expected at most 65535, got {self.pairs}")
+        _ = self.geometry
+
+    @property
+    def width(self) -> int:
+        """Channels of a row as the kernels see it: 64 or 128."""
+        return 64 if self.head_dim <= 64 else 128
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(
+            head_dim=self.width, dtype=self.dtype, block_q=self.block_q, block_k=self.block_k, precision=self.precision
+        )
+
+    @property
+    def pairs(self) -> int:
+        """(batch, head) pairs."""
+        return self.batch * self.heads
+
+    @property
+    def t_m(self) -> int:
+        return -(-self.n_q // self.block_q)
+
+    @property
+    def t_n(self) -> int:
+        return -(-self.n_k // self.block_k)
+
+    @property
+    def softmax_scale(self) -> np.float32:
+        return np.float32(self.head_dim**-0.5)
+
+    @property
+    def low(self) -> bool:
+        return self.precision != "full"
+
+
+@dataclass(frozen=True)
+class Map:
+    """A block map on the device: indices int32 (B, H, T_m, width), ascending, -1 past counts int32 (B, H, T_m)."""
+
+    indices: Pointer
+    counts: Pointer
+    width: int
+
+
+@dataclass(frozen=True)
+class Alpha:
+    """The mixing ratio, fp32 (B|1, H|1, T_m|1), by its element strides; 0 where it is shared."""
+
+    values: Pointer
+    strides: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, values: Pointer, shape: tuple[int, int, int]) -> Alpha:
+        """From a contiguous tensor of `shape`."""
+        whole = (shape[1] * shape[2], shape[2], 1)
+        return cls(values, tuple(0 if size == 1 else stride for size, stride in zip(shape, whole)))
+
+
+ONE = Alpha(NULL, (0, 0, 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prologue:
+    """q, k, v padded to the kernels' width, K smoothed (16 bit, (B H, N, width)), and what is derived from them.
+
+    phi_q, phi_k like q and k; pooled_q (B H, T_m, width) and pooled_k (B H, T_n, width) fp32; for low bit q_bytes, k_bytes
+    like q and k, v_bytes (B H, T_n, width, block_k), scales q (B H, T_m), k (B H, T_n), v (B H, width). NULL: not made.
+    """
+
+    q: Pointer
+    k: Pointer
+    v: Pointer
+    phi_q: Pointer = NULL
+    phi_k: Pointer = NULL
+    pooled_q: Pointer = NULL
+    pooled_k: Pointer = NULL
+    q_bytes: Pointer = NULL
+    k_bytes: Pointer = NULL
+    v_bytes: Pointer = NULL
+    q_scale: Pointer = NULL
+    k_scale: Pointer = NULL
+    v_scale: Pointer = NULL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """bits uint32 (B H, T_m, ceil(T_n / 32)), rest_inverse fp32 (B H, T_m), H (B H, T_m, width, width) 16 bit, Z fp32."""
+
+    bits: Pointer
+    rest_inverse: Pointer
+    state: Pointer
+    norm: Pointer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """O (B, H, n_q, d) and the natural log-sum-exp L fp32 (B, H, n_q) of the selected scores; the rest is for backward().
+
+    `out_sparse` is O_s (B H, n_q, width), kept with `save` (without a linear branch it is O).
+    """
+
+    out: Pointer
+    lse: Pointer
+    prologue: Prologue
+    block_map: Map
+    alpha: Alpha
+    linear: Linear | None
+    out_sparse: Pointer
+    smooth_k: bool
+
+
+def run_kernel(device: Device, problem: Problem, name: str, grid: tuple[int, ...], *args) -> None:
+    """Launch kernel `name` of the problem's geometry on the device's stream; `args` as the kernel lists them."""
+    kernel = load(spec_of(name, device.arch, problem.geometry), device.target, device.index)
+    spec = kernel.spec
+    launch(kernel, (*grid, 1, 1)[:3], (spec.threads, 1, 1), spec.shared_bytes, args, device.stream)
+
+
+def copy_columns(
+    device: Device, problem: Problem, source: Pointer, rows: int, columns: int, target_columns: int
+) -> Pointer:
+    """16-bit rows of `columns` values, copied into rows of `target_columns`, cut or padded with zeros."""
+    target = device.allocate((rows, target_columns), problem.dtype)
+    grid = min(65535, -(-rows * target_columns // 256))
+    sizes = np.int64(rows), np.int32(columns), np.int32(target_columns)
+    run_kernel(device, problem, "sla2_copy_columns", (grid,), source, target, *sizes)
+    return target
+
+
+def prologue(
+    device: Device,
+    problem: Problem,
+    q: Pointer,
+    k: Pointer,
+    v: Pointer,
+    *,
+    smooth_k: bool = True,
+    linear: bool = True,
+    pool: bool = False,
+) -> Prologue:
+    """Pad, smooth K, pool, take phi and the 8-bit copies: what the later steps need, and no more."""
+    p, new, dtype = problem, device.allocate, problem.dtype
+    if p.head_dim != p.width:
+        q = copy_columns(device, p, q, p.pairs * p.n_q, p.head_dim, p.width)
+        k, v = (copy_columns(device, p, x, p.pairs * p.n_k, p.head_dim, p.width) for x in (k, v))
+    if not (smooth_k or linear or pool or p.low):
+        return Prologue(q=q, k=k, v=v)
+    made: dict[str, Pointer] = {}
+    mean = smooth = NULL
+    heads, n_q, n_k, t_n = map(np.int32, (p.heads, p.n_q, p.n_k, p.t_n))
+    channels = np.int32(p.head_dim)
+    rows_q, rows_k, per_key = (p.pairs, p.n_q, p.width), (p.pairs, p.n_k, p.width), (p.t_n, p.pairs)
+    if smooth_k or p.low:
+        sums = new((p.pairs, p.t_n, p.width), "float32")
+        tops = new((p.pairs, p.t_n, p.width), "float32") if p.low else NULL
+        mean = new((p.pairs, p.width), "float32")
+        made["v_scale"] = new((p.pairs, p.width), "float32") if p.low else NULL
+        run_kernel(device, p, "sla2_key_sums", per_key, k, v, p.kv_lengths, sums, tops, heads, n_k)
+        run_kernel(
+            device, p, "sla2_key_mean", (p.pairs,),
+            sums, tops, p.kv_lengths, mean, made["v_scale"], heads, n_k, t_n,
+        )  # fmt: skip
+    if smooth_k:
+        smooth = new(rows_k, dtype)
+    else:
+        mean = NULL
+    if linear:
+        made["phi_q"], made["phi_k"] = new(rows_q, dtype), new(rows_k, dtype)
+    if pool:
+        made["pooled_q"] = new((p.pairs, p.t_m, p.width), "float32")
+        made["pooled_k"] = new((p.pairs, p.t_n, p.width), "float32")
+    if p.low:
+        made["q_bytes"], made["k_bytes"] = new(rows_q, "uint8"), new(rows_k, "uint8")
+        made["v_bytes"] = new((p.pairs, p.t_n, p.width, p.block_k), "uint8")
+        made["q_scale"], made["k_scale"] = new((p.pairs, p.t_m), "float32"), new((p.pairs, p.t_n), "float32")
+
+    def get(name: str) -> Pointer:
+        return made.get(name, NULL)
+
+    run_kernel(
+        device, p, "sla2_prologue_k", per_key,
+        k, mean, p.kv_lengths, smooth, get("phi_k"), get("pooled_k"), get("k_bytes"), get("k_scale"),
+        heads, n_k, channels,
+    )  # fmt: skip
+    if linear or pool or p.low:
+        run_kernel(
+            device, p, "sla2_prologue_q", (p.t_m, p.pairs),
+            q, get("phi_q"), get("pooled_q"), get("q_bytes"), get("q_scale"), n_q, channels,
+        )  # fmt: skip
+    if p.low:
+        args = v, made["v_scale"], p.kv_lengths, made["v_bytes"], heads, n_k
+        run_kernel(device, p, "sla2_prologue_v", per_key, *args)
+    return Prologue(q=q, k=smooth if smooth_k else k, v=v, **made)
+
+
+def route(
+    device: Device,
+    problem: Problem,
+    pooled_q: Pointer,
+    pooled_k: Pointer,
+    weight_q: Pointer,
+    weight_k: Pointer,
+    weight_heads: int,
+    topk: float,
+) -> tuple[Map, Pointer]:
+    """The block map of the k% best key blocks of each row, and the scores fp32 (B, H, T_m, T_n).
+
+    weight_q, weight_k are fp32 (weight_heads, d, d), weight_heads 1 or H; topk in (0, 1]. Scores of blocks without a valid
+    token are -inf.
+    """
+    p, new = problem, device.allocate
+    heads, channels = np.int32(p.heads), np.int32(p.head_dim)
+    projected = []
+    for x, weight, rows in ((pooled_q, weight_q, p.t_m), (pooled_k, weight_k, p.t_n)):
+        y = new((p.pairs, rows, p.width), "float32")
+        args = x, weight, y, heads, np.int32(weight_heads), np.int32(rows), channels
+        run_kernel(device, p, "sla2_project", (-(-rows // 16), p.pairs), *args)
+        projected.append(y)
+    scores = new((p.batch, p.heads, p.t_m, p.t_n), "float32")
+    t_m, t_n, n_k = np.int32(p.t_m), np.int32(p.t_n), np.int32(p.n_k)
+    run_kernel(
+        device, p, "sla2_scores", (-(-p.t_n // 32), -(-p.t_m // 32), p.pairs),
+        *projected, p.kv_lengths, scores, heads, t_m, t_n, n_k, p.softmax_scale,
+    )  # fmt: skip
+    width = max(1, round(topk * p.t_n))
+    indices = new((p.batch, p.heads, p.t_m, width), "int32")
+    counts = new((p.batch, p.heads, p.t_m), "int32")
+    run_kernel(
+        device, p, "sla2_topk", (-(-p.t_m // 4), p.pairs),
+        scores, p.kv_lengths, indices, counts, heads, t_m, t_n, n_k, np.int32(width), np.float64(topk),
+    )  # fmt: skip
+    return Map(indices, counts, width), scores
+
+
+def linear_states(device: Device, problem: Problem, made: Prologue, block_map: Map) -> Linear:
+    """H and Z of every row block, summed over the key blocks it does not select and divided by their number."""
+    p, new = problem, device.allocate
+    heads, n_k, t_m, t_n = map(np.int32, (p.heads, p.n_k, p.t_m, p.t_n))
+    bits = new((p.pairs, p.t_m, -(-p.t_n // 32)), "uint32")
+    rest_inverse = new((p.pairs, p.t_m), "float32")
+    run_kernel(
+        device, p, "sla2_row_bits", (-(-p.t_m // 4), p.pairs),
+        block_map.indices, block_map.counts, p.kv_lengths, bits, rest_inverse,
+        heads, t_m, t_n, n_k, np.int32(block_map.width),
+    )  # fmt: skip
+    states = new((p.pairs, p.t_n, p.width * (p.width + 1)), p.dtype)
+    run_kernel(device, p, "sla2_states", (p.t_n, p.pairs), made.phi_k, made.v, p.kv_lengths, states, heads, n_k)
+    state, norm = masked_sum(device, p, bits, states, rest_inverse, p.t_m, p.t_n)
+    return Linear(bits=bits, rest_inverse=rest_inverse, state=state, norm=norm)
+
+
+def masked_sum(
+    device: Device, problem: Problem, bits: Pointer, x: Pointer, row_scale: Pointer, rows: int, depth: int
+) -> tuple[Pointer, Pointer]:
+    """(1 - M) x for bits (B H, rows, ceil(depth / 32)) and x (B H, depth, width (width + 1)): matrix and vector part."""
+    p = problem
+    matrix = device.allocate((p.pairs, rows, p.width, p.width), p.dtype)
+    vector = device.allocate((p.pairs, rows, p.width), "float32")
+    run_kernel(
+        device, p, "sla2_masked_sum", (-(-p.width * (p.width + 1) // 128), -(-rows // 128), p.pairs),
+        bits, x, row_scale, matrix, vector, np.int32(rows), np.int32(depth),
+    )  # fmt: skip
+    return matrix, vector
+
+
+def sparse_forward(
+    device: Device, problem: Problem, made: Prologue, block_map: Map, linear: Linear | None, alpha: Alpha, save: bool
+) -> tuple[Pointer, Pointer, Pointer]:
+    """O (B H, n_q, width), L, and O_s, which is NULL where a linear branch is mixed in and `save` is off."""
+    p, new = problem, device.allocate
+    rows = (p.pairs, p.n_q, p.width)
+    out, lse = new(rows, p.dtype), new((p.batch, p.heads, p.n_q), "float32")
+    out_sparse = new(rows, p.dtype) if save and linear else NULL
+    if p.low:
+        name = "sla2_sparse_fwd_low"
+        inputs = made.q_bytes, made.k_bytes, made.v_bytes, made.q_scale, made.k_scale, made.v_scale
+    else:
+        name, inputs = "sla2_sparse_fwd", (made.q, made.k, made.v)
+    mixed = (made.phi_q, linear.state, linear.norm) if linear else (NULL, NULL, NULL)
+    run_kernel(
+        device, p, name, (p.t_m, p.pairs),
+        *inputs, block_map.indices, block_map.counts, np.int32(block_map.width), p.kv_lengths,
+        *mixed, alpha.values, *map(np.int32, alpha.strides), out, out_sparse, lse,
+        np.int32(p.heads), np.int32(p.n_q), np.int32(p.n_k), p.softmax_scale,
+    )  # fmt: skip
+    return out, lse, out_sparse if linear else out
+
+
+def forward(
+    device: Device,
+    problem: Problem,
+    q: Pointer,
+    k: Pointer,
+    v: Pointer,
+    block_map: Map,
+    alpha: Alpha | None,
+    *,
+    smooth_k: bool = True,
+    save: bool = False,
+    made: Prologue | None = None,
+) -> Forward:
+    """O = alpha O_s + (1 - alpha) O_l (Eq. 13-16); alpha None: the sparse branch alone.
+
+    Args:
+        q, k, v: 16-bit (B, H, N, d), contiguous. block_map, alpha: on the same device; values are not checked.
+        smooth_k: subtract the mean over tokens from K first. save: keep what backward() needs.
+        made: the prologue, if route() needed it before (then made with linear=True for an alpha).
+    """
+    p = problem
+    made = made or prologue(device, p, q, k, v, smooth_k=smooth_k, linear=alpha is not None)
+    linear = None if alpha is None else linear_states(device, p, made, block_map)
+    alpha = alpha or ONE
+    out, lse, out_sparse = sparse_forward(device, p, made, block_map, linear, alpha, save)
+    if p.head_dim != p.width:
+        out = copy_columns(device, p, out, p.pairs * p.n_q, p.width, p.head_dim)
+    return Forward(
+        out=out, lse=lse, prologue=made, block_map=block_map, alpha=alpha, linear=linear,
+        out_sparse=out_sparse, smooth_k=smooth_k,
+    )  # fmt: skip
