@@ -40,7 +40,7 @@ def test_packages_are_found_by_path_alone(tool):
     ("code", "output", "passed", "counts"),
     [
         (0, "12 passed, 3 deselected in 4.0s", True, {"passed": 12}),
-        (1, "1 failed, 11 passed in 4.0s", False, {"failed": 1}),
+        (1, "1 failed, 11 passed in 4.0s", False, {"failed": 1, "passed": 11}),
         (0, "40 skipped in 1.0s", False, {"skipped": 40}),
         (124, "", False, {}),
     ],
