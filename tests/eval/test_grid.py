@@ -75,6 +75,7 @@ def test_variants_share_what_they_train_alike(model):
     }
     base = found["lluf-s0"]
     assert len(found) == 12
+    assert [cell.seed for cell in found.values()] == [0] * 6 + [1] * 6
     assert found["no-qat-s0"].tuned == base.tuned  # trained in full precision, run in low bit
     assert found["no-qat-s0"].attention.precision == "int8"
     assert found["qat-s0"].tuned != base.tuned
@@ -90,6 +91,7 @@ def test_the_graph_has_each_training_once(model, tmp_path):
     tasks = graph(settings, tmp_path)
     assert sum(name.startswith("stage1") for name in tasks) == 1
     assert sum(name.startswith("stage2") for name in tasks) == 1
+    assert list(tasks).index("scores a") < list(tasks).index("videos b")
     assert set(tasks["scores a"].needs) == {"videos a", "full 0.0", "full 0.1"}
     assert all(need in tasks for task in tasks.values() for need in task.needs)
 

@@ -49,7 +49,7 @@ class GridResult:
 
 
 def cells(settings: AblationSettings) -> list[Cell]:
-    """Variants x seeds. Raises SettingsError naming the variant for a repeated name or an unknown attention field."""
+    """Variants x seeds, a whole seed before the next. Raises SettingsError naming the variant for a repeated name or an unknown attention field."""
     names = [variant.name for variant in settings.variants]
     if repeated := next((n for n in names if names.count(n) > 1 or n == REFERENCE), None):
         raise SettingsError(f"variants: expected each name once and none called {REFERENCE!r}, got {repeated!r}")
@@ -71,7 +71,7 @@ def cells(settings: AblationSettings) -> list[Cell]:
                 tuned = f"stage2/{digest(what)[:10]}-s{seed}"
             name = variant.name if len(settings.seeds) == 1 else f"{variant.name}-s{seed}"
             found.append(Cell(name, variant, attention, trained, seed, router, tuned))
-    return found
+    return sorted(found, key=lambda cell: settings.seeds.index(cell.seed))
 
 
 def _data_key(settings: AblationSettings) -> str:
@@ -203,7 +203,10 @@ def _captures(settings: AblationSettings, work: Path) -> Path:
 
 
 def graph(settings: AblationSettings, out: Path) -> dict[str, Task]:
-    """Every task of the grid with what it needs; shared trainings appear once."""
+    """Every task of the grid with what it needs, variant by variant, so that a half-finished grid has whole rows.
+
+    Shared trainings appear once.
+    """
     here, work, tasks = "sla2_eval.ablation", out / "work", {}
 
     def add(task: str, function: str, needs: list[str | None], **arguments) -> str:
@@ -219,12 +222,12 @@ def graph(settings: AblationSettings, out: Path) -> dict[str, Task]:
         for seed in settings.seeds
         for share in range(2)
     ]
+    add(f"scores {REFERENCE}", "task_scores", full, out=out, name=REFERENCE)
     for cell in grid:
         router = cell.router and add(cell.router, "task_router", [data], cell=cell, work=work)
         tuned = cell.tuned and add(cell.tuned, "task_tune", [data, router], cell=cell, work=work)
         videos = add(f"videos {cell.name}", "task_videos", [router, tuned], cell=cell, out=out)
         add(f"scores {cell.name}", "task_scores", [videos, *full], out=out, name=cell.name)
-    add(f"scores {REFERENCE}", "task_scores", full, out=out, name=REFERENCE)
     return tasks
 
 

@@ -99,7 +99,7 @@ class Workers:
             self._report(*item)
 
     def run(self, tasks: Mapping[str, Task]) -> dict[str, object]:
-        """Run every task once those it needs are done; results by name.
+        """Run every task once those it needs are done, of those that can run the first in `tasks`; results by name.
 
         The first error ends the run and is raised. Raises RuntimeError if a worker dies (out of memory, killed), and
         ValueError if tasks need each other in a circle or one that is not there.
@@ -109,7 +109,7 @@ class Workers:
             ready = [name for name, task in waiting.items() if all(need in results for need in task.needs)]
             if not ready and not running:
                 raise ValueError(f"tasks: expected needs that can be met, got {next(iter(waiting))!r} waiting for ever")
-            for name in ready:
+            for name in ready[: max(1, self._count) - len(running)]:
                 task = waiting.pop(name)
                 if self._pool is None:
                     results[name] = _function(task.function)(**task.arguments, report=self._report)
