@@ -45,8 +45,11 @@ def over_prompts(values: Mapping[str, Sequence[float]], resamples: int = RESAMPL
     mean = math.fsum(means) / len(means)
     if len(means) < 2:
         return Interval(mean, None, None, len(means))
-    drawn = np.random.default_rng(seed).integers(len(means), size=(resamples, len(means)))
-    low, high = np.quantile(means[drawn].mean(axis=1), (0.025, 0.975))
+    rng, found, rows = np.random.default_rng(seed), [], max(1, 250_000 // len(means))
+    for start in range(0, resamples, rows):  # in pieces, so that many prompts do not need much memory
+        drawn = rng.integers(len(means), size=(min(rows, resamples - start), len(means)))
+        found.append(means[drawn].mean(axis=1))
+    low, high = np.quantile(np.concatenate(found), (0.025, 0.975))
     return Interval(mean, float(low), float(high), len(means))
 
 
