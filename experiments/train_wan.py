@@ -1,0 +1,107 @@
+"""SLA2 on Wan2.1: encode a folder of captioned videos, capture Q, K, V, stage 1, stage 2. Each part is done once.
+
+python experiments/train_wan.py --config experiments/wan2.1_1.3b/train.yaml --videos DIR --out DIR
+accelerate launch experiments/train_wan.py ...      for stage 2 on several GPUs
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from sla2_core import SLA2Config
+from sla2_core.integrations.diffusers import apply_sla2
+from sla2_core.training.cache import INDEX_NAME, CachedData
+from sla2_core.training.capture import CaptureConfig, capture
+from sla2_core.training.objectives import draw_sigma, noisy_and_target
+from sla2_core.training.stage1 import Stage1Config, train_stage1
+from sla2_core.training.stage2 import Stage2Config, train_stage2
+
+
+def show(part: str):
+    """A progress callback that prints a line every 10 steps."""
+
+    def progress(step: int, total: int, metrics: dict | None = None) -> None:
+        if step % 10 == 0 or step == total:
+            numbers = "".join(f"  {name} {value:.4g}" for name, value in (metrics or {}).items())
+            print(f"{part} {step}/{total}{numbers}", flush=True)
+
+    return progress
+
+
+def encoded(settings: dict, videos: str | None, folder: Path) -> CachedData:
+    """The cached latents and text embeddings; made from `videos` with the model's VAE and text encoder if absent."""
+    if (folder / INDEX_NAME).exists():
+        return CachedData(folder)
+    if videos is None:
+        raise ValueError(f"--videos: expected a folder of captioned mp4 files, since {folder} holds no encoded data")
+    from diffusers import WanPipeline
+    from sla2_eval.encoding import encode_folder
+
+    pipe = WanPipeline.from_pretrained(settings["model"], transformer=None, torch_dtype=torch.bfloat16)
+    pipe.vae.to(torch.float32)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    return encode_folder(
+        videos, pipe, folder, **settings["video"], model=settings["model"], progress=show("encode")
+    )  # fmt: skip
+
+
+def train(settings: dict, videos: str | None, out: Path) -> Path:
+    """All parts; returns the adapter's folder."""
+    from diffusers import WanTransformer3DModel
+
+    data = encoded(settings, videos, out / "data")
+    transformer = WanTransformer3DModel.from_pretrained(settings["model"], subfolder="transformer")
+    transformer.to("cuda" if torch.cuda.is_available() else "cpu")
+    attention = SLA2Config(**settings["attention"])
+    handle = apply_sla2(transformer, attention, base_model=settings["model"])
+    stage2 = Stage2Config(**settings["stage2"])
+
+    def run(sample: int) -> None:
+        rng = np.random.default_rng([stage2.seed, 5, sample])
+        item = data[int(rng.integers(len(data)))]
+        clean, text = (item[name][None].to(transformer.device) for name in ("latents", "encoder_hidden_states"))
+        noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32)).to(clean.device)
+        sigma = draw_sigma(rng, 1, stage2.sigma, stage2.shift).to(clean.device)
+        with torch.autocast(clean.device.type, torch.bfloat16):
+            handle.family.predict(
+                transformer, noisy_and_target(clean, noise, sigma)[0], sigma, {"encoder_hidden_states": text}
+            )
+
+    config = dict(settings["capture"])
+    samples = config.pop("samples")
+    captures = capture(
+        handle, run, out / "captures", samples=samples, config=CaptureConfig(**config), progress=show("capture")
+    )
+    handle.configure(precision="full")
+    train_stage1(
+        handle, captures, Stage1Config(**settings["stage1"] | {"topk": tuple(settings["stage1"]["topk"])}),
+        out / "stage1", progress=show("stage 1"),
+    )  # fmt: skip
+    handle.configure(precision=attention.precision)
+    return Path(train_stage2(handle, data, stage2, out / "stage2", progress=show("stage 2")).adapter)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="settings, e.g. experiments/wan2.1_1.3b/train.yaml")
+    parser.add_argument(
+        "--videos", help="folder of mp4 files with captions (metadata.jsonl, or NAME.txt beside NAME.mp4)"
+    )
+    parser.add_argument("--out", required=True, help="folder for everything made on the way, and the adapter")
+    given = parser.parse_args(arguments)
+    try:
+        settings = yaml.safe_load(Path(given.config).read_text())
+        print(train(settings, given.videos, Path(given.out)))
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
