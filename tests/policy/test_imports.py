@@ -45,6 +45,7 @@ ORDER = {
         training/soft
         training/stage1_report
         training/stage1
+        training/lora
         training/stage2_state
         training/stage2
     """,

@@ -58,7 +58,9 @@ def test_trains_the_model_and_alpha_with_the_router_frozen(handle, data, tmp_pat
     assert not changed(again, weights(h))
 
 
-@pytest.mark.parametrize("changes", [{}, {"loss": "distill", "ema": 0.9}, {"accumulate": 2, "decay": "cosine"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"loss": "distill", "ema": 0.9}, {"accumulate": 2, "decay": "cosine"}, {"lora_rank": 2, "ema": 0.5}]
+)
 @pytest.mark.parametrize("step", [1, 3, 5])
 def test_a_killed_run_gives_the_same_weights_to_the_bit(handle, data, tmp_path, changes, step):
     config = dataclasses.replace(CONFIG, **changes)
@@ -104,6 +106,23 @@ def test_frozen_groups(handle, data, tmp_path):
     assert not any(".processor." in name for name in changed(h, before))
     with pytest.raises(ValueError, match="expected something to train, got nothing"):
         train_stage2(h, data, dataclasses.replace(CONFIG, learning_rate=0.0, alpha_learning_rate=0.0), tmp_path / "c")
+
+
+def test_lora_trains_the_named_layers_alone_and_is_merged(handle, data, tmp_path):
+    h = handle()
+    before = weights(h)
+    config = dataclasses.replace(CONFIG, lora_rank=2, lora_targets=("to_q", "to_v"))
+    report = train_stage2(h, data, config, tmp_path)
+    after = weights(h)
+    assert set(after) == set(before)
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    layers = {f"blocks.{i}.attn{j}.{x}.weight" for i in (0, 1) for j in (1, 2) for x in ("to_q", "to_v")}
+    assert moved == layers | {name for name in before if "mixing" in name}
+    for name in layers:
+        assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-6) == 2
+    again = handle()
+    again.load(report.adapter)
+    assert not changed(again, after)
 
 
 def test_moving_average_is_what_is_saved(handle, data, tmp_path):

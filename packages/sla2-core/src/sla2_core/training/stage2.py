@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sla2_core.adapter import read_json, write_json
 from sla2_core.integrations.handle import SLA2Handle
+from sla2_core.training import lora
 from sla2_core.training import stage2_state as state
 from sla2_core.training.data import as_dataset, collate
 from sla2_core.training.objectives import draw_sigma, noisy_and_target
@@ -40,6 +41,8 @@ class Stage2Config:
         caption_dropout: share of the samples trained without their condition.
         autocast: "bfloat16", "float16" or None, of the forward pass.
         accumulate: micro-batches per step. gradient_checkpointing: recompute the blocks in the backward pass.
+        lora_rank: train LoRA matrices of this rank on the layers named `lora_targets` instead of the model's weights; they
+            are merged into the weights in the end. None trains the weights.
         ema: decay of an exponential moving average of what is trained, saved instead of the last weights; None is off.
         checkpoint_every, keep: steps between checkpoints, and how many to keep. seed: of every draw.
         tensorboard: also write the metrics as TensorBoard events.
@@ -61,6 +64,8 @@ class Stage2Config:
     autocast: str | None = None
     accumulate: int = 1
     gradient_checkpointing: bool = False
+    lora_rank: int | None = None
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     ema: float | None = None
     checkpoint_every: int = 50
     keep: int = 2
@@ -174,6 +179,11 @@ class _Run:
         alphas = self.family.alphas_cumprod
         self.alphas_cumprod = None if alphas is None else alphas(self.transformer.config)
         self.frozen = _freeze(handle, config)
+        if config.lora_rank:
+            lora.add(self.transformer, config.lora_rank, config.lora_targets, config.seed)
+            groups = handle.parameters()  # peft froze all of them
+            for parameter in groups["alpha"] + groups["proj"]:
+                parameter.requires_grad_(config.alpha_learning_rate > 0)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         groups = handle.parameters()
@@ -226,7 +236,11 @@ class _Run:
                 parameter.requires_grad_(flag)
             self.model.eval()
         report.adapter = str(self.folder / "adapter")
-        state.save_adapter(self.handle, self.accelerator, self.model, self.ema, self.folder / "adapter")
+        if self.ema is not None:
+            state.use_ema(self.ema, self.model)
+        if config.lora_rank:
+            lora.merge(self.transformer)
+        state.save_adapter(self.handle, self.accelerator, self.model, self.folder / "adapter")
         return report
 
     def _one_step(self, step: int) -> tuple[float, float]:
@@ -339,7 +353,7 @@ def _freeze(handle: SLA2Handle, config: Stage2Config) -> list[tuple[nn.Parameter
         parameter.requires_grad_(False)
     for parameter in groups["alpha"] + groups["proj"]:
         parameter.requires_grad_(config.alpha_learning_rate > 0)
-    if config.learning_rate == 0:
+    if config.learning_rate == 0 or config.lora_rank:
         for parameter in groups["model"]:
             parameter.requires_grad_(False)
     return before

@@ -120,17 +120,18 @@ def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
             ema[_plain_name(name)].lerp_(parameter, 1 - decay)
 
 
-def save_adapter(
-    handle: SLA2Handle, accelerator, model: nn.Module, ema: dict[str, Tensor] | None, folder: Path
-) -> None:
-    """Put the moving average (if there is one) into the model, and write what was trained as an adapter."""
+@torch.no_grad()
+def use_ema(ema: dict[str, Tensor], model: nn.Module) -> None:
+    """Put the moving average into the model."""
+    for name, parameter in model.named_parameters():
+        if _plain_name(name) in ema:
+            parameter.copy_(ema[_plain_name(name)])
+
+
+def save_adapter(handle: SLA2Handle, accelerator, model: nn.Module, folder: Path) -> None:
+    """Write what was trained as an adapter, gathered from all processes."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    if ema is not None:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if _plain_name(name) in ema:
-                    parameter.copy_(ema[_plain_name(name)])
     weights = get_model_state_dict(model, options=_options())
     if accelerator.is_main_process:
         handle.save(folder, include_model=True, state=weights)
