@@ -240,6 +240,7 @@ def test_of_200_videos_10_broken_in_ten_ways_190_are_scored(make_folder, tmp_pat
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
 
 
+@pytest.mark.slow
 def test_ray_workers_give_the_bytes_of_one_process(make_folder, tmp_path, runs):
     videos = make_folder("a", 5, height=32, width=32)
     runs.score(videos, tmp_path / "one")
