@@ -37,6 +37,20 @@ def _threads(q: Tensor, indices: Tensor, block_k: int) -> int:
     return 1 if pairs * q.shape[3] < _ALONE else torch.get_num_threads()
 
 
+def cpu_stages():
+    """A context manager: a dict that receives the seconds of each CPU kernel that runs inside, by name."""
+    from sla2_kernels.cpu.build import stages
+
+    return stages()
+
+
+def cpu_compile_seconds() -> dict[str, float]:
+    """Seconds that this process spent compiling the CPU kernels it used, or loading them from the cache, by name."""
+    from sla2_kernels.cpu.build import compile_seconds
+
+    return compile_seconds()
+
+
 def rounded(
     q: Tensor, k: Tensor, v: Tensor, block_q: int, block_k: int, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -135,6 +135,7 @@ def _kernel_cache() -> Finding:
 def _backends() -> list[Finding]:
     """Each backend of the operator, tried on a small input."""
     import torch
+    from sla2_core import ops
     from sla2_core.config import BACKENDS
     from sla2_core.functional import resolve_backend
 
@@ -147,7 +148,11 @@ def _backends() -> list[Finding]:
         try:
             resolved = resolve_backend(backend, device)
             _try(resolved, device)
-            found.append(Finding(f"backend {backend}", "works", "runs and agrees with the reference"))
+            detail = "runs and agrees with the reference"
+            if backend == "cpu":
+                seconds = sum(ops.cpu_compile_seconds().values())
+                detail += f"; its kernels took {seconds:.1f} s to compile or to load from the cache"
+            found.append(Finding(f"backend {backend}", "works", detail))
         except Exception as error:
             status = "broken" if backend in ("reference", "cpu") else "missing"
             found.append(Finding(f"backend {backend}", status, " ".join(str(error).split())[:120]))

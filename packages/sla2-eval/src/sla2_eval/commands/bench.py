@@ -10,7 +10,8 @@ import click
 
 from sla2_eval.commands.tables import show
 
-# name -> module with `measure(report, quick) -> {"suite", "hardware", "rows": [...], ...}` and COLUMNS, the table's columns
+# name -> module with `measure(report, quick) -> {"suite", "hardware", "rows": [...], ...}`, COLUMNS of the table, and
+# perhaps plot(result, path)
 SUITES = {"paper": "sla2_eval.bench_paper", "cpu": "sla2_eval.bench_cpu"}
 
 
@@ -20,7 +21,10 @@ SUITES = {"paper": "sla2_eval.bench_paper", "cpu": "sla2_eval.bench_cpu"}
 )
 @click.option("--quick", is_flag=True, help="Fewer settings and repetitions.")
 @click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write everything to this file."
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write everything to this file; a plot beside it.",
 )
 def command(suite, quick, json_file):
     """Time SLA2 whole and by stage against dense attention in one process, interleaved; median and spread.
@@ -39,3 +43,5 @@ def command(suite, quick, json_file):
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(result, indent=1) + "\n")
         click.echo(f"{json_file}: {len(result['rows'])} rows", err=True)
+        if hasattr(module, "plot"):
+            module.plot(result, json_file.with_suffix(".png"))

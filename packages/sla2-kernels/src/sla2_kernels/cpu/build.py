@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +22,7 @@ _registered: list = []
 _cached: set[int] = set()
 _compiled: set[tuple] = set()
 _seconds: dict[str, float] = {}
+_stages: dict[str, float] | None = None
 
 
 def inner(function):
@@ -68,6 +70,17 @@ def compile_seconds() -> dict[str, float]:
     return dict(_seconds)
 
 
+@contextmanager
+def stages():
+    """A dict that receives the seconds each kernel runs inside the `with`, by name."""
+    global _stages
+    _stages = {}
+    try:
+        yield _stages
+    finally:
+        _stages = None
+
+
 def _compile(dispatcher, arguments) -> None:
     with _lock:
         _enable_cache()
@@ -94,6 +107,14 @@ def run(dispatcher, items: int, threads: int, *arguments) -> None:
     arguments = (*arguments, 0, items)
     if (id(dispatcher), arguments[0].dtype) not in _compiled:  # the first array's dtype fixes all the others'
         _compile(dispatcher, arguments)
+    start = time.perf_counter()
+    _spread(dispatcher, items, threads, arguments)
+    if _stages is not None:
+        name = dispatcher.py_func.__name__
+        _stages[name] = _stages.get(name, 0.0) + time.perf_counter() - start
+
+
+def _spread(dispatcher, items: int, threads: int, arguments: tuple) -> None:
     if threads <= 1 or items <= 1:
         dispatcher(*arguments)
         return
