@@ -31,7 +31,8 @@ TINY = [  # heads, n_q, n_k, head_dim, dtype, precision: each kernel once, odd l
 def environment() -> dict[str, str]:
     """This process's, with the packages' sources and what prepare() fetched on PYTHONPATH."""
     paths = [*SOURCES, os.environ.get("PYTHONPATH", ""), str(ROOT / ".cache" / "gpu-check")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONDONTWRITEBYTECODE": "1"}
+    path = os.pathsep.join(p for p in paths if p)
+    return os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def missing() -> str | None:
@@ -45,12 +46,12 @@ def missing() -> str | None:
     return missing_for_cuda()
 
 
-def call(command: list[str], minutes: float) -> tuple[int, str, float]:
-    """Exit code (None after the time limit -> 124), output and seconds of a command run in the checkout."""
+def call(command: list[str], minutes: float, **more: str) -> tuple[int, str, float]:
+    """Exit code (124 after the time limit), output and seconds of a command run in the checkout, `more` in its environment."""
     start = time.monotonic()
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=environment(), timeout=60 * minutes, text=True, check=False,
+            command, cwd=ROOT, env=environment() | more, timeout=60 * minutes, text=True, check=False,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         return done.returncode, done.stdout, time.monotonic() - start
@@ -66,14 +67,14 @@ def outcome(code: int, output: str, seconds: float, **more) -> dict:
 
 
 def run_tests() -> dict:
-    """The tests marked gpu. Fetches pytest into .cache/gpu-check if this Python has none."""
+    """The tests marked gpu: the emulator's kernel tests on the GPU, and the GPU's own. Fetches pytest into .cache/gpu-check if this Python has none."""
     if importlib.util.find_spec("pytest") is None and not (ROOT / ".cache" / "gpu-check" / "pytest").is_dir():
         target = str(ROOT / ".cache" / "gpu-check")
         code, output, seconds = call([sys.executable, "-m", "pip", "install", "-q", "--target", target, "pytest"], 5)
         if code:
             return outcome(code, output, seconds, what="pytest is not installed and could not be fetched")
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels", "tests/core"]
-    code, output, seconds = call(command, 60)
+    code, output, seconds = call(command, 60, SLA2_TEST_TARGET="cuda", CUDA_LAUNCH_BLOCKING="1")
     counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
     if code == 0 and not counts.get("passed"):
         code = 5

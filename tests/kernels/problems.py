@@ -1,7 +1,8 @@
-"""Small attention problems for the kernel tests: inputs, launches on the emulator over poisoned memory, and the oracle."""
+"""Small attention problems for the kernel tests: inputs, launches over poisoned memory, and the oracle."""
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from sla2_core.router import smooth_keys
 from sla2_kernels import operator
 from sla2_kernels.launch import Pointer
 from sla2_kernels.operator_backward import backward
+from sla2_kernels.specs import architecture_of
 
 DTYPES = {
     "float32": torch.float32,
@@ -22,18 +24,32 @@ DTYPES = {
 }
 
 
+def on_gpu() -> bool:
+    """Whether the kernels run on the GPU: on pinned host memory, which both sides read, each launch waited for."""
+    return os.environ.get("SLA2_TEST_TARGET") == "cuda"
+
+
 def allocate(shape, dtype: str) -> Pointer:
     """Memory whose every byte is 0xFF: NaN in floats, -1 in integers."""
-    tensor = torch.empty(shape, dtype=DTYPES[dtype])
+    tensor = torch.empty(shape, dtype=DTYPES[dtype], pin_memory=on_gpu())
     tensor.view(torch.uint8).fill_(0xFF)
     return Pointer(tensor.data_ptr(), tensor)
 
 
 def pointer(tensor: torch.Tensor | None) -> Pointer:
-    return operator.NULL if tensor is None else Pointer(tensor.data_ptr(), tensor)
+    if tensor is None:
+        return operator.NULL
+    tensor = tensor.pin_memory() if on_gpu() else tensor
+    return Pointer(tensor.data_ptr(), tensor)
 
 
-DEVICE = operator.Device(allocate=allocate, target="emulator", arch="sm_90a")
+def _device() -> operator.Device:
+    if not on_gpu():
+        return operator.Device(allocate=allocate, target="emulator", arch="sm_90a")
+    return operator.Device(allocate=allocate, arch=architecture_of(*torch.cuda.get_device_capability()))
+
+
+DEVICE = _device()
 
 
 class Case(NamedTuple):

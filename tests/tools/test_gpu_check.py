@@ -47,7 +47,7 @@ def test_packages_are_found_by_path_alone(tool):
     ids=["passed", "failed", "nothing ran", "too long"],
 )
 def test_the_tests_are_counted(tool, monkeypatch, code, output, passed, counts):
-    monkeypatch.setattr(tool, "call", lambda command, minutes: (code, output, 1.0))
+    monkeypatch.setattr(tool, "call", lambda command, minutes, **env: (code, output, 1.0))
     found = tool.run_tests()
     assert found["passed"] is passed
     assert found["seconds"] == 1.0
