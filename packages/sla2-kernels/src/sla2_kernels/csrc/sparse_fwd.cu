@@ -8,7 +8,7 @@ constexpr int SCORE_UNROLL = SLA2_ARCH >= 90 ? HEAD_DIM / 16 : 2;
 
 // One block of threads per query block; grid (T_m, B H). Shared memory: Q | two K tiles | two V tiles, reused at the end
 // for phi(Q) | H | O. K of step t + 1 travels during Q K^T of step t, V of step t + 1 during P V of step t.
-extern "C" __global__ void __launch_bounds__(FWD_THREADS)
+extern "C" __global__ void __launch_bounds__(FWD_THREADS, 2)
 sla2_sparse_fwd(const half_bits* __restrict__ q, const half_bits* __restrict__ k, const half_bits* __restrict__ v,
                 const int* __restrict__ indices, const int* __restrict__ counts, int max_selected,
                 const int* __restrict__ kv_lengths, const half_bits* __restrict__ phi_q,
