@@ -174,7 +174,7 @@ SLA2_INLINE void prepare_block(const half_bits* x, const float* mean, int channe
 
 // Grid (T_n, B H). mean (B H, D) or null; smooth, phi (B H, n_k, D); pooled (B H, T_n, D); bytes (B H, n_k, D) and scale
 // (B H, T_n), or null.
-extern "C" __global__ void __launch_bounds__(2 * BLOCK_K)
+extern "C" __global__ void __launch_bounds__(2 * BLOCK_K, 1)
 sla2_prologue_k(const half_bits* __restrict__ k, const float* __restrict__ mean, const int* __restrict__ kv_lengths,
                 half_bits* smooth, half_bits* phi, float* pooled, unsigned char* bytes, float* scale, int num_heads,
                 int n_k, int channels) {
@@ -189,7 +189,7 @@ sla2_prologue_k(const half_bits* __restrict__ k, const float* __restrict__ mean,
 }
 
 // Grid (T_m, B H). phi (B H, n_q, D); pooled (B H, T_m, D); bytes (B H, n_q, D) and scale (B H, T_m), or null.
-extern "C" __global__ void __launch_bounds__(2 * BLOCK_Q)
+extern "C" __global__ void __launch_bounds__(2 * BLOCK_Q, 1)
 sla2_prologue_q(const half_bits* __restrict__ q, half_bits* phi, float* pooled, unsigned char* bytes, float* scale,
                 int n_q, int channels) {
     const long long bh = blockIdx.y, block = bh * gridDim.x + blockIdx.x;
