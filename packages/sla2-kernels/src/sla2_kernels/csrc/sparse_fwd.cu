@@ -3,8 +3,8 @@
 
 constexpr int KEY_TILES = BLOCK_K / 8;
 constexpr int KEY_BYTES = BLOCK_K * HALF_ROW;  // one K or V tile
-// What keeps the compiler within 255 registers; whole unrolling spills two of them before sm_90.
-constexpr int SCORE_UNROLL = SLA2_ARCH >= 90 ? HEAD_DIM / 16 : 2;
+// What keeps the compiler within 255 registers: more unrolling makes it spill a few of them.
+constexpr int SCORE_UNROLL = SLA2_ARCH == 90 ? HEAD_DIM / 16 : (SLA2_ARCH == 100 ? 1 : 2);
 
 // One block of threads per query block; grid (T_m, B H). Shared memory: Q | two K tiles | two V tiles, reused at the end
 // for phi(Q) | H | O. K of step t + 1 travels during Q K^T of step t, V of step t + 1 during P V of step t.
