@@ -107,7 +107,7 @@ _KERNELS = {
         lambda g: 2 * _backward_rows(g),
         lambda g: (2 * _backward_rows(g) + 4 * g.block_k) * g.row_bytes,
     ),
-    "sla2_sparse_bwd_kv": _Kernel("sparse_bwd.cu", lambda g: 2 * g.block_k, _backward_kv_shared),
+    "sla2_sparse_bwd_kv": _Kernel("sparse_bwd.cu", lambda g: 2 * g.block_k, _backward_kv_shared, spills=True),
     "sla2_finish_dk": _Kernel("sparse_bwd.cu", _fixed(256), _none),
     "sla2_linear_bwd_q": _Kernel(
         "linear_bwd.cu",
