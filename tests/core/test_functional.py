@@ -1,8 +1,10 @@
 """sla2_attention and block_sparse_attention: the streamed path against the dense reference, exactness, edges, bad input."""
 
+import warnings
+
 import pytest
 import torch
-from sla2_core import BlockMap, block_sparse_attention, sla2_attention, sla_attention
+from sla2_core import BlockMap, block_sparse_attention, functional, sla2_attention, sla_attention
 from sla2_core.config import PRECISIONS
 from sla2_core.reference import full_attention, linear_branch, routed_mass, sla2_reference, soft_attention
 from sla2_core.router import smooth_keys
@@ -223,3 +225,21 @@ def test_a_map_for_other_lengths_or_heads_is_refused():
     fewer = BlockMap.from_mask(mask[:, :1], n_q=63, n_k=111, **BLOCKS)
     with pytest.raises(ValueError, match="block_map: expected \\(B, H\\)"):
         sla2_attention(q, k, v, fewer, alpha)
+
+
+def test_backends_that_cannot_run_say_so_in_one_line():
+    q, k, v, alpha, _, bm = inputs()
+    for backend in ("cuda", "emulator"):
+        with pytest.raises(RuntimeError, match=f"^backend='{backend}': ") as caught:
+            sla2_attention(q, k, v, bm, alpha, backend=backend)
+        assert "\n" not in str(caught.value)
+
+
+def test_auto_falls_back_to_the_reference_with_one_warning():
+    functional._warn_fallback.cache_clear()
+    with pytest.warns(RuntimeWarning, match="the dense reference runs"):
+        assert functional.resolve_backend("auto", torch.device("cuda")) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert functional.resolve_backend("auto", torch.device("cuda")) == "reference"
+        assert functional.resolve_backend("auto", torch.device("cpu")) == "cpu"

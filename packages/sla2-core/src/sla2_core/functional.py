@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -21,15 +24,37 @@ from sla2_core.router import smooth_keys
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that runs for tensors on `device`. Raises RuntimeError naming what is missing for an explicit choice."""
+    """The backend that runs for tensors on `device`: "cpu" or "reference".
+
+    "auto" takes the CPU kernels for CPU tensors; elsewhere it falls back to the dense reference, with one warning.
+    Raises RuntimeError naming what is missing for an explicit choice.
+    """
     check_backend(backend)
     if backend == "auto":
-        backend = "cuda" if device.type == "cuda" else "cpu"
+        if device.type == "cpu":
+            return "cpu"
+        _warn_fallback(device.type)
+        return "reference"
     if backend == "cpu" and device.type != "cpu":
         raise RuntimeError(f"backend: expected CPU tensors for 'cpu', got tensors on {device}")
+    if backend == "cuda":
+        from sla2_kernels.launch import require_cuda
+
+        require_cuda()
     if backend in ("cuda", "emulator"):
-        raise RuntimeError(f"backend: {backend!r} needs the CUDA kernels, which this version does not have")
+        raise RuntimeError(
+            f"backend={backend!r}: the CUDA kernels are not behind this function yet, see sla2_kernels.operator"
+        )
     return backend
+
+
+@functools.cache
+def _warn_fallback(kind: str) -> None:
+    warnings.warn(
+        f"sla2: no kernels behind these functions for {kind} tensors yet: the dense reference runs, with N x N memory",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _work(x: Tensor) -> Tensor:
