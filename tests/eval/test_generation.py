@@ -17,7 +17,11 @@ from sla2_eval.generation import (
 from sla2_eval.manifest import read_manifest
 from sla2_eval.video import read_video
 
-PROMPTS = ["a red circle moving horizontally", "a blue square moving vertically", "a cyan triangle moving horizontally behind a red square"]
+PROMPTS = [
+    "a red circle moving horizontally",
+    "a blue square moving vertically",
+    "a cyan triangle moving horizontally behind a red square",
+]
 
 
 class Recorder:
