@@ -179,7 +179,7 @@ def test_caption_accuracy_reads_shapes_and_refuses_other_captions():
     frames = (scene * 255).round().astype(np.uint8).repeat(4, 1).repeat(4, 2)
     score = metrics.load("caption_accuracy", {})
     assert score(video(frames, prompt=caption)) == 1.0
-    assert score(video(frames[::-1], prompt=caption)) == 0.0 or "colliding" in caption
+    assert score(video(frames.swapaxes(1, 2), prompt=caption)) == 0.0  # along the other axis
     assert score(video(np.zeros_like(frames), prompt=caption)) == 0.0
     with pytest.raises(ValueError, match="caption"):
         score(video(frames, prompt="a dog"))
