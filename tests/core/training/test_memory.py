@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,10 +34,17 @@ print(step(int(sys.argv[1])))
 """
 
 
+# Without these glibc keeps freed blocks in one arena a thread, and the same step reads 166 MB or 224 MB.
+GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
 def megabytes(tokens: int) -> float:
     """Peak above the memory before, of one step, in a process of its own: allocators keep what an earlier step freed."""
     command = [sys.executable, "-c", MEASURE, str(tokens)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=300, env=os.environ | GIVE_BACK
+    )
+    return float(done.stdout)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from Linux's /proc")
@@ -44,4 +52,4 @@ def test_twice_the_tokens_take_about_twice_the_memory():
     """Quadratic growth would take four times as much; a score matrix of N x N alone 268 MB at the longer length."""
     half, whole = megabytes(2047), megabytes(4095)
     assert half > 20  # the measurement sees something
-    assert whole < 2.8 * half
+    assert whole < 2.4 * half
