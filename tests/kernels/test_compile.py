@@ -263,5 +263,22 @@ def test_nvrtc_is_found_in_either_wheel(layout, expected, tmp_path, monkeypatch)
         monkeypatch.delenv(name, raising=False)
     found = [path.name for path in compile._candidates() if path.is_relative_to(tmp_path)]
     assert found == expected
+    monkeypatch.setattr(compile, "_driver_major", lambda: 99)
+    assert compile.find_nvrtc().name == expected[0]
     monkeypatch.setattr(compile, "_driver_major", lambda: 12)  # a driver of CUDA 12 does not load what 13 built
     assert compile.find_nvrtc().name == expected[-1]
+
+
+def test_nvrtc_gets_the_builtins_that_lie_beside_it(tmp_path, monkeypatch):
+    for name in ("libnvrtc.so.13", "libnvrtc-builtins.so.13.0", "libnvrtc-builtins.alt.so.13.0"):
+        (tmp_path / name).write_text("")
+    opened = []
+
+    class Library:
+        def __init__(self, path):
+            opened.append(Path(path).name)
+            self.nvrtcGetErrorString = lambda: None
+
+    monkeypatch.setattr(compile.ctypes, "CDLL", Library)
+    compile._library.__wrapped__(tmp_path / "libnvrtc.so.13")
+    assert opened == ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13"]

@@ -99,6 +99,9 @@ def _driver_major() -> int:
 
 @cache
 def _library(path: Path) -> ctypes.CDLL:
+    # NVRTC opens its builtins by name alone, and the wheels of CUDA 13.0 name no folder to look in.
+    for builtins in sorted(path.resolve().parent.glob("libnvrtc-builtins.so*")):
+        ctypes.CDLL(str(builtins))
     library = ctypes.CDLL(str(path))
     library.nvrtcGetErrorString.restype = ctypes.c_char_p
     return library

@@ -7,7 +7,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -104,8 +104,28 @@ def launch(
         return run(kernel.handle, *sizes, shared_bytes, values)
     import cupy
 
-    with cupy.cuda.Device(kernel.device), cupy.cuda.ExternalStream(stream or 0, kernel.device):
+    with cupy.cuda.Device(kernel.device), _cupy_stream(stream or 0, kernel.device):
         kernel.handle(*sizes, tuple(values), shared_mem=shared_bytes)
+
+
+class _StreamHandle:
+    """A cudaStream_t in the CUDA stream protocol."""
+
+    def __init__(self, handle: int):
+        self.handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
+@lru_cache(maxsize=256)
+def _cupy_stream(handle: int, device: int):
+    """CuPy's view of a stream that somebody else owns."""
+    import cupy
+
+    if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14; ExternalStream is deprecated there
+        return cupy.cuda.Stream.from_external(_StreamHandle(handle))
+    return cupy.cuda.ExternalStream(handle, device)
 
 
 def _driver_version() -> int | None:
