@@ -89,3 +89,13 @@ extern "C" __global__ void __launch_bounds__(64) misaligned(const float* in, flo
     ldmatrix_x4(r, shared + 16 * (threadIdx.x % 32) + 8);
     out[threadIdx.x] = r[0];
 }
+
+// The neighbour's value through cp.async by a quarter of the threads: each waits for its own copies, not for the others'.
+extern "C" __global__ void __launch_bounds__(64) copied_neighbour(const float* in, float* out, int barrier) {
+    SLA2_DYNAMIC_SHARED(bytes);
+    if (threadIdx.x < 16) cp_async_16(bytes + 16 * threadIdx.x, in + 4 * threadIdx.x, 16);
+    cp_async_commit();
+    cp_async_wait<0>();
+    if (barrier) __syncthreads();
+    out[threadIdx.x] = reinterpret_cast<float*>(bytes)[63 - threadIdx.x];
+}

@@ -1,15 +1,148 @@
-"""Runs one kernel of planted.cu in a process of its own, for test_sanitizers.py: `python sanitized.py CASE`."""
+"""Runs one family of kernels, or one planted fault, for test_sanitizers.py: `python sanitized.py CASE`.
+
+In a process of its own and without torch, whose start and memory the sanitizers slow down. Shapes are the smallest that
+have several warps, a short last block on both axes and padding keys.
+"""
 
 import sys
 from pathlib import Path
 
 import numpy as np
-from sla2_kernels.emulator.emulate import EmulatorError
+from sla2_kernels.emulator.emulate import EmulatorError, poisoned
 from sla2_kernels.launch import Pointer, launch, load
+from sla2_kernels.operator import (
+    NULL,
+    Alpha,
+    Device,
+    Forward,
+    Linear,
+    Map,
+    Problem,
+    Prologue,
+    linear_states,
+    prologue,
+    route,
+    sparse_forward,
+)
+from sla2_kernels.operator_backward import backward, transpose_map
 from sla2_kernels.specs import KernelSpec
 
+TYPES = {"float32": np.float32, "int32": np.int32, "uint32": np.uint32, "uint8": np.uint8, "bfloat16": np.uint16}
+DRAW = np.random.default_rng(0)
+N, LENGTH, WIDTH, BLOCK_Q, BLOCK_K = 70, 66, 64, 64, 32
+T_M, T_N = 2, 3
 
-def run(entry, *args, shared=2048, grid=1):
+
+def allocate(shape, dtype):
+    return Pointer.of(poisoned(shape, TYPES[dtype]))
+
+
+def floats(*shape):
+    """fp32 in [0.5, 1)."""
+    return Pointer.of(DRAW.uniform(0.5, 1.0, shape).astype(np.float32))
+
+
+def halves(*shape):
+    """bfloat16 in [0.5, 1)."""
+    return Pointer.of((floats(*shape).owner.view(np.uint32) >> 16).astype(np.uint16))
+
+
+def octets(*shape):
+    """Small int8 values, which are finite as FP8 too."""
+    return Pointer.of(DRAW.integers(0, 100, shape).astype(np.uint8))
+
+
+def problem(precision="full", head_dim=WIDTH):
+    lengths = Pointer.of(np.array([LENGTH], np.int32))
+    return Problem(
+        batch=1, heads=1, n_q=N, n_k=N, head_dim=head_dim, block_q=BLOCK_Q, block_k=BLOCK_K, precision=precision,
+        kv_lengths=lengths,
+    )  # fmt: skip
+
+
+def block_map():
+    """Row block 0 selects key blocks 0 and 2, row block 1 selects 1."""
+    indices = np.array([[[[0, 2], [1, -1]]]], np.int32)
+    return Map(Pointer.of(indices), Pointer.of(np.array([[[2, 1]]], np.int32)), 2)
+
+
+def written(*pointers):
+    """Fail unless every value is finite: what a kernel leaves out is still NaN."""
+    for pointer in pointers:
+        array = pointer.owner
+        finite = np.isfinite(array) if array.dtype == np.float32 else (array & 0x7F80) != 0x7F80
+        assert finite.all(), f"{(~finite).sum()} of {array.size} values are not finite"
+
+
+DEVICE = Device(allocate=allocate, target="emulator", arch="sm_90a")
+ALPHA = Alpha(floats(1, 1, T_M), (0, 0, 1))
+
+
+def run_prologue():
+    inputs = (halves(1, 1, N, 48) for _ in range(3))
+    made = prologue(DEVICE, problem("int8", 48), *inputs, pool=True)
+    written(made.k, made.phi_q, made.phi_k, made.pooled_q, made.pooled_k, made.q_scale, made.k_scale, made.v_scale)
+
+
+def run_route():
+    weight = floats(1, WIDTH, WIDTH)
+    found, scores = route(DEVICE, problem(), floats(1, T_M, WIDTH), floats(1, T_N, WIDTH), weight, weight, 1, 0.5)
+    written(scores)
+    assert found.counts.owner.tolist() == [[[2, 2]]]
+    bits = Pointer.of(np.array([[[5], [2]]], np.uint32))
+    columns = transpose_map(DEVICE, problem(), bits, 2)
+    assert columns.offsets.owner.tolist() == [[0, 1, 2, 3]]
+    assert columns.rows.owner[0, :3].tolist() == [0, 1, 0]
+
+
+def run_states():
+    made = Prologue(q=NULL, k=NULL, v=halves(1, N, WIDTH), phi_k=halves(1, N, WIDTH))
+    found = linear_states(DEVICE, problem(), made, block_map())
+    written(found.state, found.norm, found.rest_inverse)
+
+
+def states():
+    rest = Pointer.of(np.array([[1.0, 0.5]], np.float32))
+    bits = Pointer.of(np.array([[[5], [2]]], np.uint32))
+    state, norm = halves(1, T_M, WIDTH, WIDTH), floats(1, T_M, WIDTH)
+    return Linear(bits=bits, rest_inverse=rest, state=state, norm=norm)
+
+
+def run_forward():
+    q, k, v, phi_q = (halves(1, N, WIDTH) for _ in range(4))
+    made = Prologue(q=q, k=k, v=v, phi_q=phi_q)
+    written(*sparse_forward(DEVICE, problem(), made, block_map(), states(), ALPHA, True))
+
+
+def run_low_bit():
+    made = Prologue(
+        q=NULL, k=NULL, v=NULL, phi_q=halves(1, N, WIDTH), q_bytes=octets(1, N, WIDTH), k_bytes=octets(1, N, WIDTH),
+        v_bytes=octets(1, T_N, WIDTH, BLOCK_K), q_scale=floats(1, T_M), k_scale=floats(1, T_N), v_scale=floats(1, WIDTH),
+    )  # fmt: skip
+    written(*sparse_forward(DEVICE, problem("int8"), made, block_map(), states(), ALPHA, True))
+
+
+def run_backward():
+    q, k, v, phi_q, phi_k, out, out_sparse, grad = (halves(1, N, WIDTH) for _ in range(8))
+    saved = Forward(
+        out=out, lse=Pointer.of(np.full((1, 1, N), 40.0, np.float32)), block_map=block_map(), alpha=ALPHA, linear=states(),
+        prologue=Prologue(q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k), out_sparse=out_sparse, smooth_k=True,
+    )  # fmt: skip
+    found = backward(DEVICE, problem(), saved, grad)
+    written(found.d_q, found.d_k, found.d_v, found.d_alpha)
+
+
+KERNELS = {
+    "prologue": run_prologue,
+    "route": run_route,
+    "states": run_states,
+    "forward": run_forward,
+    "low_bit": run_low_bit,
+    "backward": run_backward,
+}
+
+
+def planted(entry, *args, shared=2048, grid=1):
     source = str(Path(__file__).with_name("planted.cu"))
     spec = KernelSpec(source=source, entry=entry, arch="sm_89", threads=64, shared_bytes=shared)
     args = [Pointer.of(a) if isinstance(a, np.ndarray) else np.int32(a) for a in args]
@@ -18,21 +151,24 @@ def run(entry, *args, shared=2048, grid=1):
 
 def main(case):
     values, out = np.arange(64, dtype=np.float32), np.zeros(64, np.float32)
-    if case == "right":
-        for entry in ("neighbour", "warp_neighbour"):
-            run(entry, values, out, 1)
-        run("past_the_end", out, 64, 0, shared=256)
-        run("stages", np.zeros(512, np.float32), np.zeros(192, np.float32))
+    if case in KERNELS:
+        KERNELS[case]()
+    elif case == "right":
+        for entry in ("neighbour", "warp_neighbour", "copied_neighbour"):
+            planted(entry, values, out, 1)
+        planted("past_the_end", out, 64, 0, shared=256)
+        planted("stages", np.zeros(512, np.float32), np.zeros(192, np.float32))
     elif case.startswith("past"):
-        run("past_the_end", out, 64, int(case[-1]), shared=256, grid=2)
+        planted("past_the_end", out, 64, int(case[-1]), shared=256, grid=2)
     elif case == "skips_shuffle":
         try:
-            run("skips_shuffle", out, 5)
+            planted("skips_shuffle", out, 5)
         except EmulatorError as error:
             print(error)
     else:
-        run(case, values, out, 0)
+        planted(case, values, out, 0)
     print("finished")
 
 
-main(sys.argv[1])
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -26,10 +26,10 @@ def planted(entry, *args, shared=2048):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("entry", ["neighbour", "warp_neighbour"])
+@pytest.mark.parametrize("entry", ["neighbour", "warp_neighbour", "copied_neighbour"])
 def test_a_missing_barrier_shows_in_every_order(entry, order):
     values = np.arange(64, dtype=np.float32)
-    expected = values[::-1] if entry == "neighbour" else values.reshape(-1, 2)[:, ::-1].ravel()
+    expected = values.reshape(-1, 2)[:, ::-1].ravel() if entry == "warp_neighbour" else values[::-1]
     right, wrong = poisoned((64,), np.float32), poisoned((64,), np.float32)
     with lanes(order):
         planted(entry, values, right, 1)

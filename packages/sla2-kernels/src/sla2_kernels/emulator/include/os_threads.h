@@ -126,16 +126,18 @@ struct Pool {
     std::condition_variable changed;
     std::vector<std::thread> threads;
     Block* block = nullptr;
+    size_t count = 0;  // threads of the block that runs; 0 between blocks, when `block` points to nothing
     unsigned round = 0;
     size_t left = 0;
+    bool stopping = false;
     char started = 0, ended = 0;
 
     Thread* next(size_t index, unsigned& seen) {
         Hidden hidden;
         std::unique_lock<std::mutex> lock(mutex);
-        changed.wait(lock, [&] { return round != seen && (!block || index < block->threads.size()); });
+        changed.wait(lock, [&] { return stopping || (round != seen && index < count); });
         seen = round;
-        return block ? &block->threads[index] : nullptr;
+        return stopping ? nullptr : &block->threads[index];
     }
 
     void finish() {
@@ -161,10 +163,11 @@ struct Pool {
             Hidden hidden;
             std::unique_lock<std::mutex> lock(mutex);
             block = &next;
-            left = next.threads.size();
+            left = count = next.threads.size();
             round++;
             changed.notify_all();
             changed.wait(lock, [&] { return left == 0; });
+            count = 0;
         }
         __tsan_acquire(&ended);
     }
@@ -172,8 +175,7 @@ struct Pool {
     ~Pool() {
         {
             std::lock_guard<std::mutex> lock(mutex);
-            block = nullptr;
-            round++;
+            stopping = true;
         }
         changed.notify_all();
         for (std::thread& thread : threads) thread.join();
