@@ -28,6 +28,7 @@ ORDER = {
         block_map
         quantize
         ops
+        cuda_ops
         softtopk
         router
         mixing

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sla2_core.block_map import BlockMap
+from sla2_core import cuda_ops
+from sla2_core.block_map import BlockMap, Rows
 from sla2_core.checks import check_choice, check_kv_lengths, check_qkv
 from sla2_core.config import SLA2Config, heuristic_router
-from sla2_core.functional import sla2_attention, sla_attention
+from sla2_core.functional import CUDA_BACKENDS, backend_for, sla2_attention, sla_attention
 from sla2_core.mixing import Mixing
-from sla2_core.router import Float32Module, Router, pool, smooth_keys, top_k_map
+from sla2_core.router import Float32Module, Router, pool, smooth_pooled, top_k_map
 
 LAYOUTS = ("bhnd", "bnhd")
 
@@ -46,14 +47,32 @@ class _RoutedAttention(nn.Module):
                 raise ValueError(f"q: expected {name}={expected} as in the configuration, got {q.shape[index]}")
         return q, k, v, check_kv_lengths(kv_lengths, q, k)
 
-    def _route(self, q: Tensor, k: Tensor, lengths: Tensor | None) -> tuple[Tensor, BlockMap]:
-        config = self.config
-        scores = self.router.scores(pool(q, config.block_q), pool(k, config.block_k, lengths))
-        block_map = top_k_map(
-            scores, config.topk, block_q=config.block_q, block_k=config.block_k,
-            n_q=q.shape[2], n_k=k.shape[2], kv_lengths=lengths,
-        )  # fmt: skip
+    def _route(
+        self, q: Tensor, k: Tensor, lengths: Tensor | None, smooth: bool, backend: str
+    ) -> tuple[Tensor, BlockMap]:
+        config, router = self.config, self.router
+        sizes = dict(block_q=config.block_q, block_k=config.block_k, n_q=q.shape[2], n_k=k.shape[2])
+        if backend in CUDA_BACKENDS:
+            pooled_q, pooled_k = cuda_ops.pool(q, k, lengths, config.block_q, config.block_k, backend)
+        else:
+            pooled_q, pooled_k = pool(q, config.block_q), pool(k, config.block_k, lengths)
+        if smooth:
+            pooled_k = smooth_pooled(pooled_k, k.shape[2], config.block_k, lengths)
+        if backend in CUDA_BACKENDS:
+            scores, indices, counts = cuda_ops.route(
+                pooled_q, pooled_k, router.weight_q, router.weight_k, lengths, *sizes.values(), config.topk, backend
+            )
+            return scores, BlockMap._trusted(Rows(indices, counts), **sizes)
+        scores = router.scores(pooled_q, pooled_k)
+        block_map = top_k_map(scores, config.topk, kv_lengths=lengths, **sizes)
+        if lengths is not None:
+            start = torch.arange(scores.shape[-1], device=q.device) * config.block_k
+            scores = scores.masked_fill((start >= lengths[:, None])[:, None, None], -torch.inf)
         return scores, block_map
+
+    def _backend(self, q: Tensor) -> str:
+        c = self.config
+        return backend_for(q, (c.block_q, c.block_k), c.precision, c.qat_backward, c.backend)
 
     def extra_repr(self) -> str:
         c = self.config
@@ -91,19 +110,14 @@ class SLA2Attention(_RoutedAttention):
             TypeError, ValueError: an argument of another shape, dtype or device than the configuration or q's.
         """
         q, k, v, lengths = self._enter(q, k, v, layout, kv_lengths)
-        config = self.config
+        config, backend = self.config, self._backend(q)
         with torch.autocast(q.device.type, enabled=False):
-            if config.smooth_k:
-                k = smooth_keys(k, lengths)
             with torch.set_grad_enabled(torch.is_grad_enabled() and config.alpha == "mass"):
-                scores, block_map = self._route(q, k, lengths)
-            if lengths is not None:
-                start = torch.arange(scores.shape[-1], device=q.device) * config.block_k
-                scores = scores.masked_fill((start >= lengths[:, None])[:, None, None], -torch.inf)
-            alpha = self.mixing(scores, block_map.mask())
+                scores, block_map = self._route(q, k, lengths, config.smooth_k, backend)
+            alpha = self.mixing(scores, block_map.mask() if config.alpha == "mass" else None)
         out = sla2_attention(
             q, k, v, block_map, alpha, precision=config.precision, qat_backward=config.qat_backward,
-            smooth_k=False, kv_lengths=lengths, backend=config.backend,
+            smooth_k=config.smooth_k, kv_lengths=lengths, backend=backend,
         )  # fmt: skip
         out = out.transpose(1, 2) if layout == "bnhd" else out
         return (out, AttentionInfo(block_map, alpha.detach(), block_map.sparsity)) if return_info else out
@@ -138,11 +152,12 @@ class SLAAttention(_RoutedAttention):
     ):
         """As SLA2Attention.forward; the info's alpha is None."""
         q, k, v, lengths = self._enter(q, k, v, layout, kv_lengths)
+        backend = self._backend(q)
         with torch.no_grad():
-            _, block_map = self._route(q, smooth_keys(k, lengths), lengths)
+            _, block_map = self._route(q, k, lengths, True, backend)
         out = sla_attention(
             q, k, v, block_map, self.proj.weight, self.proj.bias,
-            precision=self.config.precision, kv_lengths=lengths, backend=self.config.backend,
+            precision=self.config.precision, kv_lengths=lengths, backend=backend,
         )  # fmt: skip
         out = out.transpose(1, 2) if layout == "bnhd" else out
         return (out, AttentionInfo(block_map, None, block_map.sparsity)) if return_info else out

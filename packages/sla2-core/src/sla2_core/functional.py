@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from sla2_core import ops, reference, streamed
-from sla2_core.block_map import BlockMap
+from sla2_core import cuda_ops, ops, reference, streamed
+from sla2_core.block_map import BlockMap, Rows
 from sla2_core.checks import (
     check_alpha,
     check_backend,
@@ -22,39 +23,44 @@ from sla2_core.checks import (
 from sla2_core.config import QAT_BACKWARDS
 from sla2_core.router import smooth_keys
 
+CUDA_BACKENDS = ("cuda", "emulator")
 
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that runs for tensors on `device`: "cpu" or "reference".
 
-    "auto" takes the CPU kernels for CPU tensors; elsewhere it falls back to the dense reference, with one warning.
-    Raises RuntimeError naming what is missing for an explicit choice.
+def resolve_backend(backend: str, device: torch.device, unfit: Callable[[str], str | None] = lambda _: None) -> str:
+    """The backend that runs for tensors on `device`: "cpu", "cuda", "emulator" or "reference".
+
+    "auto" takes the CPU kernels for CPU tensors and the CUDA kernels for CUDA tensors; where those are missing, or unfit(),
+    called with "cuda" or "emulator", says why they cannot take the call, it falls back to the dense reference with one
+    warning. For an explicit choice: RuntimeError naming what is missing, ValueError with what unfit() says.
     """
     check_backend(backend)
     if backend == "auto":
         if device.type == "cpu":
             return "cpu"
-        _warn_fallback(device.type)
-        return "reference"
-    if backend == "cpu" and device.type != "cpu":
-        raise RuntimeError(f"backend: expected CPU tensors for 'cpu', got tensors on {device}")
-    if backend == "cuda":
-        from sla2_kernels.launch import require_cuda
-
-        require_cuda()
-    if backend in ("cuda", "emulator"):
-        raise RuntimeError(
-            f"backend={backend!r}: the CUDA kernels are not behind this function yet, see sla2_kernels.operator"
-        )
+        reason = cuda_ops.missing() if device.type == "cuda" else f"no kernels for {device.type} tensors"
+        if reason := reason or unfit("cuda"):
+            _warn_fallback(reason)
+            return "reference"
+        return "cuda"
+    if backend == "cuda" and (reason := cuda_ops.missing()):
+        raise RuntimeError(f"backend='cuda': {reason}")
+    kind = {"cpu": "cpu", "cuda": "cuda", "emulator": "cpu"}.get(backend, device.type)
+    if device.type != kind:
+        raise RuntimeError(f"backend: expected {kind.upper()} tensors for {backend!r}, got tensors on {device}")
+    if backend in ("cuda", "emulator") and (reason := unfit(backend)):
+        raise ValueError(reason)
     return backend
 
 
 @functools.cache
-def _warn_fallback(kind: str) -> None:
-    warnings.warn(
-        f"sla2: no kernels behind these functions for {kind} tensors yet: the dense reference runs, with N x N memory",
-        RuntimeWarning,
-        stacklevel=4,
-    )
+def _warn_fallback(reason: str) -> None:
+    warnings.warn(f"sla2: the dense reference runs, with N x N memory: {reason}", RuntimeWarning, stacklevel=5)
+
+
+def backend_for(q: Tensor, blocks: tuple[int, int], precision: str, qat_backward: str, backend: str) -> str:
+    """resolve_backend for a call of the operator on q (B, H, N_q, d) with blocks of (block_q, block_k) tokens."""
+    sizes = (q.dtype, q.shape[3], blocks, precision, qat_backward)
+    return resolve_backend(backend, q.device, lambda target: cuda_ops.unfit(target, q.device.index, *sizes))
 
 
 def _work(x: Tensor) -> Tensor:
@@ -80,12 +86,27 @@ def _attention(q, k, v, block_map: BlockMap, alpha, lengths, precision: str) -> 
     )
 
 
-def _linear_attention(q, k, v, block_map: BlockMap, lengths) -> Tensor:
-    """Linear attention over all blocks: the operator where nothing is selected."""
-    counts = torch.zeros_like(block_map.counts)
-    alpha = torch.zeros(counts.shape, dtype=q.dtype)
+def _cuda_attention(
+    q, k, v, block_map: BlockMap, alpha, lengths, precision: str, smooth_k: bool, target: str
+) -> tuple[Tensor, Tensor]:
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, alpha))
     sizes = (lengths, block_map.block_q, block_map.block_k)
-    return ops.attention(q, k, v, block_map.indices[..., :1], counts, alpha, *sizes, "full")[0]
+    out, lse, *_ = cuda_ops.attention(
+        q, k, v, block_map.indices, block_map.counts, alpha, *sizes, precision, smooth_k, save, target
+    )
+    return out, lse
+
+
+def _linear_attention(q, k, v, block_map: BlockMap, lengths, backend: str) -> Tensor:
+    """Linear attention over all blocks: the operator where nothing is selected."""
+    nothing = BlockMap._trusted(
+        Rows(block_map.indices[..., :1], torch.zeros_like(block_map.counts)),
+        block_q=block_map.block_q, block_k=block_map.block_k, n_q=block_map.n_q, n_k=block_map.n_k,
+    )  # fmt: skip
+    alpha = torch.zeros(block_map.counts.shape, dtype=_work(q).dtype, device=q.device)
+    if backend in CUDA_BACKENDS:
+        return _work(_cuda_attention(q, k, v, nothing, alpha, lengths, "full", False, backend)[0])
+    return _attention(_work(q), _work(k), _work(v), nothing, alpha, lengths, "full")[0]
 
 
 def block_sparse_attention(
@@ -121,10 +142,15 @@ def block_sparse_attention(
     check_precision(precision)
     check_choice("qat_backward", qat_backward, QAT_BACKWARDS)
     lengths = check_kv_lengths(kv_lengths, q, k)
-    if resolve_backend(backend, q.device) == "reference":
+    blocks = (block_map.block_q, block_map.block_k)
+    backend = backend_for(q, blocks, precision, qat_backward, backend)
+    if backend == "reference":
         out, lse = reference.block_sparse_reference(q, k, v, block_map, precision=precision, kv_lengths=lengths)
         return out, lse.detach()
     with torch.autocast(q.device.type, enabled=False):
+        if backend in CUDA_BACKENDS:
+            out, lse = _cuda_attention(q, k, v, block_map, None, lengths, precision, False, backend)
+            return out, lse.detach()
         if _simulated(precision, qat_backward):
             out, lse = streamed.sparse_branch(_work(q), _work(k), _work(v), block_map, lengths, precision, qat_backward)
             return out.to(q.dtype), lse
@@ -165,13 +191,17 @@ def sla2_attention(
     check_choice("qat_backward", qat_backward, QAT_BACKWARDS)
     alpha = check_alpha(alpha, q, block_map.shape[2])
     lengths = check_kv_lengths(kv_lengths, q, k)
-    if resolve_backend(backend, q.device) == "reference":
+    blocks = (block_map.block_q, block_map.block_k)
+    backend = backend_for(q, blocks, precision, qat_backward, backend)
+    if backend == "reference":
         return reference.sla2_reference(
             q, k, v, block_map, alpha, precision=precision, smooth_k=smooth_k, kv_lengths=lengths
         )
     with torch.autocast(q.device.type, enabled=False):
-        keys = smooth_keys(_work(k), lengths) if smooth_k else k
         alpha = alpha.expand(block_map.shape[:3])
+        if backend in CUDA_BACKENDS:
+            return _cuda_attention(q, k, v, block_map, alpha, lengths, precision, smooth_k, backend)[0]
+        keys = smooth_keys(_work(k), lengths) if smooth_k else k
         if not _simulated(precision, qat_backward):
             return _attention(q, keys, v, block_map, alpha, lengths, precision)[0]
         queries, keys, values = _work(q), _work(keys), _work(v)
@@ -215,13 +245,13 @@ def sla_attention(
         if x is not None and tuple(x.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
     lengths = check_kv_lengths(kv_lengths, q, k)
+    backend = backend_for(q, (block_map.block_q, block_map.block_k), "full", "paper", backend)
     with torch.autocast(q.device.type, enabled=False):
         if proj_weight is None:
             o_l = torch.zeros_like(_work(q))
         else:
-            o_l = (
-                _linear_attention(_work(q), _work(k), _work(v), block_map, lengths) @ proj_weight.to(_work(q).dtype).t()
-            )
+            o_l = _linear_attention(q, k, v, block_map, lengths, backend)
+            o_l = o_l @ proj_weight.to(o_l.dtype).t()
         if proj_bias is not None:
             o_l = o_l + proj_bias.to(o_l.dtype)
         return (o_s.to(o_l.dtype) + o_l).to(q.dtype)

@@ -58,13 +58,13 @@ class Mixing(Float32Module):
             self.slope = nn.Parameter(torch.ones(config.num_heads))
 
     def forward(
-        self, scores: Tensor, mask: Tensor, *, rows: Tensor | None = None, num_rows: int | None = None
+        self, scores: Tensor, mask: Tensor | None, *, rows: Tensor | None = None, num_rows: int | None = None
     ) -> Tensor:
         """alpha (B|1, H|1, rows) in [0, 1], fp32.
 
         Args:
             scores: router scores (B, H, rows, T_n).
-            mask: the selected blocks, bool or soft, of the same shape.
+            mask: the selected blocks, bool or soft, of the same shape; only kind "mass" reads it.
             rows: int64 (rows,), which query blocks these are; None means all, in order.
             num_rows: T_m, where `rows` is given.
         """

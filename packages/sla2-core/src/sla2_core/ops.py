@@ -1,6 +1,6 @@
-"""torch.library custom ops of the operator: CPU kernels, fake implementations, autograd.
+"""torch.library custom ops of the operator over the CPU kernels, with fake implementations and autograd.
 
-Other devices add their kernels with `attention.register_kernel` and `attention_backward.register_kernel`.
+cuda_ops.py has those over the CUDA kernels, which take other inputs and keep other tensors for the backward.
 """
 
 from __future__ import annotations
@@ -91,15 +91,20 @@ def _save_means(ctx, inputs, output) -> None:
     ctx.save_for_backward(lengths)
 
 
+def spread_means(grad: Tensor, block: int, length: int, lengths: Tensor | None) -> Tensor:
+    """The gradient of block means (B, H, T, d), on the tokens (B, H, length, d) that they are taken from."""
+    start = torch.arange(grad.shape[2], device=grad.device) * block
+    last = torch.full((1,), length, device=grad.device) if lengths is None else lengths
+    tokens = (last[:, None] - start).clamp(0, block)[:, None, :, None]
+    grad = (grad / tokens.clamp_min(1)).repeat_interleave(block, 2)[:, :, :length]
+    if lengths is not None:
+        grad = grad * (torch.arange(length, device=grad.device) < lengths[:, None])[:, None, :, None]
+    return grad
+
+
 def _differentiate_means(ctx, grad):
     (lengths,) = ctx.saved_tensors
-    start = torch.arange(grad.shape[2], device=grad.device) * ctx.block
-    last = torch.full((1,), ctx.length, device=grad.device) if lengths is None else lengths
-    tokens = (last[:, None] - start).clamp(0, ctx.block)[:, None, :, None]
-    grad = (grad / tokens.clamp_min(1)).repeat_interleave(ctx.block, 2)[:, :, : ctx.length]
-    if lengths is not None:
-        grad = grad * (torch.arange(ctx.length, device=grad.device) < lengths[:, None])[:, None, :, None]
-    return grad.to(ctx.dtype), None, None
+    return spread_means(grad, ctx.block, ctx.length, lengths).to(ctx.dtype), None, None
 
 
 block_means.register_autograd(_differentiate_means, setup_context=_save_means)

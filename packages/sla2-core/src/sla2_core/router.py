@@ -59,13 +59,20 @@ def smooth_keys(k: Tensor, lengths: Tensor | None = None) -> Tensor:
 
     The sparse branch and the top-k are unchanged by it, up to rounding; phi(K) and low-bit K are not.
     """
-    n = k.shape[2]
-    start = torch.arange(0, n, _MEAN_BLOCK, device=k.device)
-    last = torch.full((1,), n, device=k.device) if lengths is None else lengths
-    tokens = (last[:, None] - start).clamp(0, _MEAN_BLOCK)
-    means = pool(k, _MEAN_BLOCK, lengths)
+    return (k - _mean_of_means(pool(k, _MEAN_BLOCK, lengths), k.shape[2], _MEAN_BLOCK, lengths)).to(k.dtype)
+
+
+def smooth_pooled(pooled: Tensor, n: int, block: int, lengths: Tensor | None = None) -> Tensor:
+    """The block means (B, H, T_n, d) of smooth_keys(K) from those of K (N = n): the mean over tokens is theirs, weighted."""
+    return pooled - _mean_of_means(pooled, n, block, lengths)
+
+
+def _mean_of_means(means: Tensor, n: int, block: int, lengths: Tensor | None) -> Tensor:
+    start = torch.arange(0, n, block, device=means.device)
+    last = torch.full((1,), n, device=means.device) if lengths is None else lengths
+    tokens = (last[:, None] - start).clamp(0, block)
     share = (tokens / last[:, None]).to(means.dtype)[:, None, :, None]
-    return (k - (means * share).sum(2, keepdim=True)).to(k.dtype)
+    return (means * share).sum(2, keepdim=True)
 
 
 def blocks_to_select(topk: float, t_n: int) -> int:

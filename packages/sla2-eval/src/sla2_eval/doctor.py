@@ -170,7 +170,8 @@ def _try(backend: str, device) -> None:
     from sla2_core.functional import block_sparse_attention
 
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 1, 256, 64, generator=generator).to(device) for _ in range(3))
+    dtype = torch.bfloat16 if backend in ("cuda", "emulator") else torch.float32
+    q, k, v = (torch.randn(1, 1, 256, 64, generator=generator).to(device, dtype) for _ in range(3))
     mask = torch.zeros(1, 1, 2, 4, dtype=torch.bool, device=device)
     mask[..., ::2] = True
     blocks = BlockMap.from_mask(mask, block_q=128, block_k=64, n_q=256, n_k=256)

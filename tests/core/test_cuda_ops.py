@@ -1,0 +1,242 @@
+"""The custom ops over the CUDA kernels: values, gradients, opcheck, torch.compile, what they refuse.
+
+On the emulator, or with SLA2_TEST_TARGET=cuda (`make gpu-check` sets it) on the GPU.
+"""
+
+import dataclasses
+import os
+import warnings
+
+import pytest
+import torch
+from sla2_core import BlockMap, SLA2Attention, SLA2Config, SLAAttention, cuda_ops, functional
+from sla2_core.config import published_sla
+from sla2_core.functional import block_sparse_attention, sla2_attention, sla_attention
+from sla2_core.reference import sla2_reference
+from sla2_core.router import pool, top_k_map
+
+BLOCKS = {"block_q": 32, "block_k": 16}
+SIZES = tuple(BLOCKS.values())
+TARGET = os.environ.get("SLA2_TEST_TARGET", "emulator")
+DEVICE = "cuda" if TARGET == "cuda" else "cpu"
+pytestmark = [pytest.mark.gpu] if TARGET == "cuda" else []
+
+
+def inputs(n_q=63, n_k=111, d=64, dtype=torch.bfloat16, b=1, h=2):
+    """q, k, v, dO, alpha, and a map with a row of every block and a row of none."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v, grad = (torch.randn(b, h, n, d, generator=generator).to(DEVICE, dtype) for n in (n_q, n_k, n_k, n_q))
+    t_m, t_n = -(-n_q // 32), -(-n_k // 16)
+    mask = torch.rand(b, h, t_m, t_n, generator=generator) < 0.4
+    mask[0, 0, 0], mask[-1, -1, -1] = True, False
+    block_map = BlockMap.from_mask(mask.to(DEVICE), n_q=n_q, n_k=n_k, **BLOCKS)
+    return q, k + 0.5, v, grad, torch.rand(1, h, t_m, generator=generator).to(DEVICE), block_map
+
+
+def gradients(call, leaves, grad):
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    out = call(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+def assert_as_good(found, exact, plain):
+    """Error against fp64 within 2 times (gradients: 3 times) that of dense torch in 16 bit."""
+    for index, (x, right, rounded) in enumerate(zip(found, exact, plain, strict=True)):
+        factor, floor = (3 if index else 2), 1e-3 * right.abs().max()
+        error, allowed = x.double() - right, rounded.double() - right
+        assert error.abs().max() <= factor * allowed.abs().max() + floor, index
+        assert error.square().mean().sqrt() <= factor * allowed.square().mean().sqrt() + floor / 5, index
+
+
+@pytest.mark.parametrize(("n_q", "n_k", "d"), [(63, 111, 64), (33, 17, 40), (100, 95, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sla2_attention_against_the_reference_with_every_gradient(n_q, n_k, d, dtype):
+    *leaves, grad, alpha, block_map = inputs(n_q, n_k, d, dtype)
+
+    def call(function, **options):
+        return lambda q, k, v, a: function(q, k, v, block_map, a, **options)
+
+    wide = [x.double() for x in (*leaves, alpha)]
+    found = gradients(call(sla2_attention, backend=TARGET), (*leaves, alpha), grad)
+    exact = gradients(call(sla2_reference), wide, grad)
+    plain = gradients(call(sla2_reference), [x.to(dtype) for x in wide], grad)
+    assert_as_good(found, exact, plain)
+    assert found[0].dtype == dtype
+    assert found[-1].shape == alpha.shape
+
+
+@pytest.mark.parametrize("lengths", [None, [50]])
+def test_the_sparse_branch_alone_and_its_lse(lengths):
+    *leaves, grad, _, block_map = inputs()
+
+    def call(backend):
+        return lambda q, k, v: block_sparse_attention(q, k, v, block_map, backend=backend, kv_lengths=lengths)[0]
+
+    wide = [x.double() for x in leaves]
+    found = gradients(call(TARGET), leaves, grad)
+    assert_as_good(found, gradients(call("reference"), wide, grad), gradients(call("reference"), leaves, grad))
+    lse = [block_sparse_attention(*x, block_map, backend=b, kv_lengths=lengths)[1] for x, b in ((leaves, TARGET), (wide, "reference"))]  # fmt: skip
+    torch.testing.assert_close(lse[0].double(), lse[1], atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8_int8", "fp8"])
+def test_low_bit_forward_and_16_bit_backward(precision):
+    *leaves, grad, alpha, _ = inputs()
+    mask = torch.rand(1, 2, 2, 4, generator=torch.Generator().manual_seed(2)) < 0.5
+    block_map = BlockMap.from_mask(mask, n_q=63, n_k=111, block_q=32, block_k=32)
+
+    def run(precision, backend, device):
+        def call(q, k, v, a):
+            options = dict(precision=precision, smooth_k=False, backend=backend)
+            return sla2_attention(q, k, v, block_map.to(device), a, **options)
+
+        found = gradients(call, [x.to(device) for x in (*leaves, alpha)], grad.to(device))
+        return [x.double().cpu() for x in found]
+
+    low, numba, full = run(precision, TARGET, DEVICE), run(precision, "cpu", "cpu"), run("full", TARGET, DEVICE)
+    assert 1e-3 < (low[0] - full[0]).norm() / full[0].norm() < 0.1
+    for x, y in zip(low, numba, strict=True):  # the same formulas, rounding apart
+        assert (x - y).norm() <= 0.02 * y.norm()
+
+
+@pytest.mark.parametrize("alpha", ["position", "mass", "one", "published SLA"])
+@pytest.mark.parametrize("lengths", [None, [70]])
+def test_the_modules_agree_with_the_cpu_kernels_in_every_gradient(alpha, lengths):
+    *qkv, grad, _, _ = inputs(111, 95)
+    if alpha == "published SLA":
+        base = published_sla(SLA2Config(head_dim=64, num_heads=2, topk=0.3, **BLOCKS))
+        module = SLAAttention(base)
+        torch.nn.init.normal_(module.proj.weight, std=0.1)
+    else:
+        per_head = alpha == "mass"
+        base = SLA2Config(head_dim=64, num_heads=2, topk=0.3, alpha=alpha, per_head_router=per_head, **BLOCKS)
+        module = SLA2Attention(base)
+        torch.nn.init.normal_(module.router.weight_q, std=0.1)
+    found = []
+    for backend, device in ((TARGET, DEVICE), ("cpu", "cpu")):
+        module.to(device).config = dataclasses.replace(base, backend=backend)
+        leaves = [x.detach().to(device, copy=True).requires_grad_() for x in qkv]
+        out, info = module(*leaves, kv_lengths=lengths, return_info=True)
+        module.zero_grad()
+        out.backward(grad.to(device))
+        grads = [x.grad for x in (*leaves, *module.parameters()) if x.grad is not None]
+        found.append([x.detach().double().cpu() for x in (info.block_map.mask(), out, *grads)])
+    assert torch.equal(found[0][0], found[1][0])
+    for kernels, numba in zip(*found, strict=True):
+        assert (kernels - numba).abs().max() <= 0.02 * numba.abs().max()
+
+
+def test_pool_and_route_are_the_plain_ones():
+    q, k, *_ = inputs(63, 111, 40)
+    lengths = torch.tensor([77], device=DEVICE)
+    pooled = cuda_ops.pool(q, k, lengths, *SIZES, TARGET)
+    torch.testing.assert_close(pooled[0], pool(q, 32), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pooled[1], pool(k, 16, lengths), atol=1e-5, rtol=1e-5)
+    weight = torch.randn(1, 40, 40, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    scores, indices, counts = cuda_ops.route(*pooled, weight, weight, lengths, *SIZES, 63, 111, 0.5, TARGET)
+    expected = (pooled[0] @ weight) @ (pooled[1] @ weight).transpose(-1, -2) * 40**-0.5
+    torch.testing.assert_close(scores[..., :5], expected[..., :5], atol=1e-4, rtol=1e-4)
+    assert (scores[..., 5:] == -torch.inf).all()
+    plain = top_k_map(scores, 0.5, **BLOCKS, n_q=63, n_k=111, kv_lengths=lengths)
+    assert torch.equal(counts, plain.counts)
+    assert torch.equal(indices[..., : plain.indices.shape[-1]], plain.indices)
+
+
+@pytest.mark.parametrize("weights", [1, 2])
+def test_opcheck(weights):
+    q, k, v, grad, alpha, block_map = inputs()
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    rows = (block_map.indices, block_map.counts)
+    torch.library.opcheck(cuda_ops.pool, (q, k, torch.tensor([90], device=DEVICE), *SIZES, TARGET))
+    pooled = [x.detach().requires_grad_() for x in cuda_ops.pool(q, k, None, *SIZES, TARGET)]
+    weight = torch.eye(64, device=DEVICE).repeat(weights, 1, 1).requires_grad_()
+    torch.library.opcheck(cuda_ops.route, (*pooled, weight, weight, None, *SIZES, 63, 111, 0.3, TARGET))
+    for mixed in (alpha.expand(1, 2, 2).clone().requires_grad_(), None):
+        options = (mixed, None, *SIZES, "full", mixed is not None, True, TARGET)
+        torch.library.opcheck(cuda_ops.attention, (q, k, v, *rows, *options))
+        with torch.no_grad():
+            plain = (x.detach() for x in (q, k, v))
+            results = cuda_ops.attention(q, k, v, *rows, *options)
+            mixed = None if mixed is None else mixed.detach()
+            arguments = (grad, *plain, *rows, mixed, None, results, *SIZES, options[5], TARGET)
+            torch.library.opcheck(cuda_ops.attention_backward, arguments)
+
+
+def test_gradients_of_the_scores_are_the_matrix_products():
+    q, k = (torch.randn(1, 2, n, 64, device=DEVICE, requires_grad=True) for n in (2, 7))
+    weights = [torch.randn(1, 64, 64, device=DEVICE, requires_grad=True) for _ in range(2)]
+    leaves, grad = (q, k, *weights), torch.randn(1, 2, 2, 7, device=DEVICE)
+    scores = cuda_ops.route(*leaves, None, *SIZES, 63, 111, 0.3, TARGET)[0]
+    plain = (q @ weights[0]) @ (k @ weights[1]).transpose(-1, -2) / 8
+    for found, right in zip(torch.autograd.grad(scores, leaves, grad), torch.autograd.grad(plain, leaves, grad)):
+        torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", ["position", "mass"])
+def test_a_compiled_module_equals_the_eager_one(alpha):
+    *qkv, grad, _, _ = inputs()
+    attn = SLA2Attention(SLA2Config(head_dim=64, num_heads=2, topk=0.3, alpha=alpha, backend=TARGET, **BLOCKS)).to(
+        DEVICE
+    )
+    compiled = torch.compile(attn, fullgraph=True, backend="aot_eager")
+    for found, right in zip(gradients(compiled, qkv, grad), gradients(attn, qkv, grad), strict=True):
+        assert torch.equal(found, right)
+
+
+def test_strided_inputs_and_nan():
+    *qkv, _, alpha, block_map = inputs()
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
+    expected = sla2_attention(*qkv, block_map, alpha, backend=TARGET)
+    assert torch.equal(sla2_attention(*strided, block_map, alpha, backend=TARGET), expected)
+    qkv[1][0, 0, 5, 3] = float("nan")
+    assert sla2_attention(*qkv, block_map, alpha, backend=TARGET)[0, 0].isnan().any()
+
+
+def test_without_gradients_nothing_is_kept():
+    *qkv, _, alpha, block_map = inputs()
+    rows = (block_map.indices, block_map.counts, alpha.expand(1, 2, 2), None, *SIZES, "full", True)
+    assert len(cuda_ops.attention(*qkv, *rows, False, TARGET)) == 2
+    qkv[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="expected save=True"):
+        cuda_ops.attention(*qkv, *rows, False, TARGET)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "match"),
+    [
+        (dict(dtype=torch.float32), {}, "^q: expected bfloat16 or float16 for the CUDA kernels, got torch.float32$"),
+        (dict(d=160), {}, "^head_dim: expected at most 128, got 160$"),
+        ({}, dict(precision="int4"), "^precision: expected one of .*, got 'int4'$"),
+        ({}, dict(precision="int8"), r"^block_k: expected a multiple of 32 in \[32, 64\], got 16$"),
+        ({}, dict(precision="fp8", qat_backward="matched"), "^qat_backward: expected 'paper' for the CUDA kernels"),
+    ],
+)
+def test_what_no_kernel_takes_is_named(change, options, match):
+    *qkv, _, alpha, block_map = inputs(**change)
+    with pytest.raises(ValueError, match=match):
+        sla2_attention(*qkv, block_map, alpha, backend=TARGET, **options)
+
+
+def test_auto_takes_the_kernels_for_cuda_tensors_and_warns_once_where_it_cannot(monkeypatch):
+    device = torch.device("cuda")
+    functional._warn_fallback.cache_clear()
+    monkeypatch.setattr(cuda_ops, "missing", lambda: None)
+    assert functional.resolve_backend("auto", device) == "cuda"
+    with pytest.warns(RuntimeWarning, match="dense reference runs, with N x N memory: q: expected bfloat16"):
+        assert functional.resolve_backend("auto", device, lambda _: "q: expected bfloat16") == "reference"
+    monkeypatch.setattr(cuda_ops, "missing", lambda: "no GPU")
+    with pytest.warns(RuntimeWarning, match="no GPU"):
+        assert functional.resolve_backend("auto", device) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert functional.resolve_backend("auto", device) == "reference"
+
+
+def test_sla_on_the_kernels_has_the_linear_branch_over_all_blocks():
+    *qkv, _, _, block_map = inputs()
+    weight, bias = torch.randn(64, 64, device=DEVICE) * 0.1, torch.randn(64, device=DEVICE)
+    found, right = (
+        sla_attention(*x, block_map, weight, bias, backend=backend)
+        for x, backend in ((qkv, TARGET), ([y.double() for y in qkv], "reference"))
+    )
+    torch.testing.assert_close(found.double(), right, atol=2e-2, rtol=2e-2)
