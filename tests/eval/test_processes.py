@@ -1,4 +1,4 @@
-"""Worker processes: order by needs, the first error, a worker that dies, and a parent that dies."""
+"""Worker processes: order by needs, the first error, a worker that dies once or always, and a parent that dies."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from sla2_eval.processes import Task, Workers
+from sla2_eval.processes import Task, TasksLost, Workers
 
 JOBS = '''
 """Jobs of the tests."""
@@ -24,6 +24,19 @@ def fail(report):
 
 def die(report):
     os._exit(9)
+
+def die_once(path, report):
+    if not os.path.exists(path):
+        open(path, "w").close()
+        os.kill(os.getpid(), 9)
+    return "the second time"
+
+class Odd(Exception):
+    def __init__(self, number, report):
+        super().__init__(f"odd {number}")
+
+def fail_oddly(report):
+    raise Odd(3, report)
 
 def note_pid_and_sleep(path, report):
     with open(path, "w") as file:
@@ -58,11 +71,36 @@ def test_needs_that_cannot_be_met():
         workers.run({"a": Task("m:f", {}, ("b",)), "b": Task("m:f", {}, ("a",))})
 
 
-def test_errors_and_deaths_of_workers(jobs):
+def test_errors_of_workers(jobs):
     with pytest.raises(ValueError, match="expected better"), Workers(1) as workers:
         workers.run({"failing": Task(f"{jobs}:fail", {})})
-    with pytest.raises(RuntimeError, match="dying: a worker process died"), Workers(1) as workers:
-        workers.run({"dying": Task(f"{jobs}:die", {})})
+    with pytest.raises(RuntimeError, match="Odd: odd 3"), Workers(1) as workers:
+        workers.run({"unpicklable": Task(f"{jobs}:fail_oddly", {})})
+
+
+def test_a_task_whose_worker_dies_is_tried_twice_and_costs_only_what_needs_it(jobs, tmp_path):
+    path, said = str(tmp_path / "log"), []
+    tasks = {
+        "poison": Task(f"{jobs}:die", {}),
+        "unlucky": Task(f"{jobs}:die_once", {"path": str(tmp_path / "died")}),
+        "a": Task(f"{jobs}:join", {"path": path, "text": "a"}, ("poison",)),
+        "b": Task(f"{jobs}:join", {"path": path, "text": "b"}, ("a",)),
+        "c": Task(f"{jobs}:join", {"path": path, "text": "c"}, ("unlucky",)),
+    }
+    with pytest.raises(TasksLost, match=r"^poison: its worker died 2 times \(exit code 9\); run again") as caught:
+        with Workers(2, say=said.append) as workers:
+            workers.run(tasks)
+    assert caught.value.results == {"unlucky": "the second time", "c": "c"}
+    assert caught.value.lost == {
+        "poison": "its worker died 2 times (exit code 9)",
+        "a": "needs poison, whose worker died",
+        "b": "needs poison, whose worker died",
+    }
+    assert sorted(said) == [
+        "poison: its worker died (exit code 9); trying it once more",
+        "poison: its worker died 2 times (exit code 9); going on without it",
+        "unlucky: its worker died (signal SIGKILL); trying it once more",
+    ]
 
 
 def test_workers_end_with_their_parent(jobs, tmp_path):

@@ -60,7 +60,9 @@ ORDER = {
         encoding
         tiny
         settings
+        cluster
         processes
+        ray_tasks
         generation
         pipeline
         weights

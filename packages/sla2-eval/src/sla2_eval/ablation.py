@@ -11,7 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sla2_eval import generation, pipeline
-from sla2_eval.processes import Task, Workers
+from sla2_eval.cluster import check_address, local_gpus
+from sla2_eval.processes import Pool, Task, TasksLost, Workers
 from sla2_eval.progress import Report, silent
 from sla2_eval.settings import AblationSettings, AttentionSettings, SettingsError, VariantSettings, validate
 from sla2_eval.store import digest, write_atomic
@@ -41,11 +42,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class GridResult:
-    """Where the report is, its rows (one a variant, means over videos and seeds), and how many videos failed to score."""
+    """Where the report is, its rows (one a variant, means over videos and seeds), how many videos failed to score, and
+    the tasks over which workers died, with the reasons.
+    """
 
     report: Path
     rows: list[dict]
     failed: int
+    lost: dict[str, str]
 
 
 def cells(settings: AblationSettings) -> list[Cell]:
@@ -231,13 +235,36 @@ def graph(settings: AblationSettings, out: Path) -> dict[str, Task]:
     return tasks
 
 
-def run_grid(settings: AblationSettings, out: str | Path, *, notes: tuple[str, ...] = (), report: Report = silent):
+def open_workers(settings: AblationSettings, ray_address: str | None, *, report: Report = silent) -> Pool:
+    """Where a grid runs: Ray tasks of a GPU each on a cluster or where this machine has several GPUs, else processes."""
+    gpus = local_gpus()
+    if ray_address is None and gpus < 2:
+        return Workers(settings.workers, report=report)
+    from sla2_eval.ray_tasks import RayTasks
+
+    return RayTasks(ray_address, gpus=gpus, report=report)
+
+
+def run_grid(
+    settings: AblationSettings,
+    out: str | Path,
+    *,
+    ray_address: str | None = None,
+    notes: tuple[str, ...] = (),
+    report: Report = silent,
+) -> GridResult:
     """Train, generate, score and report every variant of the grid into `out`; run again, finished parts are kept.
 
-    Returns a GridResult. Raises ValueError for settings that do not fit the model or what `out` holds already,
-    OSError if `out` cannot be written, RuntimeError if a worker process dies.
+    It runs in `settings.workers` processes, or as Ray tasks of one GPU each: where this machine has several, or on the
+    cluster at `ray_address` ("auto" finds one), whose nodes must see `out` and the model under the same paths. A task
+    whose worker dies is tried twice; what cannot be done without it is listed in the result and in the report.
+
+    Raises ValueError for settings that do not fit the model or what `out` holds already, or for an address of no cluster,
+    OSError if `out` cannot be written, RuntimeError if Ray cannot be started or joined.
     """
     out, config, started = Path(out), sampling(settings), time.time()
+    if ray_address is not None:
+        check_address(ray_address)
     grid, prompts = cells(settings), prompts_of(settings)
     tasks = graph(settings, out)
     metrics_of(settings)
@@ -245,18 +272,23 @@ def run_grid(settings: AblationSettings, out: str | Path, *, notes: tuple[str, .
     generation.open_folder(full, config, {"model": generation.model_fingerprint(settings.model)})
     generation.write_manifest(generation.plan(prompts, settings.seeds, config.seed), full)
     write_run(settings, grid, out, notes)
-    with Workers(settings.workers, report=report) as workers:
-        results = workers.run(tasks)
-    failed = sum(results[name] for name in tasks if name.startswith("scores "))
+    with open_workers(settings, ray_address, report=report) as workers:
+        try:
+            results, lost = workers.run(tasks), {}
+        except TasksLost as error:
+            results, lost = error.results, error.lost
+    failed = sum(results[name] for name in tasks if name.startswith("scores ") and name in results)
     seconds = round(time.time() - started)
-    notes = (*notes, f"this pass took {seconds} s in {settings.workers} worker processes of one thread")
-    write_run(settings, grid, out, notes)
+    notes = (*notes, f"this pass took {seconds} s in {workers.about}")
+    write_run(settings, grid, out, notes, lost)
     from sla2_eval.report import write_report
 
-    return GridResult(report=write_report(out), rows=table(out), failed=failed)
+    return GridResult(report=write_report(out), rows=table(out), failed=failed, lost=lost)
 
 
-def write_run(settings: AblationSettings, grid: list[Cell], out: Path, notes: tuple[str, ...]) -> None:
+def write_run(
+    settings: AblationSettings, grid: list[Cell], out: Path, notes: tuple[str, ...], lost: dict[str, str] | None = None
+) -> None:
     """run.json: what the report says about the run beside its scores."""
     variants = [{"name": REFERENCE, "label": "full attention", "family": "full attention", "sparsity": 0.0}]
     for cell in grid:
@@ -271,6 +303,7 @@ def write_run(settings: AblationSettings, grid: list[Cell], out: Path, notes: tu
         "variants": variants,
         "reference": REFERENCE,
         "notes": list(notes),
+        "lost": lost or {},
     }
     write_atomic(out / "run.json", json.dumps(document, indent=1) + "\n")
 

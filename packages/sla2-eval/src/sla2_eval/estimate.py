@@ -50,16 +50,16 @@ def seconds_per_forward(settings: AblationSettings) -> float:
         torch.set_num_threads(threads)
 
 
-def estimate(settings: AblationSettings, out: str | Path) -> str:
-    """One line: what is left to do and about how long it takes here."""
+def estimate(settings: AblationSettings, out: str | Path, processes: int) -> str:
+    """One line: what is left to do and about how long it takes in so many processes as fast as one thread here."""
     left, forward = counts(settings, Path(out)), seconds_per_forward(settings)
     passes = left["videos"] * settings.generate.steps * (1 if settings.generate.guidance == 1 else 2)
     passes += left["tunings"] * settings.stage2.steps * settings.stage2.batch_size * _STEP[settings.stage2.loss]
     passes += left["routers"] * settings.stage1.steps * _STAGE1_STEP
     tasks = left["tunings"] + left["routers"] + left["scores"] + left["videos"] / max(1, settings.generate.num_prompts)
-    minutes = (passes * forward + tasks * _OVERHEAD) / max(1, settings.workers) / 60
+    minutes = (passes * forward + tasks * _OVERHEAD) / max(1, processes) / 60
     return (
         f"left to do: {left['routers']} routers, {left['tunings']} fine-tunings, {left['videos']} videos, "
-        f"{left['scores']} score sets; about {max(1, round(minutes))} minutes in {max(1, settings.workers)} processes "
+        f"{left['scores']} score sets; about {max(1, round(minutes))} minutes in {max(1, processes)} processes "
         f"({forward * 1000:.0f} ms a forward pass)"
     )

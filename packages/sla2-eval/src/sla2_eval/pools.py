@@ -14,18 +14,7 @@ import sys
 import tempfile
 from typing import Protocol
 
-# No usage statistics; no environment of its own under `uv run`; and patience where the machine is busy.
-_RAY_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_agent_register_timeout_ms": "180000",
-    "RAY_raylet_start_wait_time_s": "180",
-}
-
-
-class WorkerDied(RuntimeError):
-    """A worker ended in the middle of a task; the message says how."""
+from sla2_eval.cluster import Cluster, WorkerDied
 
 
 class Pool(Protocol):
@@ -90,48 +79,20 @@ class ProcessPool:
             self.process = None
 
 
-def check_address(address: str) -> None:
-    """Raise ValueError if `address` is of no known form or nothing listens at host:port, which Ray would wait minutes for."""
-    import socket
-
-    host, _, port = address.rpartition(":")
-    if address == "auto" or "://" in address:
-        return
-    if not host or not port.isdigit():
-        raise ValueError(f"ray_address: expected 'auto', host:port or ray://host:port, got {address!r}")
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
-        raise ValueError(f"ray_address: expected a Ray cluster at {address}, got {error}") from error
-
-
 class RayPool:
     """Actors of a Ray cluster, each with a GPU's share where the cluster has GPUs, else with one CPU."""
 
     def __init__(self, settings: dict[str, dict], device: str, num_workers: int, address: str | None):
-        for name, value in _RAY_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        import ray
-
-        self.ray = ray
-        self.started = not ray.is_initialized()
-        if self.started:
-            where = {"address": address} if address else {"address": "local", "num_cpus": num_workers}
-            options = {} if address else {"include_dashboard": False}
-            try:
-                ray.init(**where, **options, logging_level="ERROR", log_to_driver=False)
-            except Exception as error:
-                first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise RuntimeError(f"ray: expected a cluster at {where['address']!r}, got: {first}") from error
-        resources = ray.cluster_resources()
-        gpus = resources.get("GPU", 0) if device != "cpu" else 0
+        self.cluster = Cluster(address, num_cpus=num_workers)
+        self.ray = self.cluster.ray
+        gpus = self.cluster.gpus if device != "cpu" else 0
         if device == "cuda" and not gpus:
-            self.close()
+            self.cluster.close()
             raise ValueError("device: expected GPUs in the Ray cluster for 'cuda', got none")
         share = {"num_gpus": min(1.0, gpus / num_workers)} if gpus else {}
-        cpus = min(1.0, resources.get("CPU", 1) / num_workers)
+        cpus = min(1.0, self.cluster.cpus / num_workers)
         self.options = {"num_cpus": cpus, "max_restarts": 0, "max_task_retries": 0, **share}
-        self.arguments = (settings, "cuda" if gpus else "cpu")
+        self.arguments = (settings, "cuda" if gpus else "cpu", os.getcwd())
         self.actors: list = [None] * num_workers
         self.running: dict = {}
 
@@ -165,10 +126,9 @@ class RayPool:
 
     def close(self) -> None:
         """End the actors, and the cluster if this pool started it."""
-        for actor in filter(None, getattr(self, "actors", [])):
+        for actor in filter(None, self.actors):
             self.ray.kill(actor)
-        if self.started:
-            self.ray.shutdown()
+        self.cluster.close()
 
 
 def open_pool(settings: dict[str, dict], device: str, num_workers: int, ray_address: str | None) -> Pool:

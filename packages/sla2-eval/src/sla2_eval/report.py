@@ -247,6 +247,7 @@ def as_markdown(data: dict) -> str:
         "≈: the difference to full attention, paired by prompt, is within noise.\n"
     )
     missing = [f"- {name}: {why}" for name, why in data["unavailable"].items()]
+    missing += [f"- {task}: not done: {why}" for task, why in data["lost"].items()]
     missing += [f"- {row['variant']}, {row['file_name']}: failed: {row['error']}" for row in data["failed"]]
     if missing:
         parts.append("## Unavailable or failed\n\n" + "\n".join(missing) + "\n")

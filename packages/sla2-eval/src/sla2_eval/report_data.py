@@ -127,6 +127,7 @@ def gather(run_dir: Path) -> dict:
         "groups": _ordered(groups),
         "not_scored": [v["name"] for v in variants if v["name"] not in scored],
         "failed": _failed(scored),
+        "lost": run.get("lost", {}),
         "unavailable": _unavailable(scored),
         "speed": run.get("speed") or _speed(run_dir, _ordered(groups)),
         "settings": run.get("settings", {}),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sla2_eval import metrics, pools
+from sla2_eval.cluster import WorkerDied, check_address
 from sla2_eval.manifest import Entry, pair, read_manifest
 from sla2_eval.metrics import MetricSpec
 from sla2_eval.store import ResultStore, digest, file_digest, write_atomic
@@ -158,11 +159,11 @@ def _plan(run: _Run, videos: list[Entry], references: list[Entry] | None) -> lis
     return tasks
 
 
-def _finish(run: _Run, task: _Task, outcome: dict | pools.WorkerDied) -> bool:
+def _finish(run: _Run, task: _Task, outcome: dict | WorkerDied) -> bool:
     """Take an outcome; True if the task is to be tried again."""
     task.attempts += 1
     last, side = task.attempts >= ATTEMPTS, task.side
-    if isinstance(outcome, pools.WorkerDied):
+    if isinstance(outcome, WorkerDied):
         if last:
             run.failures[side, task.video.file_name, "*"] = (
                 f"{task.video.path}: expected a video that scores, got a worker that died {ATTEMPTS} times"
@@ -228,7 +229,7 @@ def _execute(
             number, outcome = pool.wait()
             started.discard(number)
             task = tasks[number]
-            deaths += isinstance(outcome, pools.WorkerDied)
+            deaths += isinstance(outcome, WorkerDied)
             before = list(task.wanted)
             again = _finish(run, task, outcome)
             if again:
@@ -291,7 +292,7 @@ def score(
     names = list(metrics)
     chosen = _chosen(names, settings or {}, reference, num_workers, device)
     if ray_address is not None:
-        pools.check_address(ray_address)
+        check_address(ray_address)
     entries = read_manifest(videos)
     references = read_manifest(reference) if reference is not None else None
     out = Path(out)

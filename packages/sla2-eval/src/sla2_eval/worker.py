@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sla2_eval import metrics
+from sla2_eval.cluster import local_gpus
 from sla2_eval.metrics.base import MetricUnavailable, Sample
 
 if TYPE_CHECKING:
@@ -70,19 +71,13 @@ def _check_pair(path: str, video: Video, reference: Video) -> None:
         raise VideoError(f"{path}: expected its reference's {sizes[0]}, got {sizes[1]}")
 
 
-def _best_device() -> str:
-    """ "cuda" where a GPU works; torch is asked only where the driver shows one, as it takes seconds to import."""
-    if not Path("/dev/nvidia0").exists():
-        return "cpu"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 class Worker:
     """Holds the loaded metrics of one process. Every computation runs on one CPU thread, so that sums come out alike."""
 
-    def __init__(self, settings: dict[str, dict], device: str = "cpu"):
+    def __init__(self, settings: dict[str, dict], device: str = "cpu", folder: str | None = None):
+        """`folder`: what relative paths are resolved against, where another node's worker starts elsewhere."""
+        if folder and os.path.isdir(folder):
+            os.chdir(folder)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
             os.environ[name] = "1"
         self.settings, self.device = settings, device
@@ -92,7 +87,7 @@ class Worker:
     def _scorer(self, name: str):
         if name not in self.scorers:
             if self.device == "auto":
-                self.device = _best_device()
+                self.device = "cuda" if local_gpus() else "cpu"
             self.scorers[name] = metrics.load(name, self.settings.get(name, {}), self.device)
             if "torch" in sys.modules:
                 sys.modules["torch"].set_num_threads(1)

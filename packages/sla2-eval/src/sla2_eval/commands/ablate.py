@@ -9,9 +9,14 @@ import click
 @click.option("--config", required=True, type=click.Path(), help="YAML file of the grid.")
 @click.option("--out", required=True, type=click.Path(), help="Folder of the run.")
 @click.option("--workers", type=click.IntRange(0), help="Processes of one thread each; the file's if not given.")
+@click.option(
+    "--ray-address", help="Run as Ray tasks on this cluster, a GPU each where it has any; 'auto' finds one."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(config, out, workers, as_json):
+def command(config, out, workers, ray_address, as_json):
     """Run a grid of variants over seeds; run again, finished parts are not done twice.
+
+    On a machine with several GPUs, or a Ray cluster, it runs as Ray tasks of one GPU each instead of --workers processes.
 
     \b
     Example:
@@ -26,9 +31,11 @@ def command(config, out, workers, as_json):
         settings = settings.model_copy(update={"workers": workers})
 
     def grid(report):
+        from sla2_eval.cluster import local_gpus
         from sla2_eval.estimate import estimate
 
-        click.echo(estimate(settings, out), err=True)
-        return run_grid(settings, out, report=report)
+        processes = 1 if ray_address else max(settings.workers, local_gpus())
+        click.echo(estimate(settings, out, processes), err=True)
+        return run_grid(settings, out, ray_address=ray_address, report=report)
 
     return run(grid, out, as_json)

@@ -10,7 +10,7 @@ from sla2_eval.commands.tables import show
 
 
 def run(grid: Callable, out: str, as_json: bool) -> int:
-    """Call grid(report) with a progress display, print its table and where the report is; 1 if a video failed."""
+    """Call grid(report) with a progress display, print its table and where the report is; 1 if a video failed or a task was lost."""
     from sla2_eval.generation import can_write
     from sla2_eval.progress import ProgressDisplay
 
@@ -22,4 +22,6 @@ def run(grid: Callable, out: str, as_json: bool) -> int:
     click.echo(f"report: {result.report}", err=as_json)
     if result.failed:
         click.echo(f"sla2: error: {result.failed} scores failed; the report lists them", err=True)
-    return int(bool(result.failed))
+    for task, reason in result.lost.items():
+        click.echo(f"sla2: error: {task}: {reason}; run again to go on", err=True)
+    return int(bool(result.failed or result.lost))
