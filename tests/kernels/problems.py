@@ -6,7 +6,7 @@ import os
 from typing import NamedTuple
 
 import torch
-from sla2_core import BlockMap
+from sla2_core import BlockMap, streamed
 from sla2_core.reference import linear_branch, mix, sla2_reference, sparse_branch
 from sla2_core.router import smooth_keys
 from sla2_kernels import operator
@@ -146,6 +146,28 @@ def _dense(case, q, k, v, alpha, smooth_k, linear, precision):
     o_l = linear_branch(q, k, v, others.to(q.dtype))
     nothing, everything = ~selected.any(-1, keepdim=True), ~others.any(-1, keepdim=True)
     return mix(o_s, o_l, alpha, block_map.block_q, nothing, everything)
+
+
+def low_bit_oracle(case: Case, qat_backward: str = "paper"):
+    """O and [dQ, dK, dV, d alpha] of the plain low-bit definition in fp32, from the smoothed K in 16 bit as the kernels keep it."""
+    lengths = None if case.lengths is None else case.lengths.long()
+    leaves = [x.float().requires_grad_() for x in (case.q, case.k, case.v, case.alpha)]
+    q, k, v, alpha = leaves
+    smooth = smooth_keys(k, lengths)
+    keys = smooth + (smooth_keys(case.k, lengths).float() - smooth).detach()
+    o_s, _ = streamed.sparse_branch(q, keys, v, case.block_map, lengths, case.problem.precision, qat_backward)
+    valid = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool)
+    if lengths is not None:
+        valid = (torch.arange(k.shape[2]) < lengths[:, None])[:, None, None]
+        keys, v = (x.masked_fill(~valid.transpose(-1, -2), 0.0) for x in (keys, v))
+    block_q, block_k = case.block_map.block_q, case.block_map.block_k
+    rows = case.block_map.mask().repeat_interleave(block_q, 2)[:, :, : q.shape[2]]
+    selected = rows.repeat_interleave(block_k, 3)[..., : k.shape[2]] & valid
+    others = ~selected & valid
+    o_l = linear_branch(q, keys, v, others.to(q.dtype))
+    nothing, everything = ~selected.any(-1, keepdim=True), ~others.any(-1, keepdim=True)
+    out = mix(o_s, o_l, alpha, block_q, nothing, everything)
+    return out.detach(), list(torch.autograd.grad(out, leaves, case.grad.float()))
 
 
 def assert_as_good(found, exact, plain, factor: float, name: str = "out") -> None:
