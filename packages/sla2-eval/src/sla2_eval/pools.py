@@ -29,8 +29,8 @@ class Pool(Protocol):
 class ProcessPool:
     """One child process that speaks JSON lines."""
 
-    def __init__(self, settings: dict[str, dict], device: str):
-        self.hello = json.dumps({"settings": settings, "device": device}) + "\n"
+    def __init__(self, settings: dict[str, dict], device: str, decoder: str):
+        self.hello = json.dumps({"settings": settings, "device": device, "decoder": decoder}) + "\n"
         self.process: subprocess.Popen | None = None
         self.pending: int | None = None
         self.errors = tempfile.TemporaryFile()
@@ -82,7 +82,7 @@ class ProcessPool:
 class RayPool:
     """Actors of a Ray cluster, each with a GPU's share where the cluster has GPUs, else with one CPU."""
 
-    def __init__(self, settings: dict[str, dict], device: str, num_workers: int, address: str | None):
+    def __init__(self, settings: dict[str, dict], device: str, decoder: str, num_workers: int, address: str | None):
         self.cluster = Cluster(address, num_cpus=num_workers)
         self.ray = self.cluster.ray
         gpus = self.cluster.gpus if device != "cpu" else 0
@@ -92,7 +92,7 @@ class RayPool:
         share = {"num_gpus": min(1.0, gpus / num_workers)} if gpus else {}
         cpus = min(1.0, self.cluster.cpus / num_workers)
         self.options = {"num_cpus": cpus, "max_restarts": 0, "max_task_retries": 0, **share}
-        self.arguments = (settings, "cuda" if gpus else "cpu", os.getcwd())
+        self.arguments = (settings, "cuda" if gpus else "cpu", decoder, os.getcwd())
         self.actors: list = [None] * num_workers
         self.running: dict = {}
 
@@ -131,8 +131,10 @@ class RayPool:
         self.cluster.close()
 
 
-def open_pool(settings: dict[str, dict], device: str, num_workers: int, ray_address: str | None) -> Pool:
+def open_pool(
+    settings: dict[str, dict], device: str, decoder: str, num_workers: int, ray_address: str | None
+) -> Pool:  # fmt: skip
     """The pool for these workers: Ray for two or more or for a cluster's address, else one child process."""
     if num_workers == 1 and ray_address is None:
-        return ProcessPool(settings, device)
-    return RayPool(settings, device, num_workers, ray_address)
+        return ProcessPool(settings, device, decoder)
+    return RayPool(settings, device, decoder, num_workers, ray_address)

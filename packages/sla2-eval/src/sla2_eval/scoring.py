@@ -20,6 +20,7 @@ from sla2_eval.metrics import MetricSpec
 from sla2_eval.store import ResultStore, digest, file_digest, write_atomic
 from sla2_eval.summary import document
 from sla2_eval.vbench import as_vbench
+from sla2_eval.video import check_decoder
 from sla2_eval.worker import one_line
 
 ATTEMPTS = 3  # of a video whose worker dies or whose file or metric fails
@@ -58,8 +59,8 @@ class _Task:
 class _Run:
     """The state of one call of `score`."""
 
-    def __init__(self, chosen: dict[str, MetricSpec], settings: dict[str, dict], store: ResultStore):
-        self.settings, self.store = settings, store
+    def __init__(self, chosen: dict[str, MetricSpec], settings: dict[str, dict], decoder: str, store: ResultStore):
+        self.settings, self.decoder, self.store = settings, decoder, store
         self.unavailable: dict[str, str] = {}
         self.specs: dict[str, MetricSpec] = {}
         self.weights: dict[str, dict] = {}
@@ -76,7 +77,8 @@ class _Run:
     def used_settings(self, spec: MetricSpec) -> dict:
         """What a result depends on beside the video: all settings, with file contents in place of file names."""
         given = {k: v for k, v in self.settings.get(spec.name, {}).items() if k not in ("files", "digests")}
-        return {**spec.settings, **given, "revision": spec.revision, "weights": self.weights[spec.name]}
+        used = {**spec.settings, **given, "revision": spec.revision, "weights": self.weights[spec.name]}
+        return used if self.decoder == "pyav" else {**used, "decoder": self.decoder}
 
     def key(self, spec: MetricSpec, entry: Entry, reference: Entry | None) -> tuple[str, str, str]:
         """Where the store keeps the result of a metric for a video and, if paired, its reference."""
@@ -219,7 +221,7 @@ def _execute(
     deaths = 0
     waiting = deque(range(len(tasks)))
     started: set[int] = set()
-    pool = pools.open_pool(run.settings, device, num_workers, address)
+    pool = pools.open_pool(run.settings, device, run.decoder, num_workers, address)
     try:
         while waiting or started:
             while waiting and pool.free():
@@ -274,6 +276,7 @@ def score(
     *,
     settings: dict[str, dict] | None = None,
     device: str = "auto",
+    decoder: str = "pyav",
     store: str | Path | None = None,
 ) -> dict:
     """Score every video of a folder and return what `out`/results.json then holds.
@@ -283,7 +286,8 @@ def score(
     `videos`, `reference`: folders or JSONL manifests, paired by file name. `metrics`: names of `metrics.specs()`.
     `num_workers`: 1 is a child process, more are Ray actors, of the cluster at `ray_address` if given ("auto" finds one).
     `progress(metric, done, total)` is called as videos finish. `settings`: by metric, over the metric's defaults.
-    `store`: where results are kept for reruns, `out`/store if not given; several runs may share one.
+    `decoder`: "pyav", or "torchcodec" where it is installed and finds an FFmpeg. `store`: where results are kept for
+    reruns, `out`/store if not given; several runs may share one.
 
     Raises ValueError for bad arguments and manifests, OSError if results cannot be written, and ScoringError, after
     results.json is written, if any video failed and `allow_failures` is not set.
@@ -291,13 +295,14 @@ def score(
     started = time.time()
     names = list(metrics)
     chosen = _chosen(names, settings or {}, reference, num_workers, device)
+    check_decoder(decoder)
     if ray_address is not None:
         check_address(ray_address)
     entries = read_manifest(videos)
     references = read_manifest(reference) if reference is not None else None
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    run = _Run(chosen, settings or {}, ResultStore(store or out / "store"))
+    run = _Run(chosen, settings or {}, decoder, ResultStore(store or out / "store"))
     tasks = _plan(run, entries, references)
     counter = _Counter(progress, run.specs, len(entries), tasks)
     deaths = _execute(run, tasks, counter, device, num_workers, ray_address) if tasks else 0

@@ -1,4 +1,4 @@
-"""Reading and writing video files (PyAV, which brings its own ffmpeg). The only door to video codecs."""
+"""Reading and writing video files (PyAV, which brings its own ffmpeg; torchcodec on demand). The only door to video codecs."""
 
 from __future__ import annotations
 
@@ -22,15 +22,47 @@ class Video:
     fps: float
 
 
-def read_video(path: str | Path) -> Video:
-    """Decode every frame of `path`. Raises VideoError if the file is missing, empty, not a video, or truncated."""
-    import av
+DECODERS = ("pyav", "torchcodec")
 
+
+def check_decoder(name: str) -> None:
+    """Raise ValueError in one line if `name` is no decoder, or one that does not work here."""
+    if name not in DECODERS:
+        raise ValueError(f"decoder: expected {' or '.join(DECODERS)}, got {name!r}")
+    if name == "pyav":
+        return
+    try:
+        import torchcodec
+    except ImportError:
+        raise ValueError("decoder: expected the Python package torchcodec, got none (pip install torchcodec)") from None
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"decoder: expected a torchcodec that loads, got: {_first_line(error)}") from error
+    if getattr(torchcodec, "ffmpeg_major_version", 0) is None:
+        raise ValueError("decoder: expected an FFmpeg whose libraries torchcodec finds, got none (apt install ffmpeg)")
+
+
+def read_video(path: str | Path, decoder: str = "pyav") -> Video:
+    """Decode every frame of `path`. Raises VideoError if the file is missing, empty, not a video, or truncated.
+
+    `decoder`: one of DECODERS. torchcodec uses the system's FFmpeg and gives the same frames as PyAV on its version.
+    """
     path = Path(path)
     if not path.is_file():
         raise VideoError(f"{path}: expected a video file, got {'a folder' if path.is_dir() else 'nothing there'}")
     if path.stat().st_size == 0:
         raise VideoError(f"{path}: expected a video file, got an empty file")
+    frames, fps, declared = (_pyav if decoder == "pyav" else _torchcodec)(path)
+    if not len(frames):
+        raise VideoError(f"{path}: expected at least one frame, got a video stream without frames")
+    if declared and len(frames) < declared:
+        raise VideoError(f"{path}: expected {declared} frames as its header says, got {len(frames)} (truncated file)")
+    return Video(frames=frames, fps=fps)
+
+
+def _pyav(path: Path) -> tuple[np.ndarray, float, int]:
+    """The frames, the frame rate, and how many frames the header declares (0 if it does not say)."""
+    import av
+
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -43,13 +75,27 @@ def read_video(path: str | Path) -> Video:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
     except (av.FFmpegError, UnicodeDecodeError) as error:
         raise VideoError(f"{path}: expected a readable video, got a decoding error: {error}") from error
-    if not frames:
-        raise VideoError(f"{path}: expected at least one frame, got a video stream without frames")
-    if declared and len(frames) < declared:
-        raise VideoError(f"{path}: expected {declared} frames as its header says, got {len(frames)} (truncated file)")
     if len({frame.shape for frame in frames}) > 1:
         raise VideoError(f"{path}: expected frames of one size, got {sorted({frame.shape[:2] for frame in frames})}")
-    return Video(frames=np.stack(frames), fps=fps)
+    return np.stack(frames) if frames else np.empty((0, 0, 0, 3), np.uint8), fps, declared
+
+
+def _torchcodec(path: Path) -> tuple[np.ndarray, float, int]:
+    """The same through torchcodec, on one thread."""
+    from torchcodec.decoders import VideoDecoder
+
+    try:
+        found = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
+        about, count = found.metadata, len(found)
+        frames = found.get_frames_in_range(0, count).data.numpy() if count else np.empty((0, 0, 0, 3), np.uint8)
+    except Exception as error:
+        reason = "no video stream" if "No valid stream" in str(error) else f"a decoding error: {_first_line(error)}"
+        raise VideoError(f"{path}: expected a readable video, got {reason}") from error
+    return frames, float(about.average_fps_from_header or 0), about.num_frames_from_header or 0
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 12) -> None:

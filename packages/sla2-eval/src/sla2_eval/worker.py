@@ -48,12 +48,12 @@ def one_line(error: BaseException) -> str:
     return text.splitlines()[0][:500]
 
 
-def _decode(path: str, errors: dict[str, str]) -> Video | None:
+def _decode(path: str, decoder: str, errors: dict[str, str]) -> Video | None:
     """The video, or None and its error under "*"."""
     from sla2_eval.video import read_video
 
     try:
-        return read_video(path)
+        return read_video(path, decoder)
     except Exception as error:
         errors["*"] = one_line(error)
         return None
@@ -74,13 +74,13 @@ def _check_pair(path: str, video: Video, reference: Video) -> None:
 class Worker:
     """Holds the loaded metrics of one process. Every computation runs on one CPU thread, so that sums come out alike."""
 
-    def __init__(self, settings: dict[str, dict], device: str = "cpu", folder: str | None = None):
+    def __init__(self, settings: dict[str, dict], device: str, decoder: str, folder: str | None = None):
         """`folder`: what relative paths are resolved against, where another node's worker starts elsewhere."""
         if folder and os.path.isdir(folder):
             os.chdir(folder)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
             os.environ[name] = "1"
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.decoder = settings, device, decoder
         self.specs = metrics.specs()
         self.scorers: dict = {}
 
@@ -100,8 +100,10 @@ class Worker:
         under "*" is of the file itself. Raises nothing that a file or a metric can cause.
         """
         out = {"results": {}, "reference_results": {}, "errors": {}, "reference_errors": {}, "unavailable": {}}
-        video = _decode(task["video"], out["errors"])
-        reference = _decode(task["reference"], out["reference_errors"]) if task["reference"] else None
+        video = _decode(task["video"], self.decoder, out["errors"])
+        reference = None
+        if task["reference"]:
+            reference = _decode(task["reference"], self.decoder, out["reference_errors"])
         if reference:
             sample = Sample(reference.frames, reference.fps, None, task["prompt"])
             self._score(
@@ -140,11 +142,11 @@ class Worker:
 
 
 def main() -> None:
-    """Serve tasks until the input ends. The first line holds {"settings", "device"}."""
+    """Serve tasks until the input ends. The first line holds the arguments of Worker."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not mix with the outcomes
     hello = json.loads(sys.stdin.readline())
-    worker = Worker(hello["settings"], hello["device"])
+    worker = Worker(**hello)
     for line in sys.stdin:
         channel.write(json.dumps(worker.run(json.loads(line))) + "\n")
         channel.flush()

@@ -9,9 +9,7 @@ import click
 @click.option("--config", required=True, type=click.Path(), help="YAML file of the grid.")
 @click.option("--out", required=True, type=click.Path(), help="Folder of the run.")
 @click.option("--workers", type=click.IntRange(0), help="Processes of one thread each; the file's if not given.")
-@click.option(
-    "--ray-address", help="Run as Ray tasks on this cluster, a GPU each where it has any; 'auto' finds one."
-)
+@click.option("--ray-address", help="Run as Ray tasks on this cluster, a GPU each where it has any; 'auto' finds one.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(config, out, workers, ray_address, as_json):
     """Run a grid of variants over seeds; run again, finished parts are not done twice.

@@ -16,11 +16,16 @@ from sla2_eval.commands.tables import show
 @click.option("--ray-address", help="Join this Ray cluster; 'auto' finds one.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
+    "--decoder", type=click.Choice(["pyav", "torchcodec"]), default="pyav", show_default=True, help="Of the videos."
+)
+@click.option(
     "--allow-failures", is_flag=True, help="Exit code 0 even if some videos failed; they are listed all the same."
 )
 @click.option("--list", "list_metrics", is_flag=True, help="List the metrics and whether they can run here.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(videos, reference, names, out, num_workers, ray_address, device, allow_failures, list_metrics, as_json):
+def command(
+    videos, reference, names, out, num_workers, ray_address, device, decoder, allow_failures, list_metrics, as_json
+):  # fmt: skip
     """Score every video of a folder, alone or against a reference folder.
 
     \b
@@ -49,7 +54,8 @@ def command(videos, reference, names, out, num_workers, ray_address, device, all
         try:
             results = score(
                 videos, reference, chosen, out, num_workers, ray_address,
-                progress=lambda name, done, total: report(f"score {name}", done, total), device=device,
+                progress=lambda name, done, total: report(f"score {name}", done, total),
+                device=device, decoder=decoder,
             )  # fmt: skip
         except ScoringError as error:
             results, failed = error.results, 0 if allow_failures else 1

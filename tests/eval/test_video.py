@@ -1,0 +1,125 @@
+"""Decoding: what is written is read back, by PyAV and by torchcodec alike, and broken files are refused in one line."""
+
+import sys
+import types
+
+import av
+import numpy as np
+import pytest
+from sla2_eval.scoring import score
+from sla2_eval.video import VideoError, check_decoder, read_video, write_video
+
+
+def _why_no_torchcodec() -> str | None:
+    try:
+        check_decoder("torchcodec")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+REASON = _why_no_torchcodec()
+TORCHCODEC = pytest.param("torchcodec", marks=pytest.mark.skipif(REASON is not None, reason=str(REASON)))
+BOTH = ["pyav", TORCHCODEC]
+
+
+def moving(frames: int, height: int, width: int) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    clip = [127 + 80 * np.sin((x + 3 * t) / 7 + c) * np.cos(y / 5) for t in range(frames) for c in range(3)]
+    return np.uint8(clip).reshape(frames, 3, height, width).transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("decoder", BOTH)
+def test_what_is_written_is_read_back(tmp_path, decoder):
+    frames = moving(7, 46, 70)
+    write_video(tmp_path / "a.mp4", frames, 12, crf=1)
+    found = read_video(tmp_path / "a.mp4", decoder)
+    assert found.fps == 12
+    assert found.frames.dtype == np.uint8
+    assert found.frames.shape == (7, 46, 70, 3)
+    assert np.abs(found.frames.astype(int) - frames).mean() < 6  # yuv420p halves the chroma
+    assert np.argmin([np.abs(found.frames[3].astype(int) - frame).mean() for frame in frames]) == 3
+
+
+@pytest.mark.parametrize("decoder", [TORCHCODEC])
+def test_torchcodec_gives_pyavs_frames(make_folder, tmp_path, decoder):
+    for number, (frames, height, width) in enumerate([(5, 48, 64), (3, 50, 70), (17, 480, 720), (1, 16, 16)]):
+        path = tmp_path / f"{number}.mp4"
+        write_video(path, moving(frames, height, width), 8)
+        mine, theirs = read_video(path, decoder), read_video(path)
+        assert mine.fps == theirs.fps
+        # The same FFmpeg gives the same bytes; another version's conversion from YUV may round otherwise.
+        assert np.abs(mine.frames.astype(int) - theirs.frames).max() <= 1
+    videos, reference = make_folder("a", 2, noise=9.0), make_folder("b", 2)
+    names = ["psnr", "temporal_flickering"]
+    torchcodec = score(videos, reference, names, tmp_path / "out", decoder=decoder)
+    pyav = score(videos, reference, names, tmp_path / "out")
+    for name in names:
+        assert torchcodec["metrics"][name]["settings"]["decoder"] == decoder
+        assert torchcodec["metrics"][name]["mean"] == pytest.approx(pyav["metrics"][name]["mean"], rel=1e-3)
+
+
+def _audio(path) -> None:
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), dtype=np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _no_frames(path) -> None:
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.height = stream.width = 32
+        container.start_encoding()
+
+
+BREAK = {
+    "absent": lambda path: path.unlink(),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("not a video at all\n" * 40),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "short": lambda path: path.write_bytes(path.read_bytes()[:-400]),
+    "audio": _audio,
+    "no frames": _no_frames,
+}
+
+
+@pytest.mark.parametrize("how", BREAK)
+@pytest.mark.parametrize("decoder", BOTH)
+def test_broken_files_are_refused_in_one_line(tmp_path, decoder, how):
+    path = tmp_path / "a b.mp4"
+    write_video(path, moving(9, 32, 48), 8)
+    BREAK[how](path)
+    with pytest.raises(VideoError) as caught:
+        read_video(path, decoder)
+    assert str(caught.value).startswith(f"{path}: expected ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_decoder_that_does_not_work_is_refused_before_anything_is_done(make_folder, tmp_path, monkeypatch):
+    videos = make_folder("a", 1)
+    arguments = {"videos": videos, "metrics": ["temporal_flickering"], "out": tmp_path / "out"}
+    with pytest.raises(ValueError, match="decoder: expected pyav or torchcodec, got 'opencv'"):
+        score(**arguments, decoder="opencv")
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    with pytest.raises(ValueError, match=r"decoder: expected the Python package torchcodec, got none"):
+        score(**arguments, decoder="torchcodec")
+    monkeypatch.setitem(sys.modules, "torchcodec", types.SimpleNamespace(ffmpeg_major_version=None))
+    with pytest.raises(ValueError, match="decoder: expected an FFmpeg whose libraries torchcodec finds, got none"):
+        score(**arguments, decoder="torchcodec")
+    assert not (tmp_path / "out").exists()
+
+
+def test_odd_or_wrong_frames_are_not_written(tmp_path):
+    for frames, said in [
+        (moving(2, 16, 17), r"even height and width .*got \(16, 17\)"),
+        (moving(2, 16, 16)[:0], "T >= 1"),
+        (moving(2, 16, 16).astype(np.float32), "uint8"),
+        (moving(2, 16, 16)[..., :1], "uint8"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            write_video(tmp_path / "a.mp4", frames, 8)
+    assert list(tmp_path.iterdir()) == []
