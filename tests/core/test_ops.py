@@ -42,6 +42,10 @@ def test_opcheck_of_other_dtypes(dtype):
     torch.library.opcheck(ops.attention, (q, k, v, bm.indices, bm.counts, alpha, None, 16, 8, "full"))
 
 
+def test_opcheck_of_soft_top_k():
+    torch.library.opcheck(ops.soft_top_k, (torch.randn(2, 3, 7), torch.full((1, 1, 1), 2.0)))
+
+
 def test_gradcheck():
     q, k, v, alpha = (x.requires_grad_() for x in inputs(5, 9, d=2, dtype=torch.float64, b=1, h=1)[:4])
     mask = torch.tensor([[[[True, False]]]])

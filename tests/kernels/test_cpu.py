@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from sla2_kernels.cpu import build, elementwise, route
+from sla2_kernels.cpu import build, elementwise, quantize, route, softtopk
 from sla2_kernels.cpu.tiles import gemm
 
 
@@ -120,3 +120,37 @@ def test_threads_work_after_a_fork():
     process.start()
     assert queue.get(timeout=60) == expected
     process.join()
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_low_bit_copies_are_the_plain_definition_to_the_bit(fmt, dtype):
+    torch = pytest.importorskip("torch")
+    from sla2_core.quantize import fake_quantize, quantize_blocks
+
+    x = torch.randn(2, 1, 111, 24, dtype=getattr(torch, dtype), generator=torch.Generator().manual_seed(0))
+    x[0, 0, :16] = 0  # a block of zeros
+    x[1, 0, 40, 3], x[1, 0, 70, 5] = float("nan"), float("inf")
+    lengths = torch.tensor([111, 90])
+    valid = (torch.arange(111) < lengths[:, None])[:, None, :, None]
+    for plain, found in (
+        (quantize_blocks(x.masked_fill(~valid, 0), 16, fmt), quantize.quantize_blocks(x[:, 0].numpy(), lengths.numpy(), 16, fmt)),
+        (fake_quantize(x.masked_fill(~valid, 0), fmt, 2), quantize.quantize_channels(x[:, 0].numpy(), lengths.numpy(), fmt, 2)),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(
+            found, plain[:, 0].masked_fill(~valid[:, 0], 0).numpy()
+        )  # padding is 0, never NaN
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_soft_top_k_agrees_with_bisection(dtype):
+    torch = pytest.importorskip("torch")
+    from sla2_core.softtopk import _bisect
+
+    x = torch.randn(40, 63, dtype=getattr(torch, dtype), generator=torch.Generator().manual_seed(0)) * 20
+    x[3, :60], x[4, 7], x[5] = -torch.inf, float("nan"), 2.0
+    k = torch.full((40, 1), 2.5, dtype=x.dtype)
+    k[6:9, 0] = torch.tensor([1.0, 62.0, 63.0])
+    k[3] = 3
+    found = torch.from_numpy(softtopk.soft_top_k(x.numpy(), k[:, 0].numpy()))
+    torch.testing.assert_close(found, _bisect(x, k), rtol=0, atol=2e-5 if dtype == "float32" else 1e-12, equal_nan=True)

@@ -37,6 +37,19 @@ def _threads(q: Tensor, indices: Tensor, block_k: int) -> int:
     return 1 if pairs * q.shape[3] < _ALONE else torch.get_num_threads()
 
 
+def _low(q, k, v, blocks, precision: str, threads: int):
+    """Q, K and V (numpy arrays of heads) as the sparse branch of a low-bit forward sees them; padding counts in no scale."""
+    import numpy as np
+    from sla2_kernels.cpu.quantize import quantize_blocks, quantize_channels
+
+    formats, whole = quantize.FORMATS[precision], np.full(len(q), q.shape[1])
+    return (
+        quantize_blocks(q, whole, blocks.block_q, formats.qk, threads),
+        quantize_blocks(k, blocks.lengths, blocks.block_k, formats.qk, threads),
+        quantize_channels(v, blocks.lengths, formats.pv, threads),
+    )
+
+
 def cpu_stages():
     """A context manager: a dict that receives the seconds of each CPU kernel that runs inside, by name."""
     from sla2_kernels.cpu.build import stages
@@ -49,18 +62,6 @@ def cpu_compile_seconds() -> dict[str, float]:
     from sla2_kernels.cpu.build import compile_seconds
 
     return compile_seconds()
-
-
-def rounded(
-    q: Tensor, k: Tensor, v: Tensor, block_q: int, block_k: int, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, K and V as the sparse branch of a low-bit forward sees them."""
-    formats = quantize.FORMATS[precision]
-    return (
-        quantize.quantize_blocks(q, block_q, formats.qk),
-        quantize.quantize_blocks(k, block_k, formats.qk),
-        quantize.quantize_values(v, formats.pv, block_k),
-    )
 
 
 @torch.library.custom_op("sla2::block_means", mutates_args=(), device_types="cpu")
@@ -124,6 +125,21 @@ def _(scores, count):
     return scores.new_empty((*scores.shape[:3], count), dtype=torch.int32)
 
 
+@torch.library.custom_op("sla2::soft_top_k", mutates_args=(), device_types="cpu")
+def soft_top_k(x: Tensor, k: Tensor) -> Tensor:
+    """sigmoid(x + lambda), lambda such that each row sums to k: x (..., T_n) fp32 or fp64, k (..., 1) of x's dtype."""
+    from sla2_kernels.cpu.softtopk import soft_top_k as solve
+
+    rows = x.detach().reshape(-1, x.shape[-1]).contiguous().numpy()
+    each = k.detach().expand(*x.shape[:-1], 1).reshape(-1).contiguous().numpy()
+    return torch.from_numpy(solve(rows, each, 1 if x.numel() < 1 << 14 else torch.get_num_threads())).view(x.shape)
+
+
+@soft_top_k.register_fake
+def _(x, k):
+    return x.new_empty(x.shape)
+
+
 @torch.library.custom_op("sla2::attention", mutates_args=(), device_types="cpu")
 def attention(
     q: Tensor,
@@ -152,20 +168,14 @@ def attention(
     """
     from sla2_kernels.cpu.operator import forward
 
-    queries, keys, values = _work(q), _work(k), _work(v)
-    low = None
-    if precision != "full":
-        if lengths is not None:  # padding must not count in a scale
-            drop = (torch.arange(k.shape[2]) >= lengths[:, None])[:, None, :, None]
-            keys, values = keys.masked_fill(drop, 0.0), values.masked_fill(drop, 0.0)
-        low = tuple(_heads(x) for x in rounded(queries, keys, values, block_q, block_k, precision))
-    weights = None if alpha is None else _heads(alpha.to(queries.dtype))
-    out, o_s, lse = forward(
-        _heads(queries), _heads(keys), _heads(values), _map(indices, counts, lengths, block_q, block_k, k.shape[2]),
-        weights, low, KERNEL_FORMATS[precision], _threads(q, indices, block_k),
-    )  # fmt: skip
+    work, threads = _work(q).dtype, _threads(q, indices, block_k)
+    inputs = tuple(_heads(_work(x)) for x in (q, k, v))
+    blocks = _map(indices, counts, lengths, block_q, block_k, k.shape[2])
+    low = None if precision == "full" else _low(*inputs, blocks, precision, threads)
+    weights = None if alpha is None else _heads(alpha.to(work))
+    out, o_s, lse = forward(*inputs, blocks, weights, low, KERNEL_FORMATS[precision], threads)
     out = torch.from_numpy(out).view(q.shape).to(q.dtype)
-    o_s = queries.new_empty(0) if alpha is None else torch.from_numpy(o_s).view(q.shape)
+    o_s = q.new_empty(0, dtype=work) if alpha is None else torch.from_numpy(o_s).view(q.shape)
     return out, o_s, torch.from_numpy(lse).view(q.shape[:3])
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sla2_core import ops
+
 _ITERATIONS = {torch.float64: 64, torch.float32: 36}
 
 
@@ -13,23 +15,9 @@ class _SoftTopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores: Tensor, k: Tensor, tau: float) -> Tensor:
         x = scores / tau
-        live = x != -torch.inf
-        valid = live.sum(-1, keepdim=True)
-        # With every sigmoid equal to k / T_n at the row's maximum the sum is at most k, at its minimum at least k.
-        share = (k / valid).clamp(max=1.0)
-        centre = torch.logit(share.clamp(1e-7, 1 - 1e-7))
-        low = centre - x.amax(-1, keepdim=True)
-        high = centre - x.masked_fill(~live, torch.inf).amin(-1, keepdim=True)
-        for _ in range(_ITERATIONS[x.dtype]):
-            middle = (low + high) / 2
-            over = torch.sigmoid(x + middle).sum(-1, keepdim=True) > k
-            high = torch.where(over, middle, high)
-            low = torch.where(over, low, middle)
-        out = torch.sigmoid(x + (low + high) / 2)
-        out = torch.where(k >= valid, live.to(x.dtype), out)  # every block: nothing to choose
-        out = torch.where(torch.isnan(x).any(-1, keepdim=True), torch.nan, out)
-        ctx.save_for_backward(out)
         ctx.tau = tau
+        out = ops.soft_top_k(x, k) if x.device.type == "cpu" else _bisect(x, k)
+        ctx.save_for_backward(out)
         return out
 
     @staticmethod
@@ -40,6 +28,26 @@ class _SoftTopK(torch.autograd.Function):
         total = weight.sum(-1, keepdim=True)
         mean = (grad * weight).sum(-1, keepdim=True) / total.clamp_min(torch.finfo(out.dtype).tiny)
         return weight / ctx.tau * (grad - mean), None, None
+
+
+def _bisect(x: Tensor, k: Tensor) -> Tensor:
+    """sigmoid(x + lambda), lambda by bisection: the plain form, for every device; the CPU's kernel must agree with it."""
+    live = x != -torch.inf
+    valid = live.sum(-1, keepdim=True)
+    # With every sigmoid equal to k / T_n at the row's maximum the sum is at most k, at its minimum at least k.
+    share = (k / valid).clamp(max=1.0)
+    centre = torch.logit(share.clamp(1e-7, 1 - 1e-7))
+    low = centre - x.amax(-1, keepdim=True)
+    high = centre - x.masked_fill(~live, torch.inf).amin(-1, keepdim=True)
+    for _ in range(_ITERATIONS[x.dtype]):
+        middle = (low + high) / 2
+        over = torch.sigmoid(x + middle).sum(-1, keepdim=True) > k
+        high = torch.where(over, middle, high)
+        low = torch.where(over, low, middle)
+    out = torch.sigmoid(x + (low + high) / 2)
+    out = torch.where(k >= valid, live.to(x.dtype), out)  # every block: nothing to choose
+    out = torch.where(torch.isnan(x).any(-1, keepdim=True), torch.nan, out)
+    return out
 
 
 def soft_topk(scores: Tensor, k: int | float | Tensor, tau: float = 0.1) -> Tensor:

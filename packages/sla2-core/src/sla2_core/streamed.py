@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from sla2_core import ops, quantize
+from sla2_core import quantize
 from sla2_core.block_map import BlockMap
 
 _CHUNK_ELEMENTS = 1 << 21  # scores of one chunk: 8 MB in fp32
@@ -80,8 +80,7 @@ class _SparseBranch(torch.autograd.Function):
             weights = scores.sub_(top).exp_()
             total = weights.sum(-1, keepdim=True)
             empty = total == 0
-            if precision != "full":
-                weights = quantize.quantize_probabilities(weights, quantize.FORMATS[precision].pv, gather.block_k)
+            weights = quantize.quantize_probabilities(weights, quantize.FORMATS[precision].pv, gather.block_k)
             acc = torch.bmm(weights, gather.keys(vs, rows)) / total.masked_fill(empty, 1.0)
             out[rows] = acc.masked_fill_(empty, 0.0)
             lse[rows] = torch.where(empty, -torch.inf, top + total.log()).squeeze(-1)
@@ -94,7 +93,7 @@ class _SparseBranch(torch.autograd.Function):
     def backward(ctx, grad_out, _grad_lse):
         q, k, v, out, lse = ctx.saved_tensors
         gather = _Gather(ctx.block_map, ctx.lengths)
-        matched = ctx.qat_backward == "matched" and ctx.precision != "full"
+        matched = ctx.qat_backward == "matched"
         low = _round(q, k, v, ctx.block_map, ctx.precision) if matched else (q, k, v)
         qs, ks, vs = _blocks(low[0], gather.block_q), _blocks(low[1], gather.block_k), _blocks(low[2], gather.block_k)
         gs = _blocks(grad_out.contiguous(), gather.block_q)
@@ -125,7 +124,13 @@ class _SparseBranch(torch.autograd.Function):
 
 
 def _round(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    return (q, k, v) if precision == "full" else ops.rounded(q, k, v, block_map.block_q, block_map.block_k, precision)
+    """Q, K and V as the sparse branch of a low-bit forward sees them."""
+    formats, block_k = quantize.FORMATS[precision], block_map.block_k
+    return (
+        quantize.quantize_blocks(q, block_map.block_q, formats.qk),
+        quantize.quantize_blocks(k, block_k, formats.qk),
+        quantize.quantize_values(v, formats.pv, block_k),
+    )
 
 
 def _requantize(p: Tensor, fmt: str, block_k: int) -> Tensor:

@@ -26,13 +26,30 @@ _stages: dict[str, float] | None = None
 
 
 def inner(function):
-    """A function that kernels call; compiled into them."""
-    return numba.njit(function, fastmath=FASTMATH, error_model="numpy", nogil=True)
+    """A function that kernels call; inlined into them.
+
+    Left to LLVM, a call may stay and bind to whichever copy of the function is loaded first: one that was compiled for
+    another kernel, with its sums in another order. A process that compiled the kernels then rounds otherwise than one
+    that found them in the cache.
+    """
+    return numba.njit(function, fastmath=FASTMATH, error_model="numpy", nogil=True, forceinline=True)
+
+
+def exact_inner(function):
+    """As `inner`, without fast math: every operation is rounded as written."""
+    return numba.njit(function, error_model="numpy", nogil=True)
+
+
+def exact_kernel(function):
+    """As `kernel`, without fast math."""
+    dispatcher = exact_inner(function)
+    _registered.append(dispatcher)
+    return dispatcher
 
 
 def kernel(function):
     """A compiled function (*arrays and numbers, lo, hi) over the work items lo..hi; run it with `run`."""
-    dispatcher = numba.njit(function, fastmath=FASTMATH, error_model="numpy", nogil=True)
+    dispatcher = inner(function)
     _registered.append(dispatcher)
     return dispatcher
 

@@ -64,7 +64,7 @@ def rint(context, x):
 
 
 @intrinsic
-def _floor_power_of_two(context, x):
+def floor_power_of_two(context, x):
     """The largest power of two <= x, for x > 0: the mantissa bits dropped."""
     bits, mantissa = _BITS[x][:2]
 
@@ -77,7 +77,7 @@ def _floor_power_of_two(context, x):
     return x(x), generate
 
 
-@numba.njit(fastmath=FASTMATH | {"nnan"}, nogil=True)  # a NaN is not lost: it comes back in exp2(x - maximum)
+@numba.njit(fastmath=FASTMATH | {"nnan"}, nogil=True, forceinline=True)  # a NaN is not lost: it comes back in exp2(x - maximum)
 def row_maximum(x, row, count, start):
     """max(start, x[row, :count])."""
     top = start
@@ -118,7 +118,7 @@ def round_e4m3(x, row, count):
     for c in range(count):
         value = x[row, c] * limit
         size = value if value > least else least
-        step = _floor_power_of_two(size) * eighth
+        step = floor_power_of_two(size) * eighth
         x[row, c] = rint(value / step) * step / limit
 
 
