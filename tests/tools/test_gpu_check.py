@@ -1,6 +1,7 @@
 """tools/gpu_check.py on a machine without a GPU: what it says, how it counts, what it passes on."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -69,8 +70,58 @@ def test_the_sanitizer_is_called_with_an_exit_code_or_skipped(tool, monkeypatch)
     assert tool.run_sanitizer("memcheck") == {"passed": True, "skipped": "compute-sanitizer is not installed"}
     called = []
     monkeypatch.setattr(tool.shutil, "which", lambda name, path: "compute-sanitizer")
-    monkeypatch.setattr(tool, "call", lambda command, minutes: called.append(command) or (9, "a race", 1.0))
+    monkeypatch.setattr(
+        tool, "call", lambda command, minutes, **env: called.append((command, env)) or (9, "a race", 1.0)
+    )
     found = tool.run_sanitizer("racecheck")
     assert (found["passed"], found["output"]) == (False, "a race")
-    assert called[0][:5] == ["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9"]
-    assert called[0][-1] == "--tiny"
+    command, env = called[0]
+    assert command[:5] == ["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9"]
+    assert command[-1] == "--tiny"
+    assert env == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+def test_the_tests_need_no_package_beyond_torch(tool, monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        tool, "call", lambda command, minutes, **env: called.append((command, env)) or (0, "1 passed", 1.0)
+    )
+    tool.run_tests()
+    command, env = called[0]
+    files = [part for part in command if part.endswith(".py")]
+    assert "tests/kernels/test_gpu.py" in files
+    assert "tests/kernels/test_kernels_forward.py" in files
+    assert all((tool.ROOT / file).is_file() for file in files)
+    assert env["SLA2_TEST_TARGET"] == "cuda"
+    blocked = ("diffusers", "ray", "lpips", "numba", "accelerate", "safetensors", "rich", "av")
+    code = f"""
+import sys
+for name in {blocked!r}:
+    sys.modules[name] = None
+import pytest
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *{files!r}]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=tool.environment(), cwd=tool.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_what_is_done_is_kept_and_a_failure_has_a_log(tool, tmp_path, capsys):
+    out = tmp_path / "deep" / "gpu.json"
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    failed = tool.outcome(1, "long" * 2000, 2.0)
+    parts = {"tests": lambda: {"passed": True}, "memcheck": lambda: failed, "bench": stopped}
+    with pytest.raises(KeyboardInterrupt):
+        tool.check({"gpu": "none"}, parts, out)
+    kept = json.loads(out.read_text())
+    assert kept["machine"] == {"gpu": "none"}
+    assert kept["tests"] == {"passed": True}
+    assert kept["memcheck"] | {"output": ""} == {"passed": False, "seconds": 2.0, "exit_code": 1, "output": ""}
+    assert len(kept["memcheck"]["output"]) == 4000
+    assert out.with_name("gpu-memcheck.log").read_text() == "long" * 2000
+    assert capsys.readouterr().out == "tests: passed\nmemcheck: FAILED\n"
+    assert tool.check({}, {"tests": lambda: {"passed": True, "skipped": "not here"}}, out) is True

@@ -12,7 +12,8 @@ from sla2_eval.timing import cuda_clock, interleave
 COLUMNS = ("shape", "sparsity", "case", "median", "low", "high", "speedup", "c_over_t", "floor", "times_floor")
 
 BLOCK_Q, BLOCK_K, HEAD_DIM = 128, 64, 128
-SHAPES = {"1.3B 480p": (32760, 12), "14B 720p": (75600, 40)}  # tokens, heads of Wan2.1's self-attention
+# Tokens and heads of Wan2.1's self-attention, warm-ups and repetitions: dense attention takes seconds at the second shape.
+SHAPES = {"1.3B 480p": (32760, 12, 3, 50), "14B 720p": (75600, 40, 1, 7)}
 SPARSITIES = (0.85, 0.90, 0.95, 0.97)
 
 
@@ -52,19 +53,20 @@ def measure(report: Callable[[str, int, int], None], quick: bool) -> dict:
 
     Rows: shape, sparsity, case, median, low, high (ms), speedup over SDPA-flash of the same direction, c_over_t (TFLOP/s of
     full attention, 4 N^2 d H, over the time: the paper's measure), and for stages the floor (ms, at the measured GEMM rate
-    and copy bandwidth) and the time over it. Raises RuntimeError in one line without a GPU or without CuPy.
+    and copy bandwidth) and the time over it. SLA2's cases are replays of CUDA graphs; those called "launched" are not, and
+    hold what Python takes to launch the kernels one by one. Raises RuntimeError in one line without a GPU or without CuPy.
     """
     import torch
 
     if not torch.cuda.is_available():
         raise RuntimeError("suite 'paper': needs a CUDA GPU, and torch sees none; --suite cpu runs here")
-    repetitions = 10 if quick else 50
-    rates = _rates(repetitions)
+    rates = _rates(10 if quick else 50)
     rows = []
-    for shape, (n, heads) in list(SHAPES.items())[: 1 if quick else None]:
+    for shape, (n, heads, warmups, repetitions) in list(SHAPES.items())[: 1 if quick else None]:
         for sparsity in SPARSITIES[-1:] if quick else SPARSITIES:
             progress = partial(report, f"{shape} {sparsity:.0%}")
-            found, selected = _setting(n, heads, sparsity, repetitions, progress)
+            turns = (warmups, 10 if quick else repetitions)
+            found, selected = _setting(n, heads, sparsity, *turns, progress)
             rows += _rows(shape, n, heads, sparsity, selected, found, rates)
             torch.cuda.empty_cache()
     settings = {
@@ -72,7 +74,7 @@ def measure(report: Callable[[str, int, int], None], quick: bool) -> dict:
         "block_k": BLOCK_K,
         "head_dim": HEAD_DIM,
         "dtype": "bfloat16",
-        "repetitions": repetitions,
+        "repetitions": 10 if quick else {shape: turns[-1] for shape, turns in SHAPES.items()},
     }
     return {"suite": "paper", "hardware": _hardware(), "rates": rates, "settings": settings, "rows": rows}
 
@@ -145,7 +147,9 @@ def _rows(shape, n, heads, sparsity, selected, found, rates) -> list[dict]:
     return rows
 
 
-def _setting(n: int, heads: int, sparsity: float, repetitions: int, report) -> tuple[dict[str, dict], int]:
+def _setting(
+    n: int, heads: int, sparsity: float, warmups: int, repetitions: int, report
+) -> tuple[dict[str, dict], int]:
     """Times of every case at one shape and sparsity, and how many key blocks a row selects."""
     import torch
 
@@ -153,7 +157,7 @@ def _setting(n: int, heads: int, sparsity: float, repetitions: int, report) -> t
     q, k, v, grad = (torch.randn(1, heads, n, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     kernels = _Kernels(q, k, v, 1 - sparsity)
     cases = kernels.cases(grad) | _dense(q, k, v, grad) | _flex(q, k, v, grad, kernels)
-    return interleave(cases, cuda_clock, repetitions, warmups=3, report=report), kernels.block_map.width
+    return interleave(cases, cuda_clock, repetitions, warmups, report), kernels.block_map.width
 
 
 class _Kernels:
@@ -162,13 +166,11 @@ class _Kernels:
     def __init__(self, q, k, v, topk: float):
         import torch
         from sla2_kernels import operator
-        from sla2_kernels.operator import Alpha, Device, Problem
+        from sla2_kernels.operator import Alpha, Problem
         from sla2_kernels.specs import architecture_of
 
         self.operator, self.arch = operator, architecture_of(*torch.cuda.get_device_capability())
         self.inputs = [self.pointer(x) for x in (q, k, v)]
-        stream = torch.cuda.current_stream().cuda_stream
-        self.device = Device(allocate=self.allocate, target="cuda", arch=self.arch, stream=stream)
         self.shape = dict(batch=q.shape[0], heads=q.shape[1], n_q=q.shape[2], n_k=k.shape[2], head_dim=q.shape[3])
         self.problem = Problem(**self.shape)
         weight = torch.eye(q.shape[3], device="cuda")[None].contiguous()
@@ -183,6 +185,14 @@ class _Kernels:
         from sla2_kernels.operator import Pointer
 
         return Pointer(tensor.data_ptr(), tensor)
+
+    @property
+    def device(self):
+        """On the current stream, which is another one while a graph is captured."""
+        import torch
+
+        stream = torch.cuda.current_stream().cuda_stream
+        return self.operator.Device(allocate=self.allocate, target="cuda", arch=self.arch, stream=stream)
 
     def allocate(self, shape, dtype):
         import torch
@@ -208,23 +218,43 @@ class _Kernels:
         from sla2_kernels.kernels import supports
         from sla2_kernels.operator_backward import backward
 
-        op, device, problem = self.operator, self.device, self.problem
+        op, problem = self.operator, self.problem
         saved, d_out = self.forward(problem, save=True), self.pointer(grad)
         cases = {
             "SLA2 forward": lambda: self.forward(problem),
             "SLA2 prologue": lambda: self.prologue(problem),
             "SLA2 route": lambda: self.route(problem, self.made),
-            "SLA2 linear states": lambda: op.linear_states(device, problem, self.made, self.block_map),
+            "SLA2 linear states": lambda: op.linear_states(self.device, problem, self.made, self.block_map),
             "SLA2 sparse forward": lambda: op.sparse_forward(
-                device, problem, self.made, self.block_map, self.linear, self.alpha, False
+                self.device, problem, self.made, self.block_map, self.linear, self.alpha, False
             ),
-            "SLA2 backward": lambda: backward(device, problem, saved, d_out),
+            "SLA2 backward": lambda: backward(self.device, problem, saved, d_out),
         }
         for precision in ("int8", "int8_int8"):
             if supports(self.arch, precision):
                 low = replace(problem, precision=precision)
                 cases[f"SLA2 forward {precision}"] = lambda low=low: self.forward(low)
-        return cases
+        launched = {f"{name}, launched": cases[name] for name in ("SLA2 forward", "SLA2 backward")}
+        return {name: _graphed(case) for name, case in cases.items()} | launched
+
+
+def _graphed(function: Callable[[], object]) -> Callable[[], None]:
+    """The function as a CUDA graph, captured at the first call; a plain call before it loads its kernels."""
+    graphs = []
+
+    def replay() -> None:
+        import torch
+
+        if not graphs:
+            function()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                function()
+            graphs.append(graph)
+        graphs[0].replay()
+
+    return replay
 
 
 def _both(function: Callable, q, k, v, grad, name: str) -> dict[str, Callable[[], object]]:
@@ -287,4 +317,6 @@ def _compiled_flex(q, k, kernels: _Kernels) -> Callable:
         torch.zeros_like(counts), torch.zeros_like(padded), counts, padded, BLOCK_SIZE=(BLOCK_Q, BLOCK_K),
         seq_lengths=(q.shape[2], k.shape[2]),
     )  # fmt: skip
-    return partial(torch.compile(flex_attention), block_mask=mask)
+    tiles = {"fwd_BLOCK_M": BLOCK_Q, "fwd_BLOCK_N": BLOCK_K}  # the defaults are wider than a key block
+    tiles |= {f"bwd_BLOCK_{side}{half}": BLOCK_K for side in "MN" for half in "12"}
+    return partial(torch.compile(flex_attention), block_mask=mask, kernel_options=tiles)
