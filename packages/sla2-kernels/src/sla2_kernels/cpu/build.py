@@ -49,7 +49,7 @@ def exact_kernel(function):
 
 def kernel(function):
     """A compiled function (*arrays and numbers, lo, hi) over the work items lo..hi; run it with `run`."""
-    dispatcher = inner(function)
+    dispatcher = numba.njit(function, fastmath=FASTMATH, error_model="numpy", nogil=True)
     _registered.append(dispatcher)
     return dispatcher
 

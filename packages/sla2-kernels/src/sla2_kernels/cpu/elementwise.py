@@ -77,7 +77,8 @@ def floor_power_of_two(context, x):
     return x(x), generate
 
 
-@numba.njit(fastmath=FASTMATH | {"nnan"}, nogil=True, forceinline=True)  # a NaN is not lost: it comes back in exp2(x - maximum)
+# "nnan": a NaN is not lost, it comes back in exp2(x - maximum)
+@numba.njit(fastmath=FASTMATH | {"nnan"}, nogil=True, forceinline=True)
 def row_maximum(x, row, count, start):
     """max(start, x[row, :count])."""
     top = start
