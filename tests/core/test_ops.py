@@ -70,6 +70,19 @@ def test_a_compiled_module_equals_the_eager_one_with_every_gradient(alpha):
         torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
 
 
+@pytest.mark.slow
+def test_inductor_equals_eager_with_every_gradient():
+    q, k, v = (x.requires_grad_() for x in inputs()[:3])
+    attn = SLA2Attention(SLA2Config(head_dim=8, num_heads=2, topk=0.3, **BLOCKS))
+    leaves = (q, k, v, *attn.mixing.parameters())
+    found = []
+    for call in (torch.compile(attn, fullgraph=True), attn):
+        out = call(q, k, v)
+        found.append((out, *torch.autograd.grad(torch.sin(out).sum(), leaves)))
+    for compiled, eager in zip(*found):
+        torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-6)
+
+
 def test_a_compiled_function_equals_the_eager_one():
     q, k, v, alpha, bm = inputs()
     compiled = torch.compile(lambda *x: sla2_attention(*x[:3], bm, x[3]), fullgraph=True, backend="aot_eager")
