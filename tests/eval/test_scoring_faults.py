@@ -45,7 +45,8 @@ except ScoringError as error:
     sys.exit(1)
 """
 
-WORKERS = [1, pytest.param(2, marks=pytest.mark.slow)]
+PATIENCE = 600  # seconds for one run, which takes some ten where nothing else does; Ray's start is most of it
+WORKERS = [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.timeout(4 * PATIENCE)])]
 
 
 class Runs:
@@ -71,7 +72,7 @@ class Runs:
         )
 
     def finish(self, process: subprocess.Popen, expected: int = 0) -> str:
-        said, errors = process.communicate(timeout=240)
+        said, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == expected, errors
         return said + errors
 
@@ -121,7 +122,7 @@ def test_a_killed_driver_is_run_again_to_an_identical_report(make_folder, tmp_pa
     runs.fault("slow")
     process = runs.start(videos, tmp_path / "out", workers)
     store = tmp_path / "out" / "store" / "vision_reward"
-    end = time.time() + 120
+    end = time.time() + PATIENCE / 2
     while len(list(store.rglob("*.json"))) < 2 and time.time() < end:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -152,7 +153,8 @@ def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(make_folder, t
     assert (tmp_path / "out" / "results.json").read_bytes() == (tmp_path / "clean" / "results.json").read_bytes()
 
 
-def test_a_full_tmpfs_ends_the_run_and_what_was_written_is_kept(make_folder, tmp_path, runs):
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_full_tmpfs_ends_the_run_and_what_was_written_is_kept(make_folder, tmp_path, runs, workers):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", str(disk)], capture_output=True)
@@ -160,25 +162,26 @@ def test_a_full_tmpfs_ends_the_run_and_what_was_written_is_kept(make_folder, tmp
         pytest.skip("mounting a small tmpfs needs root")
     try:
         videos = make_folder("a", 12, height=32, width=32)
-        said = runs.score(videos, disk / "out", expected=1)
+        said = runs.score(videos, disk / "out", workers, expected=1)
         assert "No space left on device" in said
         assert partials(disk) == []
         stored = [json.loads(path.read_text()) for path in (disk / "out").rglob("*.json")]
         assert stored
         assert all(set(entry) == {"key", "result", "digest"} for entry in stored)
         subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
-        runs.score(videos, disk / "out")
+        runs.score(videos, disk / "out", workers)
         runs.score(videos, tmp_path / "clean")
         assert (disk / "out" / "results.json").read_bytes() == (tmp_path / "clean" / "results.json").read_bytes()
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_two_runs_into_one_folder_at_once(make_folder, tmp_path, runs):
+@pytest.mark.parametrize("workers", WORKERS)
+def test_two_runs_into_one_folder_at_once(make_folder, tmp_path, runs, workers):
     videos = make_folder("a", 6, height=32, width=32)
     runs.score(videos, tmp_path / "clean")
     runs.fault("slow")
-    both = [runs.start(videos, tmp_path / "out") for _ in range(2)]
+    both = [runs.start(videos, tmp_path / "out", workers) for _ in range(2)]
     for process in both:
         runs.finish(process)
     assert (tmp_path / "out" / "results.json").read_bytes() == (tmp_path / "clean" / "results.json").read_bytes()
@@ -240,14 +243,6 @@ def test_of_200_videos_10_broken_in_ten_ways_190_are_scored(make_folder, tmp_pat
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
 
 
-@pytest.mark.slow
-def test_ray_workers_give_the_bytes_of_one_process(make_folder, tmp_path, runs):
-    videos = make_folder("a", 5, height=32, width=32)
-    runs.score(videos, tmp_path / "one")
-    runs.score(videos, tmp_path / "two", workers=2)
-    assert (tmp_path / "two" / "results.json").read_bytes() == (tmp_path / "one" / "results.json").read_bytes()
-
-
 MEASURED = """
 import resource, sys
 from sla2_eval.scoring import score
@@ -260,9 +255,9 @@ print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, reso
 def test_memory_does_not_grow_with_the_number_of_videos(make_folder, tmp_path):
     peaks = []
     for count in (20, 200):
-        videos = make_folder(f"videos {count}", count, frames=8, height=64, width=64)
+        videos = make_folder(f"videos {count}", count, frames=8, height=128, width=128)  # 180 more are 70 MB of frames
         command = [sys.executable, "-c", MEASURED, str(videos), str(tmp_path / f"out {count}")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append([int(kilobytes) / 1024 for kilobytes in done.stdout.split()])
     for few, many in zip(*peaks, strict=True):
-        assert many < few + 12, peaks
+        assert many < few + 40, peaks

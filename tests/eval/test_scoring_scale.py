@@ -15,6 +15,7 @@ from sla2_eval.video import read_video
 SLA2 = str(Path(sys.executable).with_name("sla2"))
 
 
+@pytest.mark.slow
 def test_psnr_starts_soon(make_folder, tmp_path):
     """A whole `sla2 score --metrics psnr` of one small pair, in processor time, which a busy machine does not stretch."""
     videos, reference = make_folder("a", 1, noise=4.0, height=32, width=32), make_folder("b", 1, height=32, width=32)
@@ -58,6 +59,7 @@ class Detector(torch.nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_one_two_and_three_workers_give_identical_bytes(make_folder, tmp_path):
     size = {"frames": 17, "height": 48, "width": 48}
     videos, reference = make_folder("a", 9, noise=9.0, **size), make_folder("b", 9, **size)
