@@ -178,7 +178,7 @@ class _Run:
         self.family, self.transformer = handle.family, handle.transformer
         alphas = self.family.alphas_cumprod
         self.alphas_cumprod = None if alphas is None else alphas(self.transformer.config)
-        self.frozen = _freeze(handle, config)
+        self.flags = _freeze(handle, config)
         if config.lora_rank:
             lora.add(self.transformer, config.lora_rank, config.lora_targets, config.seed)
             groups = handle.parameters()  # peft froze all of them
@@ -215,7 +215,9 @@ class _Run:
         if last is not None:
             report.steps, report.loss, report.grad_norm = last
         self.model.train()
-        writer = state.open_writer(self.folder) if config.tensorboard and self.accelerator.is_main_process else None
+        writer = None
+        if config.tensorboard and self.accelerator.is_main_process:
+            writer = state.open_writer(self.folder, report.steps)
         try:
             while report.steps < config.steps:
                 loss, norm = self._one_step(report.steps)
@@ -232,8 +234,7 @@ class _Run:
         finally:
             if writer:
                 writer.close()
-            for parameter, flag in self.frozen:
-                parameter.requires_grad_(flag)
+            _restore(self.transformer, self.flags)
             self.model.eval()
         report.adapter = str(self.folder / "adapter")
         if self.ema is not None:
@@ -328,7 +329,7 @@ class _Run:
 
         modules = [(name, m) for name, m in self.transformer.named_modules() if name]
         for name, parameter in self.transformer.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
+            if not state.is_finite(parameter):
                 return f"the weight {name}"
         hooks = [module.register_forward_hook(watch(name)) for name, module in modules]
         try:
@@ -340,15 +341,15 @@ class _Run:
         if found:
             return found[0]
         gradients = [
-            n for n, p in self.transformer.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+            n for n, p in self.transformer.named_parameters() if p.grad is not None and not state.is_finite(p.grad)
         ]
         return f"the gradient of {gradients[-1]}" if gradients else "the loss"
 
 
-def _freeze(handle: SLA2Handle, config: Stage2Config) -> list[tuple[nn.Parameter, bool]]:
-    """Set requires_grad for stage 2; returns what it was before. A model parameter frozen before (LoRA) stays frozen."""
+def _freeze(handle: SLA2Handle, config: Stage2Config) -> dict[str, bool]:
+    """Set requires_grad for stage 2; returns what it was before, by name. A model parameter frozen before stays frozen."""
     groups = handle.parameters()
-    before = [(p, p.requires_grad) for group in groups.values() for p in group]
+    before = {name: p.requires_grad for name, p in handle.transformer.named_parameters()}
     for parameter in groups["router"]:
         parameter.requires_grad_(False)
     for parameter in groups["alpha"] + groups["proj"]:
@@ -357,6 +358,13 @@ def _freeze(handle: SLA2Handle, config: Stage2Config) -> list[tuple[nn.Parameter
         for parameter in groups["model"]:
             parameter.requires_grad_(False)
     return before
+
+
+def _restore(transformer: nn.Module, flags: dict[str, bool]) -> None:
+    """Set requires_grad as it was; by name, since sharding replaces the parameters and LoRA moves them."""
+    for name, parameter in transformer.named_parameters():
+        plain = state.plain_name(name).replace(".base_layer.", ".")
+        parameter.requires_grad_(flags.get(plain, parameter.requires_grad))
 
 
 def _rate(step: int, config: Stage2Config) -> float:

@@ -44,7 +44,7 @@ def save(
         tensors["grad_norm"] = torch.tensor(report.grad_norm, dtype=torch.float64)
         write_tensors(folder / f"checkpoint-{report.steps:08d}.safetensors", tensors)
         old = sorted(path for path in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(path.name))
-        for path in old[:-keep]:
+        for path in [*old[:-keep], *folder.glob(".checkpoint-*.partial")]:  # the latter of a process that was killed
             path.unlink()
     accelerator.wait_for_everyone()
 
@@ -95,6 +95,12 @@ def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in tensors.items()}
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite; of a sharded tensor, those of this process."""
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return bool(torch.isfinite(local).all())
+
+
 def _fill(target: Tensor, value: Tensor) -> None:
     if hasattr(target, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
@@ -104,28 +110,29 @@ def _fill(target: Tensor, value: Tensor) -> None:
         target.copy_(value)
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A parameter's name in the model itself, out of the wrappers of data parallelism and checkpointing."""
     return name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
 
 
 def start_ema(model: nn.Module) -> dict[str, Tensor]:
     """A copy of everything that is trained, by parameter name."""
-    return {_plain_name(name): p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {plain_name(name): p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
 def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            ema[_plain_name(name)].lerp_(parameter, 1 - decay)
+            ema[plain_name(name)].lerp_(parameter, 1 - decay)
 
 
 @torch.no_grad()
 def use_ema(ema: dict[str, Tensor], model: nn.Module) -> None:
     """Put the moving average into the model."""
     for name, parameter in model.named_parameters():
-        if _plain_name(name) in ema:
-            parameter.copy_(ema[_plain_name(name)])
+        if plain_name(name) in ema:
+            parameter.copy_(ema[plain_name(name)])
 
 
 def save_adapter(handle: SLA2Handle, accelerator, model: nn.Module, folder: Path) -> None:
@@ -138,10 +145,13 @@ def save_adapter(handle: SLA2Handle, accelerator, model: nn.Module, folder: Path
     accelerator.wait_for_everyone()
 
 
-def open_writer(folder: Path) -> Any:
-    """A TensorBoard writer. Raises ModuleNotFoundError if tensorboard is missing."""
+def open_writer(folder: Path, steps: int) -> Any:
+    """A TensorBoard writer of a run that has done `steps`; what was written of later ones, before a kill, is dropped.
+
+    Raises ModuleNotFoundError if tensorboard is missing.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:
         raise ModuleNotFoundError("tensorboard: expected it for tensorboard=True, install sla2-core[train]") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=steps + 1)
