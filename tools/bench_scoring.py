@@ -1,113 +1,240 @@
-"""Measures scoring on this machine: overhead over the bare arithmetic, one worker against more, memory over many videos.
+"""Measures scoring on this machine: overhead over bare decoding and arithmetic, one worker against more, memory over many videos.
 
-Example: python tools/bench_scoring.py --videos 16 --workers 1 2 --repeats 3 --json scoring.json
+Example: python tools/bench_scoring.py --json scoring.json        (about ten minutes on two cores; --quick for a try)
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
+import platform
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 METRICS = ["psnr", "ssim", "temporal_flickering"]
+SIZE = (480, 720)
 
 
-def make(folder: Path, count: int, noise: float, frames: int, height: int, width: int) -> Path:
-    """`count` videos of a drifting pattern, with noise."""
+def note(text: str) -> None:
+    """Progress, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def make(folder: Path, count: int, noise: float, frames: int, size: tuple[int, int]) -> Path:
+    """`count` videos of a drifting pattern with noise, ten at most of different content; each file is different."""
     from sla2_eval.video import write_video
 
-    folder.mkdir()
+    folder.mkdir(parents=True)
+    height, width = size
     y, x = np.mgrid[:height, :width]
     for i in range(count):
+        path = folder / f"clip {i:03d}-0.mp4"
+        if i >= 10:  # the same video with a box that players skip, which is all it takes to be another file
+            shutil.copyfile(folder / f"clip {i % 10:03d}-0.mp4", path)
+            with path.open("ab") as file:
+                file.write((12).to_bytes(4, "big") + b"free" + i.to_bytes(4, "big"))
+            continue
         rng = np.random.default_rng([i, int(noise)])
         clip = np.empty((frames, height, width, 3), dtype=np.uint8)
         for t in range(frames):
             wave = 127 + 80 * np.sin((x + 3 * t + 40 * i) / 37) * np.cos((y - 2 * t) / 29)
             clip[t] = np.clip(wave[..., None] + rng.normal(0, 2 + noise, (height, width, 1)), 0, 255)
-        write_video(folder / f"clip {i:03d}-0.mp4", clip, 16)
+        write_video(path, clip, 16)
     return folder
 
 
-def cpu_seconds() -> float:
-    """Processor time of this process and of its ended children."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
+def pair(root: Path, name: str, count: int, frames: int) -> tuple[Path, Path]:
+    """A folder of videos and one of their references."""
+    note(f"writing {count} pairs of {frames} frames of {SIZE[0]} x {SIZE[1]}")
+    return make(root / name / "a", count, 6.0, frames, SIZE), make(root / name / "b", count, 0.0, frames, SIZE)
 
 
-def bare(videos: Path, reference: Path, names: list[str], count: int) -> tuple[float, float]:
-    """Processor seconds a pair for decoding alone, and for the metrics' arithmetic alone, on one thread in this process."""
-    import torch
-    from sla2_eval import metrics
+def spread(runs: list[dict]) -> dict:
+    """Median, least and most of each key, and all values."""
+    return {
+        key: {
+            "median": round(statistics.median(run[key] for run in runs), 4),
+            "least": round(min(run[key] for run in runs), 4),
+            "most": round(max(run[key] for run in runs), 4),
+            "all": [round(run[key], 4) for run in runs],
+        }
+        for key in runs[0]
+    }
+
+
+def bare(videos: Path, reference: Path, scorers: dict, unpaired: set[str]) -> dict:
+    """Seconds of decoding every pair, and of the metrics' arithmetic on it, on one thread in this process."""
     from sla2_eval.metrics.base import Sample
     from sla2_eval.video import read_video
 
-    torch.set_num_threads(1)
-    scorers = {name: metrics.load(name, {}) for name in names}
-    kinds = {name: spec.kind for name, spec in metrics.specs().items()}
     decoding = arithmetic = 0.0
-    for path in sorted(videos.iterdir())[:count]:
-        start = cpu_seconds()
+    for path in sorted(videos.iterdir()):
+        start = time.perf_counter()
         video, other = read_video(path), read_video(reference / path.name)
-        middle = cpu_seconds()
+        middle = time.perf_counter()
         for name, scorer in scorers.items():
             scorer(Sample(video.frames, video.fps, other.frames))
-            if kinds[name] == "unpaired":
+            if name in unpaired:
                 scorer(Sample(other.frames, other.fps))
         decoding += middle - start
-        arithmetic += cpu_seconds() - middle
-    return decoding / count, arithmetic / count
+        arithmetic += time.perf_counter() - middle
+    return {"decoding": decoding, "arithmetic": arithmetic}
 
 
 def timed(videos: Path, reference: Path, names: list[str], workers: int) -> dict:
-    """One run of `score`: seconds in all, until each worker did one, a video after that; processor seconds (of one worker)."""
+    """Seconds of one run of `score`: in all, until each worker did one pair, and a pair after that."""
     from sla2_eval.scoring import score
 
-    moments, used = [], cpu_seconds()
+    moments = []
+
+    def seen(name: str, done: int, total: int) -> None:
+        if name == names[0]:
+            moments.append(time.perf_counter() - start)
+
     with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter()
-        score(
-            videos, reference, names, out, num_workers=workers,
-            progress=lambda name, done, total: moments.append(time.perf_counter() - start) if name == names[0] else None,
-        )  # fmt: skip
+        score(videos, reference, names, out, num_workers=workers, progress=seen)
         total = time.perf_counter() - start
     first, last = moments[workers], moments[-1]
-    per_video = (last - first) / (len(moments) - 1 - workers)
-    return {"seconds": total, "first": first, "per_video": per_video, "cpu": cpu_seconds() - used}
+    return {"total": total, "first": first, "a_pair": (last - first) / (len(moments) - 1 - workers)}
+
+
+def overhead(root: Path, count: int, repeats: int) -> dict:
+    """A whole run of one worker against decoding and arithmetic alone, in turn."""
+    import torch
+    from sla2_eval import metrics
+
+    videos, reference = pair(root, "overhead", count, 49)
+    torch.set_num_threads(1)
+    scorers = {name: metrics.load(name, {}) for name in METRICS}
+    unpaired = {name for name, spec in metrics.specs().items() if spec.kind == "unpaired"}
+    runs = []
+    for repeat in range(repeats):
+        note(f"overhead, {repeat + 1} of {repeats}")
+        alone = bare(videos, reference, scorers, unpaired)
+        scored = timed(videos, reference, METRICS, 1)
+        least = alone["decoding"] + alone["arithmetic"]
+        runs.append(
+            {**alone, "scored": scored["total"], "ratio": scored["total"] / least,
+             "ratio_once_started": scored["a_pair"] * count / least}
+        )  # fmt: skip
+    return {"pairs": count, "frames": 49, **spread(runs)}
+
+
+def throughput(root: Path, count: int, repeats: int, workers: list[int]) -> dict:
+    """One worker against more, in turn: with their start (Ray's, for more than one), and once each has done a pair."""
+    videos, reference = pair(root, "throughput", count, 17)
+    runs: dict[int, list[dict]] = {number: [] for number in workers}
+    for repeat in range(repeats):
+        for number in workers:
+            note(f"throughput of {number}, {repeat + 1} of {repeats}")
+            runs[number].append(timed(videos, reference, METRICS, number))
+    one = runs[workers[0]]
+    found = {"pairs": count, "frames": 17, "workers": {number: spread(of) for number, of in runs.items()}}
+    for number in workers[1:]:
+        ratios = [
+            {"with_start": a["total"] / b["total"], "once_started": a["a_pair"] / b["a_pair"]}
+            for a, b in zip(one, runs[number])
+        ]
+        found[f"{number}_against_{workers[0]}"] = spread(ratios)
+    return found
+
+
+def family(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = task.read_text().split()
+        except OSError:
+            continue
+        for child in children:
+            found += family(int(child))
+    return found
+
+
+def proportional(pid: int) -> int:
+    """The kilobytes of a process, shared pages divided among those that share them; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+
+
+def peak(videos: Path, reference: Path, workers: int, out: Path) -> dict:
+    """The most megabytes that a run of `sla2 score` and all it starts held at once."""
+    names = ["psnr", "temporal_flickering"]  # SSIM takes long, and its memory does not depend on the number of videos
+    command = [
+        str(Path(sys.executable).with_name("sla2")), "score", "--videos", str(videos), "--reference", str(reference),
+        "--metrics", ",".join(names), "--out", str(out), "--num-workers", str(workers),
+    ]  # fmt: skip
+    most = processes = 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            found = [kilobytes for pid in family(process.pid) if (kilobytes := proportional(pid))]
+            most, processes = max(most, sum(found)), max(processes, len(found))
+            time.sleep(0.2)
+        if process.returncode:
+            raise RuntimeError(process.stderr.read().strip())
+    return {"megabytes": most / 1024, "processes": processes}
+
+
+def memory(root: Path, counts: list[int], workers: list[int]) -> dict:
+    """Peaks of the sum over processes, for few and many videos."""
+    rows = []
+    for count in counts:
+        videos, reference = pair(root, f"memory {count}", count, 17)
+        for number in workers:
+            note(f"memory of {number} with {count} pairs")
+            found = peak(videos, reference, number, root / f"out {count} {number}")
+            rows.append({"pairs": count, "workers": number, **{k: round(v) for k, v in found.items()}})
+        shutil.rmtree(videos.parent)
+    return {"frames": 17, "metrics": "psnr,temporal_flickering", "rows": rows}
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchmetrics", "av", "ray")},
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--videos", type=int, default=16)
-    parser.add_argument("--frames", type=int, default=49)
-    parser.add_argument("--size", type=int, nargs=2, default=(480, 720))
-    parser.add_argument("--metrics", default=",".join(METRICS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["overhead", "throughput", "memory"], help="of the measurement")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="few videos, once: whether it runs")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    names = options.metrics.split(",")
-    with tempfile.TemporaryDirectory() as root:
-        a = make(Path(root) / "a", options.videos, 6.0, options.frames, *options.size)
-        b = make(Path(root) / "b", options.videos, 0.0, options.frames, *options.size)
-        decoding, arithmetic = bare(a, b, names, min(3, options.videos))
-        found = {"metrics": names, "decoding": decoding, "arithmetic": arithmetic, "runs": {}}
-        for workers in options.workers:
-            runs = [timed(a, b, names, workers) for _ in range(options.repeats)]
-            found["runs"][workers] = {
-                key: {"median": statistics.median(r[key] for r in runs), "all": [round(r[key], 3) for r in runs]}
-                for key in runs[0]
-            }
-        one = found["runs"][options.workers[0]]["per_video"]["median"]
-        found["speedup"] = {w: one / run["per_video"]["median"] for w, run in found["runs"].items()}
-        cpu = found["runs"][options.workers[0]]["cpu"]["median"]
-        found["cpu_over_bare"] = cpu / ((decoding + arithmetic) * options.videos)
-        found["worker_peak_mb"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    os.environ["OMP_NUM_THREADS"] = "1"
+    pairs, many, counts, repeats = (3, 6, [3, 6], 1) if options.quick else (8, 16, [10, 100], options.repeats)
+    found = {"machine": machine(), "size": list(SIZE), "metrics": METRICS}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        if "overhead" in options.parts:
+            found["overhead"] = overhead(root, pairs, repeats)
+        if "throughput" in options.parts:
+            found["throughput"] = throughput(root, many, repeats, options.workers)
+        if "memory" in options.parts:
+            found["memory"] = memory(root, counts, options.workers)
     text = json.dumps(found, indent=1)
     print(text)
     if options.json:
