@@ -98,12 +98,15 @@ def test_topk_and_precision_can_be_replaced_between_calls():
     )
 
 
-def test_autocast_does_not_lower_the_operator():
+def test_autocast_takes_the_inputs_in_its_dtype_as_sdpa_does_and_lowers_nothing_else():
     q, k, v = qkv()
     attn = SLA2Attention(CONFIG)
-    plain = attn(q, k, v)
+    expected = attn(*(x.to(torch.bfloat16) for x in (q, k, v)))
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(attn(q, k, v), plain)
+        found = attn(q, k, v.to(torch.bfloat16))  # as after rotary positions in fp32
+        assert found.dtype == torch.nn.functional.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
+        assert attn(*(x.double() for x in (q, k, v))).dtype == torch.float64
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(

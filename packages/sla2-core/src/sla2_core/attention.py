@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sla2_core import cuda_ops
 from sla2_core.block_map import BlockMap, Rows
-from sla2_core.checks import check_choice, check_kv_lengths, check_qkv
+from sla2_core.checks import autocast_qkv, check_choice, check_kv_lengths, check_qkv
 from sla2_core.config import SLA2Config, heuristic_router
 from sla2_core.functional import CUDA_BACKENDS, backend_for, sla2_attention, sla_attention
 from sla2_core.mixing import Mixing
@@ -41,6 +41,7 @@ class _RoutedAttention(nn.Module):
                     f"q, k, v: expected 4 dimensions (B, N, H, d), got shapes {[tuple(x.shape) for x in (q, k, v)]}"
                 )
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q, k, v = autocast_qkv(q, k, v)
         check_qkv(q, k, v)
         for name, index, expected in (("num_heads", 1, self.config.num_heads), ("head_dim", 3, self.config.head_dim)):
             if q.shape[index] != expected:
@@ -103,7 +104,8 @@ class SLA2Attention(_RoutedAttention):
         """Attention output in q's dtype and layout; with `return_info` also an AttentionInfo.
 
         Args:
-            q: (B, H, N_q, d), or (B, N_q, H, d) with layout="bnhd". k, v: the same with N_k.
+            q: (B, H, N_q, d), or (B, N_q, H, d) with layout="bnhd". k, v: the same with N_k. Under autocast they are taken in
+                its dtype, as by scaled_dot_product_attention.
             kv_lengths: None, or one integer in [1, N_k] per batch item.
 
         Raises:

@@ -17,6 +17,14 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
+def autocast_qkv(q, k, v):
+    """Under autocast q, k and v in its dtype, as scaled_dot_product_attention has it (float64 stays); else as they are."""
+    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in FLOATS[1:] else x for x in (q, k, v))
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q (B, H, N_q, d), k and v (B, H, N_k, d), one floating dtype, one device, no empty dimension."""
     for name, x in (("q", q), ("k", k), ("v", v)):

@@ -12,6 +12,7 @@ from torch import Tensor
 from sla2_core import cuda_ops, ops, reference, streamed
 from sla2_core.block_map import BlockMap, Rows
 from sla2_core.checks import (
+    autocast_qkv,
     check_alpha,
     check_backend,
     check_block_map,
@@ -123,7 +124,8 @@ def block_sparse_attention(
     """Exact softmax attention over the selected blocks only (Alg. 2, sparse branch).
 
     Args:
-        q: (B, H, N_q, d) float64, float32, bfloat16 or float16. k, v: (B, H, N_k, d), same dtype and device.
+        q: (B, H, N_q, d) float64, float32, bfloat16 or float16. k, v: (B, H, N_k, d), same dtype and device. Under autocast
+            they are taken in its dtype, as by scaled_dot_product_attention.
         block_map: the selected blocks, made for these lengths.
         precision: "full" | "int8" | "int8_int8" | "fp8" | "int4" | "nvfp4", of the forward.
         qat_backward: "paper" or "matched", what the backward of a low-bit forward recomputes.
@@ -137,6 +139,7 @@ def block_sparse_attention(
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device. RuntimeError: the backend is missing.
     """
+    q, k, v = autocast_qkv(q, k, v)
     check_qkv(q, k, v)
     check_block_map(block_map, q, k)
     check_precision(precision)
@@ -185,6 +188,7 @@ def sla2_attention(
     Raises:
         As block_sparse_attention.
     """
+    q, k, v = autocast_qkv(q, k, v)
     check_qkv(q, k, v)
     check_block_map(block_map, q, k)
     check_precision(precision)
@@ -239,6 +243,7 @@ def sla_attention(
     Raises:
         As block_sparse_attention; ValueError for a projection of another shape.
     """
+    q, k, v = autocast_qkv(q, k, v)
     o_s, _ = block_sparse_attention(q, k, v, block_map, precision=precision, kv_lengths=kv_lengths, backend=backend)
     d = q.shape[3]
     for name, x, shape in (("proj_weight", proj_weight, (d, d)), ("proj_bias", proj_bias, (d,))):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sla2_core.block_map import BlockMap
+from sla2_core.checks import autocast_qkv
 from sla2_core.functional import sla2_attention, sla_attention
 from sla2_core.integrations.heads import for_heads
 from sla2_core.router import pool, smooth_keys, top_k_map
@@ -69,6 +70,7 @@ def routed_attention(
     Returns:
         (B, H, N, d), and of the video queries the block map and alpha (B|1, H|1, T_m|1; None for SLA).
     """
+    q, k, v = autocast_qkv(q, k, v)
     config = attention.config
     n_video = q.shape[2] - text_tokens
     video = q[:, :, :n_video]
