@@ -110,6 +110,8 @@ def test_dynamic_degree_counts_pairs_against_vbenchs_threshold():
     assert not moves([6.1] * 15, 16, (256, 256), fps=4)
     assert moves([12.1] * 15, 16, (256, 256), fps=4)
     assert moves([3.1] * 4, 16, (128, 999), fps=24)
+    assert moves([0.0], 2, (256, 256), fps=8)  # round(0.5) = 0 pairs are needed
+    assert not moves([], 1, (256, 256), fps=8)
 
 
 def test_middle_frames_of_equal_parts():

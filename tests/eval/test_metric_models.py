@@ -147,13 +147,15 @@ def test_subject_consistency_is_timms_class_token(tmp_path):
 
     options = {"num_classes": 0, "dynamic_img_size": True}
     model = timm.create_model("test_vit", **options).eval()
-    settings = keep(tmp_path / "dino_b16.pth", model.state_dict(), model="test_vit", size=32)
-    video = frames(2, 3, 32, 48)
+    settings = keep(tmp_path / "dino_b16.pth", model.state_dict(), model="test_vit", size=160)
+    video = frames(2, 3, 160, 160)  # the size of its position embeddings; test_metric_weights.py has others
     scorer = metrics.load("subject_consistency", settings)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
         features = model((torch.from_numpy(video).permute(0, 3, 1, 2) / 255 - mean) / std)
     assert scorer(Sample(video, 8)) == pytest.approx(consistency(features.double().numpy()), abs=1e-6)
+    wide = np.repeat(frames(3, 1, 160, 250), 3, axis=0)
+    assert scorer(Sample(wide, 8)) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_aesthetic_quality_is_the_head_on_clips_features(tmp_path, clip_settings):
@@ -180,8 +182,8 @@ def test_dynamic_degree_runs_torchvisions_raft(tmp_path):
     scorer = metrics.load("dynamic_degree", settings)
     video = np.repeat(frames(0, 1, 130, 128), 3, axis=0)
     assert scorer(Sample(video, 16)) in (0.0, 1.0)
-    # One frame is left of two at sixteen a second: no pair moves, and round(4 / 16) = 0 are needed.
-    assert scorer(Sample(video[:2], 16)) == 1.0
+    # One frame is left of two at sixteen a second: no pair, so nothing moves, though round(4 / 16) = 0 are needed.
+    assert scorer(Sample(video[:2], 16)) == 0.0
 
 
 def test_fvd_cuts_videos_into_clips_and_reads_them_in_minus_one_to_one(tmp_path):

@@ -28,68 +28,61 @@ class WeightFile:
     used_by: tuple[str, ...]
 
 
-_TORCHVISION = "https://download.pytorch.org/models/"
-_OPENAI = "https://openaipublic.azureedge.net/clip/models/"
+_SOURCES = {  # where files come from: the beginning of their addresses
+    "torchvision": "https://download.pytorch.org/models/",
+    "openai": "https://openaipublic.azureedge.net/clip/models/",
+    "hub": "https://huggingface.co/",
+    "laion": "https://raw.githubusercontent.com/LAION-AI/aesthetic-predictor/main/",
+    "dino": "https://dl.fbaipublicfiles.com/dino/",
+    "pyiqa": "https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/",
+    "stylegan-v": "https://www.dropbox.com/s/ge9e5ujwgetktms/",
+}
+_IMAGENET = "BSD-3-Clause (torchvision); trained on data with terms of their own"
+_CLIP = "MIT (OpenAI CLIP)"
 _B32 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
 _L14 = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
+# name, megabytes, licence, sha256, metrics, source, address there; and the file's name here if it is another
+_TABLE = (
+    ("alexnet", 233, _IMAGENET, "7be5be79", "lpips", "torchvision", "alexnet-owt-7be5be79.pth"),
+    ("vgg16", 528, _IMAGENET, "397923af", "lpips_vgg", "torchvision", "vgg16-397923af.pth"),
+    ("squeezenet", 5, _IMAGENET, "b8a52dc0", "lpips_squeeze", "torchvision", "squeezenet1_1-b8a52dc0.pth"),
+    ("raft", 20, _IMAGENET, "1bb1363a", "dynamic_degree", "torchvision", "raft_large_C_T_V2-1bb1363a.pth"),
+    (
+        "clip_b32", 338, _CLIP, _B32, "clip_score clip_similarity background_consistency",
+        "openai", f"{_B32}/ViT-B-32.pt",
+    ),
+    ("clip_l14", 890, _CLIP, _L14, "aesthetic_quality", "openai", f"{_L14}/ViT-L-14.pt"),
+    (
+        "aesthetic_head", 1, "MIT (LAION aesthetic-predictor)", None, "aesthetic_quality",
+        "laion", "sa_0_4_vit_l_14_linear.pth",
+    ),
+    (
+        "dino_b16", 327, "Apache-2.0 (DINO)", None, "subject_consistency",
+        "dino", "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+    ),
+    ("i3d", 49, "Apache-2.0 (Kinetics-400 I3D)", None, "fvd", "stylegan-v", "i3d_torchscript.pt?dl=1"),
+    (
+        "videomae", 346, "CC-BY-NC-4.0 (VideoMAE)", None, "fvd_videomae",
+        "hub", "MCG-NJU/videomae-base-finetuned-kinetics/resolve/main/model.safetensors",
+        "videomae_base_kinetics.safetensors",
+    ),
+    ("musiq", 104, "Apache-2.0 (MUSIQ)", "358bb6af", "imaging_quality", "pyiqa", "musiq_spaq_ckpt-358bb6af.pth"),
+    ("amt_s", 12, "CC-BY-NC-4.0 (AMT)", None, "motion_smoothness", "hub", "lalala125/AMT/resolve/main/amt-s.pth"),
+    (
+        "viclip", 1710, "Apache-2.0 (InternVid)", None, "overall_consistency",
+        "hub", "OpenGVLab/VBench_Used_Models/resolve/main/ViClip-InternVid-10M-FLT.pth",
+    ),
+)  # fmt: skip
 
 
-def _torchvision(name: str, file_name: str, megabytes: int, digest: str, used_by: tuple[str, ...]) -> WeightFile:
+def _row(name, megabytes, licence, sha256, metrics, source, address, file_name=None) -> WeightFile:
     return WeightFile(
-        name=name, file_name=file_name, url=_TORCHVISION + file_name, megabytes=megabytes,
-        licence="BSD-3-Clause (torchvision); trained on data with terms of their own", sha256=digest, used_by=used_by,
+        name=name, file_name=file_name or address.rpartition("/")[2].partition("?")[0], url=_SOURCES[source] + address,
+        megabytes=megabytes, licence=licence, sha256=sha256, used_by=tuple(metrics.split()),
     )  # fmt: skip
 
 
-_FILES = (
-    _torchvision("alexnet", "alexnet-owt-7be5be79.pth", 233, "7be5be79", ("lpips",)),
-    _torchvision("vgg16", "vgg16-397923af.pth", 528, "397923af", ("lpips_vgg",)),
-    _torchvision("squeezenet", "squeezenet1_1-b8a52dc0.pth", 5, "b8a52dc0", ("lpips_squeeze",)),
-    _torchvision("raft", "raft_large_C_T_V2-1bb1363a.pth", 20, "1bb1363a", ("dynamic_degree",)),
-    WeightFile(
-        name="clip_b32", file_name="ViT-B-32.pt", url=f"{_OPENAI}{_B32}/ViT-B-32.pt", megabytes=338,
-        licence="MIT (OpenAI CLIP)", sha256=_B32,
-        used_by=("clip_score", "clip_similarity", "background_consistency"),
-    ),
-    WeightFile(
-        name="clip_l14", file_name="ViT-L-14.pt", url=f"{_OPENAI}{_L14}/ViT-L-14.pt", megabytes=890,
-        licence="MIT (OpenAI CLIP)", sha256=_L14, used_by=("aesthetic_quality",),
-    ),
-    WeightFile(
-        name="aesthetic_head", file_name="sa_0_4_vit_l_14_linear.pth",
-        url="https://raw.githubusercontent.com/LAION-AI/aesthetic-predictor/main/sa_0_4_vit_l_14_linear.pth",
-        megabytes=1, licence="MIT (LAION aesthetic-predictor)", sha256=None, used_by=("aesthetic_quality",),
-    ),
-    WeightFile(
-        name="dino_b16", file_name="dino_vitbase16_pretrain.pth",
-        url="https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
-        megabytes=327, licence="Apache-2.0 (DINO)", sha256=None, used_by=("subject_consistency",),
-    ),
-    WeightFile(
-        name="i3d", file_name="i3d_torchscript.pt",
-        url="https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1",
-        megabytes=49, licence="Apache-2.0 (Kinetics-400 I3D)", sha256=None, used_by=("fvd",),
-    ),
-    WeightFile(
-        name="videomae", file_name="videomae_base_kinetics.safetensors",
-        url="https://huggingface.co/MCG-NJU/videomae-base-finetuned-kinetics/resolve/main/model.safetensors",
-        megabytes=346, licence="CC-BY-NC-4.0 (VideoMAE)", sha256=None, used_by=("fvd_videomae",),
-    ),
-    WeightFile(
-        name="musiq", file_name="musiq_spaq_ckpt-358bb6af.pth",
-        url="https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/musiq_spaq_ckpt-358bb6af.pth",
-        megabytes=104, licence="Apache-2.0 (MUSIQ)", sha256="358bb6af", used_by=("imaging_quality",),
-    ),
-    WeightFile(
-        name="amt_s", file_name="amt-s.pth", url="https://huggingface.co/lalala125/AMT/resolve/main/amt-s.pth",
-        megabytes=12, licence="CC-BY-NC-4.0 (AMT)", sha256=None, used_by=("motion_smoothness",),
-    ),
-    WeightFile(
-        name="viclip", file_name="ViClip-InternVid-10M-FLT.pth",
-        url="https://huggingface.co/OpenGVLab/VBench_Used_Models/resolve/main/ViClip-InternVid-10M-FLT.pth",
-        megabytes=1710, licence="Apache-2.0 (InternVid)", sha256=None, used_by=("overall_consistency",),
-    ),
-)  # fmt: skip
+_FILES = tuple(_row(*row) for row in _TABLE)
 FILES: dict[str, WeightFile] = {file.name: file for file in _FILES}
 
 

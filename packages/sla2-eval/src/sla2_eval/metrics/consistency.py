@@ -21,6 +21,7 @@ SPECS = (
         vbench="subject_consistency",
         vbench_range=(0.1462, 1.0),
         settings={"model": "vit_base_patch16_224", "size": 224},
+        revision=2,
     ),
     MetricSpec(
         name="background_consistency",
@@ -81,6 +82,12 @@ def _dino(settings: dict, device: str) -> Callable:
     model = fill(model, load_tensors("dino_b16", settings), "dino_b16").to(device)
     patch = model.patch_embed.patch_size[0]
 
+    def class_tokens(x):
+        patches = model.patch_embed(x)  # (n, rows, columns, d)
+        first, others = model.pos_embed[:, :1], positions(model.pos_embed[:, 1:], patches.shape[1:3])
+        first = (model.cls_token + first).expand(len(x), -1, -1)
+        return model.norm(model.blocks(torch.cat((first, patches.flatten(1, 2) + others), 1)))[:, 0]
+
     def features(frames):
         found = []
         with torch.inference_mode():
@@ -89,7 +96,22 @@ def _dino(settings: dict, device: str) -> Callable:
                     frames[start : start + 8], device, settings["size"], IMAGENET_MEAN, IMAGENET_STD,
                     mode="bilinear", crop=False, antialias=False,
                 )  # fmt: skip
-                found.append(model(x[..., : x.shape[-2] // patch * patch, : x.shape[-1] // patch * patch]))
+                found.append(class_tokens(x[..., : x.shape[-2] // patch * patch, : x.shape[-1] // patch * patch]))
         return torch.cat(found)
 
     return features
+
+
+def positions(table, grid: tuple[int, int]):
+    """DINO's position embeddings (1, n, d) of a square grid for another `grid`: bicubic, by its scale with 0.1 patch added.
+
+    Source: facebookresearch/dino, vision_transformer.py, interpolate_pos_encoding. timm's own resizing is antialiased.
+    """
+    from torch.nn.functional import interpolate
+
+    side = round(table.shape[1] ** 0.5)
+    if tuple(grid) == (side, side):
+        return table
+    square = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    scale = tuple((length + 0.1) / side for length in grid)
+    return interpolate(square, scale_factor=scale, mode="bicubic").flatten(2).transpose(1, 2)

@@ -21,6 +21,7 @@ SPECS = (
         packages=("torchvision (pip install torchvision)",),
         vbench="dynamic_degree",
         settings={"model": "raft_large", "iterations": 20},
+        revision=2,
     ),
 )
 
@@ -69,6 +70,9 @@ def strongest(flow) -> float:
 
 
 def moves(strengths: list[float], num_frames: int, size: tuple[int, int], fps: float) -> bool:
-    """VBench's verdict: at least round(4 T / 16) pairs above 6 min(H, W) / 256 pixels; below 8 a second, 8 / fps times that."""
+    """VBench's verdict: at least round(4 T / 16) pairs above 6 min(H, W) / 256 pixels; below 8 a second, 8 / fps times that.
+
+    As there, a video without any pair does not move.
+    """
     least = max(1.0, 8.0 / fps) * 6.0 * min(size) / 256.0
-    return sum(strength > least for strength in strengths) >= round(4 * num_frames / 16.0)
+    return bool(strengths) and sum(strength > least for strength in strengths) >= round(4 * num_frames / 16.0)

@@ -88,15 +88,35 @@ def _videomae(settings: dict, device: str) -> Callable:
     config = VideoMAEConfig(
         **{"image_size": settings["size"], "num_frames": settings["clip_frames"], **settings["model"]}
     )
-    tensors = {k.removeprefix("videomae."): v for k, v in load_tensors("videomae", settings).items()}
-    tensors = {k: v for k, v in tensors.items() if not k.startswith(("classifier.", "fc_norm.", "decoder"))}
-    model = fill(VideoMAEModel(config), tensors, "videomae").to(device)
+    model = VideoMAEModel(config)
+    tensors = _as_named_now(load_tensors("videomae", settings), model.state_dict())
+    model = fill(model, tensors, "videomae").to(device)
     mean, std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
 
     def features(frames: np.ndarray):
         return model((_square(frames, device, settings["size"]) - mean)[None] / std).last_hidden_state[0].mean(0)
 
     return features
+
+
+def _as_named_now(published: dict, expected: dict) -> dict:
+    """The encoder's tensors of a published VideoMAE, under the names of this version of transformers.
+
+    The published files keep the attention's biases as `q_bias` and `v_bias`, and have none for the keys.
+    """
+    import torch
+
+    found = {}
+    for name, tensor in published.items():
+        name = name.removeprefix("videomae.")
+        if name.startswith(("classifier.", "fc_norm.", "decoder", "encoder_to_decoder", "mask_token")):
+            continue
+        for short, linear in ((".q_bias", ".query.bias"), (".v_bias", ".value.bias")):
+            renamed = name.removesuffix(short) + linear
+            name = renamed if name.endswith(short) and renamed in expected else name
+        found[name] = tensor
+    keys = {name: tensor for name, tensor in expected.items() if name.endswith(".key.bias") and name not in found}
+    return found | {name: torch.zeros_like(tensor) for name, tensor in keys.items()}
 
 
 def frechet(first: np.ndarray, second: np.ndarray) -> float:

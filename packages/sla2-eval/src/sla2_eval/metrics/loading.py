@@ -50,10 +50,11 @@ def load_tensors(name: str, settings: dict) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise MetricUnavailable(f"unavailable: {path}: expected tensors, got {str(error).splitlines()[0]}") from error
-    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    for key in ("state_dict", "params"):  # as AMT's and pyiqa's trainers wrap them
+        found = found.get(key, found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise MetricUnavailable(f"unavailable: {path}: expected a state dict, got {type(found).__name__}")
-    return found
+    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
 
 
 def load_script(name: str, settings: dict, device: str):
