@@ -1,12 +1,14 @@
 """SLA2 on Wan2.1: encode a folder of captioned videos, capture Q, K, V, stage 1, stage 2. Each part is done once.
 
 python experiments/train_wan.py --config experiments/wan2.1_1.3b/train.yaml --videos DIR --out DIR
-accelerate launch experiments/train_wan.py ...      for stage 2 on several GPUs
+For stage 2 on several GPUs: the same with --until stage1 on one of them, then
+accelerate launch experiments/train_wan.py --config ... --out DIR
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -14,11 +16,11 @@ import numpy as np
 import torch
 import yaml
 from sla2_core import SLA2Config
-from sla2_core.integrations.diffusers import apply_sla2
+from sla2_core.integrations.diffusers import SLA2Handle, apply_sla2
 from sla2_core.training.cache import INDEX_NAME, CachedData
 from sla2_core.training.capture import CaptureConfig, capture
 from sla2_core.training.objectives import draw_sigma, noisy_and_target
-from sla2_core.training.stage1 import Stage1Config, train_stage1
+from sla2_core.training.stage1 import REPORT_NAME, Stage1Config, load_stage1, train_stage1
 from sla2_core.training.stage2 import Stage2Config, train_stage2
 
 
@@ -50,16 +52,33 @@ def encoded(settings: dict, videos: str | None, folder: Path) -> CachedData:
     )  # fmt: skip
 
 
-def train(settings: dict, videos: str | None, out: Path) -> Path:
-    """All parts; returns the adapter's folder."""
+def train(settings: dict, videos: str | None, out: Path, until: str = "stage2") -> Path:
+    """All parts up to `until`; returns the folder of the last one's result."""
     from diffusers import WanTransformer3DModel
 
+    finished = (out / "stage1" / REPORT_NAME).exists()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not finished:
+        raise ValueError(
+            f"--out: expected a finished stage 1 in {out} for several processes, run --until stage1 on one"
+        )
     data = encoded(settings, videos, out / "data")
     transformer = WanTransformer3DModel.from_pretrained(settings["model"], subfolder="transformer")
-    transformer.to("cuda" if torch.cuda.is_available() else "cpu")
+    transformer.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     attention = SLA2Config(**settings["attention"])
     handle = apply_sla2(transformer, attention, base_model=settings["model"])
     stage2 = Stage2Config(**settings["stage2"])
+    if finished:
+        load_stage1(handle, out / "stage1")
+    else:
+        first_stage(handle, data, settings, stage2, out)
+    if until == "stage1":
+        return handle.save(out / "stage1" / "adapter")
+    return Path(train_stage2(handle, data, stage2, out / "stage2", progress=show("stage 2")).adapter)
+
+
+def first_stage(handle: SLA2Handle, data: CachedData, settings: dict, stage2: Stage2Config, out: Path) -> None:
+    """Capture Q, K, V at the noise levels of stage 2, and fit router and alpha to them."""
+    transformer, precision = handle.transformer, handle.config.precision
 
     def run(sample: int) -> None:
         rng = np.random.default_rng([stage2.seed, 5, sample])
@@ -82,8 +101,7 @@ def train(settings: dict, videos: str | None, out: Path) -> Path:
         handle, captures, Stage1Config(**settings["stage1"] | {"topk": tuple(settings["stage1"]["topk"])}),
         out / "stage1", progress=show("stage 1"),
     )  # fmt: skip
-    handle.configure(precision=attention.precision)
-    return Path(train_stage2(handle, data, stage2, out / "stage2", progress=show("stage 2")).adapter)
+    handle.configure(precision=precision)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,10 +111,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--videos", help="folder of mp4 files with captions (metadata.jsonl, or NAME.txt beside NAME.mp4)"
     )
     parser.add_argument("--out", required=True, help="folder for everything made on the way, and the adapter")
+    parser.add_argument("--until", choices=("stage1", "stage2"), default="stage2", help="the last part to run")
     given = parser.parse_args(arguments)
     try:
         settings = yaml.safe_load(Path(given.config).read_text())
-        print(train(settings, given.videos, Path(given.out)))
+        print(train(settings, given.videos, Path(given.out), given.until))
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -32,7 +32,7 @@ def test_settings_are_valid_and_the_papers(name, batch):
     CaptureConfig(**{k: v for k, v in settings["capture"].items() if k != "samples"})
 
 
-def test_every_part_runs_on_a_tiny_wan(tmp_path, capsys):
+def test_every_part_runs_on_a_tiny_wan(tmp_path, capsys, monkeypatch):
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
@@ -57,6 +57,13 @@ def test_every_part_runs_on_a_tiny_wan(tmp_path, capsys):
     }  # fmt: skip
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
     arguments = ["--config", str(tmp_path / "train.yaml"), "--out", str(tmp_path / "out")]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train_wan.main(arguments) == 1
+    assert "expected a finished stage 1 in" in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
+    assert train_wan.main([*arguments, "--until", "stage1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out" / "stage1" / "adapter")
+    assert not (tmp_path / "out" / "stage2").exists()
     assert train_wan.main(arguments) == 0
     adapter = capsys.readouterr().out.splitlines()[-1]
     handle = apply_adapter(WanTransformer3DModel(**settings), adapter)

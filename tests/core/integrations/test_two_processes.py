@@ -107,6 +107,14 @@ def test_what_cannot_be_exchanged_is_refused(run):
         ]
 
 
+def test_two_processes_interrupted_and_resumed_to_the_bit(run):
+    whole, resumed = (
+        load_file(run[0] / "wan" / name / "checkpoint-00000002.safetensors") for name in ("stage2_2", "interrupted")
+    )
+    assert set(whole) == set(resumed)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
 @pytest.mark.parametrize("name", families.PIPELINES)
 def test_stage2_on_two_processes_then_load_and_generate(run, name):
     folder = run[0] / name

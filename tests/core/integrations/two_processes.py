@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -26,13 +27,18 @@ SETTINGS = Stage2Config(steps=2, batch_size=4, learning_rate=1e-3, checkpoint_ev
 
 
 class Samples:
-    def __init__(self, sample):
-        self.sample = sample
+    """Five samples; the one after `limit` draws raises, in every process alike."""
+
+    def __init__(self, sample, limit=None):
+        self.sample, self.limit, self.drawn = sample, limit, 0
 
     def __len__(self):
         return 5
 
     def __getitem__(self, index):
+        if self.drawn == self.limit:
+            raise KeyboardInterrupt
+        self.drawn += 1
         return self.sample(index)
 
 
@@ -141,13 +147,13 @@ def refusals(parallel) -> list[str]:
     return messages
 
 
-def stage2(name: str, folder: Path) -> None:
+def stage2(name: str, folder: Path, out: str = f"stage2_{RANKS}", limit: int | None = None) -> None:
     """Two steps of stage 2 on the pipeline of `folder`, on from the adapter of stage 1."""
     pipe = families.load_pipeline(name, folder / name / "pipeline")
     _, sample, _ = families.build(name)
     handle = apply_adapter(pipe.transformer, folder / name / "stage1_adapter")
     handle.configure(precision="int8")
-    train_stage2(handle, Samples(sample), SETTINGS, folder / name / f"stage2_{RANKS}")
+    train_stage2(handle, Samples(sample, limit), SETTINGS, folder / name / out)
 
 
 def main() -> None:
@@ -174,6 +180,10 @@ def main() -> None:
     found["refusals"] = refusals(parallel)
     for name in families.PIPELINES:
         stage2(name, folder)
+    with contextlib.suppress(KeyboardInterrupt):
+        stage2("wan", folder, "interrupted", limit=3)  # in the second step
+    assert not (folder / "wan" / "interrupted" / "checkpoint-00000002.safetensors").exists()
+    stage2("wan", folder, "interrupted")
     (folder / f"rank{RANK}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -56,10 +56,16 @@ def known_classes() -> tuple[str, ...]:
 
 def family_of(transformer: nn.Module) -> Family:
     """The family of a diffusers transformer. Raises ValueError for a class without an integration."""
-    for cls in type(unwrapped(transformer)).__mro__:
+    return importlib.import_module(f"sla2_core.integrations.{_MODULES[class_name(transformer)]}").FAMILY
+
+
+def class_name(transformer: nn.Module) -> str:
+    """The diffusers class of a transformer, also of a subclass, such as FSDP2 makes. Raises ValueError for an unknown one."""
+    own = type(unwrapped(transformer))
+    for cls in own.__mro__:
         if cls.__name__ in _MODULES:
-            return importlib.import_module(f"sla2_core.integrations.{_MODULES[cls.__name__]}").FAMILY
-    raise ValueError(f"transformer: expected one of {', '.join(_MODULES)}, got {type(unwrapped(transformer)).__name__}")
+            return cls.__name__
+    raise ValueError(f"transformer: expected one of {', '.join(_MODULES)}, got {own.__name__}")
 
 
 def unwrapped(transformer: nn.Module) -> nn.Module:

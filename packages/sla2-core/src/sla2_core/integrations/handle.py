@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sla2_core import adapter as files
 from sla2_core.block_map import BlockMap
 from sla2_core.config import SLA2Config
-from sla2_core.integrations.families import Family
+from sla2_core.integrations.families import Family, class_name
 from sla2_core.integrations.processor import SLA2Processor, Switch
 
 _GROUPS = ("router", "alpha", "proj", "model")
@@ -165,7 +165,7 @@ class SLA2Handle:
     def model_identity(self) -> dict[str, Any]:
         """Class and public configuration of the transformer: what an adapter is bound to."""
         config = {k: v for k, v in dict(self.transformer.config).items() if not k.startswith("_")}
-        return {"class": type(self.transformer).__name__, "config": _plain(config)}
+        return {"class": class_name(self.transformer), "config": _plain(config)}
 
     def save(
         self, folder: str | Path, *, include_model: bool = False, state: Mapping[str, Tensor] | None = None

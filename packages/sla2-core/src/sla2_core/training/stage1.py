@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sla2_core.adapter import GEOMETRY, check_tensors, copy_tensors, read_json, read_tensors, write_json, write_tensors
+from sla2_core.integrations.families import class_name
 from sla2_core.integrations.handle import SLA2Handle
 from sla2_core.training.capture import Captured, Captures
 from sla2_core.training.soft import calls
@@ -339,7 +340,7 @@ def _settings(handle: SLA2Handle, config: Stage1Config) -> dict[str, Any]:
 def _check_captures(captures: Captures, handle: SLA2Handle) -> None:
     if captures.settings["model"] != handle.model_identity():
         raise ValueError(
-            f"captures: expected captures of this {type(handle.transformer).__name__}, got another model's"
+            f"captures: expected captures of this {class_name(handle.transformer)}, got another model's"
         )
     missing = sorted(set(handle.layers) - set(captures.layers))
     if missing:

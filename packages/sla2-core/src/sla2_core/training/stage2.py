@@ -123,15 +123,20 @@ def train_stage2(
         folder: checkpoints, metrics, and in the end adapter/ with the model's weights.
         teacher: the full-attention model for loss="distill"; None copies the model as it is before training.
         accelerator: accelerate's Accelerator; None makes one, which reads `accelerate launch`'s or torchrun's environment.
+            Under FSDP2 checkpoints and adapter are gathered whole, so that another number of processes can go on.
         progress: called as progress(step, steps, {"loss": ..., "grad_norm": ...}), by the main process.
 
     Raises:
         TrainingStopped: loss or gradients are not finite. ValueError: batch_size that the processes and `accumulate` do not
-            divide, a folder of a run with other settings, data of the wrong form. ModuleNotFoundError: no accelerate.
+            divide, a folder of a run with other settings, data of the wrong form, FSDP settings that cannot work here.
+            ModuleNotFoundError: no accelerate.
     """
     folder = Path(folder)
     if accelerator is None:
         accelerator = _accelerator()
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.cpu_ram_efficient_loading:  # of which accelerate asks methods that diffusers lacks
+        raise ValueError("fsdp_cpu_ram_efficient_loading: expected false for a diffusers model, got true")
     parts = accelerator.num_processes * config.accumulate
     if config.batch_size % parts:
         raise ValueError(

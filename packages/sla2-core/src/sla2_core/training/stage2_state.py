@@ -73,11 +73,13 @@ def load_latest(
         else:
             key, _, parameter = rest.partition(".")
             moments.setdefault(parameter, {})[key] = value
-    optim = get_optimizer_state_dict(model, _inner(optimizer), options=_options())
+    groups = get_optimizer_state_dict(model, _inner(optimizer))[
+        "param_groups"
+    ]  # gathered, only the first process has them
     try:
         set_state_dict(
             model, _inner(optimizer), model_state_dict=weights,
-            optim_state_dict={"state": moments, "param_groups": optim["param_groups"]}, options=_options(),
+            optim_state_dict={"state": moments, "param_groups": groups}, options=_options(),
         )  # fmt: skip
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: expected a checkpoint of this model, got: {str(error).splitlines()[0]}") from None
