@@ -37,12 +37,12 @@ def inner(function):
 
 def exact_inner(function):
     """As `inner`, without fast math: every operation is rounded as written."""
-    return numba.njit(function, error_model="numpy", nogil=True)
+    return numba.njit(function, error_model="numpy", nogil=True, forceinline=True)
 
 
 def exact_kernel(function):
     """As `kernel`, without fast math."""
-    dispatcher = exact_inner(function)
+    dispatcher = numba.njit(function, error_model="numpy", nogil=True)
     _registered.append(dispatcher)
     return dispatcher
 
