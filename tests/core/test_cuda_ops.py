@@ -240,3 +240,17 @@ def test_sla_on_the_kernels_has_the_linear_branch_over_all_blocks():
         for x, backend in ((qkv, TARGET), ([y.double() for y in qkv], "reference"))
     )
     torch.testing.assert_close(found.double(), right, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.skipif(TARGET != "cuda", reason="no GPU here")
+@pytest.mark.parametrize("alpha", ["position", "mass"])
+def test_the_module_never_waits_for_the_device(alpha):
+    *qkv, grad, _, _ = inputs()
+    attn = SLA2Attention(SLA2Config(head_dim=64, num_heads=2, topk=0.3, alpha=alpha, **BLOCKS)).to(DEVICE)
+    gradients(attn, qkv, grad)  # compiles and loads
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(attn, qkv, grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
