@@ -146,6 +146,28 @@ def test_json_tables_are_json(capsys):
     assert "psnr" in {row["metric"] for row in json.loads(capsys.readouterr().out)}
 
 
+def test_score_list_says_what_each_metric_is_and_how_to_get_it(tmp_path, monkeypatch, capsys):
+    from sla2_eval import metrics, weights
+
+    monkeypatch.setenv("SLA2_WEIGHTS", str(tmp_path))
+    assert main(["score", "--list", "--json"]) == 0
+    rows = {row["metric"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows.keys() == metrics.specs().keys()
+    for name, row in rows.items():
+        assert all(row[key] for key in ("kind", "title", "better", "range", "definition", "source", "licence")), name
+        spec = metrics.specs()[name]
+        if spec.weights and "needs the Python package" not in row["here"]:
+            fetch = " && ".join(f"sla2 weights fetch {weight}" for weight in spec.weights)
+            assert row["here"] == f"unavailable: run {fetch}"
+    assert rows["psnr"]["here"] == "yes"
+    (tmp_path / weights.FILES["raft"].file_name).touch()
+    assert main(["score", "--list"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert "licence" in table[0]
+    assert any("dynamic_degree" in line and "yes" in line for line in table)
+    assert any("lpips" in line and "sla2 weights fetch alexnet" in line for line in table)
+
+
 def test_score_prints_a_table_and_names_broken_videos(tmp_path, capsys):
     folder = tmp_path / "videos"
     folder.mkdir()

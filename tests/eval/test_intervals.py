@@ -46,3 +46,18 @@ def test_paired_difference_uses_common_videos_alone():
     assert (difference.mean, difference.low, difference.high, difference.n) == (2.5, 2.0, 3.0, 2)
     assert difference.excludes_zero
     assert paired_difference(variant, {}) is None
+
+
+def test_pairing_sees_a_small_difference_between_prompts_that_differ_much():
+    rng = np.random.default_rng(0)
+    prompts = rng.normal(30.0, 5.0, 40)
+    reference = {(str(i), 0): x for i, x in enumerate(prompts)}
+    variant = {(str(i), 0): x - 0.2 + e for i, (x, e) in enumerate(zip(prompts, rng.normal(0, 0.2, 40)))}
+    difference = paired_difference(variant, reference)
+    assert difference.mean == pytest.approx(np.mean([variant[k] - reference[k] for k in variant]))
+    assert difference.excludes_zero
+    assert difference.low == pytest.approx(difference.mean - 1.96 * 0.2 / 40**0.5, abs=0.03)
+    alone = [over_prompts({k[0]: [v] for k, v in side.items()}) for side in (variant, reference)]
+    assert alone[0].low < alone[1].mean < alone[0].high  # without pairing it would be within noise
+    same = paired_difference(variant, {k: v + 0.01 * (-1) ** int(k[0]) for k, v in variant.items()})
+    assert not same.excludes_zero

@@ -74,6 +74,21 @@ def test_tables_agree_with_the_page(run_dir):
     assert json.loads((run_dir / "report" / "results.json").read_text()) == gather(run_dir)
 
 
+def test_what_a_grid_lost_is_said_everywhere(run_dir):
+    run = json.loads((run_dir / "run.json").read_text())
+    lost = {
+        "videos late": "its worker died 2 times (signal SIGKILL)",
+        "scores late": "needs videos late, whose worker died",
+    }
+    (run_dir / "run.json").write_text(json.dumps({**run, "lost": lost}))
+    page = write_report(run_dir).read_text()
+    assert "Not everything was done" in page
+    for task, why in lost.items():
+        assert f"<dt>{task}</dt><dd>not done: {why}</dd>" in page
+        assert f"- {task}: not done: {why}" in (run_dir / "report" / "results.md").read_text()
+    assert gather(run_dir)["lost"] == lost
+
+
 def test_half_finished_runs_have_a_report(run_dir):
     for folder in ("scores", "videos", "block_maps"):
         shutil.rmtree(run_dir / folder)

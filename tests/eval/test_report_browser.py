@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import time
+from itertools import pairwise
 
 import pytest
 from sla2_eval.report import write_report
@@ -71,7 +72,7 @@ class Browser:
             time.sleep(0.05)
 
     def press(self, key: str, text: str = "") -> None:
-        code = {"ArrowRight": 39, "ArrowLeft": 37, "ArrowDown": 40, " ": 32, "Enter": 13}[key]
+        code = {"ArrowRight": 39, "ArrowLeft": 37, "ArrowDown": 40, " ": 32, "Enter": 13, "Tab": 9}[key]
         for kind in ("keyDown", "keyUp"):
             down = {"text": text} if text and kind == "keyDown" else {}
             self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **down)
@@ -107,7 +108,10 @@ def test_report_in_chromium(page):
     asks_for_nothing(page)
     plays_in_step(page)
     table_sorts(page)
+    noise_is_marked(page)
     keyboard_works(page)
+    everything_has_a_name(page)
+    focus_is_seen(page)
     light_and_dark(page)
     narrow_screens(page)
     asks_for_nothing(page)
@@ -186,6 +190,55 @@ def keyboard_works(page):
     page.js("document.querySelector('#scores thead tr:last-child th:nth-child(2) button').focus()")
     page.press("Enter", "\r")
     assert page.js("document.querySelector('#scores thead tr:last-child th:nth-child(2)').ariaSort") == "descending"
+
+
+def noise_is_marked(page):
+    head = "[...document.querySelectorAll('#scores thead tr:last-child th')].map(h => h.textContent)"
+    column = next(i for i, title in enumerate(page.js(head)) if title.startswith("Temporal flickering"))
+    rows = "[...document.querySelectorAll('#scores tbody tr')]"
+    cells = page.js(f"{rows}.map(r => [r.cells[0].textContent, r.cells[{column}].textContent])")
+    said = {name: cell for name, cell in cells}
+    assert "≈ +0.0000" in said["SLA2 90 %"]
+    assert "Δ -0.2000" in said["SLA2 97 %"]
+    assert "≈" not in said["Full attention"] + said["SLA2 97 %"]
+    assert "within noise" in page.js("document.querySelector('.same').parentElement.textContent")
+
+
+def everything_has_a_name(page):
+    """What a screen reader is told: names of all controls and pictures, and an outline without gaps."""
+    roles = {"button", "slider", "combobox", "tab", "tablist", "image", "link", "region"}
+    found = []
+    for node in page.call("Accessibility.getFullAXTree")["nodes"]:
+        role = node.get("role", {}).get("value")
+        if not node.get("ignored") and role in roles:
+            found.append(role)
+            assert node.get("name", {}).get("value", "").strip(), node
+    assert set(found) >= {"button", "slider", "combobox", "tab", "link", "region", "image"}
+    levels = page.js("[...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))")
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in pairwise(levels))
+    assert page.js("document.documentElement.lang") == "en"
+    assert page.js("document.title") == "A run & its <title>"
+    assert page.js("document.querySelector('a.skip').hash && !!document.querySelector('main#main')")
+    assert page.js(
+        "document.querySelectorAll('[id]').length === new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size"
+    )
+
+
+def focus_is_seen(page):
+    """Tab goes forwards through the page, and what has the focus shows it."""
+    page.js("document.activeElement.blur(); scrollTo(0, 0)")
+    page.js("document.querySelector('a.skip').focus()")
+    seen = []
+    for _ in range(12):
+        page.press("Tab")
+        style = "(e => [e.outerHTML.slice(0, 60), getComputedStyle(e).outlineStyle, parseFloat(getComputedStyle(e).outlineWidth)])"
+        what, outline, width = page.js(f"{style}(document.activeElement)")
+        assert outline != "none", what
+        assert width >= 1, what
+        seen.append(what)
+    assert len(set(seen)) > 6
 
 
 CONTRAST = """(() => {

@@ -29,6 +29,11 @@ def score(frames, fps, prompt):
         os.kill(os.getpid(), signal.SIGKILL)
     if (here / "poison").exists() and prompt.endswith("001"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if (here / "fail").exists() and prompt.endswith("001"):
+        raise ValueError("no score today\\nnor tomorrow")
+    if (here / "fail once").exists() and prompt.endswith("002"):
+        (here / "fail once").unlink()
+        raise ValueError("not yet")
     if (here / "slow").exists():
         time.sleep(0.4)
     return float(frames.mean())
@@ -113,6 +118,23 @@ def test_a_poison_video_is_tried_three_times_and_listed(make_folder, tmp_path, r
     assert runs.calls().count("pattern 001") == 3
     scored = {row["file_name"] for row in results["videos"] if len(row["scores"]) == 2}
     assert scored == {f"pattern {i:03d}-0.mp4" for i in (0, 2, 3)}
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_metric_that_fails_is_tried_three_times_and_costs_its_video_nothing_else(
+    make_folder, tmp_path, runs, workers
+):
+    videos = make_folder("a", 4, height=32, width=32)
+    runs.fault("fail")
+    once = runs.fault("fail once")
+    assert "1 of 4 videos failed" in runs.score(videos, tmp_path / "out", workers, expected=1)
+    assert not once.exists()
+    assert [runs.calls().count(f"pattern {i:03d}") for i in range(4)] == [1, 3, 2, 1]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    (row,) = results["failed"]
+    assert (row["file_name"], row["metric"], row["error"]) == ("pattern 001-0.mp4", "vision_reward", "no score today")
+    assert sorted(results["videos"][1]["scores"]) == ["temporal_flickering"]
+    assert results["metrics"]["vision_reward"]["num_videos"] == 3
 
 
 @pytest.mark.parametrize("workers", WORKERS)
