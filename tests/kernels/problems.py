@@ -89,7 +89,7 @@ def make(n_q, n_k, *, d=64, dtype="bfloat16", blocks=(32, 16), lengths=None, den
     return Case(q, k, v, grad, block_map, torch.rand(1, heads, t_m), lengths, problem)
 
 
-def run(case: Case, *, smooth_k=True, linear=True, gradients=False):
+def run(case: Case, *, smooth_k=True, linear=True, gradients=False, qat_backward="paper"):
     """O, L and, with `gradients`, (dQ, dK, dV, d alpha) from the kernels."""
     alpha = operator.Alpha.of(pointer(case.alpha), tuple(case.alpha.shape)) if linear else None
     inputs = [pointer(x) for x in (case.q, case.k, case.v)]
@@ -97,7 +97,7 @@ def run(case: Case, *, smooth_k=True, linear=True, gradients=False):
     out, lse = saved.out.owner.view(case.q.shape), saved.lse.owner
     if not gradients:
         return out, lse
-    made = backward(DEVICE, case.problem, saved, pointer(case.grad))
+    made = backward(DEVICE, case.problem, saved, pointer(case.grad), qat_backward=qat_backward)
     grads = [p.owner.view(x.shape) for p, x in zip((made.d_q, made.d_k, made.d_v), (case.q, case.k, case.v))]
     if linear:
         grads.append(made.d_alpha.owner.sum(0, keepdim=True))
@@ -151,7 +151,7 @@ def _dense(case, q, k, v, alpha, smooth_k, linear, precision):
 def low_bit_oracle(case: Case, qat_backward: str = "paper"):
     """O and [dQ, dK, dV, d alpha] of the plain low-bit definition in fp32, from the smoothed K in 16 bit as the kernels keep it."""
     lengths = None if case.lengths is None else case.lengths.long()
-    leaves = [x.float().requires_grad_() for x in (case.q, case.k, case.v, case.alpha)]
+    leaves = [x.detach().float().clone().requires_grad_() for x in (case.q, case.k, case.v, case.alpha)]
     q, k, v, alpha = leaves
     smooth = smooth_keys(k, lengths)
     keys = smooth + (smooth_keys(case.k, lengths).float() - smooth).detach()

@@ -122,14 +122,22 @@ def run_low_bit():
     written(*sparse_forward(DEVICE, problem("int8"), made, block_map(), states(), ALPHA, True))
 
 
-def run_backward():
+def run_backward(precision="full", **low_bit):
     q, k, v, phi_q, phi_k, out, out_sparse, grad = (halves(1, N, WIDTH) for _ in range(8))
     saved = Forward(
         out=out, lse=Pointer.of(np.full((1, 1, N), 40.0, np.float32)), block_map=block_map(), alpha=ALPHA, linear=states(),
-        prologue=Prologue(q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k), out_sparse=out_sparse, smooth_k=True,
+        prologue=Prologue(q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, **low_bit), out_sparse=out_sparse, smooth_k=True,
     )  # fmt: skip
-    found = backward(DEVICE, problem(), saved, grad)
+    found = backward(DEVICE, problem(precision), saved, grad, qat_backward="matched" if low_bit else "paper")
     written(found.d_q, found.d_k, found.d_v, found.d_alpha)
+
+
+def run_matched():
+    small = Pointer.of(np.full((1, T_M), 1e-4, np.float32))
+    run_backward(
+        "int8", q_bytes=octets(1, N, WIDTH), k_bytes=octets(1, N, WIDTH), q_scale=small, k_scale=floats(1, T_N),
+        v_scale=floats(1, WIDTH),
+    )  # fmt: skip
 
 
 KERNELS = {
@@ -139,6 +147,7 @@ KERNELS = {
     "forward": run_forward,
     "low_bit": run_low_bit,
     "backward": run_backward,
+    "matched": run_matched,
 }
 
 

@@ -261,8 +261,9 @@ def test_nvrtc_is_found_in_either_wheel(layout, expected, tmp_path, monkeypatch)
     monkeypatch.setattr(compile, "_nvidia_roots", lambda: [str(tmp_path)])
     for name in ("CUDA_PATH", "CUDA_HOME", "SLA2_NVRTC"):
         monkeypatch.delenv(name, raising=False)
-    found = [path.name for path in compile._candidates() if path.is_relative_to(tmp_path)]
-    assert found == expected
+    paths = [path for path in compile._candidates() if path.is_relative_to(tmp_path)]
+    assert [path.name for path in paths] == expected
+    monkeypatch.setattr(compile, "_candidates", lambda: paths[::-1])  # whatever folder comes first
     monkeypatch.setattr(compile, "_driver_major", lambda: 99)
     assert compile.find_nvrtc().name == expected[0]
     monkeypatch.setattr(compile, "_driver_major", lambda: 12)  # a driver of CUDA 12 does not load what 13 built

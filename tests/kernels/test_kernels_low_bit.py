@@ -70,6 +70,6 @@ def test_nan_in_a_key_block_shows_where_it_is_selected():
 
 def test_fp8_needs_sm_89():
     geometry = Geometry(head_dim=64, precision="int8")
-    with pytest.raises(ValueError, match="FP8"):
+    with pytest.raises(ValueError, match=r"expected .full. or .int8_int8. on sm_80, which has no FP8, got .int8."):
         spec_of("sla2_sparse_fwd_low", "sm_80", geometry)
     assert spec_of("sla2_sparse_fwd_low", "sm_80", Geometry(head_dim=64, precision="int8_int8")).threads == 256

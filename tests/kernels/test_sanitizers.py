@@ -14,7 +14,7 @@ import pytest
 from sla2_kernels.emulator.build import sanitizer_library
 
 SCRIPT = Path(__file__).with_name("sanitized.py")
-KERNELS = ("forward", "low_bit", "backward", "prologue", "route", "states")
+KERNELS = ("forward", "low_bit", "backward", "matched", "prologue", "route", "states")
 QUICK = ("forward", "low_bit")
 
 

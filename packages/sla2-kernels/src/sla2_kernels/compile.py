@@ -67,7 +67,7 @@ def _nvidia_roots() -> list[str]:
 
 
 def find_nvrtc() -> Path:
-    """The NVRTC library: $SLA2_NVRTC, else the one of the nvidia wheels or the CUDA toolkit that the driver can follow.
+    """The NVRTC library: $SLA2_NVRTC, else the newest of the nvidia wheels and the CUDA toolkit that the driver can follow.
 
     Raises RuntimeError in one line if there is none.
     """
@@ -78,7 +78,8 @@ def find_nvrtc() -> Path:
     found = _candidates()
     if not found:
         raise RuntimeError("NVRTC is not installed; pip install 'sla2-kernels[cuda13]' (or [cuda12])")
-    return next((path for path in found if _major(path) <= _driver_major()), found[0])
+    newest_first = sorted(found, key=_major, reverse=True)
+    return next((path for path in newest_first if _major(path) <= _driver_major()), newest_first[-1])
 
 
 def _major(path: Path) -> int:
@@ -209,7 +210,7 @@ def gate(spec: KernelSpec, compiled: Compiled) -> list[str]:
         return [f"{spec.label} {spec.arch}: no such entry in {spec.source}"]
     used, limits, where = compiled.kernels[spec.entry], ARCHITECTURES[spec.arch], f"{spec.label} {spec.arch}"
     found = []
-    if not spec.spills and (used.spill_stores or used.spill_loads):
+    if used.spill_stores or used.spill_loads:
         found.append(f"{where}: spills {used.spill_stores} + {used.spill_loads} bytes, expected none")
     if used.registers > spec.max_registers:
         found.append(f"{where}: {used.registers} registers, expected at most {spec.max_registers}")

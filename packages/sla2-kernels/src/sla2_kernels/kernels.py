@@ -45,7 +45,6 @@ class _Kernel:
     shared_bytes: Callable[[Geometry], int]
     precisions: tuple[str, ...] = ("full",)
     max_registers: int = 255
-    spills: bool = False
 
 
 _LOW = ("int8", "int8_int8", "fp8")
@@ -78,9 +77,14 @@ def _backward_rows(g: Geometry) -> int:
     return min(64, g.block_q)
 
 
+def _backward_q_shared(g: Geometry) -> int:
+    return (2 * _backward_rows(g) + 4 * g.block_k) * g.row_bytes
+
+
 def _backward_kv_shared(g: Geometry) -> int:
     rows = _backward_rows(g)
-    return (2 * g.block_k + 4 * rows) * g.row_bytes + 4 * rows * 4
+    row_values = 2 if g.precision == "full" else 4
+    return (2 * g.block_k + 4 * rows) * g.row_bytes + 2 * row_values * rows * 4
 
 
 _KERNELS = {
@@ -102,12 +106,13 @@ _KERNELS = {
     "sla2_sparse_fwd": _Kernel("sparse_fwd.cu", _forward_threads, _sparse_forward_shared),
     "sla2_sparse_fwd_low": _Kernel("sparse_fwd_low.cu", lambda g: 2 * g.block_q, _sparse_forward_low_shared, _LOW),
     "sla2_bwd_row_dot": _Kernel("sparse_bwd.cu", lambda g: 2 * g.block_q, _none),
-    "sla2_sparse_bwd_q": _Kernel(
-        "sparse_bwd.cu",
-        lambda g: 2 * _backward_rows(g),
-        lambda g: (2 * _backward_rows(g) + 4 * g.block_k) * g.row_bytes,
+    "sla2_sparse_bwd_q": _Kernel("sparse_bwd.cu", lambda g: 2 * _backward_rows(g), _backward_q_shared, ("full", *_LOW)),
+    "sla2_sparse_bwd_kv": _Kernel("sparse_bwd.cu", lambda g: 2 * g.block_k, _backward_kv_shared, ("full", *_LOW)),
+    "sla2_widen": _Kernel("sparse_bwd_matched.cu", _fixed(256), _none, _LOW),
+    "sla2_round_values": _Kernel("sparse_bwd_matched.cu", _fixed(256), _none, _LOW),
+    "sla2_bwd_matched_rows": _Kernel(
+        "sparse_bwd_matched.cu", lambda g: 2 * _backward_rows(g), _backward_q_shared, _LOW
     ),
-    "sla2_sparse_bwd_kv": _Kernel("sparse_bwd.cu", lambda g: 2 * g.block_k, _backward_kv_shared, spills=True),
     "sla2_finish_dk": _Kernel("sparse_bwd.cu", _fixed(256), _none),
     "sla2_linear_bwd_q": _Kernel(
         "linear_bwd.cu",
@@ -146,7 +151,6 @@ def spec_of(name: str, arch: str, geometry: Geometry) -> KernelSpec:
         ),
         shared_bytes=kernel.shared_bytes(geometry),
         max_registers=kernel.max_registers,
-        spills=kernel.spills,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -67,11 +67,59 @@ def _row_bits(device: Device, problem: Problem, saved: Forward) -> Pointer:
     return bits
 
 
-def backward(device: Device, problem: Problem, saved: Forward, grad: Pointer) -> Gradients:
-    """Gradients of forward(..., save=True), always in 16 bit from the original Q, K, V.
+@dataclass(frozen=True, kw_only=True)
+class _Sparse:
+    """What the kernels of the sparse branch differentiate; the last three are NULL unless the backward is matched."""
+
+    problem: Problem
+    q: Pointer
+    k: Pointer
+    v: Pointer
+    row_mean: Pointer
+    row_top: Pointer = NULL
+    q_scale: Pointer = NULL
+    k_scale: Pointer = NULL
+
+
+def _matched(device: Device, problem: Problem, saved: Forward, grad: Pointer) -> _Sparse:
+    """Q, K, V as the low-bit forward saw them, and D and the largest P of each row with the unrounded P."""
+    p, new, made, block_map = problem, device.allocate, saved.prologue, saved.block_map
+    heads, n_q, n_k = map(np.int32, (p.heads, p.n_q, p.n_k))
+    wide = []
+    for octets, rows in ((made.q_bytes, p.n_q), (made.k_bytes, p.n_k)):
+        wide.append(new((p.pairs, rows, p.width), p.dtype))
+        count = p.pairs * rows * p.width
+        run_kernel(device, p, "sla2_widen", (min(65535, -(-count // 1024)),), octets, wide[-1], np.int64(count))
+    v = new((p.pairs, p.n_k, p.width), p.dtype)
+    args = made.v, made.v_scale, p.kv_lengths, v, heads, n_k
+    run_kernel(device, p, "sla2_round_values", (-(-p.n_k * p.width // 512), p.pairs), *args)
+    row_mean, row_top = (new((p.pairs, p.n_q), "float32") for _ in range(2))
+    run_kernel(
+        device, p, "sla2_bwd_matched_rows", (p.t_m * _parts(p), p.pairs),
+        *wide, v, grad, saved.lse, made.q_scale, made.k_scale, block_map.indices, block_map.counts,
+        np.int32(block_map.width), p.kv_lengths, row_mean, row_top, heads, n_q, n_k, p.softmax_scale,
+    )  # fmt: skip
+    return _Sparse(
+        problem=p, q=wide[0], k=wide[1], v=v, row_mean=row_mean, row_top=row_top,
+        q_scale=made.q_scale, k_scale=made.k_scale,
+    )  # fmt: skip
+
+
+def _parts(problem: Problem) -> int:
+    """Tiles of query rows in a query block."""
+    return problem.block_q // min(64, problem.block_q)
+
+
+def backward(
+    device: Device, problem: Problem, saved: Forward, grad: Pointer, *, qat_backward: str = "paper"
+) -> Gradients:
+    """Gradients of forward(..., save=True), in 16 bit.
 
     Args:
         problem: the forward's. saved: its result. grad: dO (B, H, n_q, d), 16 bit, contiguous.
+        qat_backward: after a low-bit forward, "paper" takes P from the original Q, K, V and the forward's L (Alg. 3);
+            "matched" differentiates the low-bit forward with its rounding as the identity: the rounded Q, K, V and P, and
+            D = rowsum(P dP) from the unrounded P. `saved.prologue` then needs its 8-bit tensors and scales.
     """
     p, new, made = problem, device.allocate, saved.prologue
     if p.head_dim != p.width:
@@ -100,17 +148,21 @@ def backward(device: Device, problem: Problem, saved: Forward, grad: Pointer) ->
             device, p, "sla2_linear_bwd_kv", (p.t_n, p.pairs),
             made.phi_k, made.v, d_state, d_norm, p.kv_lengths, d_k_sum, d_v_linear, heads, n_k,
         )  # fmt: skip
+    if qat_backward == "matched" and p.low:
+        s = _matched(device, p, saved, grad)
+    else:
+        s = _Sparse(problem=replace(p, precision="full"), q=made.q, k=made.k, v=made.v, row_mean=row_dot)
     d_q, d_k, d_v = (new((p.pairs, n, p.width), p.dtype) for n in (p.n_q, p.n_k, p.n_k))
-    parts = p.block_q // min(64, p.block_q)
     run_kernel(
-        device, p, "sla2_sparse_bwd_q", (p.t_m * parts, p.pairs),
-        made.q, made.k, made.v, grad, saved.lse, row_dot, block_map.indices, block_map.counts, np.int32(block_map.width),
-        p.kv_lengths, rest_inverse, *alpha, d_q_linear, d_q, heads, n_q, n_k, p.softmax_scale,
+        device, s.problem, "sla2_sparse_bwd_q", (p.t_m * _parts(p), p.pairs),
+        s.q, s.k, s.v, grad, saved.lse, s.row_mean, s.q_scale, s.k_scale, block_map.indices, block_map.counts,
+        np.int32(block_map.width), p.kv_lengths, rest_inverse, *alpha, d_q_linear, d_q, heads, n_q, n_k, p.softmax_scale,
     )  # fmt: skip
     key_sum = new((p.pairs, p.t_n, p.width), "float32")
     run_kernel(
-        device, p, "sla2_sparse_bwd_kv", (p.t_n, p.pairs),
-        made.q, made.k, made.v, grad, saved.lse, row_dot, columns.offsets, columns.rows, np.int64(columns.capacity),
+        device, s.problem, "sla2_sparse_bwd_kv", (p.t_n, p.pairs),
+        s.q, s.k, s.v, grad, saved.lse, s.row_mean, s.row_top, s.q_scale, s.k_scale,
+        columns.offsets, columns.rows, np.int64(columns.capacity),
         p.kv_lengths, rest_inverse, *alpha, d_v_linear, d_k_sum, d_v, key_sum,
         heads, n_q, n_k, t_m, np.int32(linear is not None), p.softmax_scale,
     )  # fmt: skip

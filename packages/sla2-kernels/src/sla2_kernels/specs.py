@@ -77,9 +77,8 @@ class KernelSpec:
     """One kernel as it is compiled and launched.
 
     `source` is a file of csrc/ (or an absolute path), `entry` its extern "C" function, `macros` (name, value) pairs;
-    `shared_bytes` is the dynamic shared memory of a launch; `max_registers` the ceiling that the compile gate holds;
-    `spills` whether the gate allows spills (forward kernels: never). Specs with equal source, macros and arch share a
-    compilation.
+    `shared_bytes` is the dynamic shared memory of a launch; `max_registers` the ceiling that the compile gate holds
+    (it allows no spills). Specs with equal source, macros and arch share a compilation.
     """
 
     source: str
@@ -89,7 +88,6 @@ class KernelSpec:
     macros: tuple[tuple[str, int], ...] = ()
     shared_bytes: int = 0
     max_registers: int = 255
-    spills: bool = False
 
     @property
     def path(self) -> Path:

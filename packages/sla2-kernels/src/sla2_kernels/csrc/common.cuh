@@ -66,6 +66,12 @@ SLA2_INLINE int valid_keys(const int* kv_lengths, int item, int n_k) {
     return kv_lengths == nullptr ? n_k : kv_lengths[item];
 }
 
+// How many of a row's key blocks, whose indices ascend, hold a key that counts.
+SLA2_INLINE int blocks_with_keys(const int* list, int count, int length) {
+    while (count > 0 && list[count - 1] * BLOCK_K >= length) --count;
+    return count;
+}
+
 // Sum and maximum over the four lanes that share a row of an mma accumulator.
 SLA2_INLINE float quad_sum(float v) {
     v += shfl_xor(v, 1);

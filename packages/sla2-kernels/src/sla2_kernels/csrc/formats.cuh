@@ -24,6 +24,16 @@ SLA2_INLINE unsigned pack_bytes(float a, float b, float c, float d) {
     return round_int8(a) | round_int8(b) << 8 | round_int8(c) << 16 | round_int8(d) << 24;
 }
 
+// x, already divided by its scale, as the nearest value of the format; NaN stays NaN.
+template <bool FP8>
+SLA2_INLINE float round_value(float x) {
+#if SLA2_ARCH >= 89
+    if (FP8) return e4m3_to_f32(static_cast<unsigned char>(cvt_e4m3x2(x, 0.0f) & 0xff));
+#endif
+    const float whole = rintf(x);
+    return whole > 127.0f ? 127.0f : (whole < -127.0f ? -127.0f : whole);
+}
+
 // The MMA of P V wants four consecutive keys in a register where the MMA of Q K^T leaves two of one 8-key tile and two of
 // the next. V^T is stored so that it fits without shuffles: byte p of each 16-key group holds this key of the group.
 SLA2_INLINE int permuted_key(int p) { return ((p >> 2) << 1) + (p & 1) + ((p & 2) << 2); }

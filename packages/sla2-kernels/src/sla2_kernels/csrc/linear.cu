@@ -1,9 +1,7 @@
 // Linear states: h_j = phi(K_j)^T V_j and z_j per key block, and H = (1 - M) h as one tensor-core product per head.
 #include "tile.cuh"
 
-constexpr int HALF_ROW = HEAD_DIM * 2;
 constexpr int STATE = HEAD_DIM * (HEAD_DIM + 1);  // h_j row by row, then z_j
-constexpr int D_TILES = HEAD_DIM / 8;
 constexpr int STATE_THREADS = HEAD_DIM * 2;  // a warp per 16 channels of phi
 
 // states (B H, T_n, D (D + 1)) in 16 bit: h_j / BLOCK_K and z_j / BLOCK_K, so that they stay within the range of V. Grid
@@ -26,10 +24,7 @@ sla2_states(const half_bits* __restrict__ phi_k, const half_bits* __restrict__ v
 
     const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * 16, g = lane >> 2, column = (lane & 3) * 2;
     float acc[D_TILES][4];
-#pragma unroll
-    for (int n = 0; n < D_TILES; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) acc[n][e] = 0.0f;
+    clear(acc);
 #pragma unroll
     for (int c = 0; c < BLOCK_K / 16; ++c) {
         unsigned a[4];

@@ -1,9 +1,7 @@
 // Backward of the linear branch: dH, dZ and d phi(Q) by rows, then, after dh = (1 - M)^T dH, d phi(K) and dV by key blocks.
 #include "tile.cuh"
 
-constexpr int HALF_ROW = HEAD_DIM * 2;
 constexpr int STATE = HEAD_DIM * (HEAD_DIM + 1);
-constexpr int D_TILES = HEAD_DIM / 8;
 constexpr int Q_THREADS = 2 * BLOCK_Q;  // 16 rows a warp
 constexpr int KV_THREADS = 2 * BLOCK_K;
 
@@ -14,33 +12,9 @@ struct RowFactors {
     float mixing[BLOCK_Q];   // dO . (O_s - O_l)
 };
 
-SLA2_INLINE void clear(float (&acc)[D_TILES][4]) {
-#pragma unroll
-    for (int n = 0; n < D_TILES; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) acc[n][e] = 0.0f;
-}
-
 // The lane's two phi values of accumulator tile n in row `row`.
 SLA2_INLINE unsigned phi_pair(const unsigned char* phi_tile, int row, int n, int column) {
     return *reinterpret_cast<const unsigned*>(phi_tile + tile_offset<HALF_ROW>(row, n) + 2 * column);
-}
-
-// acc += rows row0 .. +15 of a tile [m][d] times the transpose of a tile [D][d].
-SLA2_INLINE void times_transposed(float (&acc)[D_TILES][4], const unsigned char* left, int row0,
-                                  const unsigned char* right) {
-#pragma unroll
-    for (int c = 0; c < HEAD_DIM / 16; ++c) {
-        unsigned a[4];
-        load_a<HALF_ROW>(a, left, row0, 2 * c);
-#pragma unroll
-        for (int n = 0; n < D_TILES; n += 2) {
-            unsigned b[4];
-            load_b<HALF_ROW>(b, right, 8 * n, 2 * c);
-            mma_half(acc[n], a, &b[0]);
-            mma_half(acc[n + 1], a, &b[2]);
-        }
-    }
 }
 
 // Softmax backward of rows g and g + 8 of the warp's 16: acc = d phi becomes phi (d phi - phi . d phi).
@@ -107,7 +81,7 @@ sla2_linear_bwd_q(const half_bits* __restrict__ phi_q, const half_bits* __restri
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, row0 = warp * 16, g = lane >> 2, column = (lane & 3) * 2;
     float acc[D_TILES][4];
     clear(acc);
-    times_transposed(acc, grad_tile, row0, state_tile);
+    product_over_channels(acc, grad_tile, row0, state_tile);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int row = row0 + 8 * r + g;
@@ -226,7 +200,7 @@ sla2_linear_bwd_kv(const half_bits* __restrict__ phi_k, const half_bits* __restr
         }
     };
     clear(acc);
-    times_transposed(acc, v_tile, row0, state_tile);
+    product_over_channels(acc, v_tile, row0, state_tile);
 #pragma unroll
     for (int n = 0; n < D_TILES; ++n)
 #pragma unroll

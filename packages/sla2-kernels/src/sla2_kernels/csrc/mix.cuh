@@ -8,8 +8,11 @@
 constexpr int FWD_WARP_ROWS = SLA2_PRECISION == 0 && BLOCK_Q % 32 == 0 ? 32 : 16;
 constexpr int FWD_M_TILES = FWD_WARP_ROWS / 16;
 constexpr int FWD_THREADS = BLOCK_Q / FWD_WARP_ROWS * 32;
-constexpr int D_TILES = HEAD_DIM / 8;
-constexpr int HALF_ROW = HEAD_DIM * 2;  // bytes of a row of 16-bit channels
+
+SLA2_INLINE void clear(float (&acc)[FWD_M_TILES][D_TILES][4]) {
+#pragma unroll
+    for (int m = 0; m < FWD_M_TILES; ++m) clear(acc[m]);
+}
 
 // What the epilogue reads and writes, already advanced to the block's (batch, head); null pointers switch parts off.
 struct MixArguments {

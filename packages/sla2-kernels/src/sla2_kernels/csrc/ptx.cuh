@@ -77,6 +77,15 @@ SLA2_PTX unsigned short cvt_e4m3x2(float low, float high) {
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
     return r;
 }
+
+SLA2_PTX float e4m3_to_f32(unsigned char x) {
+    float r;
+    asm("{ .reg .b32 pair; .reg .b16 low, high; cvt.rn.f16x2.e4m3x2 pair, %1; mov.b32 {low, high}, pair; "
+        "cvt.f32.f16 %0, low; }"
+        : "=f"(r)
+        : "h"(static_cast<unsigned short>(x)));
+    return r;
+}
 #endif
 
 // Two floats -> two 16-bit floats, nearest even; `low` is in bits 0-15.

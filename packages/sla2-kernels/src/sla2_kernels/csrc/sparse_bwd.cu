@@ -1,68 +1,11 @@
 // Backward of the block-sparse branch in 16 bit: row sums, dQ by rows, dK and dV by the transposed map. No atomics.
-#include "tile.cuh"
+#include "sparse_bwd.cuh"
 
-constexpr int HALF_ROW = HEAD_DIM * 2;
-constexpr int D_TILES = HEAD_DIM / 8;
-constexpr int ROWS = BLOCK_Q < 64 ? BLOCK_Q : 64;  // query rows of a tile: a query block is one or two of them
-constexpr int PARTS = BLOCK_Q / ROWS;
-constexpr int ROW_BYTES_ALL = ROWS * HALF_ROW;
-constexpr int KEY_BYTES = BLOCK_K * HALF_ROW;
-constexpr int DQ_THREADS = 2 * ROWS;      // 16 query rows a warp
-constexpr int DKV_THREADS = 2 * BLOCK_K;  // 16 keys a warp
-static_assert(BLOCK_Q % ROWS == 0, "a query block is whole tiles");
-
-// Weight w of O_s in a query block, dO_s = w dO: 1 without a complement (or without a linear branch), 0 if nothing is selected.
-SLA2_INLINE float sparse_weight(const float* alpha, long long alpha_at, const float* rest_inverse, long long block,
-                                bool some) {
-    if (rest_inverse == nullptr || rest_inverse[block] == 0.0f) return 1.0f;
-    return some ? alpha[alpha_at] : 0.0f;
-}
-
-template <int TILES>
-SLA2_INLINE void clear(float (&acc)[TILES][4]) {
-#pragma unroll
-    for (int n = 0; n < TILES; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) acc[n][e] = 0.0f;
-}
-
-// acc += A B^T for 16 rows of a tile [m][d] from row0 and all rows of a tile [n][d].
-template <int TILES>
-SLA2_INLINE void product_over_channels(float (&acc)[TILES][4], const unsigned char* left, int row0,
-                                       const unsigned char* right) {
-#pragma unroll
-    for (int c = 0; c < HEAD_DIM / 16; ++c) {
-        unsigned a[4];
-        load_a<HALF_ROW>(a, left, row0, 2 * c);
-#pragma unroll
-        for (int n = 0; n < TILES; n += 2) {
-            unsigned b[4];
-            load_b<HALF_ROW>(b, right, 8 * n, 2 * c);
-            mma_half(acc[n], a, &b[0]);
-            mma_half(acc[n + 1], a, &b[2]);
-        }
-    }
-}
-
-// acc += W B for weights in accumulator layout, 16 rows by 8 TILES columns, and a tile [8 TILES][d].
-template <int TILES>
-SLA2_INLINE void product_over_rows(float (&acc)[D_TILES][4], const float (&weights)[TILES][4],
-                                   const unsigned char* right) {
-#pragma unroll
-    for (int c = 0; c < TILES / 2; ++c) {
-        unsigned a[4];
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-            a[r] = pack_half(weights[2 * c + (r >> 1)][2 * (r & 1)], weights[2 * c + (r >> 1)][2 * (r & 1) + 1]);
-#pragma unroll
-        for (int n = 0; n < D_TILES; n += 2) {
-            unsigned b[4];
-            load_b_trans<HALF_ROW>(b, right, 16 * c, 8 * n);
-            mma_half(acc[n], a, &b[0]);
-            mma_half(acc[n + 1], a, &b[2]);
-        }
-    }
-}
+// Floats of a query row in shared memory.
+constexpr int ROW_VALUES = MATCHED ? 4 : 2;
+// What keeps sm_120 from spilling.
+constexpr int DQ_UNROLL = SLA2_ARCH == 120 && MATCHED ? 2 : HEAD_DIM / 16;
+constexpr int DKV_UNROLL = SLA2_ARCH == 120 ? 2 : HEAD_DIM / 16;
 
 // row_dot (B H, n_q) = dO . O_s, fp32: D of the softmax backward is this times the weight of O_s. Grid (T_m, B H).
 extern "C" __global__ void __launch_bounds__(2 * BLOCK_Q)
@@ -87,10 +30,12 @@ sla2_bwd_row_dot(const half_bits* __restrict__ grad, const half_bits* __restrict
 }
 
 // dQ = sum over the selected blocks of dS K, plus d_linear (fp32, or null). One tile of ROWS query rows per block of
-// threads: grid (T_m PARTS, B H). Shared memory: Q | dO | two K tiles | two V tiles, filled as in the forward.
+// threads: grid (T_m PARTS, B H). row_mean (B H, n_q) is D over the weight of O_s; q_scale (B H, T_m) and k_scale (B H,
+// T_n) are null unless the backward is matched. Shared memory: Q | dO | two K tiles | two V tiles, filled as in the forward.
 extern "C" __global__ void __launch_bounds__(DQ_THREADS)
 sla2_sparse_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__ k, const half_bits* __restrict__ v,
-                  const half_bits* __restrict__ grad, const float* __restrict__ lse, const float* __restrict__ row_dot,
+                  const half_bits* __restrict__ grad, const float* __restrict__ lse, const float* __restrict__ row_mean,
+                  const float* __restrict__ q_scale, const float* __restrict__ k_scale,
                   const int* __restrict__ indices, const int* __restrict__ counts, int max_selected,
                   const int* __restrict__ kv_lengths, const float* __restrict__ rest_inverse,
                   const float* __restrict__ alpha, int alpha_stride_b, int alpha_stride_h, int alpha_stride_row,
@@ -107,12 +52,12 @@ sla2_sparse_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
     const int t_m = gridDim.x / PARTS, first_row = blockIdx.x * ROWS;
     const int length = valid_keys(kv_lengths, item, n_k);
     const int* list = indices + (bh * t_m + row_block) * max_selected;
-    int steps = first_row < n_q ? counts[bh * t_m + row_block] : 0;
-    while (steps > 0 && list[steps - 1] * BLOCK_K >= length) --steps;
+    const int steps = blocks_with_keys(list, first_row < n_q ? counts[bh * t_m + row_block] : 0, length);
     const long long alpha_at = static_cast<long long>(item) * alpha_stride_b + head * alpha_stride_h +
                                row_block * alpha_stride_row;
     const float weight = sparse_weight(alpha, alpha_at, rest_inverse, bh * t_m + row_block, steps > 0);
     k += bh * n_k * HEAD_DIM, v += bh * n_k * HEAD_DIM;
+    if (MATCHED) k_scale += bh * ceil_div(n_k, BLOCK_K);
 
     const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * 16, g = lane >> 2, column = (lane & 3) * 2;
     float l[2], mean[2];
@@ -120,60 +65,41 @@ sla2_sparse_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
     for (int r = 0; r < 2; ++r) {
         const int row = first_row + row0 + 8 * r + g;
         l[r] = row < n_q && steps > 0 ? lse[bh * n_q + row] * LOG2_E : 0.0f;
-        mean[r] = row < n_q && steps > 0 ? row_dot[bh * n_q + row] : 0.0f;
+        mean[r] = row < n_q && steps > 0 ? row_mean[bh * n_q + row] : 0.0f;
     }
     float acc[D_TILES][4];
     clear(acc);
-    const float scale = softmax_scale * LOG2_E, gradient_scale = softmax_scale * weight;
-    int block = 0, next = 0;
+    const float scale = softmax_scale * LOG2_E * scale_of_block(q_scale, bh * t_m + row_block);
+    const float gradient_scale = softmax_scale * weight * IN_FACTOR;
     if (steps > 0) {
-        block = list[0];
-        next = steps > 1 ? list[1] : 0;
-        const long long at = static_cast<long long>(block) * BLOCK_K * HEAD_DIM, rows_at = (bh * n_q + first_row) * HEAD_DIM;
+        const long long rows_at = (bh * n_q + first_row) * HEAD_DIM;
         load_tile<ROWS, HALF_ROW, DQ_THREADS>(q_tile, q + rows_at, HALF_ROW, n_q - first_row);
         load_tile<ROWS, HALF_ROW, DQ_THREADS>(grad_tile, grad + rows_at, HALF_ROW, n_q - first_row);
-        load_tile<BLOCK_K, HALF_ROW, DQ_THREADS>(k_ring, k + at, HALF_ROW, length - block * BLOCK_K);
-        cp_async_commit();
-        load_tile<BLOCK_K, HALF_ROW, DQ_THREADS>(v_ring, v + at, HALF_ROW, length - block * BLOCK_K);
-        cp_async_commit();
     }
-    for (int step = 0; step < steps; ++step) {
-        const unsigned char* k_tile = k_ring + (step & 1) * KEY_BYTES;
-        const unsigned char* v_tile = v_ring + (step & 1) * KEY_BYTES;
-        const int other = ((step + 1) & 1) * KEY_BYTES;
-        const long long next_at = static_cast<long long>(next) * BLOCK_K * HEAD_DIM;
-        const int next_valid = length - next * BLOCK_K;
-        const bool more = step + 1 < steps;
-        const int after = step + 2 < steps ? list[step + 2] : 0;
-
-        cp_async_wait<1>();
-        __syncthreads();
-        if (more) load_tile<BLOCK_K, HALF_ROW, DQ_THREADS>(k_ring + other, k + next_at, HALF_ROW, next_valid);
-        cp_async_commit();
-        float p[BLOCK_K / 8][4], d_p[BLOCK_K / 8][4];
-        clear(p);
-        product_over_channels(p, q_tile, row0, k_tile);
-
-        cp_async_wait<1>();
-        __syncthreads();
-        if (more) load_tile<BLOCK_K, HALF_ROW, DQ_THREADS>(v_ring + other, v + next_at, HALF_ROW, next_valid);
-        cp_async_commit();
-        clear(d_p);
-        product_over_channels(d_p, grad_tile, row0, v_tile);
-        const int valid = length - block * BLOCK_K;
+    float p[BLOCK_K / 8][4];
+    walk_blocks(
+        k, v, list, steps, length, k_ring, v_ring,
+        [&](const unsigned char* k_tile, int) {
+            clear(p);
+            product_over_channels<DQ_UNROLL>(p, q_tile, row0, k_tile);
+        },
+        [&](const unsigned char* k_tile, const unsigned char* v_tile, int block) {
+            float d_p[BLOCK_K / 8][4];
+            clear(d_p);
+            product_over_channels<DQ_UNROLL>(d_p, grad_tile, row0, v_tile);
+            const int valid = length - block * BLOCK_K;
+            const float key_scale = scale_of_block(k_scale, block);
 #pragma unroll
-        for (int n = 0; n < BLOCK_K / 8; ++n)
+            for (int n = 0; n < BLOCK_K / 8; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const float probability =
-                    8 * n + column + (e & 1) < valid ? exp2_approx(p[n][e] * scale - l[e >> 1]) : 0.0f;
-                p[n][e] = probability * (d_p[n][e] - mean[e >> 1]) * gradient_scale;
-            }
-        product_over_rows(acc, p, k_tile);
-        block = next;
-        next = after;
-    }
-    cp_async_wait<0>();
+                for (int e = 0; e < 4; ++e) {
+                    const float probability = 8 * n + column + (e & 1) < valid
+                                                  ? exp2_approx(p[n][e] * (scale * key_scale) - l[e >> 1])
+                                                  : 0.0f;
+                    p[n][e] = probability * (d_p[n][e] - mean[e >> 1]) * (gradient_scale * key_scale);
+                }
+            product_over_rows(acc, p, k_tile);
+        });
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int row = first_row + row0 + 8 * r + g;
@@ -181,7 +107,7 @@ sla2_sparse_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
 #pragma unroll
         for (int n = 0; n < D_TILES; ++n) {
             const long long at = (bh * n_q + row) * HEAD_DIM + 8 * n + column;
-            float x = acc[n][2 * r], y = acc[n][2 * r + 1];
+            float x = acc[n][2 * r] * OUT_FACTOR, y = acc[n][2 * r + 1] * OUT_FACTOR;
             if (d_linear != nullptr) x += d_linear[at], y += d_linear[at + 1];
             *reinterpret_cast<unsigned*>(d_q + at) = pack_half(x, y);
         }
@@ -190,11 +116,13 @@ sla2_sparse_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
 
 // dK = sum over the query blocks that chose this key block of dS^T Q, dV of (w P)^T dO. d_k is fp32 and, with
 // `accumulate`, holds the linear branch's part on entry, as d_v_linear does; d_v is 16 bit; key_sum (B H, T_n, D) takes
-// the block's column sums of dK for the smoothing's backward. Grid (T_n, B H). Shared memory: K | V | two Q tiles | two dO
-// tiles | their L and dO . O_s.
+// the block's column sums of dK for the smoothing's backward. row_mean, q_scale, k_scale as in sparse_bwd_q; row_top (B H,
+// n_q), the largest P of a row, is null unless the backward is matched. Grid (T_n, B H). Shared memory: K | V | two Q tiles
+// | two dO tiles | L, row_mean and row_top of their rows.
 extern "C" __global__ void __launch_bounds__(DKV_THREADS)
 sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict__ k, const half_bits* __restrict__ v,
-                   const half_bits* __restrict__ grad, const float* __restrict__ lse, const float* __restrict__ row_dot,
+                   const half_bits* __restrict__ grad, const float* __restrict__ lse, const float* __restrict__ row_mean,
+                   const float* __restrict__ row_top, const float* __restrict__ q_scale, const float* __restrict__ k_scale,
                    const int* __restrict__ offsets, const int* __restrict__ column_rows, long long capacity,
                    const int* __restrict__ kv_lengths, const float* __restrict__ rest_inverse,
                    const float* __restrict__ alpha, int alpha_stride_b, int alpha_stride_h, int alpha_stride_row,
@@ -206,7 +134,7 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
     unsigned char* v_tile = k_tile + KEY_BYTES;
     unsigned char* q_ring = v_tile + KEY_BYTES;
     unsigned char* grad_ring = q_ring + 2 * ROW_BYTES_ALL;
-    float* row_values = reinterpret_cast<float*>(grad_ring + 2 * ROW_BYTES_ALL);  // [slot][L, D][ROWS]
+    float* row_values = reinterpret_cast<float*>(grad_ring + 2 * ROW_BYTES_ALL);  // [slot][L, mean, limit / top, top / limit][ROWS]
     float* sums = reinterpret_cast<float*>(q_ring);  // [warp][D], after the main loop
 
     const int item = blockIdx.y / num_heads, head = blockIdx.y % num_heads, first_key = blockIdx.x * BLOCK_K;
@@ -225,8 +153,13 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
         load_tile<ROWS, HALF_ROW, DKV_THREADS>(q_ring + slot * ROW_BYTES_ALL, q + at, HALF_ROW, inside);
         load_tile<ROWS, HALF_ROW, DKV_THREADS>(grad_ring + slot * ROW_BYTES_ALL, grad + at, HALF_ROW, inside);
         for (int i = threadIdx.x; i < ROWS; i += DKV_THREADS) {
-            row_values[2 * slot * ROWS + i] = i < inside ? lse[bh * n_q + first + i] * LOG2_E : 0.0f;
-            row_values[(2 * slot + 1) * ROWS + i] = i < inside ? row_dot[bh * n_q + first + i] : 0.0f;
+            float* values = row_values + ROW_VALUES * slot * ROWS + i;
+            values[0] = i < inside ? lse[bh * n_q + first + i] * LOG2_E : 0.0f;
+            values[ROWS] = i < inside ? row_mean[bh * n_q + first + i] : 0.0f;
+            if (MATCHED) {
+                const float top = i < inside ? row_top[bh * n_q + first + i] : 1.0f;
+                values[2 * ROWS] = PV_LIMIT / top, values[3 * ROWS] = top / PV_LIMIT;
+            }
         }
     };
 
@@ -234,7 +167,7 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
     float acc_k[D_TILES][4], acc_v[D_TILES][4];
     clear(acc_k);
     clear(acc_v);
-    const float scale = softmax_scale * LOG2_E;
+    const float scale = softmax_scale * LOG2_E * scale_of_block(k_scale, bh * gridDim.x + blockIdx.x);
     if (steps > 0) {
         load_tile<BLOCK_K, HALF_ROW, DKV_THREADS>(k_tile, k + key_at, HALF_ROW, valid);
         load_tile<BLOCK_K, HALF_ROW, DKV_THREADS>(v_tile, v + key_at, HALF_ROW, valid);
@@ -245,8 +178,10 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
         const int slot = step & 1;
         const unsigned char* q_tile = q_ring + slot * ROW_BYTES_ALL;
         const unsigned char* grad_tile = grad_ring + slot * ROW_BYTES_ALL;
-        const float* l = row_values + 2 * slot * ROWS;
+        const float* l = row_values + ROW_VALUES * slot * ROWS;
         const float* mean = l + ROWS;
+        const float* to_format = mean + ROWS;  // P = exp(S - L) -> P~ = exp(S - rowmax) in units of the 8-bit format
+        const float* from_format = to_format + ROWS;
         cp_async_wait<0>();
         __syncthreads();
         if (step + 1 < steps) load_rows(step + 1);
@@ -254,22 +189,25 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
         const int row_block = list[step / PARTS];
         const float weight =
             sparse_weight(alpha_of_head, row_block * alpha_stride_row, rest_inverse, bh * t_m + row_block, true);
-        const float gradient_scale = softmax_scale * weight;
+        const float row_scale = scale_of_block(q_scale, bh * t_m + row_block);
+        const float gradient_scale = softmax_scale * weight * IN_FACTOR * row_scale;
 
         float p[ROWS / 8][4], d_p[ROWS / 8][4];  // transposed: keys by queries
         clear(p);
-        product_over_channels(p, k_tile, row0, q_tile);
+        product_over_channels<DKV_UNROLL>(p, k_tile, row0, q_tile);
 #pragma unroll
         for (int n = 0; n < ROWS / 8; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) p[n][e] = exp2_approx(p[n][e] * scale - l[8 * n + column + (e & 1)]);
+            for (int e = 0; e < 4; ++e) p[n][e] = exp2_approx(p[n][e] * (scale * row_scale) - l[8 * n + column + (e & 1)]);
         clear(d_p);
-        product_over_channels(d_p, v_tile, row0, grad_tile);
+        product_over_channels<DKV_UNROLL>(d_p, v_tile, row0, grad_tile);
 #pragma unroll
         for (int n = 0; n < ROWS / 8; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                d_p[n][e] = p[n][e] * (d_p[n][e] - mean[8 * n + column + (e & 1)]) * gradient_scale;
+                const int row = 8 * n + column + (e & 1);
+                d_p[n][e] = p[n][e] * (d_p[n][e] - mean[row]) * gradient_scale;
+                if (MATCHED) p[n][e] = round_value<PV_FP8>(p[n][e] * to_format[row]) * from_format[row];
                 p[n][e] *= weight;
             }
         product_over_rows(acc_v, p, grad_tile);
@@ -289,7 +227,7 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
             float x[2], y[2];
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                x[e] = row < valid ? acc_k[n][2 * r + e] + (accumulate ? d_k[at + e] : 0.0f) : 0.0f;
+                x[e] = row < valid ? acc_k[n][2 * r + e] * OUT_FACTOR + (accumulate ? d_k[at + e] : 0.0f) : 0.0f;
                 y[e] = row < valid ? acc_v[n][2 * r + e] + (accumulate ? d_v_linear[at + e] : 0.0f) : 0.0f;
                 d_k[at + e] = x[e];
                 below[e] += x[e];

@@ -26,19 +26,13 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, const half_bits* __restrict__ k
     const int first_row = row_block * BLOCK_Q, t_m = gridDim.x;
     const int length = valid_keys(kv_lengths, item, n_k);
     const int* list = indices + (bh * t_m + row_block) * max_selected;
-    int steps = counts[bh * t_m + row_block];
-    while (steps > 0 && list[steps - 1] * BLOCK_K >= length) --steps;
+    const int steps = blocks_with_keys(list, counts[bh * t_m + row_block], length);
     const bool some = steps > 0, rest = steps < ceil_div(length, BLOCK_K);
     q += bh * n_q * HEAD_DIM, k += bh * n_k * HEAD_DIM, v += bh * n_k * HEAD_DIM;
 
     const int row0 = threadIdx.x / 32 * FWD_WARP_ROWS;
     float o[FWD_M_TILES][D_TILES][4];
-#pragma unroll
-    for (int m = 0; m < FWD_M_TILES; ++m)
-#pragma unroll
-        for (int n = 0; n < D_TILES; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) o[m][n][e] = 0.0f;
+    clear(o);
     OnlineSoftmax<FWD_M_TILES> softmax;
     softmax.init();
     const float scale = softmax_scale * LOG2_E;
@@ -71,11 +65,7 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, const half_bits* __restrict__ k
 
         float s[FWD_M_TILES][KEY_TILES][4];
 #pragma unroll
-        for (int m = 0; m < FWD_M_TILES; ++m)
-#pragma unroll
-            for (int n = 0; n < KEY_TILES; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) s[m][n][e] = 0.0f;
+        for (int m = 0; m < FWD_M_TILES; ++m) clear(s[m]);
 #pragma unroll SCORE_UNROLL
         for (int c = 0; c < HEAD_DIM / 16; ++c) {
             unsigned a[FWD_M_TILES][4];

@@ -50,8 +50,7 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes, const unsigned ch
     const int first_row = row_block * BLOCK_Q, t_m = gridDim.x, t_n = ceil_div(n_k, BLOCK_K);
     const int length = valid_keys(kv_lengths, item, n_k);
     const int* list = indices + (bh * t_m + row_block) * max_selected;
-    int steps = counts[bh * t_m + row_block];
-    while (steps > 0 && list[steps - 1] * BLOCK_K >= length) --steps;
+    const int steps = blocks_with_keys(list, counts[bh * t_m + row_block], length);
     const bool some = steps > 0, rest = steps < ceil_div(length, BLOCK_K);
     k_bytes += bh * n_k * HEAD_DIM;
     v_bytes += bh * t_n * KEY_BYTES;
@@ -59,12 +58,7 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes, const unsigned ch
 
     const int row0 = threadIdx.x / 32 * FWD_WARP_ROWS;
     float o[FWD_M_TILES][D_TILES][4];
-#pragma unroll
-    for (int m = 0; m < FWD_M_TILES; ++m)
-#pragma unroll
-        for (int n = 0; n < D_TILES; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) o[m][n][e] = 0.0f;
+    clear(o);
     OnlineSoftmax<FWD_M_TILES> softmax;
     softmax.init();
     const float row_scale = softmax_scale * q_scale[bh * t_m + row_block];  // the key block's scale goes into the scores

@@ -3,6 +3,9 @@
 
 #include "common.cuh"
 
+constexpr int HALF_ROW = HEAD_DIM * 2;  // bytes of a row of 16-bit channels
+constexpr int D_TILES = HEAD_DIM / 8;   // 8-column accumulator tiles of a row
+
 // Byte offset of a 16-byte chunk. Eight rows at one chunk, which is what ldmatrix reads, fall into eight different
 // 16-byte columns of the 128-byte bank line, whether a row holds 32, 64, 128 or 256 bytes.
 template <int ROW_BYTES>
@@ -64,4 +67,30 @@ template <int ROW_BYTES>
 SLA2_INLINE void load_b_trans(unsigned (&b)[4], const unsigned char* tile, int k0, int n0) {
     const int lane = threadIdx.x & 31;
     ldmatrix_x4_trans(b, tile + lane_offset<ROW_BYTES>(lane & 15, lane >> 4, k0, n0 / 8));
+}
+
+template <int TILES>
+SLA2_INLINE void clear(float (&acc)[TILES][4]) {
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc[n][e] = 0.0f;
+}
+
+// acc += A B^T for 16 rows of a 16-bit tile [m][d] from row0 and all 8 TILES rows of a tile [n][d].
+template <int UNROLL = HEAD_DIM / 16, int TILES>
+SLA2_INLINE void product_over_channels(float (&acc)[TILES][4], const unsigned char* left, int row0,
+                                       const unsigned char* right) {
+#pragma unroll UNROLL
+    for (int c = 0; c < HEAD_DIM / 16; ++c) {
+        unsigned a[4];
+        load_a<HALF_ROW>(a, left, row0, 2 * c);
+#pragma unroll
+        for (int n = 0; n < TILES; n += 2) {
+            unsigned b[4];
+            load_b<HALF_ROW>(b, right, 8 * n, 2 * c);
+            mma_half(acc[n], a, &b[0]);
+            mma_half(acc[n + 1], a, &b[2]);
+        }
+    }
 }
