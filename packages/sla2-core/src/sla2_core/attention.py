@@ -27,6 +27,19 @@ class AttentionInfo:
     sparsity: float
 
 
+def pooled_means(
+    q: Tensor, k: Tensor, config: SLA2Config, lengths: Tensor | None, smooth: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """What the router sees: block means of q (B, H, T_m, d) and, with `smooth`, of K minus its mean (B, H, T_n, d)."""
+    if backend in CUDA_BACKENDS:
+        pooled_q, pooled_k = cuda_ops.pool(q, k, lengths, config.block_q, config.block_k, backend)
+    else:
+        pooled_q, pooled_k = pool(q, config.block_q), pool(k, config.block_k, lengths)
+    if smooth:
+        pooled_k = smooth_pooled(pooled_k, k.shape[2], config.block_k, lengths)
+    return pooled_q, pooled_k
+
+
 class _RoutedAttention(nn.Module):
     """Layouts, checks and routing that both modules share."""
 
@@ -53,12 +66,7 @@ class _RoutedAttention(nn.Module):
     ) -> tuple[Tensor, BlockMap]:
         config, router = self.config, self.router
         sizes = dict(block_q=config.block_q, block_k=config.block_k, n_q=q.shape[2], n_k=k.shape[2])
-        if backend in CUDA_BACKENDS:
-            pooled_q, pooled_k = cuda_ops.pool(q, k, lengths, config.block_q, config.block_k, backend)
-        else:
-            pooled_q, pooled_k = pool(q, config.block_q), pool(k, config.block_k, lengths)
-        if smooth:
-            pooled_k = smooth_pooled(pooled_k, k.shape[2], config.block_k, lengths)
+        pooled_q, pooled_k = pooled_means(q, k, config, lengths, smooth, backend)
         if backend in CUDA_BACKENDS:
             scores, indices, counts = cuda_ops.route(
                 pooled_q, pooled_k, router.weight_q, router.weight_k, lengths, *sizes.values(), config.topk, backend
@@ -71,7 +79,8 @@ class _RoutedAttention(nn.Module):
             scores = scores.masked_fill((start >= lengths[:, None])[:, None, None], -torch.inf)
         return scores, block_map
 
-    def _backend(self, q: Tensor) -> str:
+    def backend_of(self, q: Tensor) -> str:
+        """The backend that a call with this q runs on; errors as of sla2_attention."""
         c = self.config
         return backend_for(q, (c.block_q, c.block_k), c.precision, c.qat_backward, c.backend)
 
@@ -112,7 +121,7 @@ class SLA2Attention(_RoutedAttention):
             TypeError, ValueError: an argument of another shape, dtype or device than the configuration or q's.
         """
         q, k, v, lengths = self._enter(q, k, v, layout, kv_lengths)
-        config, backend = self.config, self._backend(q)
+        config, backend = self.config, self.backend_of(q)
         with torch.autocast(q.device.type, enabled=False):
             with torch.set_grad_enabled(torch.is_grad_enabled() and config.alpha == "mass"):
                 scores, block_map = self._route(q, k, lengths, config.smooth_k, backend)
@@ -154,7 +163,7 @@ class SLAAttention(_RoutedAttention):
     ):
         """As SLA2Attention.forward; the info's alpha is None."""
         q, k, v, lengths = self._enter(q, k, v, layout, kv_lengths)
-        backend = self._backend(q)
+        backend = self.backend_of(q)
         with torch.no_grad():
             _, block_map = self._route(q, k, lengths, True, backend)
         out = sla_attention(

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sla2_core.block_map import BlockMap
+from sla2_core.attention import pooled_means
+from sla2_core.block_map import BlockMap, Rows
 from sla2_core.checks import autocast_qkv
 from sla2_core.functional import sla2_attention, sla_attention
 from sla2_core.integrations.heads import for_heads
-from sla2_core.router import pool, smooth_keys, top_k_map
+from sla2_core.router import top_k_map
 
 
 def key_mask(n_k: int, kv_lengths: Tensor | None) -> Tensor | None:
@@ -26,26 +27,35 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor | None = 
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=key_mask(k.shape[2], kv_lengths))
 
 
-def _route(config, router: nn.Module, q: Tensor, k: Tensor, text_tokens: int, kv_lengths: Tensor | None):
-    """Router scores (B, H, T_m, T_n), -inf for padding, and the mask of selected blocks: top-k of the blocks without
-    text, and every block that holds text."""
-    n_q, n_k = q.shape[2], k.shape[2]
-    scores = router.scores(pool(q, config.block_q), pool(k, config.block_k, kv_lengths))
-    routable = (n_k - text_tokens) // config.block_k if text_tokens else scores.shape[-1]
-    lengths = None if text_tokens else kv_lengths  # padding is text then, and text is not routed
-    if routable:
-        chosen = top_k_map(
-            scores[..., :routable], config.topk, block_q=config.block_q, block_k=config.block_k, n_q=n_q,
-            n_k=routable * config.block_k if text_tokens else n_k, kv_lengths=lengths,
-        ).mask()  # fmt: skip
-    else:
-        chosen = scores[..., :0].bool()
-    mask = torch.cat([chosen, torch.ones_like(scores[..., routable:], dtype=torch.bool)], dim=-1)
+def _route(
+    attention: nn.Module,
+    router: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    text_tokens: int,
+    kv_lengths: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, BlockMap]:
+    """Router scores (B, H, T_m, T_n), -inf for padding, and the map: top-k of the blocks without text, and all with text."""
+    config, (n_q, n_k) = attention.config, (q.shape[2], k.shape[2])
+    sizes = dict(block_q=config.block_q, block_k=config.block_k, n_q=n_q)
+    smooth = config.smooth_k or config.method == "sla"
+    scores = router.scores(*pooled_means(q, k, config, kv_lengths, smooth, backend))
+    start = torch.arange(scores.shape[-1], device=q.device) * config.block_k
     if kv_lengths is not None:
-        start = torch.arange(scores.shape[-1], device=q.device) * config.block_k
-        padding = (start >= kv_lengths[:, None])[:, None, None]
-        scores, mask = scores.masked_fill(padding, -torch.inf), mask & ~padding
-    return scores, mask
+        scores = scores.masked_fill((start >= kv_lengths[:, None])[:, None, None], -torch.inf)
+    if not text_tokens:
+        return scores, top_k_map(scores, config.topk, n_k=n_k, kv_lengths=kv_lengths, **sizes)
+    routable = (n_k - text_tokens) // config.block_k  # padding is at the end of the text, which is not routed
+    text = torch.arange(routable, scores.shape[-1], dtype=torch.int32, device=q.device)
+    if kv_lengths is not None:
+        text = torch.where(start[routable:] < kv_lengths[:, None], text, -1)[:, None, None]
+    text = text.expand(*scores.shape[:3], -1)
+    counts = (text >= 0).sum(-1, dtype=torch.int32)
+    if routable:
+        chosen = top_k_map(scores[..., :routable], config.topk, n_k=routable * config.block_k, **sizes)
+        text, counts = torch.cat([chosen.indices, text], -1), counts + chosen.counts
+    return scores, BlockMap._trusted(Rows(text.contiguous(), counts), n_k=n_k, **sizes)
 
 
 def routed_attention(
@@ -76,23 +86,21 @@ def routed_attention(
     video = q[:, :, :n_video]
     learned = config.method == "sla2"
     router = for_heads(attention.router, heads)
+    backend = attention.backend_of(q)
     with torch.autocast(q.device.type, enabled=False):
-        smooth = smooth_keys(k, kv_lengths) if config.smooth_k or not learned else k
         with torch.set_grad_enabled(torch.is_grad_enabled() and learned and config.alpha == "mass"):
-            scores, mask = _route(config, router, video, smooth, text_tokens, kv_lengths)
-        block_map = BlockMap.from_mask(
-            mask, block_q=config.block_q, block_k=config.block_k, n_q=n_video, n_k=k.shape[2]
-        )
+            scores, block_map = _route(attention, router, video, k, text_tokens, kv_lengths, backend)
+        mask = block_map.mask() if config.alpha == "mass" else None
         alpha = for_heads(attention.mixing, heads)(scores, mask) if learned else None
     if learned:
         out = sla2_attention(
-            video, smooth, v, block_map, alpha, precision=config.precision, qat_backward=config.qat_backward,
-            smooth_k=False, kv_lengths=kv_lengths, backend=config.backend,
+            video, k, v, block_map, alpha, precision=config.precision, qat_backward=config.qat_backward,
+            smooth_k=config.smooth_k, kv_lengths=kv_lengths, backend=backend,
         )  # fmt: skip
     else:
         out = sla_attention(
             video, k, v, block_map, attention.proj.weight, attention.proj.bias,
-            precision=config.precision, kv_lengths=kv_lengths, backend=config.backend,
+            precision=config.precision, kv_lengths=kv_lengths, backend=backend,
         )  # fmt: skip
     if text_tokens:
         out = torch.cat([out, full_attention(q[:, :, n_video:], k, v, kv_lengths)], dim=2)
