@@ -8,8 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from sla2_core.integrations.families import Family
-from sla2_core.integrations.joint_processor import block_attention, heads_of, join, normed, split_heads
-from sla2_core.integrations.processor import SLA2Processor
+from sla2_core.integrations.joint_processor import (
+    JointSLA2Processor,
+    block_attention,
+    heads_of,
+    join,
+    normed,
+    split_heads,
+)
 
 
 def project(attn: nn.Module, video: Tensor, text: Tensor, rotary) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,13 +45,8 @@ def finish(attn: nn.Module, out: Tensor, text_tokens: int) -> tuple[Tensor, Tens
     return video, text
 
 
-class HunyuanVideoSLA2Processor(SLA2Processor):
+class HunyuanVideoSLA2Processor(JointSLA2Processor):
     """SLA2 for the joint attention of HunyuanVideo's double and single blocks."""
-
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
-    ) -> tuple[Tensor, Tensor]:  # diffusers' Attention reads the signature
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
     def attend(
         self,

@@ -9,17 +9,11 @@ from torch import Tensor, nn
 
 from sla2_core.integrations.families import Family
 from sla2_core.integrations.hunyuan_video import finish, project
-from sla2_core.integrations.joint_processor import block_attention, heads_of
-from sla2_core.integrations.processor import SLA2Processor
+from sla2_core.integrations.joint_processor import JointSLA2Processor, block_attention, heads_of
 
 
-class HunyuanVideo15SLA2Processor(SLA2Processor):
+class HunyuanVideo15SLA2Processor(JointSLA2Processor):
     """SLA2 for the joint attention of HunyuanVideo 1.5."""
-
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
-    ) -> tuple[Tensor, Tensor]:  # diffusers' Attention reads the signature
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
     def attend(
         self,

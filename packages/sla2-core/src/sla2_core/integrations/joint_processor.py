@@ -7,6 +7,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sla2_core.integrations.processor import SLA2Processor
+
+
+class JointSLA2Processor(SLA2Processor):
+    """Base of the processors whose layers hand over video and text tokens apart and take them back so."""
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+    ) -> tuple[Tensor, Tensor]:  # diffusers' Attention reads the signature
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
 
 def join(video: tuple[Tensor, ...], text: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Concatenate video and text tokens of q, k, v, text last."""

@@ -23,11 +23,16 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _attend(
     attn: nn.Module,
-    hidden_states: Tensor,
-    rotary_emb: tuple[Tensor, Tensor] | None,
     attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Projections, norms and rotary embedding of Wan's `attn1`, then `attention(q, k, v)` on (B, N, H, d)."""
+    for name, given in (("encoder_hidden_states", encoder_hidden_states), ("attention_mask", attention_mask)):
+        if given is not None:
+            raise ValueError(f"{name}: expected None (Wan's self-attention has neither text nor mask), got a tensor")
     if attn.fused_projections:
         query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
     else:
@@ -40,12 +45,6 @@ def _attend(
     return attn.to_out[1](attn.to_out[0](out))
 
 
-def _refuse_cross_attention(encoder_hidden_states, attention_mask) -> None:
-    if encoder_hidden_states is not None or attention_mask is not None:
-        name = "encoder_hidden_states" if encoder_hidden_states is not None else "attention_mask"
-        raise ValueError(f"{name}: expected None (Wan's self-attention has neither text nor mask), got a tensor")
-
-
 class WanSelfAttnProcessor(nn.Module):
     """Wan's self-attention with any `attention(q, k, v)` on (B, N, H, d) in the middle."""
 
@@ -53,31 +52,15 @@ class WanSelfAttnProcessor(nn.Module):
         super().__init__()
         self.attention = attention
 
-    def forward(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        _refuse_cross_attention(encoder_hidden_states, attention_mask)
-        return _attend(attn, hidden_states, rotary_emb, self.attention)
+    def forward(self, attn: nn.Module, hidden_states: Tensor, *rest, **named) -> Tensor:
+        return _attend(attn, self.attention, hidden_states, *rest, **named)
 
 
 class WanSLA2Processor(SLA2Processor):
     """SLA2 for Wan's `attn1`."""
 
-    def attend(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        _refuse_cross_attention(encoder_hidden_states, attention_mask)
-        return _attend(attn, hidden_states, rotary_emb, self.self_attention)
+    def attend(self, attn: nn.Module, hidden_states: Tensor, *rest, **named) -> Tensor:
+        return _attend(attn, self.self_attention, hidden_states, *rest, **named)
 
 
 def _layers(transformer: nn.Module) -> dict[str, nn.Module]:

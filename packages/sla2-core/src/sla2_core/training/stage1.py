@@ -339,9 +339,7 @@ def _settings(handle: SLA2Handle, config: Stage1Config) -> dict[str, Any]:
 
 def _check_captures(captures: Captures, handle: SLA2Handle) -> None:
     if captures.settings["model"] != handle.model_identity():
-        raise ValueError(
-            f"captures: expected captures of this {class_name(handle.transformer)}, got another model's"
-        )
+        raise ValueError(f"captures: expected captures of this {class_name(handle.transformer)}, got another model's")
     missing = sorted(set(handle.layers) - set(captures.layers))
     if missing:
         raise ValueError(f"captures: expected calls of layer {missing[0]}, got layers {list(captures.layers)}")
