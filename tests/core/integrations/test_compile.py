@@ -2,9 +2,57 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
+from sla2_core import SLA2Config
 from sla2_core.integrations.diffusers import apply_sla2
+from sla2_core.integrations.families import family_of
+
+_SPEC = importlib.util.spec_from_file_location("tiny_families", Path(__file__).with_name("families.py"))
+families = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(families)
+
+
+def outcome(transformer, run) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The output of run() and the gradients of its mean square."""
+    transformer.zero_grad()
+    out = run()
+    out.square().mean().backward()
+    return out.detach(), {n: p.grad.clone() for n, p in transformer.named_parameters() if p.grad is not None}
+
+
+QUICK = ("cogvideox_5b", "flux")  # Wan has tests of its own below
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in families.BUILDERS]
+)
+def test_every_family_is_one_graph_forward_and_backward(name):
+    torch._dynamo.reset()
+    transformer, sample, _ = families.build(name)
+    family = family_of(transformer)
+    heads, dim = family.heads(next(iter(family.attention_layers(transformer).values())))
+    config = SLA2Config(head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5, alpha="mass", precision="int8")
+    apply_sla2(transformer, config)
+    items = [sample(i) for i in range(2)]
+    batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
+    given = batch.pop("latents"), torch.tensor([0.3, 0.8]), batch
+    expected = outcome(transformer, lambda: family.predict(transformer, *given))
+    if name == "hunyuan_video15":  # the model branches on its image embeddings: its blocks are one graph each
+        compiled = transformer
+        transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    else:
+        compiled = torch.compile(transformer, backend="aot_eager", fullgraph=True)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found = outcome(transformer, lambda: family.predict(compiled, *given))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    torch.testing.assert_close(found[0], expected[0], atol=2e-6, rtol=1e-5)
+    for key, grad in found[1].items():  # a graph gives zeros where eager gives none
+        torch.testing.assert_close(grad, expected[1].get(key, torch.zeros_like(grad)), atol=1e-6, rtol=1e-4, msg=key)
+    assert set(expected[1]) <= set(found[1])
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,17 @@ def test_masks_without_block_form_are_refused():
         handle.family.predict(transformer, noisy, sigma, conditions)
 
 
+@pytest.mark.parametrize("name", ["hunyuan_video", "hunyuan_video15"])
+def test_context_parallelism_of_masked_text_is_refused(name):
+    """diffusers has no plan for these models, and leaves its configuration on the processors when it says so."""
+    transformer, sample, _ = families.build(name)
+    handle = apply_sla2(transformer, fitting(transformer))
+    for processor in handle.processors.values():
+        processor._parallel_config = object()
+    with pytest.raises(ValueError, match=r"_parallel_config: expected a model without masked text for SLA2 \(Wan, "):
+        handle.family.predict(transformer, *batch_of(sample))
+
+
 def test_perturbed_guidance_of_ltx2_is_the_original():
     transformer, sample, _ = families.build("ltx2_gated")
     noisy, sigma, conditions = batch_of(sample)

@@ -87,7 +87,10 @@ class SLA2Processor(nn.Module):
         ulysses = None
         if self._parallel_config is not None:
             if kv_lengths is not None:
-                raise ValueError("attention_mask: expected None under context parallelism, got a mask")
+                raise ValueError(
+                    "_parallel_config: expected a model without masked text for SLA2 (Wan, Flux, LTX-2), "
+                    f"got {type(self).__name__}, whose padded text Ulysses cannot exchange"
+                )
             ulysses = Ulysses(self._parallel_config, q.shape[2])
             q, k, v = (ulysses.gather_tokens(x, text_tokens) for x in (q, k, v))
             local_text, text_tokens = text_tokens, text_tokens * ulysses.ranks
