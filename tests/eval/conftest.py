@@ -38,6 +38,24 @@ def make_folder(tmp_path):
     return make
 
 
+@pytest.fixture
+def small_grid() -> dict:
+    """Settings of a grid of two variants that trains and samples next to nothing; the model is to be added."""
+    return {
+        "seeds": [0],
+        "data": {"num_videos": 6},
+        "capture": {"samples": 2},
+        "stage1": {"steps": 2, "topk": [0.1]},
+        "stage2": {"steps": 3, "batch_size": 1, "checkpoint_every": 1},
+        "generate": {"num_prompts": 2, "steps": 1, "dtype": "float32"},
+        "metrics": ["psnr", "temporal_flickering"],
+        "variants": [
+            {"name": "a", "label": "A", "family": "F", "attention": {"topk": 0.1, "precision": "int8"}},
+            {"name": "b", "label": "B", "family": "F", "attention": {"topk": 0.1}},
+        ],
+    }
+
+
 VARIANTS = [
     {"name": "full", "label": "Full attention", "family": "full", "sparsity": 0.0},
     {"name": "sla2-90", "label": "SLA2 90 %", "family": "SLA2", "sparsity": 0.9},

@@ -11,24 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 from sla2_eval.ablation import cells, graph, prompts_of
+from sla2_eval.cli import main
+from sla2_eval.cluster import WorkerDied
 from sla2_eval.estimate import counts
 from sla2_eval.manifest import video_name
+from sla2_eval.processes import Workers
 from sla2_eval.settings import AblationSettings, SettingsError, load_settings, validate
 
 ROOT = Path(__file__).parents[2]
-SMALL = {
-    "seeds": [0],
-    "data": {"num_videos": 6},
-    "capture": {"samples": 2},
-    "stage1": {"steps": 2, "topk": [0.1]},
-    "stage2": {"steps": 3, "batch_size": 1, "checkpoint_every": 1},
-    "generate": {"num_prompts": 2, "steps": 1, "dtype": "float32"},
-    "metrics": ["psnr", "temporal_flickering"],
-    "variants": [
-        {"name": "a", "label": "A", "family": "F", "attention": {"topk": 0.1, "precision": "int8"}},
-        {"name": "b", "label": "B", "family": "F", "attention": {"topk": 0.1}},
-    ],
-}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +35,14 @@ def model(tmp_path_factory):
     return folder
 
 
-def grid(model, **changes) -> AblationSettings:
-    return validate({**SMALL, "model": str(model), "workers": 0, **changes}, AblationSettings, "test")
+@pytest.fixture
+def grid(model, small_grid):
+    """grid(**changes) gives the settings of a small grid of the random model."""
+
+    def make(**changes) -> AblationSettings:
+        return validate({**small_grid, "model": str(model), "workers": 0, **changes}, AblationSettings, "test")
+
+    return make
 
 
 def variant(name: str, train_precision: str | None = None, **attention) -> dict:
@@ -55,12 +51,11 @@ def variant(name: str, train_precision: str | None = None, **attention) -> dict:
     }  # fmt: skip
 
 
-def test_variants_share_what_they_train_alike(model):
+def test_variants_share_what_they_train_alike(grid):
     found = {
         cell.name: cell
         for cell in cells(
             grid(
-                model,
                 seeds=[0, 1],
                 variants=[
                     variant("full"[::-1], topk=0.1),
@@ -86,8 +81,8 @@ def test_variants_share_what_they_train_alike(model):
     assert base.router != found["lluf-s1"].router
 
 
-def test_the_graph_has_each_training_once(model, tmp_path):
-    settings = grid(model, variants=[variant("a", topk=0.1), variant("b", "full", topk=0.1, precision="int8")])
+def test_the_graph_has_each_training_once(grid, tmp_path):
+    settings = grid(variants=[variant("a", topk=0.1), variant("b", "full", topk=0.1, precision="int8")])
     tasks = graph(settings, tmp_path)
     assert sum(name.startswith("stage1") for name in tasks) == 1
     assert sum(name.startswith("stage2") for name in tasks) == 1
@@ -96,8 +91,8 @@ def test_the_graph_has_each_training_once(model, tmp_path):
     assert all(need in tasks for task in tasks.values() for need in task.needs)
 
 
-def test_the_estimate_counts_what_is_left(model, tmp_path):
-    settings, out = grid(model, seeds=[0, 1]), tmp_path / "out"
+def test_the_estimate_counts_what_is_left(grid, tmp_path):
+    settings, out = grid(seeds=[0, 1]), tmp_path / "out"
     assert counts(settings, out) == {"videos": 12, "routers": 2, "tunings": 4, "scores": 5}
     first = cells(settings)[0]
     (out / "work" / first.tuned).mkdir(parents=True)
@@ -107,9 +102,9 @@ def test_the_estimate_counts_what_is_left(model, tmp_path):
     assert counts(settings, out) == {"videos": 11, "routers": 2, "tunings": 3, "scores": 5}
 
 
-def test_a_repeated_variant_is_refused(model):
+def test_a_repeated_variant_is_refused(grid):
     with pytest.raises(SettingsError, match=r"each name once .* got 'a'"):
-        cells(grid(model, variants=[variant("a"), variant("a")]))
+        cells(grid(variants=[variant("a"), variant("a")]))
 
 
 def test_the_experiments_settings_are_valid():
@@ -119,6 +114,46 @@ def test_the_experiments_settings_are_valid():
     assert found.generate.prompts == ROOT / "experiments" / "tiny_wan" / "prompts.txt"
 
 
+class Deadly(Workers):
+    """One process in which the worker of "videos b" always dies."""
+
+    def __init__(self, said: list):
+        super().__init__(0, say=said.append)
+
+    def wait(self):
+        if self._here[-1][0] == "videos b":
+            return self._here.pop()[0], WorkerDied("signal SIGKILL")
+        return super().wait()
+
+
+def test_a_variant_whose_worker_dies_is_listed_and_the_others_are_done(
+    model, small_grid, tmp_path, monkeypatch, capsys
+):
+    untrained = {"topk": 0.1, "router": "heuristic", "alpha": "one"}
+    variants = [{**row, "attention": untrained, "finetune": False} for row in small_grid["variants"]]
+    settings = {**small_grid, "model": str(model), "metrics": ["temporal_flickering"], "variants": variants}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(settings))
+    said = []
+    monkeypatch.setattr("sla2_eval.ablation.open_workers", lambda *_, **__: Deadly(said))
+    out = tmp_path / "out"
+    assert main(["ablate", "--config", str(tmp_path / "grid.yaml"), "--out", str(out)]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sla2: error: ")]
+    assert errors == [
+        "sla2: error: videos b: its worker died 2 times (signal SIGKILL); run again to go on",
+        "sla2: error: scores b: needs videos b, whose worker died; run again to go on",
+    ]
+    assert said[0] == "videos b: its worker died (signal SIGKILL); trying it once more"
+    report = json.loads((out / "report" / "results.json").read_text())
+    assert report["not_scored"] == ["b"]
+    assert list(report["lost"]) == ["videos b", "scores b"]
+    groups = {group["label"]: group["metrics"] for group in report["groups"]}
+    assert groups["A"]["temporal_flickering"]["prompts"]["n"] == 2
+    assert groups["B"] == {}
+    monkeypatch.undo()
+    assert main(["ablate", "--config", str(tmp_path / "grid.yaml"), "--out", str(out), "--workers", "0"]) == 0
+    assert json.loads((out / "report" / "results.json").read_text())["lost"] == {}
+
+
 def _ablate(folder: Path, out: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "sla2_eval.cli", "ablate", "--config", "grid.yaml", "--out", str(out)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -126,8 +161,8 @@ def _ablate(folder: Path, out: Path) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_killed_half_way_it_goes_on(model, tmp_path):
-    settings = {**SMALL, "model": str(model), "workers": 1}
+def test_killed_half_way_it_goes_on(model, small_grid, tmp_path):
+    settings = {**small_grid, "model": str(model), "workers": 1}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(settings))
     out = tmp_path / "out"
     first = _ablate(tmp_path, out)

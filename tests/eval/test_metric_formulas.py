@@ -229,13 +229,17 @@ def test_caption_accuracy_reads_shapes_and_refuses_other_captions():
         score(video(frames[:, :100], prompt=caption))
 
 
+def printed(code: str) -> str:
+    """What a new interpreter prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def test_registry_is_light_and_complete():
     code = (
         "import sys, sla2_eval.metrics as m, sla2_eval.scoring, sla2_eval.weights; m.specs();"
         "print([n for n in ('torch', 'ray', 'torchmetrics', 'lpips', 'open_clip', 'av', 'jinja2') if n in sys.modules])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert found.strip() == "[]"
+    assert printed(code) == "[]"
     for name, spec in metrics.specs().items():
         assert spec.kind in ("paired", "unpaired", "set"), name
         assert spec.definition, name
@@ -250,8 +254,7 @@ def test_psnr_imports_no_model_and_nothing_heavy_beside_torch():
         "import sys; from sla2_eval import metrics; metrics.load('psnr', {}); metrics.load('ssim', {});"
         "print([n for n in ('scipy', 'transformers', 'torchvision', 'torchmetrics', 'ray') if n in sys.modules])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert found.strip() == "[]"
+    assert printed(code) == "[]"
 
 
 @pytest.mark.slow
@@ -260,5 +263,4 @@ def test_torchmetrics_is_whole_when_imported_afterwards():
         "from sla2_eval import metrics; metrics.load('psnr', {}); import torch, torchmetrics;"
         "print(torchmetrics.MeanMetric()(torch.tensor([1.0, 3.0])).item())"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert found.strip() == "2.0"
+    assert printed(code) == "2.0"

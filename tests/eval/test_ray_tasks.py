@@ -108,19 +108,6 @@ def test_ray_tasks_have_a_gpu_each_and_survive_their_workers(jobs, tmp_path, mon
             workers.run({"failing": Task(f"{jobs}:fail", {})})
 
 
-SMALL = {
-    "seeds": [0],
-    "data": {"num_videos": 6},
-    "capture": {"samples": 2},
-    "stage1": {"steps": 2, "topk": [0.1]},
-    "stage2": {"steps": 3, "batch_size": 1, "checkpoint_every": 1},
-    "generate": {"num_prompts": 2, "steps": 1, "dtype": "float32"},
-    "metrics": ["psnr", "temporal_flickering"],
-    "variants": [
-        {"name": "a", "label": "A", "family": "F", "attention": {"topk": 0.1}},
-        {"name": "b", "label": "B", "family": "F", "attention": {"topk": 0.2}},
-    ],
-}
 DRIVER = """
 import sys
 from sla2_eval import ablation
@@ -146,8 +133,8 @@ def _finish(process: subprocess.Popen) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE)
-def test_a_grid_on_two_gpus_is_resumed_to_the_results_of_one_process(tmp_path):
-    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({**SMALL, "workers": 0}))
+def test_a_grid_on_two_gpus_is_resumed_to_the_results_of_one_process(small_grid, tmp_path):
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({**small_grid, "workers": 0}))
     first = _start(tmp_path, "ray", gpus=2)
     end = time.monotonic() + PATIENCE
     while not list((tmp_path / "ray").glob("work/stage2/*/checkpoint*")) and time.monotonic() < end:
@@ -170,7 +157,7 @@ def test_a_grid_on_two_gpus_is_resumed_to_the_results_of_one_process(tmp_path):
 
 @pytest.fixture
 def cluster(tmp_path):
-    """The address of a Ray cluster of one CPU, started and ended as a process of its own."""
+    """The address of a Ray cluster of two CPUs, started and ended as a process of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -193,9 +180,9 @@ def cluster(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3 * PATIENCE)
-def test_score_and_ablate_share_a_cluster_by_its_address(cluster, make_folder, tmp_path):
+def test_score_and_ablate_share_a_cluster_by_its_address(cluster, make_folder, small_grid, tmp_path):
     make_folder("a", 3, height=32, width=32)
-    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({**SMALL, "variants": SMALL["variants"][:1]}))
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({**small_grid, "variants": small_grid["variants"][:1]}))
     sla2 = str(Path(sys.executable).with_name("sla2"))
     score = [sla2, "score", "--videos", "a", "--metrics", "temporal_flickering", "--json"]
     for arguments in (
