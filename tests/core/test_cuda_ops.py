@@ -80,14 +80,15 @@ def test_the_sparse_branch_alone_and_its_lse(lengths):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8_int8", "fp8"])
-def test_low_bit_forward_and_16_bit_backward(precision):
-    *leaves, grad, alpha, _ = inputs()
+@pytest.mark.parametrize("qat_backward", ["paper", "matched"])
+def test_low_bit_forward_and_its_backward(precision, qat_backward):
+    *leaves, grad, alpha, _ = inputs(d=48)
     mask = torch.rand(1, 2, 2, 4, generator=torch.Generator().manual_seed(2)) < 0.5
     block_map = BlockMap.from_mask(mask, n_q=63, n_k=111, block_q=32, block_k=32)
 
     def run(precision, backend, device):
         def call(q, k, v, a):
-            options = dict(precision=precision, smooth_k=False, backend=backend)
+            options = dict(precision=precision, qat_backward=qat_backward, smooth_k=False, backend=backend)
             return sla2_attention(q, k, v, block_map.to(device), a, **options)
 
         found = gradients(call, [x.to(device) for x in (*leaves, alpha)], grad.to(device))
@@ -152,13 +153,13 @@ def test_opcheck(weights):
     weight = torch.eye(64, device=DEVICE).repeat(weights, 1, 1).requires_grad_()
     torch.library.opcheck(cuda_ops.route, (*pooled, weight, weight, None, *SIZES, 63, 111, 0.3, TARGET))
     for mixed in (alpha.expand(1, 2, 2).clone().requires_grad_(), None):
-        options = (mixed, None, *SIZES, "full", mixed is not None, True, TARGET)
+        options = (mixed, None, *SIZES, "full", "paper", mixed is not None, True, TARGET)
         torch.library.opcheck(cuda_ops.attention, (q, k, v, *rows, *options))
         with torch.no_grad():
             plain = (x.detach() for x in (q, k, v))
             results = cuda_ops.attention(q, k, v, *rows, *options)
             mixed = None if mixed is None else mixed.detach()
-            arguments = (grad, *plain, *rows, mixed, None, results, *SIZES, options[5], TARGET)
+            arguments = (grad, *plain, *rows, mixed, None, results, *SIZES, *options[4:7], TARGET)
             torch.library.opcheck(cuda_ops.attention_backward, arguments)
 
 
@@ -194,7 +195,7 @@ def test_strided_inputs_and_nan():
 
 def test_without_gradients_nothing_is_kept():
     *qkv, _, alpha, block_map = inputs()
-    rows = (block_map.indices, block_map.counts, alpha.expand(1, 2, 2), None, *SIZES, "full", True)
+    rows = (block_map.indices, block_map.counts, alpha.expand(1, 2, 2), None, *SIZES, "full", "paper", True)
     assert len(cuda_ops.attention(*qkv, *rows, False, TARGET)) == 2
     qkv[0].requires_grad_()
     with pytest.raises(RuntimeError, match="expected save=True"):
@@ -208,7 +209,6 @@ def test_without_gradients_nothing_is_kept():
         (dict(d=160), {}, "^head_dim: expected at most 128, got 160$"),
         ({}, dict(precision="int4"), "^precision: expected one of .*, got 'int4'$"),
         ({}, dict(precision="int8"), r"^block_k: expected a multiple of 32 in \[32, 64\], got 16$"),
-        ({}, dict(precision="fp8", qat_backward="matched"), "^qat_backward: expected 'paper' for the CUDA kernels"),
     ],
 )
 def test_what_no_kernel_takes_is_named(change, options, match):

@@ -82,7 +82,7 @@ class _RoutedAttention(nn.Module):
     def backend_of(self, q: Tensor) -> str:
         """The backend that a call with this q runs on; errors as of sla2_attention."""
         c = self.config
-        return backend_for(q, (c.block_q, c.block_k), c.precision, c.qat_backward, c.backend)
+        return backend_for(q, (c.block_q, c.block_k), c.precision, c.backend)
 
     def extra_repr(self) -> str:
         c = self.config

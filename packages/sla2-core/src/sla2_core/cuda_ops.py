@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,7 +45,6 @@ def unfit(
     head_dim: int,
     blocks: tuple[int, int],
     precision: str,
-    qat_backward: str,
 ) -> str | None:
     """One line that says why the kernels cannot take a call with these settings, None if they can."""
     from sla2_kernels.kernels import supports
@@ -53,8 +53,6 @@ def unfit(
 
     if dtype not in DTYPES:
         return f"q: expected bfloat16 or float16 for the CUDA kernels, got {dtype}"
-    if precision != "full" and qat_backward != "paper":
-        return f"qat_backward: expected 'paper' for the CUDA kernels, got {qat_backward!r}"
     sizes = dict(head_dim=head_dim, block_q=blocks[0], block_k=blocks[1])
     try:
         Problem(batch=1, heads=1, n_q=1, n_k=1, dtype=DTYPES[dtype], precision=precision, **sizes)
@@ -241,6 +239,7 @@ def attention(
     block_q: int,
     block_k: int,
     precision: str,
+    qat_backward: str,
     smooth_k: bool,
     save: bool,
     target: str,
@@ -252,6 +251,7 @@ def attention(
         indices int32 (B, H, T_m, K), counts int32 (B, H, T_m): BlockMap's.
         alpha: (B, H, T_m), or None for the sparse branch alone.
         lengths: int64 (B,), valid keys, or None.
+        precision: of the sparse branch's forward. qat_backward: "paper" or "matched", what the backward recomputes from.
         smooth_k: subtract K's mean over tokens first.
         save: keep what the backward needs.
 
@@ -276,7 +276,7 @@ def attention(
 
 
 @attention.register_fake
-def _(q, k, v, indices, counts, alpha, lengths, block_q, block_k, precision, smooth_k, save, target):
+def _(q, k, v, indices, counts, alpha, lengths, block_q, block_k, precision, qat_backward, smooth_k, save, target):
     (b, h, n_q, d), n_k = q.shape, k.shape[2]
     pairs, width, t_m, t_n = b * h, _width(d), _blocks(n_q, block_q), _blocks(n_k, block_k)
     found = [q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)]
@@ -304,49 +304,57 @@ def attention_backward(
     results: list[Tensor],
     block_q: int,
     block_k: int,
+    precision: str,
+    qat_backward: str,
     smooth_k: bool,
     target: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dQ, dK, dV in the inputs' dtype, and d alpha fp32 (B, H, T_m) (empty without), in 16 bit from the original inputs.
+    """dQ, dK, dV in the inputs' dtype, and d alpha fp32 (B, H, T_m) (empty without).
 
     `results` is what the forward returned with save=True.
     """
-    from sla2_kernels.operator import ONE, Forward, Linear, Prologue, copy_columns
+    from sla2_kernels.operator import ONE, Forward, Linear, Prologue, copy_columns, prologue
     from sla2_kernels.operator_backward import backward
 
-    device, problem = _device(q, target), _problem(q, k, lengths, block_q, block_k)
+    device, problem = _device(q, target), _problem(q, k, lengths, block_q, block_k, precision)
     out, lse, *kept = results
-    keys = kept.pop(0) if smooth_k else None
-    queries, raw_keys, values, out, grad = _inputs(q, k, v, out, grad_out)
-    if problem.head_dim != problem.width:
-        rows = {id(x): x.owner.numel() // problem.head_dim for x in (queries, raw_keys, values, out)}
-        queries, raw_keys, values, out = (
-            copy_columns(device, problem, x, rows[id(x)], problem.head_dim, problem.width)
-            for x in (queries, raw_keys, values, out)
-        )
-    made = dict(q=queries, k=raw_keys if keys is None else _pointer(keys), v=values)
+    keys = kept.pop(0) if smooth_k else k
+    inputs, (out, grad) = _inputs(q, k, v), _inputs(out, grad_out)
+
+    def padded(x):
+        if x.owner.shape[-1] == problem.width:
+            return x
+        return copy_columns(device, problem, x, x.owner.numel() // problem.head_dim, problem.head_dim, problem.width)
+
+    if qat_backward == "matched" and problem.low:  # needs the 8-bit copies again
+        made = prologue(device, problem, *inputs, smooth_k=smooth_k, linear=False)
+    else:
+        made = Prologue(q=padded(inputs[0]), k=padded(*_inputs(keys)), v=padded(inputs[2]))
     linear = None
-    if alpha is not None:
-        o_s, phi_q, phi_k, bits, rest_inverse, state, norm = map(_pointer, kept)
-        made |= dict(phi_q=phi_q, phi_k=phi_k)
+    if alpha is None:
+        out_sparse = padded(out)
+    else:
+        out_sparse, phi_q, phi_k, bits, rest_inverse, state, norm = map(_pointer, kept)
+        made = replace(made, phi_q=phi_q, phi_k=phi_k)
         linear = Linear(bits=bits, rest_inverse=rest_inverse, state=state, norm=norm)
     saved = Forward(
-        out=out, lse=_pointer(lse), prologue=Prologue(**made), block_map=_map(indices, counts),
-        alpha=_alpha(alpha) or ONE, linear=linear, out_sparse=o_s if linear else out, smooth_k=smooth_k,
+        out=out, lse=_pointer(lse), prologue=made, block_map=_map(indices, counts),
+        alpha=_alpha(alpha) or ONE, linear=linear, out_sparse=out_sparse, smooth_k=smooth_k,
     )  # fmt: skip
-    found = backward(device, problem, saved, grad)
+    found = backward(device, problem, saved, grad, qat_backward=qat_backward)
     grads = (p.owner.view(x.shape) for p, x in ((found.d_q, q), (found.d_k, k), (found.d_v, v)))
     return (*grads, q.new_empty(0, dtype=torch.float32) if alpha is None else found.d_alpha.owner)
 
 
 @attention_backward.register_fake
-def _(grad_out, q, k, v, indices, counts, alpha, lengths, results, block_q, block_k, smooth_k, target):
+def _(grad_out, q, k, v, indices, counts, alpha, lengths, results, block_q, block_k, *_options):
     d_alpha = q.new_empty(0 if alpha is None else counts.shape, dtype=torch.float32)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_alpha
 
 
 def _save_attention(ctx, inputs, output) -> None:
-    q, k, v, indices, counts, alpha, lengths, ctx.block_q, ctx.block_k, _, ctx.smooth_k, save, ctx.target = inputs
+    q, k, v, indices, counts, alpha, lengths, *options, save, target = inputs
+    ctx.options = (*options, target)
     if not save:
         raise RuntimeError("sla2::cuda_attention: expected save=True where a gradient is wanted, got False")
     ctx.save_for_backward(q, k, v, indices, counts, alpha, lengths, *output)
@@ -355,14 +363,13 @@ def _save_attention(ctx, inputs, output) -> None:
 
 def _differentiate_attention(ctx, grads):
     if grads[0] is None:
-        return (None,) * 13
+        return (None,) * 14
     *inputs, alpha, lengths = ctx.saved_tensors[:7]
     d_q, d_k, d_v, d_alpha = attention_backward(
-        grads[0], *inputs, alpha, lengths, list(ctx.saved_tensors[7:]), ctx.block_q, ctx.block_k, ctx.smooth_k,
-        ctx.target,
-    )  # fmt: skip
+        grads[0], *inputs, alpha, lengths, list(ctx.saved_tensors[7:]), *ctx.options
+    )
     d_alpha = None if alpha is None else d_alpha.to(alpha.dtype)
-    return d_q, d_k, d_v, None, None, d_alpha, *(None,) * 7
+    return d_q, d_k, d_v, None, None, d_alpha, *(None,) * 8
 
 
 attention.register_autograd(_differentiate_attention, setup_context=_save_attention)

@@ -58,9 +58,9 @@ def _warn_fallback(reason: str) -> None:
     warnings.warn(f"sla2: the dense reference runs, with N x N memory: {reason}", RuntimeWarning, stacklevel=5)
 
 
-def backend_for(q: Tensor, blocks: tuple[int, int], precision: str, qat_backward: str, backend: str) -> str:
+def backend_for(q: Tensor, blocks: tuple[int, int], precision: str, backend: str) -> str:
     """resolve_backend for a call of the operator on q (B, H, N_q, d) with blocks of (block_q, block_k) tokens."""
-    sizes = (q.dtype, q.shape[3], blocks, precision, qat_backward)
+    sizes = (q.dtype, q.shape[3], blocks, precision)
     return resolve_backend(backend, q.device, lambda target: cuda_ops.unfit(target, q.device.index, *sizes))
 
 
@@ -88,12 +88,12 @@ def _attention(q, k, v, block_map: BlockMap, alpha, lengths, precision: str) -> 
 
 
 def _cuda_attention(
-    q, k, v, block_map: BlockMap, alpha, lengths, precision: str, smooth_k: bool, target: str
+    q, k, v, block_map: BlockMap, alpha, lengths, precision: str, qat_backward: str, smooth_k: bool, target: str
 ) -> tuple[Tensor, Tensor]:
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, alpha))
     sizes = (lengths, block_map.block_q, block_map.block_k)
     out, lse, *_ = cuda_ops.attention(
-        q, k, v, block_map.indices, block_map.counts, alpha, *sizes, precision, smooth_k, save, target
+        q, k, v, block_map.indices, block_map.counts, alpha, *sizes, precision, qat_backward, smooth_k, save, target
     )
     return out, lse
 
@@ -106,7 +106,7 @@ def _linear_attention(q, k, v, block_map: BlockMap, lengths, backend: str) -> Te
     )  # fmt: skip
     alpha = torch.zeros(block_map.counts.shape, dtype=_work(q).dtype, device=q.device)
     if backend in CUDA_BACKENDS:
-        return _work(_cuda_attention(q, k, v, nothing, alpha, lengths, "full", False, backend)[0])
+        return _work(_cuda_attention(q, k, v, nothing, alpha, lengths, "full", "paper", False, backend)[0])
     return _attention(_work(q), _work(k), _work(v), nothing, alpha, lengths, "full")[0]
 
 
@@ -146,13 +146,13 @@ def block_sparse_attention(
     check_choice("qat_backward", qat_backward, QAT_BACKWARDS)
     lengths = check_kv_lengths(kv_lengths, q, k)
     blocks = (block_map.block_q, block_map.block_k)
-    backend = backend_for(q, blocks, precision, qat_backward, backend)
+    backend = backend_for(q, blocks, precision, backend)
     if backend == "reference":
         out, lse = reference.block_sparse_reference(q, k, v, block_map, precision=precision, kv_lengths=lengths)
         return out, lse.detach()
     with torch.autocast(q.device.type, enabled=False):
         if backend in CUDA_BACKENDS:
-            out, lse = _cuda_attention(q, k, v, block_map, None, lengths, precision, False, backend)
+            out, lse = _cuda_attention(q, k, v, block_map, None, lengths, precision, qat_backward, False, backend)
             return out, lse.detach()
         if _simulated(precision, qat_backward):
             out, lse = streamed.sparse_branch(_work(q), _work(k), _work(v), block_map, lengths, precision, qat_backward)
@@ -196,7 +196,7 @@ def sla2_attention(
     alpha = check_alpha(alpha, q, block_map.shape[2])
     lengths = check_kv_lengths(kv_lengths, q, k)
     blocks = (block_map.block_q, block_map.block_k)
-    backend = backend_for(q, blocks, precision, qat_backward, backend)
+    backend = backend_for(q, blocks, precision, backend)
     if backend == "reference":
         return reference.sla2_reference(
             q, k, v, block_map, alpha, precision=precision, smooth_k=smooth_k, kv_lengths=lengths
@@ -204,7 +204,7 @@ def sla2_attention(
     with torch.autocast(q.device.type, enabled=False):
         alpha = alpha.expand(block_map.shape[:3])
         if backend in CUDA_BACKENDS:
-            return _cuda_attention(q, k, v, block_map, alpha, lengths, precision, smooth_k, backend)[0]
+            return _cuda_attention(q, k, v, block_map, alpha, lengths, precision, qat_backward, smooth_k, backend)[0]
         keys = smooth_keys(_work(k), lengths) if smooth_k else k
         if not _simulated(precision, qat_backward):
             return _attention(q, keys, v, block_map, alpha, lengths, precision)[0]
@@ -250,7 +250,7 @@ def sla_attention(
         if x is not None and tuple(x.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
     lengths = check_kv_lengths(kv_lengths, q, k)
-    backend = backend_for(q, (block_map.block_q, block_map.block_k), "full", "paper", backend)
+    backend = backend_for(q, (block_map.block_q, block_map.block_k), "full", backend)
     with torch.autocast(q.device.type, enabled=False):
         if proj_weight is None:
             o_l = torch.zeros_like(_work(q))
