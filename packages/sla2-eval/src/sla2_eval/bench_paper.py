@@ -54,7 +54,7 @@ def measure(report: Callable[[str, int, int], None], quick: bool) -> dict:
     Rows: shape, sparsity, case, median, low, high (ms), speedup over SDPA-flash of the same direction, c_over_t (TFLOP/s of
     full attention, 4 N^2 d H, over the time: the paper's measure), and for stages the floor (ms, at the measured GEMM rate
     and copy bandwidth) and the time over it. SLA2's cases are replays of CUDA graphs; those called "launched" are not, and
-    hold what Python takes to launch the kernels one by one. Raises RuntimeError in one line without a GPU or without CuPy.
+    hold what Python takes to launch the kernels one by one, as do those of the module, SLA2Attention. Raises RuntimeError in one line without a GPU or without CuPy.
     """
     import torch
 
@@ -135,7 +135,7 @@ def _rows(shape, n, heads, sparsity, selected, found, rates) -> list[dict]:
         row = {"shape": shape, "sparsity": sparsity, "case": case, **times}
         if "median" in times:
             base = found.get(f"SDPA flash {'backward' if backward else 'forward'}", {}).get("median")
-            whole = case.startswith(("SLA2 forward", "SLA2 backward", "SDPA", "FlexAttention"))
+            whole = case.startswith(("SLA2 forward", "SLA2 backward", "SLA2Attention", "SDPA", "FlexAttention"))
             row["speedup"] = base / times["median"] if base and whole else None
             row["c_over_t"] = full * (2.5 if backward else 1.0) / times["median"] / 1e9 if whole else None
             if (stage := case.removeprefix("SLA2 ")) in least:
@@ -156,7 +156,8 @@ def _setting(
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(1, heads, n, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     kernels = _Kernels(q, k, v, 1 - sparsity)
-    cases = kernels.cases(grad) | _dense(q, k, v, grad) | _flex(q, k, v, grad, kernels)
+    cases = kernels.cases(grad) | _module(q, k, v, grad, 1 - sparsity) | _dense(q, k, v, grad)
+    cases |= _flex(q, k, v, grad, kernels)
     return interleave(cases, cuda_clock, repetitions, warmups, report), kernels.block_map.width
 
 
@@ -274,6 +275,15 @@ def _both(function: Callable, q, k, v, grad, name: str) -> dict[str, Callable[[]
         return torch.autograd.grad(graph[0], leaves, grad, retain_graph=True)
 
     return {f"{name} forward": forward, f"{name} backward": backward}
+
+
+def _module(q, k, v, grad, topk: float) -> dict[str, Callable[[], object]]:
+    """What users call: SLA2Attention through torch's custom ops and autograd, launched one by one."""
+    from sla2_core import SLA2Attention, SLA2Config
+
+    sizes = dict(block_q=BLOCK_Q, block_k=BLOCK_K, backend="cuda")
+    attention = SLA2Attention(SLA2Config(head_dim=q.shape[3], num_heads=q.shape[1], topk=topk, **sizes)).to(q.device)
+    return _both(attention, q, k, v, grad, "SLA2Attention")
 
 
 def _dense(q, k, v, grad) -> dict[str, Callable[[], object]]:
