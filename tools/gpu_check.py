@@ -80,6 +80,7 @@ def run_tests() -> dict:
             return outcome(code, output, seconds, what="pytest is not installed and could not be fetched")
     # By name, so that no file is imported that needs more than torch: an error there would end the whole run.
     files = [*ROOT.glob("tests/**/test_gpu*.py"), *ROOT.glob("tests/kernels/test_kernels_*.py")]
+    files.append(ROOT / "tests" / "core" / "test_cuda_ops.py")
     files = sorted(str(path.relative_to(ROOT)) for path in files if path.parent.name != "tools")
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", *files]
     code, output, seconds = call(command, 60, SLA2_TEST_TARGET="cuda", CUDA_LAUNCH_BLOCKING="1")
