@@ -75,7 +75,25 @@ def _no_frames(path) -> None:
         container.start_encoding()
 
 
+def _between_frames(path) -> None:
+    """Cut where a frame ends, its index in front: nothing is damaged, there is only less than the header says."""
+    with (
+        av.open(str(path)) as source,
+        av.open(f"{path}.2", "w", format="mp4", options={"movflags": "faststart"}) as sink,
+    ):
+        stream = sink.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                sink.mux(packet)
+    path.with_name(f"{path.name}.2").replace(path)
+    with av.open(str(path)) as container:
+        at = sorted(packet.pos for packet in container.demux(video=0) if packet.pos)
+    path.write_bytes(path.read_bytes()[: at[5]])
+
+
 BREAK = {
+    "between frames": _between_frames,
     "absent": lambda path: path.unlink(),
     "folder": lambda path: (path.unlink(), path.mkdir()),
     "empty": lambda path: path.write_bytes(b""),
@@ -97,6 +115,8 @@ def test_broken_files_are_refused_in_one_line(tmp_path, decoder, how):
         read_video(path, decoder)
     assert str(caught.value).startswith(f"{path}: expected ")
     assert "\n" not in str(caught.value)
+    if how == "between frames" and decoder == "pyav":
+        assert str(caught.value).endswith("expected 9 frames as its header says, got 5 (truncated file)")
 
 
 def test_a_decoder_that_does_not_work_is_refused_before_anything_is_done(make_folder, tmp_path, monkeypatch):

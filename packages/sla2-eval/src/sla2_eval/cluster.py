@@ -14,9 +14,7 @@ _ENVIRONMENT = {
     "RAY_agent_register_timeout_ms": "180000",
     "RAY_raylet_start_wait_time_s": "180",
 }
-_STARTS = (
-    2  # attempts at a local cluster: on a machine that is busy beyond Ray's patience the second one finds files cached
-)
+_STARTS = 2  # attempts at a local cluster; on a machine busy beyond Ray's patience the second finds its files cached
 
 
 class WorkerDied(RuntimeError):
