@@ -118,7 +118,7 @@ def test_threads_work_after_a_fork():
     queue = context.Queue()
     process = context.Process(target=_in_child, args=(queue,))
     process.start()
-    assert queue.get(timeout=60) == expected
+    assert queue.get(timeout=300) == expected
     process.join()
 
 
