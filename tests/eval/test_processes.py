@@ -121,7 +121,7 @@ def test_workers_end_with_their_parent(jobs, tmp_path):
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:
             os.kill(worker, 0)

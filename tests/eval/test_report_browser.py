@@ -65,7 +65,7 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def until(self, expression: str, seconds: float = 20):
+    def until(self, expression: str, seconds: float = 120):
         end = time.time() + seconds
         while not self.js(expression):
             assert time.time() < end, f"never came true: {expression}"
