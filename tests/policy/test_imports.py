@@ -64,6 +64,7 @@ ORDER = {
         processes
         ray_tasks
         generation
+        variants
         pipeline
         weights
         metrics

@@ -11,9 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sla2_eval import generation, pipeline
-from sla2_eval.cluster import check_address, local_gpus
-from sla2_eval.processes import Pool, Task, TasksLost, Workers
+from sla2_eval.cluster import check_address
+from sla2_eval.processes import Task, TasksLost
 from sla2_eval.progress import Report, silent
+from sla2_eval.ray_tasks import open_workers
 from sla2_eval.settings import AblationSettings, AttentionSettings, SettingsError, VariantSettings, validate
 from sla2_eval.store import digest, write_atomic
 
@@ -235,16 +236,6 @@ def graph(settings: AblationSettings, out: Path) -> dict[str, Task]:
     return tasks
 
 
-def open_workers(settings: AblationSettings, ray_address: str | None, *, report: Report = silent) -> Pool:
-    """Where a grid runs: Ray tasks of a GPU each on a cluster or where this machine has several GPUs, else processes."""
-    gpus = local_gpus()
-    if ray_address is None and gpus < 2:
-        return Workers(settings.workers, report=report)
-    from sla2_eval.ray_tasks import RayTasks
-
-    return RayTasks(ray_address, gpus=gpus, report=report)
-
-
 def run_grid(
     settings: AblationSettings,
     out: str | Path,
@@ -272,7 +263,7 @@ def run_grid(
     generation.open_folder(full, config, {"model": generation.model_fingerprint(settings.model)})
     generation.write_manifest(generation.plan(prompts, settings.seeds, config.seed), full)
     write_run(settings, grid, out, notes)
-    with open_workers(settings, ray_address, report=report) as workers:
+    with open_workers(settings.workers, ray_address, report=report) as workers:
         try:
             results, lost = workers.run(tasks), {}
         except TasksLost as error:

@@ -142,7 +142,7 @@ class TinyGenerator:
 
 
 class PipelineGenerator:
-    """Any text-to-video diffusers pipeline."""
+    """Any text-to-video or text-to-image diffusers pipeline."""
 
     upscale = 1
 
@@ -154,15 +154,20 @@ class PipelineGenerator:
         import torch
 
         generators = [torch.Generator().manual_seed(noise_seed(r.prompt, r.index, r.seed)) for r in requests]
-        size = {n: v for n in ("num_frames", "height", "width") if (v := getattr(config, n)) is not None}
+        given = {n: v for n in ("num_frames", "height", "width") if (v := getattr(config, n)) is not None}
+        if hasattr(self.pipe, "guider"):
+            self.pipe.guider = self.pipe.guider.new(guidance_scale=config.guidance)
+        else:
+            given["guidance_scale"] = config.guidance
         device = self.pipe.device.type
         dtype = None if config.dtype == "auto" else autocast_dtype(config.dtype, device)
         with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype is not None):
             out = self.pipe(
-                prompt=[r.prompt for r in requests], num_inference_steps=config.steps, guidance_scale=config.guidance,
-                generator=generators, output_type="np", **size,
+                prompt=[r.prompt for r in requests], num_inference_steps=config.steps, generator=generators,
+                output_type="np", **given,
             )  # fmt: skip
-        return np.uint8((np.asarray(out.frames) * 255).round())
+        frames = out.frames if hasattr(out, "frames") else np.asarray(out.images)[:, None]  # an image is one frame
+        return np.uint8((np.asarray(frames) * 255).round())
 
 
 def load_generator(model: str | Path, adapter: str | Path | None = None) -> Generator:
@@ -230,10 +235,10 @@ def model_fingerprint(model: str | Path) -> dict:
     folder = find_model(model)
     if isinstance(folder, str):
         return {"id": folder}
-    return {"files": _folder_digest(folder)}
+    return {"files": folder_digest(folder)}
 
 
-def _folder_digest(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
     files = {}
     for path in sorted(p for pattern in ("*.safetensors", "*.json") for p in folder.rglob(pattern)):
         small = path.stat().st_size <= 256 << 20
@@ -337,53 +342,6 @@ def generate(
     requests = plan(prompts, indices, config.seed)
     open_folder(folder, config, fingerprint or {})
     write_videos(generator, requests, folder, config, stage=stage, report=report)
-    return write_manifest(requests, folder)
-
-
-def generate_share(
-    model: str,
-    adapter: str | None,
-    requests: Sequence[Request],
-    folder: Path,
-    config: SamplingConfig,
-    *,
-    stage: str = "generate",
-    report: Report = silent,
-) -> None:
-    """Load the model and write the videos of these requests: the work of one process."""
-    write_videos(load_generator(model, adapter), requests, folder, config, stage=stage, report=report)
-
-
-def generate_with(
-    model: str,
-    adapter: str | None,
-    prompts: Sequence[str],
-    folder: str | Path,
-    config: SamplingConfig,
-    *,
-    indices: Sequence[int] = (0,),
-    workers: int = 1,
-    report: Report = silent,
-) -> Path:
-    """`generate` by model name and adapter folder; more than one worker share the videos, a process of one thread each."""
-    from sla2_eval.processes import Task, Workers
-
-    folder = Path(folder)
-    requests = plan(prompts, indices, config.seed)
-    fingerprint = {"model": model_fingerprint(model), "adapter": None}
-    if adapter is not None:
-        if not Path(adapter).is_dir():
-            raise ValueError(f"adapter: expected a folder with sla2_config.json, got {adapter}")
-        fingerprint["adapter"] = _folder_digest(Path(adapter))
-    open_folder(folder, config, fingerprint)
-    shares = [requests[i::workers] for i in range(workers) if requests[i::workers]]
-    tasks = {}
-    for number, share in enumerate(shares, 1):
-        stage = f"generate, part {number} of {len(shares)}" if len(shares) > 1 else "generate"
-        arguments = {"model": model, "adapter": adapter, "requests": share, "folder": folder, "config": config}
-        tasks[stage] = Task("sla2_eval.generation:generate_share", {**arguments, "stage": stage})
-    with Workers(workers if workers > 1 else 0, report=report) as pool:
-        pool.run(tasks)
     return write_manifest(requests, folder)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from sla2_eval.cluster import Cluster, WorkerDied
-from sla2_eval.processes import Pool, Task, call, compute_on, warn
+from sla2_eval.cluster import Cluster, WorkerDied, local_gpus
+from sla2_eval.processes import Pool, Task, Workers, call, compute_on, warn
 from sla2_eval.progress import Report, silent
 
 _LOOK = 0.5  # seconds between two looks at the reports of the running tasks
@@ -93,3 +93,12 @@ class RayTasks(Pool):
             raise error.cause from None
         except ray.exceptions.RayError as error:
             return name, WorkerDied(type(error).__name__)
+
+
+def open_workers(count: int, ray_address: str | None, *, report: Report = silent) -> Pool:
+    """Where tasks run: as Ray tasks of a GPU each on a cluster or where this machine has several GPUs, else in `count`
+    processes (0: in this one)."""
+    gpus = local_gpus()
+    if ray_address is None and gpus < 2:
+        return Workers(count, report=report)
+    return RayTasks(ray_address, gpus=gpus, report=report)
