@@ -3,9 +3,9 @@
 
 // Floats of a query row in shared memory.
 constexpr int ROW_VALUES = MATCHED ? 4 : 2;
-// What keeps sm_120 from spilling.
+// What keeps ptxas from spilling: it holds fewer operands at once.
 constexpr int DQ_UNROLL = SLA2_ARCH == 120 && MATCHED ? 2 : HEAD_DIM / 16;
-constexpr int DKV_UNROLL = SLA2_ARCH == 120 ? 2 : HEAD_DIM / 16;
+constexpr int DKV_UNROLL = !MATCHED && (SLA2_ARCH == 80 || SLA2_ARCH == 90) ? HEAD_DIM / 16 : 2;
 
 // row_dot (B H, n_q) = dO . O_s, fp32: D of the softmax backward is this times the weight of O_s. Grid (T_m, B H).
 extern "C" __global__ void __launch_bounds__(2 * BLOCK_Q)

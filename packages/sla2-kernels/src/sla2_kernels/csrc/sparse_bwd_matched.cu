@@ -2,6 +2,8 @@
 // of every row.
 #include "sparse_bwd.cuh"
 
+constexpr int ROWS_UNROLL = SLA2_ARCH == 100 ? 2 : HEAD_DIM / 16;  // as DQ_UNROLL
+
 // The 8-bit values of Q or K (rows x D, `count` in all) in 16 bit, which holds them exactly. 256 threads, 4 values each.
 extern "C" __global__ void __launch_bounds__(256)
 sla2_widen(const unsigned char* __restrict__ bytes, half_bits* __restrict__ out, long long count) {
@@ -82,12 +84,12 @@ sla2_bwd_matched_rows(const half_bits* __restrict__ q, const half_bits* __restri
         k, v, list, steps, length, k_ring, v_ring,
         [&](const unsigned char* k_tile, int) {
             clear(p);
-            product_over_channels(p, q_tile, row0, k_tile);
+            product_over_channels<ROWS_UNROLL>(p, q_tile, row0, k_tile);
         },
         [&](const unsigned char*, const unsigned char* v_tile, int block) {
             float d_p[BLOCK_K / 8][4];
             clear(d_p);
-            product_over_channels(d_p, grad_tile, row0, v_tile);
+            product_over_channels<ROWS_UNROLL>(d_p, grad_tile, row0, v_tile);
             const int valid = length - block * BLOCK_K;
             const float factor = scale * k_scale[block];
 #pragma unroll
