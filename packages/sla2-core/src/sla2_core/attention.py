@@ -56,6 +56,7 @@ class _RoutedAttention(nn.Module):
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         q, k, v = autocast_qkv(q, k, v)
         check_qkv(q, k, v)
+        q, k, v = (x.contiguous() for x in (q, k, v))  # once: pooling and attention both need it
         for name, index, expected in (("num_heads", 1, self.config.num_heads), ("head_dim", 3, self.config.head_dim)):
             if q.shape[index] != expected:
                 raise ValueError(f"q: expected {name}={expected} as in the configuration, got {q.shape[index]}")

@@ -81,9 +81,10 @@ def routed_attention(
         (B, H, N, d), and of the video queries the block map and alpha (B|1, H|1, T_m|1; None for SLA).
     """
     q, k, v = autocast_qkv(q, k, v)
+    k, v = k.contiguous(), v.contiguous()
     config = attention.config
     n_video = q.shape[2] - text_tokens
-    video = q[:, :, :n_video]
+    video = q[:, :, :n_video].contiguous()
     learned = config.method == "sla2"
     router = for_heads(attention.router, heads)
     backend = attention.backend_of(q)
