@@ -68,22 +68,29 @@ def outcome(code: int, output: str, seconds: float, **more) -> dict:
     return entry if code == 0 else entry | {"exit_code": code, "output": output}
 
 
-def run_tests() -> dict:
-    """The emulator's kernel tests on the GPU, and the GPU's own (tests/**/test_gpu*.py, marked gpu).
+def kernel_tests() -> dict:
+    """The emulator's kernel tests on the GPU, over pinned memory that both sides read, so that each launch is waited for."""
+    return run_tests(sorted(ROOT.glob("tests/kernels/test_kernels_*.py")), CUDA_LAUNCH_BLOCKING="1")
 
-    Fetches pytest into .cache/gpu-check if this Python has none.
+
+def operator_tests() -> dict:
+    """The GPU's own tests, and the custom ops' on CUDA."""
+    return run_tests([ROOT / "tests" / "kernels" / "test_gpu.py", ROOT / "tests" / "core" / "test_cuda_ops.py"])
+
+
+def run_tests(files: list[Path], **more: str) -> dict:
+    """What is marked gpu in these files, `more` in the environment. Fetches pytest into .cache/gpu-check if this Python has none.
+
+    Files go by name, so that none is imported that needs more than torch: an error there would end the whole run.
     """
     if importlib.util.find_spec("pytest") is None and not (ROOT / ".cache" / "gpu-check" / "pytest").is_dir():
         target = str(ROOT / ".cache" / "gpu-check")
         code, output, seconds = call([sys.executable, "-m", "pip", "install", "-q", "--target", target, "pytest"], 5)
         if code:
             return outcome(code, output, seconds, what="pytest is not installed and could not be fetched")
-    # By name, so that no file is imported that needs more than torch: an error there would end the whole run.
-    files = [*ROOT.glob("tests/**/test_gpu*.py"), *ROOT.glob("tests/kernels/test_kernels_*.py")]
-    files.append(ROOT / "tests" / "core" / "test_cuda_ops.py")
-    files = sorted(str(path.relative_to(ROOT)) for path in files if path.parent.name != "tools")
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", *files]
-    code, output, seconds = call(command, 60, SLA2_TEST_TARGET="cuda", CUDA_LAUNCH_BLOCKING="1")
+    names = [str(path.relative_to(ROOT)) for path in files]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", *names]
+    code, output, seconds = call(command, 60, SLA2_TEST_TARGET="cuda", **more)
     counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
     if code == 0 and not counts.get("passed"):
         code = 5
@@ -164,7 +171,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/<gpu>-<date>.json")
     parser.add_argument("--quick", action="store_true", help="fewer settings and repetitions of the benchmark")
-    parser.add_argument("--skip", action="append", default=[], choices=["tests", "memcheck", "racecheck", "bench"])
+    parser.add_argument(
+        "--skip", action="append", default=[], choices=["kernels", "operator", "memcheck", "racecheck", "bench"]
+    )
     parser.add_argument(
         "--tiny", action="store_true", help="only run every kernel once (what compute-sanitizer watches)"
     )
@@ -177,7 +186,8 @@ def main() -> int:
         return 0
     about = machine()
     parts = {
-        "tests": run_tests,
+        "kernels": kernel_tests,
+        "operator": operator_tests,
         "memcheck": lambda: run_sanitizer("memcheck"),
         "racecheck": lambda: run_sanitizer("racecheck"),
         "bench": lambda: run_bench(arguments.quick),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+import pytest
 import torch
 from sla2_core import BlockMap, streamed
 from sla2_core.reference import linear_branch, mix, sla2_reference, sparse_branch
 from sla2_core.router import smooth_keys
 from sla2_kernels import operator
+from sla2_kernels.kernels import supports
 from sla2_kernels.launch import Pointer
 from sla2_kernels.operator_backward import backward
 from sla2_kernels.specs import architecture_of
@@ -50,6 +52,12 @@ def _device() -> operator.Device:
 
 
 DEVICE = _device()
+
+
+def skip_unless_supported(precision: str) -> None:
+    """Skip a test of a precision that this GPU has no tensor cores for."""
+    if not supports(DEVICE.arch, precision):
+        pytest.skip(f"{DEVICE.arch} has no FP8")
 
 
 class Case(NamedTuple):

@@ -25,6 +25,7 @@ def decoded(raw: torch.Tensor, fmt: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_low_bit(precision):
+    problems.skip_unless_supported(precision)
     formats = quantize.FORMATS[precision]
     case = problems.make(111, 200, d=64, blocks=(64, 32), lengths=(200, 63), heads=1, precision=precision)
     lengths = case.lengths.long()

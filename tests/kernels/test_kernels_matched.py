@@ -38,6 +38,7 @@ def check(case, orders, **options):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_matched_gradients(precision, dtype):
+    problems.skip_unless_supported(precision)
     check(
         problems.make(111, 200, d=48, dtype=dtype, blocks=(64, 32), lengths=(200, 63), heads=1, precision=precision),
         ORDERS,
@@ -51,6 +52,7 @@ def test_rows_that_select_nothing_or_everything(density):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_inputs_and_row_values_are_the_definition_s(precision):
+    problems.skip_unless_supported(precision)
     formats = quantize.FORMATS[precision]
     case = problems.make(111, 200, d=64, blocks=(64, 32), heads=2, density=0.4, precision=precision)
     inputs = [problems.pointer(x) for x in (case.q, case.k, case.v)]
@@ -85,4 +87,5 @@ def test_a_full_precision_backward_ignores_the_choice():
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_real_block_size(precision):
+    problems.skip_unless_supported(precision)
     check(problems.make(200, 333, d=128, blocks=(128, 64), heads=1, precision=precision), ["forward"])

@@ -49,7 +49,7 @@ def test_packages_are_found_by_path_alone(tool):
 )
 def test_the_tests_are_counted(tool, monkeypatch, code, output, passed, counts):
     monkeypatch.setattr(tool, "call", lambda command, minutes, **env: (code, output, 1.0))
-    found = tool.run_tests()
+    found = tool.operator_tests()
     assert found["passed"] is passed
     assert found["seconds"] == 1.0
     assert found["counts"] == counts
@@ -86,13 +86,17 @@ def test_the_tests_need_no_package_beyond_torch(tool, monkeypatch):
     monkeypatch.setattr(
         tool, "call", lambda command, minutes, **env: called.append((command, env)) or (0, "1 passed", 1.0)
     )
-    tool.run_tests()
-    command, env = called[0]
-    files = [part for part in command if part.endswith(".py")]
-    assert "tests/kernels/test_gpu.py" in files
+    tool.kernel_tests()
+    tool.operator_tests()
+    files = [part for command, _ in called for part in command if part.endswith(".py")]
+    assert files[-2:] == ["tests/kernels/test_gpu.py", "tests/core/test_cuda_ops.py"]
     assert "tests/kernels/test_kernels_forward.py" in files
     assert all((tool.ROOT / file).is_file() for file in files)
-    assert env["SLA2_TEST_TARGET"] == "cuda"
+    assert [env.get("CUDA_LAUNCH_BLOCKING") for _, env in called] == [
+        "1",
+        None,
+    ]  # a graph cannot be captured while it is set
+    assert all(env["SLA2_TEST_TARGET"] == "cuda" for _, env in called)
     blocked = ("diffusers", "ray", "lpips", "numba", "accelerate", "safetensors", "rich", "av")
     code = f"""
 import sys
