@@ -42,3 +42,100 @@ def wan():
         ),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
+
+
+def clip():
+    """A CLIP text encoder with 6 pooled channels."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    settings = dict(hidden_size=6, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    return CLIPTextModel(CLIPTextConfig(**settings, vocab_size=16, max_position_embeddings=77, eos_token_id=2)).eval()
+
+
+def hunyuan_video():
+    """Latents of 4 channels, a quarter of the frames, an eighth of the size."""
+    import diffusers
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    llama = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2)
+    return diffusers.HunyuanVideoPipeline(
+        text_encoder=LlamaModel(LlamaConfig(**llama, max_position_embeddings=512)).eval(), tokenizer=tokenizer(400),
+        text_encoder_2=clip(), tokenizer_2=tokenizer(77), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        vae=diffusers.AutoencoderKLHunyuanVideo(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
+        ),
+        transformer=diffusers.HunyuanVideoTransformer3DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1, num_single_layers=1,
+            num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True, text_embed_dim=8,
+            pooled_projection_dim=6, rope_axes_dim=(4, 4, 4),
+        ),
+    )  # fmt: skip
+
+
+def hunyuan_video15():
+    """Latents of 4 channels, a quarter of the frames, a sixteenth of the size. The chat template of the first text
+    encoder belongs to the published tokenizer; a stand-in takes its place."""
+    import diffusers
+
+    torch.manual_seed(0)
+    pipe = diffusers.HunyuanVideo15Pipeline(
+        text_encoder=t5(), tokenizer=tokenizer(), text_encoder_2=t5(), tokenizer_2=tokenizer(9),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        guider=diffusers.guiders.ClassifierFreeGuidance(guidance_scale=1.0),
+        vae=diffusers.AutoencoderKLHunyuanVideo15(
+            in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1,
+            downsample_match_channel=False, upsample_match_channel=False,
+        ),
+        transformer=diffusers.HunyuanVideo15Transformer3DModel(
+            in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, num_refiner_layers=1,
+            patch_size=1, patch_size_t=1, text_embed_dim=8, text_embed_2_dim=8, image_embed_dim=5, rope_axes_dim=(4, 4, 4),
+        ),
+    )  # fmt: skip
+
+    def embed(text_encoder, tokenizer, prompt: list[str], **_):
+        found = tokenizer([f"a {text}" for text in prompt], padding="max_length", return_tensors="pt")  # never empty
+        return text_encoder(found.input_ids)[0], found.attention_mask
+
+    pipe._get_mllm_prompt_embeds, pipe.vision_num_semantic_tokens, pipe.tokenizer_2_max_length = embed, 3, 4
+    return pipe
+
+
+def cogvideox(**changes):
+    """Latents of 4 channels, a quarter of the frames, an eighth of the size."""
+    import diffusers
+
+    torch.manual_seed(0)
+    settings = dict(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=2, text_embed_dim=8,
+        num_layers=2, sample_width=6, sample_height=4, sample_frames=5, patch_size=2, temporal_compression_ratio=4,
+        max_text_seq_length=226, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+    return diffusers.CogVideoXPipeline(
+        tokenizer=tokenizer(226), text_encoder=t5(), scheduler=diffusers.CogVideoXDDIMScheduler(),
+        vae=diffusers.AutoencoderKLCogVideoX(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
+            down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+        ),
+        transformer=diffusers.CogVideoXTransformer3DModel(**settings | changes),
+    )  # fmt: skip
+
+
+def flux():
+    """Images; latents of 2 channels, half of the size, packed to tokens of 8."""
+    import diffusers
+
+    torch.manual_seed(0)
+    return diffusers.FluxPipeline(
+        text_encoder=clip(), tokenizer=tokenizer(77), text_encoder_2=t5(), tokenizer_2=tokenizer(512),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=diffusers.AutoencoderKL(
+            latent_channels=2, block_out_channels=(8, 8), norm_num_groups=4, shift_factor=0.1, scaling_factor=0.4,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            use_quant_conv=False, use_post_quant_conv=False,
+        ),
+        transformer=diffusers.FluxTransformer2DModel(
+            patch_size=1, in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=12, num_attention_heads=2,
+            joint_attention_dim=8, pooled_projection_dim=6, guidance_embeds=True, axes_dims_rope=(4, 4, 4),
+        ),
+    )  # fmt: skip
