@@ -101,6 +101,27 @@ def test_metrics_without_their_weights_are_listed_and_not_zero(make_folder, tmp_
     assert list(results["metrics"]) == ["temporal_flickering"]
 
 
+def test_a_video_is_decoded_once_for_all_its_metrics(make_folder, monkeypatch):
+    from sla2_eval import video
+    from sla2_eval.worker import Worker
+
+    folders, decoded = [make_folder("a", 1, noise=5.0), make_folder("b", 1)], []
+
+    def counting(path, decoder):
+        decoded.append((path, decoder))
+        return read_video(path, decoder)
+
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(video, "read_video", counting)
+    paths = [str(folder / "pattern 000-0.mp4") for folder in folders]
+    task = {"video": paths[0], "reference": paths[1], "prompt": "x", "metrics": CHEAP, "reference_metrics": CHEAP}
+    outcome = Worker({}, "cpu", "pyav").run(task)
+    assert decoded == [(path, "pyav") for path in paths]
+    assert outcome["results"].keys() == outcome["reference_results"].keys() == set(CHEAP)
+    assert outcome["errors"] == outcome["reference_errors"] == outcome["unavailable"] == {}
+
+
 def test_progress_counts_every_metric_to_the_end(make_folder, tmp_path):
     videos = make_folder("a", 3)
     calls = []
