@@ -35,8 +35,9 @@ def check(case, orders, **options):
         assert all(torch.equal(a, b) for a, b in zip(kept, grads)), order
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [*((precision, "bfloat16") for precision in PRECISIONS), ("int8_int8", "float16")]
+)
 def test_matched_gradients(precision, dtype):
     problems.skip_unless_supported(precision)
     check(
