@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sla2_core import SLA2Config
 from sla2_eval import ray_tasks
 from sla2_eval.cli import main
 from sla2_eval.video import read_video
@@ -16,6 +17,7 @@ from sla2_eval.video import read_video
 _SPEC = importlib.util.spec_from_file_location("tiny_pipelines", Path(__file__).with_name("tiny_pipelines.py"))
 tiny = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(tiny)
+SLA2 = SLA2Config(head_dim=12, num_heads=2, topk=0.3, block_q=4, block_k=2, alpha_knots=3, precision="int8")
 PROMPTS = ("a red circle moving horizontally", "a blue square moving vertically", "a red square")
 SIZE = ["--num-frames", "5", "--height", "32", "--width", "48", "--steps", "2", "--videos-per-prompt", "2"]
 
@@ -23,14 +25,12 @@ SIZE = ["--num-frames", "5", "--height", "32", "--width", "48", "--steps", "2", 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A folder with model/, adapter/ (k% of 30, int8) and prompts.txt."""
-    from sla2_core import SLA2Config
     from sla2_core.integrations.diffusers import apply_sla2
 
     folder = tmp_path_factory.mktemp("files")
     pipe = tiny.wan()
     pipe.save_pretrained(folder / "model")
-    config = SLA2Config(head_dim=12, num_heads=2, topk=0.3, block_q=4, block_k=2, alpha_knots=3, precision="int8")
-    apply_sla2(pipe.transformer, config).save(folder / "adapter")
+    apply_sla2(pipe.transformer, SLA2).save(folder / "adapter")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return folder
 
@@ -70,6 +70,27 @@ def test_one_adapter_goes_into_the_folder_itself(files, tmp_path):
     settings = json.loads((tmp_path / "a" / "generation.json").read_text())
     assert settings["sampling"]["num_frames"] == 5
     assert len(list((tmp_path / "a").glob("*.mp4"))) == 6
+
+
+def test_both_transformers_of_wan22_have_their_adapter(files, tmp_path, capsys):
+    """A model with one of its two transformers dense in silence would look better than it is."""
+    from sla2_core.integrations.diffusers import apply_sla2
+    from sla2_eval.generation import load_generator
+
+    pipe = tiny.wan(two=True)
+    pipe.save_pretrained(tmp_path / "model")
+    two = ["--model", str(tmp_path / "model"), "--variant"]
+    assert generate(files, tmp_path / "out", *two, f"sla2={files / 'adapter'}") != 0
+    assert (
+        "adapter: expected an adapter for each of the model's two transformers, got none in" in capsys.readouterr().err
+    )
+    for name in ("transformer", "transformer_2"):
+        apply_sla2(getattr(pipe, name), SLA2).save(tmp_path / "adapter" / name)
+    assert generate(files, tmp_path / "both", *two, "full=full", *two[2:], f"sla2={tmp_path / 'adapter'}") == 0
+    assert len(videos(tmp_path / "both" / "sla2")) == 6
+    loaded = load_generator(tmp_path / "model", tmp_path / "adapter").pipe
+    for transformer in (loaded.transformer, loaded.transformer_2):
+        assert hasattr(transformer.blocks[0].attn1.processor, "attention")
 
 
 @pytest.mark.parametrize(

@@ -28,18 +28,22 @@ def t5(kind: str = "T5"):
     return getattr(transformers, f"{kind}EncoderModel")(getattr(transformers, f"{kind}Config")(**settings)).eval()
 
 
-def wan():
-    """A WanPipeline: videos of 5 x 32 x 48 become latents of 2 x 4 x 6, 2 x 2 x 3 tokens."""
+def wan(two: bool = False):
+    """A WanPipeline: videos of 5 x 32 x 48 become latents of 2 x 4 x 6, 2 x 2 x 3 tokens; with two transformers, as Wan2.2's."""
     import diffusers
 
     torch.manual_seed(0)
+
+    def transformer():
+        return diffusers.WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=8,
+            freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
+        )  # fmt: skip
+
     return diffusers.WanPipeline(
         tokenizer=tokenizer(), text_encoder=t5("UMT5"),
         vae=diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
-        transformer=diffusers.WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=8,
-            freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
-        ),
+        transformer=transformer(), transformer_2=transformer() if two else None, boundary_ratio=0.9 if two else None,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
 

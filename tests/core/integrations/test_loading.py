@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from sla2_core import SLA2Config
 from sla2_core.integrations.check import inspect_model, main, read_config
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.loading import apply_adapter, from_pretrained, save_pretrained
+
+_SPEC = importlib.util.spec_from_file_location("tiny_families", Path(__file__).with_name("families.py"))
+families = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(families)
 
 
 def shaken(handle):
@@ -122,6 +129,35 @@ def test_check_of_wan_1_3b(tmp_path, capsys):
     assert totals["bytes_before"] == 2 * 12 * 32760**2
     assert main([str(tmp_path), "--latents", "21x45x80", "--text-tokens", "100", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == 21 * 22 * 40
+
+
+@pytest.mark.parametrize("name", list(families.BUILDERS))
+def test_check_of_every_family(tmp_path, capsys, name):
+    """What it says would be replaced is what apply_sla2 replaces."""
+    transformer, _, _ = families.build(name)
+    transformer.save_config(tmp_path)
+    assert main([str(tmp_path), "--block-q", "8", "--block-k", "5", "--latents", "3x6x10", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    heads, dim = found["layers"][0]["heads"], found["layers"][0]["head_dim"]
+    handle = apply_sla2(transformer, SLA2Config(head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5))
+    assert [layer["name"] for layer in found["layers"]] == list(handle.names.values())
+    assert found["tokens"] == (3 * 6 * 10 if name.startswith("ltx2") else 45)  # LTX-2's patches are single latents
+    assert found["totals"]["parameters"] == sum(value.numel() for value in handle.adapter_tensors().values())
+
+
+def test_a_hub_id_is_fetched_by_the_names_of_its_files(wan, sla2_config, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(name, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    handle = shaken(apply_sla2(wan(), sla2_config()))
+    handle.save(tmp_path)
+    again = apply_adapter(wan(), "me/adapter", revision="v1")
+    assert asked == [("me/adapter", "v1", ["sla2_config.json", "sla2_adapter.safetensors"])]
+    assert all(torch.equal(value, handle.adapter_tensors()[name]) for name, value in again.adapter_tensors().items())
 
 
 @pytest.mark.parametrize(

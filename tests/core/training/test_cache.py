@@ -52,6 +52,10 @@ def test_other_data_or_settings_are_refused(tmp_path):
         encode_samples(NAMES, encode, tmp_path, settings={"height": 8})
     with pytest.raises(ValueError, match=r"plan.json: expected the names given"):
         encode_samples(NAMES[:2], encode, tmp_path, settings={"height": 6})
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "cache.json").write_text('{"format_version": 2}')
+    with pytest.raises(ValueError, match=r"cache.json: expected format_version 1, got 2"):
+        CachedData(tmp_path / "later")
     path = tmp_path / "000001.safetensors"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"000001.safetensors: expected a readable safetensors file"):

@@ -178,17 +178,26 @@ def load_generator(model: str | Path, adapter: str | Path | None = None) -> Gene
     """
     generator = _load_model(model)
     if adapter is not None:
-        from sla2_core.adapter import load_adapter
-        from sla2_core.integrations.diffusers import apply_sla2
-        from sla2_core.integrations.families import family_of
+        from sla2_core.integrations.loading import apply_adapter
 
-        found = load_adapter(adapter)
-        count = len(family_of(generator.transformer).attention_layers(generator.transformer))
-        skipped = [layer for layer in range(count) if layer not in found.layers]
-        handle = apply_sla2(generator.transformer, found.config, skip_layers=skipped, dense_steps=found.dense_steps)
-        handle.load(adapter)
-        generator.transformer.eval()
+        for transformer, folder in _adapted(generator, Path(adapter)):
+            apply_adapter(transformer, folder)
+            transformer.eval()
     return generator
+
+
+def _adapted(generator: Generator, adapter: Path) -> list[tuple[object, Path]]:
+    """The transformers of the model and their adapters; those of the two of Wan2.2 A14B lie in folders of their names."""
+    second = getattr(getattr(generator, "pipe", None), "transformer_2", None)
+    if second is None:
+        return [(generator.transformer, adapter)]
+    found = [(generator.transformer, adapter / "transformer"), (second, adapter / "transformer_2")]
+    for _, folder in found:
+        if not folder.is_dir():
+            raise ValueError(
+                f"adapter: expected an adapter for each of the model's two transformers, got none in {folder}"
+            )
+    return found
 
 
 def find_model(model: str | Path) -> Path | str:

@@ -88,7 +88,7 @@ class SLA2Processor(nn.Module):
         if self._parallel_config is not None:
             if kv_lengths is not None:
                 raise ValueError(
-                    "_parallel_config: expected a model without masked text for SLA2 (Wan, Flux, LTX-2), "
+                    "_parallel_config: expected a model without masked text for SLA2 (Wan, Flux), "
                     f"got {type(self).__name__}, whose padded text Ulysses cannot exchange"
                 )
             ulysses = Ulysses(self._parallel_config, q.shape[2])
