@@ -21,7 +21,11 @@ SETTINGS = Stage2Config(
     steps=4, batch_size=8, accumulate=2, learning_rate=1e-3, alpha_learning_rate=1e-2, checkpoint_every=2, warmup=1,
     ema=0.5,
 )  # fmt: skip
-VARIANTS = {"plain": {}, "distilled": {"loss": "distill", "gradient_checkpointing": True, "autocast": "bfloat16"}}
+VARIANTS = {
+    "plain": {},
+    "lora": {"lora_rank": 2},
+    "distilled": {"loss": "distill", "gradient_checkpointing": True, "autocast": "bfloat16"},
+}
 
 
 class Data:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from sla2_core.adapter import WEIGHTS_NAME
 from sla2_core.training.stage2 import train_stage2
 
 _SPEC = importlib.util.spec_from_file_location("sharded", Path(__file__).with_name("sharded.py"))
@@ -53,7 +54,7 @@ def checkpoint(folder):
 
 
 def test_every_parameter_is_sharded_and_requires_grad_comes_back(run):
-    for name in ("plain", "distilled", "resumed"):
+    for name in ("plain", "lora", "distilled", "resumed"):
         first, second = (found[name] for found in run[1])
         assert first["sharded"]
         assert first["flags"]
@@ -74,10 +75,15 @@ def test_the_weights_are_those_of_one_process(run, name):
     rtol = 3e-2 if "autocast" in changes else 1e-3
     torch.testing.assert_close(two["loss"], one["loss"], rtol=rtol, atol=0)
     torch.testing.assert_close(two["grad_norm"], one["grad_norm"], rtol=rtol, atol=0)
-    weights = [torch.cat([found[k].flatten() for k in sorted(found) if k.startswith("model.")]) for found in (one, two)]
-    start = torch.cat([v.flatten() for k, v in sorted(sharded.handle().transformer.state_dict().items())])
-    moved = (weights[0] - start).norm()
-    assert (weights[0] - weights[1]).norm() < (0.2 if "autocast" in changes else 0.02) * moved
+    start = handle_tensors(sharded.handle())
+    one, two = (load_file(folder / f"{name}_{count}" / "adapter" / WEIGHTS_NAME) for count in ("one", "two"))
+    assert set(one) == set(two) == set(start)
+    flat = [torch.cat([found[key].flatten() for key in sorted(start)]) for found in (start, one, two)]
+    assert (flat[1] - flat[2]).norm() < (0.2 if "autocast" in changes else 0.02) * (flat[1] - flat[0]).norm()
+
+
+def handle_tensors(handle) -> dict[str, torch.Tensor]:
+    return handle.adapter_tensors() | handle.model_tensors()
 
 
 def test_the_adapter_is_whole(run):

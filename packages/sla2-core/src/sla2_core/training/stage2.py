@@ -39,7 +39,7 @@ class Stage2Config:
         loss: "diffusion" (the family's objective) or "distill" (the velocity of the frozen full-attention model).
         sigma: noise levels, "logit_normal" or "uniform", moved by `shift` as in the scheduler.
         caption_dropout: share of the samples trained without their condition.
-        autocast: "bfloat16", "float16" or None, of the forward pass.
+        autocast: "bfloat16", "float16" (without loss scaling: small gradients vanish) or None, of the forward pass.
         accumulate: micro-batches per step. gradient_checkpointing: recompute the blocks in the backward pass.
         lora_rank: train LoRA matrices of this rank on the layers named `lora_targets` instead of the model's weights; they
             are merged into the weights in the end. None trains the weights.
