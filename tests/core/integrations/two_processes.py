@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -24,6 +25,7 @@ families = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(families)
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SETTINGS = Stage2Config(steps=2, batch_size=4, learning_rate=1e-3, checkpoint_every=1, ema=0.5, accumulate=2)
+CHECKPOINTED = ("hunyuan_video", "cogvideox_5b", "ltx2")
 
 
 class Samples:
@@ -153,7 +155,8 @@ def stage2(name: str, folder: Path, out: str = f"stage2_{RANKS}", limit: int | N
     _, sample, _ = families.build(name)
     handle = apply_adapter(pipe.transformer, folder / name / "stage1_adapter")
     handle.configure(precision="int8")
-    train_stage2(handle, Samples(sample, limit), SETTINGS, folder / name / out)
+    config = dataclasses.replace(SETTINGS, gradient_checkpointing=name in CHECKPOINTED)
+    train_stage2(handle, Samples(sample, limit), config, folder / name / out)
 
 
 def main() -> None:
