@@ -64,9 +64,14 @@ def test_files_manifest_and_resuming(tmp_path):
     assert {(e.prompt, e.index, e.seed) for e in entries} == {(p, i, 7) for p in PROMPTS for i in (0, 1)}
     assert read_video(entries[0].path).frames.shape == (3, 16, 16, 3)
     entries[3].path.unlink()
-    second = Recorder()
-    generate(second, PROMPTS, out, config=config, indices=(0, 1))
-    assert [r.file_name for r in second.asked] == [entries[3].file_name]
+    kept = {entry.file_name: entry.path.stat().st_mtime_ns for entry in entries if entry is not entries[3]}
+    second, seen = Recorder(), []
+    generate(second, PROMPTS, out, config=config, indices=(0, 1), report=lambda *event: seen.append(event))
+    place = [request.file_name for request in first.asked].index(entries[3].file_name) // 2 * 2
+    assert second.asked == first.asked[place : place + 2]  # the batch it was in
+    assert seen == [("generate", 5, 6), ("generate", 6, 6)]
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
+    assert entries[3].path.exists()
 
 
 def test_a_folder_takes_one_setting(tmp_path):

@@ -294,17 +294,23 @@ def write_videos(
     stage: str = "generate",
     report: Report = silent,
 ) -> None:
-    """Sample the requests whose files are not there yet, `config.batch_size` at a time."""
-    missing = [request for request in requests if not (folder / request.file_name).exists()]
+    """Sample the requests whose files are not there yet, `config.batch_size` at a time.
+
+    The batches are those of a run from the start: in low precision a video's last bits depend on what stands beside it.
+    """
+    missing = {request for request in requests if not (folder / request.file_name).exists()}
     done = len(requests) - len(missing)
     report(stage, done, len(requests))
-    for start in range(0, len(missing), config.batch_size):
-        batch = missing[start : start + config.batch_size]
+    for start in range(0, len(requests), config.batch_size):
+        batch = requests[start : start + config.batch_size]
+        if missing.isdisjoint(batch):
+            continue
         with noted(folder, len(batch)):
             for video, request in zip(generator.sample(batch, config), batch):
-                enlarged = video.repeat(generator.upscale, 1).repeat(generator.upscale, 2)
-                write_video(folder / request.file_name, enlarged, generator.fps)
-        done += len(batch)
+                if request in missing:
+                    enlarged = video.repeat(generator.upscale, 1).repeat(generator.upscale, 2)
+                    write_video(folder / request.file_name, enlarged, generator.fps)
+                    done += 1
         report(stage, done, len(requests))
 
 
