@@ -63,7 +63,6 @@ def train(settings: dict, videos: str | None, out: Path, until: str = "stage2") 
         )
     data = encoded(settings, videos, out / "data")
     transformer = WanTransformer3DModel.from_pretrained(settings["model"], subfolder="transformer")
-    transformer.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     attention = SLA2Config(**settings["attention"])
     handle = apply_sla2(transformer, attention, base_model=settings["model"])
     stage2 = Stage2Config(**settings["stage2"])
@@ -79,6 +78,7 @@ def train(settings: dict, videos: str | None, out: Path, until: str = "stage2") 
 def first_stage(handle: SLA2Handle, data: CachedData, settings: dict, stage2: Stage2Config, out: Path) -> None:
     """Capture Q, K, V at the noise levels of stage 2, and fit router and alpha to them."""
     transformer, precision = handle.transformer, handle.config.precision
+    transformer.to("cuda" if torch.cuda.is_available() else "cpu")  # accelerate places, or shards, it for stage 2
 
     def run(sample: int) -> None:
         rng = np.random.default_rng([stage2.seed, 5, sample])
