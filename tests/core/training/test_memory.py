@@ -41,9 +41,7 @@ GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC
 def megabytes(tokens: int) -> float:
     """Peak above the memory before, of one step, in a process of its own: allocators keep what an earlier step freed."""
     command = [sys.executable, "-c", MEASURE, str(tokens)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=300, env=os.environ | GIVE_BACK
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, env=os.environ | GIVE_BACK)
     return float(done.stdout)
 
 
