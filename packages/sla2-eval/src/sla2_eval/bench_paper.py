@@ -54,7 +54,8 @@ def measure(report: Callable[[str, int, int], None], quick: bool) -> dict:
     Rows: shape, sparsity, case, median, low, high (ms), speedup over SDPA-flash of the same direction, c_over_t (TFLOP/s of
     full attention, 4 N^2 d H, over the time: the paper's measure), and for stages the floor (ms, at the measured GEMM rate
     and copy bandwidth) and the time over it. SLA2's cases are replays of CUDA graphs; those called "launched" are not, and
-    hold what Python takes to launch the kernels one by one, as do those of the module, SLA2Attention. Raises RuntimeError in one line without a GPU or without CuPy.
+    hold what Python takes to launch the kernels one by one, as do those of the module, SLA2Attention. Raises RuntimeError in
+    one line without a GPU or without CuPy.
     """
     import torch
 
