@@ -1,11 +1,13 @@
 """Decoding: what is written is read back, by PyAV and by torchcodec alike, and broken files are refused in one line."""
 
+import struct
 import sys
 import types
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from sla2_eval.scoring import score
 from sla2_eval.video import VideoError, check_decoder, read_video, write_video
 
@@ -117,6 +119,43 @@ def test_broken_files_are_refused_in_one_line(tmp_path, decoder, how):
     assert "\n" not in str(caught.value)
     if how == "between frames" and decoder == "pyav":
         assert str(caught.value).endswith("expected 9 frames as its header says, got 5 (truncated file)")
+
+
+def test_pictures_and_playlists_are_no_videos(tmp_path):
+    write_video(tmp_path / "other.mp4", moving(9, 32, 48), 8)
+    Image.fromarray(moving(1, 32, 48)[0]).save(tmp_path / "picture.mp4", "PNG")
+    (tmp_path / "playlist.mp4").write_text("ffconcat version 1.0\nfile 'other.mp4'\n")
+    for name in ("picture.mp4", "playlist.mp4"):
+        with pytest.raises(VideoError, match=f"{name}: expected a readable video, got another kind of file"):
+            read_video(tmp_path / name)
+
+
+def test_what_an_edit_list_cuts_off_is_not_missing(tmp_path):
+    """As `ffmpeg -ss ... -c copy` leaves it: the file still holds, and its header counts, frames that no player shows."""
+    path = tmp_path / "a.mp4"
+    write_video(path, moving(9, 32, 48), 8)
+    whole = read_video(path).frames
+    data = bytearray(path.read_bytes())
+    at = data.index(b"elst") + 12  # version and flags, one entry; then its duration, and where it begins in the media
+    duration, begin = struct.unpack_from(">II", data, at)
+    with av.open(str(path)) as container:
+        frame = round(1 / 8 / container.streams.video[0].time_base)
+    for kept, begins in [(slice(3, 9), begin + 3 * frame), (slice(0, 6), begin)]:
+        struct.pack_into(">II", data, at, duration * 6 // 9, begins)
+        path.write_bytes(data)
+        assert np.array_equal(read_video(path).frames, whole[kept])
+
+
+def test_names_with_a_colon_are_no_protocols(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video("Noir: a city at night-0.mp4", moving(3, 32, 48), 8)
+    assert len(read_video("Noir: a city at night-0.mp4").frames) == 3
+
+
+@pytest.mark.parametrize("fps", [12.5, 24000 / 1001, 0.5])
+def test_frame_rates_are_not_rounded(tmp_path, fps):
+    write_video(tmp_path / "a.mp4", moving(3, 32, 48), fps)
+    assert read_video(tmp_path / "a.mp4").fps == pytest.approx(fps, rel=1e-6)
 
 
 def test_a_decoder_that_does_not_work_is_refused_before_anything_is_done(make_folder, tmp_path, monkeypatch):

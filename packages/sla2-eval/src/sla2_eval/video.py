@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ class Video:
 
 
 DECODERS = ("pyav", "torchcodec")
+# Of FFmpeg's formats those that hold a video: a playlist would open other files, and a picture is no video.
+_CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,nut,ivf,h264,hevc,yuv4mpegpipe"
 
 
 def check_decoder(name: str) -> None:
@@ -51,7 +54,8 @@ def read_video(path: str | Path, decoder: str = "pyav") -> Video:
         raise VideoError(f"{path}: expected a video file, got {'a folder' if path.is_dir() else 'nothing there'}")
     if path.stat().st_size == 0:
         raise VideoError(f"{path}: expected a video file, got an empty file")
-    frames, fps, declared = (_pyav if decoder == "pyav" else _torchcodec)(path)
+    # Whole paths, as FFmpeg takes what stands before a colon for a protocol.
+    frames, fps, declared = (_pyav if decoder == "pyav" else _torchcodec)(path, os.path.abspath(path))
     if not len(frames):
         raise VideoError(f"{path}: expected at least one frame, got a video stream without frames")
     if declared and len(frames) < declared:
@@ -59,33 +63,35 @@ def read_video(path: str | Path, decoder: str = "pyav") -> Video:
     return Video(frames=frames, fps=fps)
 
 
-def _pyav(path: Path) -> tuple[np.ndarray, float, int]:
-    """The frames, the frame rate, and how many frames the header declares (0 if it does not say)."""
+def _pyav(path: Path, whole: str) -> tuple[np.ndarray, float, int]:
+    """The frames, the frame rate, and how many frames the header declares (0 if it does not say); `whole`: the whole path."""
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(whole, options={"format_whitelist": _CONTAINERS}) as container:
             if not container.streams.video:
                 raise VideoError(f"{path}: expected a video stream, got {len(container.streams.audio)} audio stream(s)")
             stream = container.streams.video[0]
             if stream.codec_context.width * stream.codec_context.height <= 1 << 16:
                 stream.codec_context.thread_count = 1  # threads only wait for one another on small frames
-            declared = stream.frames
+            kept = sum(not entry.is_discard for entry in stream.index_entries)  # without what an edit list cuts off
+            declared = stream.frames and (kept or stream.frames)
             fps = float(stream.average_rate or 0)
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
     except (av.FFmpegError, UnicodeDecodeError) as error:
-        raise VideoError(f"{path}: expected a readable video, got a decoding error: {error}") from error
+        reason = "another kind of file" if isinstance(error, av.ArgumentError) else f"a decoding error: {error}"
+        raise VideoError(f"{path}: expected a readable video, got {reason}") from error
     if len({frame.shape for frame in frames}) > 1:
         raise VideoError(f"{path}: expected frames of one size, got {sorted({frame.shape[:2] for frame in frames})}")
     return np.stack(frames) if frames else np.empty((0, 0, 0, 3), np.uint8), fps, declared
 
 
-def _torchcodec(path: Path) -> tuple[np.ndarray, float, int]:
+def _torchcodec(path: Path, whole: str) -> tuple[np.ndarray, float, int]:
     """The same through torchcodec, on one thread."""
     from torchcodec.decoders import VideoDecoder
 
     try:
-        found = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
+        found = VideoDecoder(whole, dimension_order="NHWC", num_ffmpeg_threads=1)
         about, count = found.metadata, len(found)
         frames = found.get_frames_in_range(0, count).data.numpy() if count else np.empty((0, 0, 0, 3), np.uint8)
     except Exception as error:
@@ -112,8 +118,8 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 
         raise ValueError(f"frames: expected even height and width (H.264 yuv420p), got {frames.shape[1:3]}")
     partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.partial.mp4")
     try:
-        with av.open(str(partial), mode="w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=round(fps))
+        with av.open(os.path.abspath(partial), mode="w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
             stream.options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}
