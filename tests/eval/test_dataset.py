@@ -35,6 +35,19 @@ def test_text_files_beside_the_videos_are_captions(folder):
     assert read_folder(folder, **SIZE).captions == ["number 00000", "number 00001"]
 
 
+def test_captions_as_editors_leave_them(folder):
+    """A byte order mark, Windows line ends, an empty line, a line separator inside a caption, a name in capitals."""
+    rows = [{"file_name": f"{i:05d}.mp4", "caption": f"caption\u2028{i}"} for i in range(2)]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\r\n\r\n")
+    assert read_folder(folder, **SIZE).captions == ["caption\u20280", "caption\u20281"]
+    (folder / "metadata.jsonl").unlink()
+    for i in range(2):
+        (folder / f"{i:05d}.mp4").rename(folder / f"{i:05d}.MP4")
+        (folder / f"{i:05d}.txt").write_bytes("\ufeffnuméro".encode())
+    assert read_folder(folder, **SIZE).captions == ["numéro"] * 2
+
+
 @pytest.mark.parametrize(
     ("line", "match"),
     [

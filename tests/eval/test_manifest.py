@@ -1,9 +1,12 @@
 """Manifests: names, JSONL, pairing, and paths that must stay inside."""
 
 import json
+import os
 
+import numpy as np
 import pytest
 from sla2_eval.manifest import pair, parse_name, read_manifest, video_name
+from sla2_eval.video import write_video
 
 
 @pytest.mark.parametrize(
@@ -21,8 +24,11 @@ def test_video_name(prompt, index, name):
     assert parse_name(name)[1] == index
 
 
-def test_long_prompt_of_wide_characters_fits_a_file_name():
-    assert len(video_name("漢" * 200, 0).encode()) <= 255
+def test_long_prompt_of_wide_characters_fits_a_file_name(tmp_path):
+    name = video_name("漢" * 200, 0)
+    assert len(name.encode()) <= 255
+    write_video(tmp_path / name, np.zeros((1, 16, 16, 3), dtype=np.uint8), 8)
+    assert [entry.file_name for entry in read_manifest(tmp_path)] == [name]
 
 
 def test_name_without_an_index_is_all_prompt():
@@ -44,6 +50,34 @@ def test_jsonl_wins_over_names(tmp_path):
     (entry,) = read_manifest(tmp_path)
     assert (entry.prompt, entry.index, entry.seed, entry.path) == ("a dog", 4, 9, tmp_path / "x.mp4")
     assert read_manifest(tmp_path / "manifest.jsonl") == [entry]
+
+
+def test_jsonl_as_editors_leave_it(tmp_path):
+    """A byte order mark, Windows line ends, an empty line, and a line separator inside a prompt."""
+    rows = [{"file_name": "./a.mp4", "prompt": "one\u2028two\x85"}, {"file_name": "sub//b-3.mp4"}]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "manifest.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\r\n\r\n")
+    found = [(e.file_name, e.prompt, e.index, e.path) for e in read_manifest(tmp_path)]
+    assert found == [
+        ("a.mp4", "one\u2028two\x85", 0, tmp_path / "a.mp4"),
+        ("sub/b-3.mp4", "b", 3, tmp_path / "sub" / "b-3.mp4"),
+    ]
+
+
+def test_one_file_under_two_names_is_refused(tmp_path):
+    (tmp_path / "manifest.jsonl").write_text('{"file_name": "a.mp4"}\n{"file_name": "./a.mp4"}\n')
+    with pytest.raises(ValueError, match=r"line 2: expected each file once, got 'a\.mp4' again"):
+        read_manifest(tmp_path)
+
+
+def test_what_cannot_be_written_as_utf8_is_refused_before_anything_is_scored(tmp_path):
+    (tmp_path / "manifest.jsonl").write_text('{"file_name": "a.mp4", "prompt": "\\ud800"}\n')
+    with pytest.raises(ValueError, match=r"line 1: expected a text prompt"):
+        read_manifest(tmp_path)
+    (tmp_path / "manifest.jsonl").unlink()
+    os.close(os.open(os.fsencode(tmp_path) + b"/caf\xe9-0.mp4", os.O_CREAT))
+    with pytest.raises(ValueError, match=r"expected a file name in UTF-8, got 'caf\\udce9-0.mp4'"):
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../outside.mp4", "a/../../b.mp4", "", 7, "nul\0.mp4"])
@@ -87,8 +121,12 @@ def test_pairs_by_name(tmp_path):
         (tmp_path / folder).mkdir()
         for name in names:
             (tmp_path / folder / f"{name}-0.mp4").touch()
+    (tmp_path / "a" / "manifest.jsonl").write_text(
+        '{"file_name": "p-0.mp4"}\n{"file_name": "q-0.mp4", "prompt": "a longer prompt"}\n'
+    )
     pairs = pair(read_manifest(tmp_path / "a"), read_manifest(tmp_path / "b"))
     assert [(v.file_name, r and r.path) for v, r in pairs] == [
         ("p-0.mp4", None),
         ("q-0.mp4", tmp_path / "b" / "q-0.mp4"),
     ]
+    assert pairs[1][1].prompt == "a longer prompt"

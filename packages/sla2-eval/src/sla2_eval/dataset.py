@@ -36,7 +36,7 @@ def write_folder(folder: Path, samples: Iterable[tuple[np.ndarray, str]], *, fps
             write_video(folder / name, video.repeat(upscale, 1).repeat(upscale, 2), fps)
         rows.append(json.dumps({"file_name": name, "caption": caption}))
     partial = folder / f".{MANIFEST}.{os.getpid()}"
-    partial.write_text("\n".join(rows) + "\n")
+    partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
     os.replace(partial, folder / MANIFEST)
 
 
@@ -50,7 +50,9 @@ def captioned_files(folder: Path) -> list[tuple[Path, str]]:
     manifest = folder / MANIFEST
     pairs = []
     if manifest.exists():
-        for number, line in enumerate(manifest.read_text().splitlines(), 1):
+        for number, line in enumerate(manifest.read_text(encoding="utf-8-sig").split("\n"), 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 path, caption = folder / row["file_name"], row["caption"]
@@ -64,11 +66,11 @@ def captioned_files(folder: Path) -> list[tuple[Path, str]]:
                 )
             pairs.append((path, caption))
     else:
-        for path in sorted(folder.glob("*.mp4")):
+        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() == ".mp4" and not p.name.startswith(".")):
             text = path.with_suffix(".txt")
             if not text.exists():
                 raise ValueError(f"{path}: expected a caption in {text.name} or {MANIFEST}, got neither")
-            pairs.append((path, text.read_text().strip()))
+            pairs.append((path, text.read_text(encoding="utf-8-sig").strip()))
     if not pairs:
         raise ValueError(f"{folder}: expected mp4 files with captions, got none")
     return pairs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 MANIFESTS = ("manifest.jsonl", "metadata.jsonl")
@@ -44,6 +44,8 @@ def resolve_inside(root: Path, name: object, where: str) -> Path:
     """`root`/`name`, refused with a ValueError that begins with `where` if it is absolute, climbs, or links out of the root."""
     if not isinstance(name, str) or not name or "\0" in name:
         raise ValueError(f"{where}: expected a file name, got {name!r}")
+    if not _is_unicode(name):
+        raise ValueError(f"{where}: expected a file name in UTF-8, got {name!r}")
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{where}: expected a path inside {root}, got {name!r}")
     path = root / name
@@ -52,10 +54,19 @@ def resolve_inside(root: Path, name: object, where: str) -> Path:
     return path
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8, which bytes of other encodings in file names and lone surrogates cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _read_lines(manifest: Path, root: Path) -> list[Entry]:
     entries, seen = [], set()
     try:
-        lines = manifest.read_text(encoding="utf-8").splitlines()
+        lines = manifest.read_text(encoding="utf-8-sig").split("\n")  # a prompt may hold what else ends lines
     except UnicodeDecodeError as error:
         raise ValueError(f"{manifest}: expected UTF-8 text, one JSON object a line, got {error}") from error
     for number, line in enumerate(lines, 1):
@@ -68,14 +79,19 @@ def _read_lines(manifest: Path, root: Path) -> list[Entry]:
             raise ValueError(f"{where}: expected a JSON object, got {line[:80]!r}") from error
         if not isinstance(row, dict) or "file_name" not in row:
             raise ValueError(f'{where}: expected {{"file_name": ..., "prompt": ...}}, got {line[:80]!r}')
-        name = row["file_name"]
-        path = resolve_inside(root, name, where)
+        path = resolve_inside(root, row["file_name"], where)
+        name = path.relative_to(root).as_posix()
         if name in seen:
             raise ValueError(f"{where}: expected each file once, got {name!r} again")
         seen.add(name)
         prompt, index = parse_name(name)
         prompt, index, seed = row.get("prompt", row.get("caption", prompt)), row.get("index", index), row.get("seed")
-        if not isinstance(prompt, str) or not isinstance(index, int) or not isinstance(seed, int | None):
+        if (
+            not isinstance(prompt, str)
+            or not _is_unicode(prompt)
+            or not isinstance(index, int)
+            or not isinstance(seed, int | None)
+        ):
             raise ValueError(f"{where}: expected a text prompt and whole index and seed, got {line[:80]!r}")
         entries.append(Entry(name, path, prompt, index, seed))
     return entries
@@ -105,6 +121,7 @@ def read_manifest(videos: str | Path) -> list[Entry]:
 
 
 def pair(videos: list[Entry], references: list[Entry]) -> list[tuple[Entry, Entry | None]]:
-    """Each video with the reference of the same file name, or None where there is none."""
+    """Each video with the reference of the same file name, which takes the video's prompt and number, or None."""
     by_name = {entry.file_name: entry for entry in references}
-    return [(entry, by_name.get(entry.file_name)) for entry in videos]
+    pairs = [(entry, by_name.get(entry.file_name)) for entry in videos]
+    return [(v, r and replace(r, prompt=v.prompt, index=v.index, seed=v.seed)) for v, r in pairs]

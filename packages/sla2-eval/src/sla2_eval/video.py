@@ -116,7 +116,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 
         raise ValueError(f"frames: expected uint8 (T, H, W, 3) with T >= 1, got {frames.dtype} {frames.shape}")
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"frames: expected even height and width (H.264 yuv420p), got {frames.shape[1:3]}")
-    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.partial.mp4")
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial.mp4")  # the name itself may be as long as may be
     try:
         with av.open(os.path.abspath(partial), mode="w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
