@@ -1,11 +1,16 @@
 """Scoring from end to end on small mp4 files, in one child process."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from sla2_eval import metrics
+from sla2_eval.manifest import Entry
 from sla2_eval.scoring import ScoringError, score
+from sla2_eval.summary import document
 from sla2_eval.video import read_video, write_video
 
 PIXELS = ["psnr", "ssim", "temporal_flickering"]
@@ -41,6 +46,93 @@ def test_difference_to_the_reference_is_paired(make_folder, tmp_path):
     assert flicker["difference"]["mean"] < 0
     assert not flicker["difference"]["within_noise"]
     assert flicker["normalised"] == pytest.approx((flicker["mean"] - 0.6293) / (1 - 0.6293))
+
+
+def test_videos_of_one_prompt_without_numbers_all_count(make_folder, tmp_path):
+    """A manifest may name one prompt for several files and give none an index."""
+    videos, reference = make_folder("a", 4, noise=9.0), make_folder("b", 4)
+    names = [f"pattern {i:03d}-0.mp4" for i in range(4)]
+    rows = [{"file_name": name, "prompt": "one" if i < 3 else "other"} for i, name in enumerate(names)]
+    (videos / "manifest.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    results = score(videos, reference, ["temporal_flickering"], tmp_path / "out")
+    values = [row["scores"]["temporal_flickering"] for row in results["videos"]]
+    theirs = [
+        row["scores"]["temporal_flickering"]
+        for row in score(reference, None, ["temporal_flickering"], tmp_path / "b out")["videos"]
+    ]
+    found = results["metrics"]["temporal_flickering"]
+    assert (found["num_videos"], found["num_prompts"]) == (4, 2)
+    assert found["mean"] == pytest.approx((np.mean(values[:3]) + values[3]) / 2)
+    # The references' manifest has other prompts: files pair by name, and the prompts are the videos'.
+    assert found["difference"]["n"] == 2
+    assert found["difference"]["mean"] == pytest.approx(found["mean"] - (np.mean(theirs[:3]) + theirs[3]) / 2)
+    assert found["reference_mean"] == pytest.approx((np.mean(theirs[:3]) + theirs[3]) / 2)
+
+
+def test_a_reference_is_scored_and_kept_with_the_prompt_of_its_video(make_folder, tmp_path, monkeypatch):
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "vision_reward.py").write_text("def score(frames, fps, prompt):\n    return len(prompt)\n")
+    monkeypatch.syspath_prepend(hook)
+    videos, reference = make_folder("a", 1, noise=5.0), make_folder("b", 1)
+    (videos / "manifest.jsonl").write_text('{"file_name": "pattern 000-0.mp4", "prompt": "long, long prompt"}\n')
+    store = tmp_path / "store"
+    both = score(videos, reference, ["vision_reward"], tmp_path / "out", store=store)["metrics"]["vision_reward"]
+    assert both["mean"] == both["reference_mean"] == len("long, long prompt")
+    alone = score(reference, None, ["vision_reward"], tmp_path / "alone", store=store)
+    assert alone["metrics"]["vision_reward"]["mean"] == len("pattern 000")
+
+
+def test_references_of_no_video_do_not_count_for_the_difference():
+    """A shared store may hold their scores, which are read where a set metric takes in every reference."""
+    spec = metrics.specs()["temporal_flickering"]
+    videos, references = (
+        [Entry(f"{name}-0.mp4", Path(f"{name}-0.mp4"), name) for name in names] for names in ("ab", "bc")
+    )
+    run = SimpleNamespace(
+        specs={spec.name: spec},
+        results={
+            ("video", "a-0.mp4", spec.name): {"value": 0.5},
+            ("video", "b-0.mp4", spec.name): {"value": 0.75},
+            ("reference", "b-0.mp4", spec.name): {"value": 0.25},
+            ("reference", "c-0.mp4", spec.name): {"value": 1.0},
+        },
+        failures={}, unavailable={}, digests={}, used_settings=lambda spec: {},
+    )  # fmt: skip
+    found = document(run, videos, references, [spec.name])["metrics"][spec.name]
+    assert (found["mean"], found["reference_mean"], found["difference"]["mean"]) == (0.625, 0.25, 0.5)
+
+
+def test_a_metric_that_cannot_be_loaded_is_tried_once(make_folder, tmp_path, monkeypatch):
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "vision_reward.py").write_text(
+        "from pathlib import Path\n"
+        "from sla2_eval.metrics.base import MetricUnavailable\n"
+        "with open(Path(__file__).with_name('log'), 'a') as log:\n    log.write('x')\n"
+        "raise MetricUnavailable('unavailable: its weights are of another model')\n"
+    )
+    monkeypatch.syspath_prepend(hook)
+    videos, calls = make_folder("a", 4), []
+    results = score(videos, None, ["vision_reward"], tmp_path / "out", progress=lambda *call: calls.append(call))
+    assert results["unavailable"] == {"vision_reward": "unavailable: its weights are of another model"}
+    assert (hook / "log").read_text() == "x"
+    assert calls[-1] == ("vision_reward", 4, 4)
+
+
+def test_the_current_folder_shadows_no_library(make_folder, tmp_path, monkeypatch):
+    videos = make_folder("a", 1)
+    for name in ("av", "random", "dataclasses"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not the library')\n")
+    monkeypatch.chdir(tmp_path)
+    assert score(videos, None, ["temporal_flickering"], tmp_path / "out")["failed"] == []
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_done(make_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sla2_eval.pools.local_gpus", lambda: 0)
+    videos = make_folder("a", 1)
+    with pytest.raises(ValueError, match="device: expected a GPU that torch can use for 'cuda', got none"):
+        score(videos, None, ["temporal_flickering"], tmp_path / "out", device="cuda")
 
 
 def test_rerun_uses_the_store_and_changed_videos_score_again(make_folder, tmp_path, monkeypatch):
@@ -79,6 +171,7 @@ def test_failures_are_listed_with_their_reasons(make_folder, tmp_path):
         score(videos, reference, PIXELS, tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert caught.value.results == results
+    assert len(results["failed"]) == 3
     reasons = {row["file_name"]: row["error"] for row in results["failed"]}
     assert sorted(reasons) == names[:3]
     assert "got an empty file" in reasons[names[0]]

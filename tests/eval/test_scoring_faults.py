@@ -14,6 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from sla2_eval.pools import ProcessPool
 from sla2_eval.video import write_video
 
 HOOK = """
@@ -103,6 +104,23 @@ def test_a_killed_worker_costs_nothing_but_its_video_again(make_folder, tmp_path
     assert not kill.exists()
     assert (tmp_path / "out" / "results.json").read_bytes() == (tmp_path / "clean" / "results.json").read_bytes()
     assert json.loads((tmp_path / "out" / "timing.json").read_text())["deaths"] == 1
+
+
+def test_a_worker_killed_between_two_videos_is_replaced():
+    pool = ProcessPool({}, "cpu", "pyav")
+    try:
+        task = {"video": "none.mp4", "reference": None, "prompt": "", "metrics": [], "reference_metrics": []}
+        pool.submit(0, task)
+        assert "none.mp4" in pool.wait()[1]["errors"]["*"]
+        pool.process.kill()
+        pool.process.wait()
+        pool.submit(1, task)
+        number, outcome = pool.wait()
+        assert (number, str(outcome)) == (1, "signal SIGKILL")
+        pool.submit(1, task)
+        assert "none.mp4" in pool.wait()[1]["errors"]["*"]
+    finally:
+        pool.close()
 
 
 @pytest.mark.parametrize("workers", WORKERS)

@@ -67,9 +67,9 @@ def over_seeds(values: Sequence[float]) -> Interval:
 
 
 def paired_difference(
-    variant: Mapping[tuple[str, int], float], reference: Mapping[tuple[str, int], float]
+    variant: Mapping[tuple[str, str], float], reference: Mapping[tuple[str, str], float]
 ) -> Interval | None:
-    """Variant minus reference over the (prompt, index) that both have, with a bootstrap over prompts; None if none."""
+    """Variant minus reference over the (prompt, file name) that both have, with a bootstrap over prompts; None if none."""
     differences: dict[str, list[float]] = {}
     for key in sorted(variant.keys() & reference.keys()):
         differences.setdefault(key[0], []).append(variant[key] - reference[key])

@@ -6,6 +6,7 @@ more, and any cluster, are Ray actors. Both run the same `worker.Worker` and giv
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import sys
 import tempfile
 from typing import Protocol
 
-from sla2_eval.cluster import Cluster, WorkerDied
+from sla2_eval.cluster import Cluster, WorkerDied, local_gpus
 
 
 class Pool(Protocol):
@@ -30,7 +31,10 @@ class ProcessPool:
     """One child process that speaks JSON lines."""
 
     def __init__(self, settings: dict[str, dict], device: str, decoder: str):
-        self.hello = json.dumps({"settings": settings, "device": device, "decoder": decoder}) + "\n"
+        if device == "cuda" and not local_gpus():
+            raise ValueError("device: expected a GPU that torch can use for 'cuda', got none")
+        hello = {"settings": settings, "device": device, "decoder": decoder, "path": sys.path}
+        self.hello = json.dumps(hello) + "\n"
         self.process: subprocess.Popen | None = None
         self.pending: int | None = None
         self.errors = tempfile.TemporaryFile()
@@ -38,7 +42,7 @@ class ProcessPool:
     def _start(self) -> subprocess.Popen:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         process = subprocess.Popen(
-            [sys.executable, "-m", "sla2_eval.worker"],
+            [sys.executable, "-P", "-m", "sla2_eval.worker"],  # what lies in the current folder must shadow no library
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=environment, text=True,
         )  # fmt: skip
         process.stdin.write(self.hello)
@@ -74,7 +78,8 @@ class ProcessPool:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # a task that it died before reading
+                self.process.stdin.close()
             self.process.stdout.close()
             self.process = None
 

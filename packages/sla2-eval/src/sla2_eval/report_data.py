@@ -43,19 +43,19 @@ def read_json(path: Path, what: str) -> dict:
     return value
 
 
-def _values(results: dict, metric: str) -> dict[tuple[str, int], float]:
+def _values(results: dict, metric: str) -> dict[tuple[str, str], float]:
     return {
-        (row["prompt"], row["index"]): row["scores"][metric] for row in results["videos"] if metric in row["scores"]
+        (row["prompt"], row["file_name"]): row["scores"][metric] for row in results["videos"] if metric in row["scores"]
     }
 
 
-def _mean_over_seeds(seeds: list[dict[tuple[str, int], float]]) -> dict[tuple[str, int], float]:
+def _mean_over_seeds(seeds: list[dict[tuple[str, str], float]]) -> dict[tuple[str, str], float]:
     keys = set().union(*seeds) if seeds else set()
     found = {key: [seed[key] for seed in seeds if key in seed] for key in sorted(keys)}
     return {key: sum(values) / len(values) for key, values in found.items()}
 
 
-def _prompt_interval(values: dict[tuple[str, int], float]) -> Interval:
+def _prompt_interval(values: dict[tuple[str, str], float]) -> Interval:
     grouped: dict[str, list[float]] = {}
     for (prompt, _), value in values.items():
         grouped.setdefault(prompt, []).append(value)
@@ -76,7 +76,8 @@ def _cell(metric: str, kind: str, seeds: list[dict], full: dict | None) -> dict 
     if len(per_seed) > 1:
         cell["seeds"] = over_seeds([_prompt_interval(values).mean for values in per_seed]).to_dict()
     if kind == "unpaired" and full:
-        difference = paired_difference(together, _values(full, metric))
+        by_name = {name: value for (_, name), value in _values(full, metric).items()}
+        difference = paired_difference(together, {key: by_name[key[1]] for key in together if key[1] in by_name})
         if difference:
             cell["difference"] = {**difference.to_dict(), "within_noise": not difference.excludes_zero}
     return cell

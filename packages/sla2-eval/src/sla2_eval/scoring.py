@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,13 @@ class _Task:
     reference_wanted: list[str]
     side: str = "video"  # "reference": a reference of no video here, scored for set metrics alone
     attempts: int = 0
+
+    def narrow(self, known: Container[str]) -> list[str]:
+        """Leave out the metrics that turned out to be unavailable; returns those the video itself still needed."""
+        gone = [name for name in self.wanted if name not in known]
+        self.wanted = [name for name in self.wanted if name in known]
+        self.reference_wanted = [name for name in self.reference_wanted if name in known]
+        return gone
 
     def plain(self) -> dict:
         return {
@@ -139,17 +146,19 @@ def _plan(run: _Run, videos: list[Entry], references: list[Entry] | None) -> lis
     for entry, reference in pair(videos, references or []):
         if not run.read_digest("video", entry):
             continue
+        if reference:
+            paired_names.add(reference.file_name)
         if references is not None and reference is None and any(s.kind == "paired" for s in run.specs.values()):
             run.failures["video", entry.file_name, "reference"] = (
                 f"{entry.path}: expected a reference video of the same name, got none"
             )
         if reference is not None and not run.read_digest("reference", reference):
-            run.failures["video", entry.file_name, "reference"] = run.failures["reference", reference.file_name, "*"]
+            run.failures["video", entry.file_name, "reference"] = run.failures.pop(
+                ("reference", reference.file_name, "*")
+            )
             reference = None
         wanted = run.missing("video", entry, reference)
         reference_wanted = run.missing("reference", reference, None) if reference else []
-        if reference:
-            paired_names.add(reference.file_name)
         if wanted or reference_wanted:
             tasks.append(_Task(entry, reference, wanted, reference_wanted))
     if any(spec.kind == "set" for spec in run.specs.values()):
@@ -226,8 +235,14 @@ def _execute(
         while waiting or started:
             while waiting and pool.free():
                 number = waiting.popleft()
-                started.add(number)
-                pool.submit(number, tasks[number].plain())
+                gone = tasks[number].narrow(run.specs)
+                if tasks[number].side == "video":
+                    counter.count(gone)
+                if tasks[number].wanted or tasks[number].reference_wanted:
+                    started.add(number)
+                    pool.submit(number, tasks[number].plain())
+            if not started:
+                break
             number, outcome = pool.wait()
             started.discard(number)
             task = tasks[number]

@@ -26,15 +26,16 @@ class Results(Protocol):
     def used_settings(self, spec: MetricSpec) -> dict: ...
 
 
-def _keyed(run: Results, side: str, entries: list[Entry], name: str) -> dict[tuple[str, int], float]:
+def _keyed(run: Results, side: str, videos: list[Entry], name: str) -> dict[tuple[str, str], float]:
+    """The values of a metric by the prompt and file name of the videos; `side`: theirs, or their references'."""
     return {
-        (entry.prompt, entry.index): run.results[side, entry.file_name, name]["value"]
-        for entry in entries
+        (entry.prompt, entry.file_name): run.results[side, entry.file_name, name]["value"]
+        for entry in videos
         if (side, entry.file_name, name) in run.results
     }
 
 
-def _by_prompt(values: dict[tuple[str, int], float]) -> dict[str, list[float]]:
+def _by_prompt(values: dict[tuple[str, str], float]) -> dict[str, list[float]]:
     grouped: dict[str, list[float]] = {}
     for (prompt, _), value in values.items():
         grouped.setdefault(prompt, []).append(value)
@@ -54,10 +55,9 @@ def _summary(run: Results, spec: MetricSpec, videos: list[Entry], references: li
     entry |= {"mean": interval.mean, "interval": [interval.low, interval.high], "num_prompts": interval.n}
     entry |= {"num_videos": len(values), "normalised": spec.normalised(interval.mean)}
     if spec.kind == "unpaired" and references:
-        base = _keyed(run, "reference", references, spec.name)
-        if base:
-            entry["reference_mean"] = over_prompts(_by_prompt(base)).mean
+        base = {key: value for key, value in _keyed(run, "reference", videos, spec.name).items() if key in values}
         if difference := paired_difference(values, base):
+            entry["reference_mean"] = over_prompts(_by_prompt(base)).mean
             entry["difference"] = {**difference.to_dict(), "within_noise": not difference.excludes_zero}
     return entry
 

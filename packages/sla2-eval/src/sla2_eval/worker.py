@@ -10,7 +10,6 @@ import base64
 import json
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sla2_eval import metrics
@@ -142,10 +141,11 @@ class Worker:
 
 
 def main() -> None:
-    """Serve tasks until the input ends. The first line holds the arguments of Worker."""
+    """Serve tasks until the input ends. The first line holds the arguments of Worker, and where the driver finds modules."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not mix with the outcomes
     hello = json.loads(sys.stdin.readline())
+    sys.path[:] = hello.pop("path")
     worker = Worker(**hello)
     for line in sys.stdin:
         channel.write(json.dumps(worker.run(json.loads(line))) + "\n")
@@ -153,6 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # A script's folder must not shadow the libraries its metrics import.
-    sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != Path(__file__).parent]
     main()
