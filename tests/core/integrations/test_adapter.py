@@ -36,6 +36,19 @@ def test_round_trip(wan, inputs, sla2_config, tmp_path, changes, include_model):
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == ["sla2_adapter.safetensors", "sla2_config.json"]
 
 
+def test_weights_trained_in_fp32_load_into_a_bf16_model(wan, sla2_config, tmp_path):
+    first = apply_sla2(wan(), sla2_config())
+    shake(first, ("router", "alpha", "model"))
+    first.save(tmp_path, include_model=True)
+    second = apply_sla2(wan(seed=9).to(torch.bfloat16), sla2_config())
+    second.load(tmp_path)
+    assert second.transformer.proj_out.weight.dtype == torch.bfloat16
+    for name, value in first.transformer.state_dict().items():
+        found = second.transformer.state_dict()[name]
+        assert found.dtype == (torch.float32 if ".processor." in name else torch.bfloat16), name
+        assert torch.equal(found, value.to(found.dtype)), name
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sla2_core import adapter as files
@@ -192,6 +193,8 @@ class SLA2Handle:
     def load(self, folder: str | Path, *, keep_settings: bool = False) -> None:
         """Load an adapter, with its k% and precision unless `keep_settings`.
 
+        The transformer's own weights, where the adapter holds them, are rounded to the dtype that the model is held in.
+
         Raises FileNotFoundError or ValueError naming the file for another geometry, other layers, another model, or a
         key, shape or dtype that does not fit; nothing is changed then.
         """
@@ -202,9 +205,10 @@ class SLA2Handle:
             raise ValueError(f"{source}: expected layers {list(self.layers)} as applied, got {list(found.layers)}")
         self._check_model(source, found)
         expected = self.adapter_tensors()
-        if any(name.startswith("model.") for name in found.tensors):
-            expected |= self.model_tensors()
-        files.check_tensors(str(Path(folder) / files.WEIGHTS_NAME), found.tensors, expected)
+        model = self.model_tensors() if any(name.startswith("model.") for name in found.tensors) else {}
+        weights = {name: _in_dtype_of(found.tensors.get(name), value) for name, value in model.items()}
+        files.check_tensors(str(Path(folder) / files.WEIGHTS_NAME), found.tensors, expected | weights)
+        expected |= model
         files.copy_tensors(found.tensors, expected)
         if not keep_settings:
             changeable = {f.name for f in dataclasses.fields(SLA2Config)} - set(files.GEOMETRY) - {"backend"}
@@ -250,6 +254,13 @@ class SLA2Handle:
             attn.set_processor(attn.processor.original)
         twin._forward_pre_hooks.clear()
         return twin.eval().requires_grad_(False)
+
+
+def _in_dtype_of(found: Tensor | None, value: Tensor) -> Tensor:
+    """What is expected of `found` where `value` will hold it: its shape, and any floating dtype if it has one itself."""
+    if found is None or not (found.is_floating_point() and value.is_floating_point()):
+        return value
+    return torch.empty_like(value, dtype=found.dtype, device="meta")
 
 
 def _plain(value: Any) -> Any:
