@@ -10,6 +10,7 @@ import torch
 from sla2_core import SLA2Config
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.families import family_of
+from sla2_core.integrations.loading import apply_adapter
 
 _SPEC = importlib.util.spec_from_file_location("tiny_families", Path(__file__).with_name("families.py"))
 families = importlib.util.module_from_spec(_SPEC)
@@ -113,3 +114,14 @@ def test_the_operator_is_well_formed(sla2_config):
     torch.library.opcheck(
         torch.ops.sla2.routed_attention, (q, k, v, parameters, torch.tensor([43]), config_text(config), 4)
     )
+
+
+def test_a_model_compiled_before_has_the_adapter_of_a_plain_one(wan, inputs, sla2_config, tmp_path):
+    torch._dynamo.reset()
+    compiled = torch.compile(wan(), backend="aot_eager")
+    handle = apply_sla2(compiled, sla2_config())
+    handle.save(tmp_path, include_model=True)
+    plain = wan(seed=9)
+    apply_adapter(plain, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs())[0], plain(**inputs())[0], atol=2e-6, rtol=1e-5)

@@ -197,3 +197,12 @@ def test_a_model_without_self_attention_is_refused():
     transformer.blocks = torch.nn.ModuleList()
     with pytest.raises(ValueError, match="transformer: expected self-attention layers, found none"):
         apply_sla2(transformer, SLA2Config(head_dim=12, num_heads=2, topk=0.3))
+
+
+def test_processors_set_afterwards_are_noticed():
+    transformer, _, _ = families.build("cogvideox_5b")
+    heads, dim = family_of(transformer).heads(transformer.transformer_blocks[0].attn1)
+    handle = apply_sla2(transformer, SLA2Config(head_dim=dim, num_heads=heads, topk=0.3))
+    transformer.fuse_qkv_projections()  # replaces every processor of this model
+    with pytest.raises(ValueError, match=r"at transformer_blocks\.0\.attn1, got FusedCogVideoXAttnProcessor2_0"):
+        handle.save("unused")

@@ -9,7 +9,7 @@ from torch import nn
 from sla2_core.attention import build_attention
 from sla2_core.config import SLA2Config
 from sla2_core.integrations import compiled
-from sla2_core.integrations.families import family_of
+from sla2_core.integrations.families import family_of, unwrapped
 from sla2_core.integrations.handle import SLA2Handle
 from sla2_core.integrations.processor import SLA2Processor, Switch
 
@@ -27,7 +27,8 @@ def apply_sla2(
     """Replace the self-attention of a diffusers transformer by SLA2 (or SLA), in place; cross-attention stays.
 
     Args:
-        transformer: e.g. `pipe.transformer`; see integrations.families.known_classes().
+        transformer: e.g. `pipe.transformer`, compiled or not; see integrations.families.known_classes(). The handle's is
+            the module inside torch.compile's wrapper.
         config: its head_dim and num_heads are the model's.
         skip_layers: self-attention layers that keep full attention; negative numbers count from the end.
         dense_steps: the first denoising steps of each generation keep full attention.
@@ -40,6 +41,7 @@ def apply_sla2(
         ValueError: a class without an integration, other heads or head dimension than the model's, a layer that does not
             exist, or a model that already has SLA2.
     """
+    transformer = unwrapped(transformer)  # names in its state_dict, and so in adapters, are those of the model itself
     family = family_of(transformer)
     found = family.attention_layers(transformer)
     if not found:

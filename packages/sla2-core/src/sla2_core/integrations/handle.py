@@ -87,7 +87,14 @@ class SLA2Handle:
 
     @property
     def processors(self) -> dict[int, SLA2Processor]:
-        return {i: self.transformer.get_submodule(name).processor for i, name in self.names.items()}
+        found = {i: self.transformer.get_submodule(name).processor for i, name in self.names.items()}
+        for layer, processor in found.items():
+            if not isinstance(processor, SLA2Processor):  # as CogVideoX's fuse_qkv_projections leaves it
+                raise ValueError(
+                    f"transformer: expected SLA2's processor at {self.names[layer]}, got {type(processor).__name__}, set "
+                    "after apply_sla2; fuse projections and set processors before it"
+                )
+        return found
 
     @property
     def attentions(self) -> dict[int, nn.Module]:
