@@ -97,5 +97,24 @@ def test_what_vbench_cannot_take_is_refused(folder, tmp_path, monkeypatch):
         read(tmp_path)
 
 
+def test_an_export_holds_its_own_videos_alone(folder, tmp_path):
+    out = tmp_path / "vbench"
+    export(folder, out, ["temporal_flickering"])
+    (out / "videos" / "mine.txt").touch()
+    (folder / "manifest.jsonl").write_text('{"file_name": "pattern 000-0.mp4", "prompt": "a fox"}\n')
+    export(folder, out, ["temporal_flickering"])
+    assert sorted(os.listdir(out / "videos")) == ["a fox-0.mp4", "mine.txt"]
+
+
+def test_an_export_never_touches_the_videos_themselves(make_folder, tmp_path):
+    folder = make_folder("run/videos", 2, height=32, width=32)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(
+        ValueError, match=r"run: expected a folder for copies, got one whose videos/ holds .*pattern 000"
+    ):
+        export(folder, tmp_path / "run")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_dimensions_are_vbenchs():
     assert len(vbench.dimensions()) == 8

@@ -47,6 +47,8 @@ def export(videos: str | Path, out: str | Path, chosen: list[str] | None = None)
         if dimension not in known:
             raise ValueError(f"dimensions: expected names among {', '.join(known)}, got {dimension!r}")
     entries = sorted(read_manifest(videos), key=lambda entry: (entry.prompt, entry.index, entry.file_name))
+    if inside := next((e.path for e in entries if e.path.resolve().is_relative_to((out / VIDEOS).resolve())), None):
+        raise ValueError(f"{out}: expected a folder for copies, got one whose {VIDEOS}/ holds {inside} itself")
     names: dict[str, str] = {}
     lists: dict[str, list[str]] = {}
     for entry in entries:
@@ -61,12 +63,19 @@ def export(videos: str | Path, out: str | Path, chosen: list[str] | None = None)
         names[name] = entry.file_name
         lists[entry.prompt].append(str((out / VIDEOS / name).resolve()))
     (out / VIDEOS).mkdir(parents=True, exist_ok=True)
+    for name in _exported(out).keys() - names.keys():  # VBench would score them too
+        (out / VIDEOS / name).unlink(missing_ok=True)
     for entry, name in zip(entries, names, strict=True):
         _link(entry.path, out / VIDEOS / name)
     info = [{"prompt_en": prompt, "dimension": chosen, "video_list": paths} for prompt, paths in lists.items()]
     write_atomic(out / NAMES, json.dumps(names, indent=1, ensure_ascii=False) + "\n")
     write_atomic(out / INFO, json.dumps(info, indent=1, ensure_ascii=False) + "\n")
     return out / INFO
+
+
+def _exported(out: Path) -> dict[str, str]:
+    """What an earlier export wrote into `out`/videos: the videos' own names by those it gave them."""
+    return json.loads((out / NAMES).read_text(encoding="utf-8")) if (out / NAMES).is_file() else {}
 
 
 def _link(source: Path, target: Path) -> None:
@@ -110,7 +119,7 @@ def read(out: str | Path) -> dict[str, dict]:
     paths = sorted(out.glob("*_eval_results.json"))
     if not paths:
         raise ValueError(f"{out}: expected *_eval_results.json of VBench, got none")
-    names = json.loads((out / NAMES).read_text(encoding="utf-8")) if (out / NAMES).is_file() else {}
+    names = _exported(out)
     specs = {spec.vbench: spec for spec in metrics.specs().values() if spec.vbench}
     found = {}
     for path in paths:
