@@ -96,7 +96,7 @@ def run_dir(make_folder, tmp_path):
         "sla2-97-s1": {"psnr": [24.0, 26.0], "temporal_flickering": [0.7, 0.6]},
     }
     for number, variant in enumerate(VARIANTS[:-1]):
-        make_folder(f"run/videos/{variant['name']}", 2, noise=4.0 * number)
+        make_folder(f"run/videos/{variant['name']}", 2, noise=4.0 * number, fps=10)
         folder = root / "scores" / variant["name"]
         folder.mkdir(parents=True)
         failed = [{"file_name": "p9-0.mp4", "metric": None, "error": "p9: broken <mp4>"}] if number == 1 else []

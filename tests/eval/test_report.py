@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from sla2_eval.report import as_markdown, write_report
+from sla2_eval.report import as_markdown, number, signed, write_report
 from sla2_eval.report_charts import chart, ticks
 from sla2_eval.report_data import gather, paper
 
@@ -62,6 +62,48 @@ def test_page_stands_alone_and_says_everything(run_dir):
     assert all(source.startswith("data:video/mp4;base64,") for row in player["prompts"] for source in row["sources"])
 
 
+def test_videos_shown_are_those_that_can_be_compared(run_dir, make_folder):
+    """Full attention has the videos of every seed in one folder, a variant's seeds have a folder each."""
+    for path in sorted((run_dir / "videos" / "full").glob("*.mp4")):
+        shutil.copy(path, path.with_name(path.name.replace("-0.mp4", "-1.mp4")))
+    (run_dir / "videos" / "full" / "manifest.jsonl").unlink()
+    player = json.loads(re.search(r'id="data-player">(.*?)</script>', write_report(run_dir).read_text(), re.S)[1])
+    assert [(row["prompt"], row["index"], row["fps"]) for row in player["prompts"]] == [
+        ("pattern 000", 0, 10.0),
+        ("pattern 001", 0, 10.0),
+    ]
+    for variant in ("sla2-90", "sla2-97-s0", "sla2-97-s1"):
+        shutil.rmtree(run_dir / "videos" / variant)
+    player = json.loads(re.search(r'id="data-player">(.*?)</script>', write_report(run_dir).read_text(), re.S)[1])
+    assert len(player["prompts"]) == 4
+
+
+def test_lead_counts_what_was_scored(run_dir):
+    assert "4 variants, 2 prompts, 8 videos scored." in write_report(run_dir).read_text()
+    path = run_dir / "scores" / "sla2-90" / "results.json"
+    scored = json.loads(path.read_text())
+    scored["videos"].append({"file_name": "p9-0.mp4", "prompt": "p9", "index": 0, "scores": {}})
+    path.write_text(json.dumps(scored))
+    assert gather(run_dir)["num_videos"] == 8
+    run = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps({**run, "variants": run["variants"][:1]}))
+    assert "1 variant, 2 prompts, 2 videos scored." in write_report(run_dir).read_text()
+
+
+def test_small_figures_are_not_shown_as_none(run_dir):
+    assert [number(v) for v in (None, 0.0, -0.00002, 0.00123, 9.87654, -12.345)] == [
+        "–", "0.0000", "-2.0e-05", "0.0012", "9.8765", "-12.35",
+    ]  # fmt: skip
+    assert [signed(v) for v in (0.0, 0.00002, -0.5, 12.345)] == ["+0.0000", "+2.0e-05", "-0.5000", "+12.35"]
+
+
+def test_markdown_cells_hold_any_label(run_dir):
+    run = json.loads((run_dir / "run.json").read_text())
+    run["variants"][1]["label"] = "a | b\n<i>c"
+    (run_dir / "run.json").write_text(json.dumps(run))
+    assert "\n| a \\| b &lt;i&gt;c | 90 % |" in as_markdown(gather(run_dir))
+
+
 def test_tables_agree_with_the_page(run_dir):
     write_report(run_dir)
     rows = list(csv.DictReader((run_dir / "report" / "results.csv").open()))
@@ -103,6 +145,7 @@ def test_half_finished_runs_have_a_report(run_dir):
     [
         ("run.json", "{", r"run\.json: expected the description of a run, got"),
         ("run.json", "{}", r'run\.json: expected "variants"'),
+        ("run.json", '{"variants": []}', r'run\.json: expected "variants"'),
         ("scores/full/results.json", '{"format": 2}', r"results\.json: expected results of format 1, got format 2"),
         ("block_maps/sla2-97-s0.json", '{"grid": [1, 1, 1]}', r"sla2-97-s0\.json: expected block maps with block_q"),
         (

@@ -6,7 +6,9 @@ import base64
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,10 +22,17 @@ SPRITE_HEIGHT = 128
 
 
 def number(value: float | None) -> str:
-    """A figure for the tables: two decimals from ten on, else four; a dash for none."""
+    """A figure for the tables: two decimals from ten on, else four, or two digits where four decimals show none; a dash for none."""
     if value is None:
         return "–"
+    if 0 < abs(value) < 0.001:
+        return f"{value:.1e}"
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
+
+
+def signed(value: float) -> str:
+    """A difference for the tables: a figure with its sign."""
+    return f"{'' if value < 0 else '+'}{number(value)}"
 
 
 def percent(fraction: float) -> str:
@@ -36,8 +45,15 @@ def _data_uri(path: Path, kind: str) -> str:
 
 
 def _videos(shown: list[dict]) -> tuple[list[dict], int]:
-    """Prompts with a data URI per variant, as many as the page may hold, and how many there are in all."""
-    names = sorted(set().union(*(variant["entries"] for variant in shown))) if shown else []
+    """Prompts with a data URI per variant, as many as the page may hold, and how many there are in all.
+
+    Videos that one variant has alone, such as full attention's at seeds that are not shown, are left out where others can
+    be compared.
+    """
+    from sla2_eval.video import frame_rate
+
+    counts = Counter(name for variant in shown for name in variant["entries"])
+    names = sorted(name for name in counts if counts[name] > 1) or sorted(counts)
     rows, used = [], 0
     for name in names:
         entries = [variant["entries"].get(name) for variant in shown]
@@ -49,7 +65,9 @@ def _videos(shown: list[dict]) -> tuple[list[dict], int]:
             break
         used += size
         sources = [_data_uri(entry.path, "video/mp4") if entry in present else None for entry in entries]
-        rows.append({"prompt": present[0].prompt, "index": present[0].index, "sources": sources})
+        about = {"prompt": present[0].prompt, "index": present[0].index}
+        fps = max(frame_rate(entry.path) for entry in present) or 8.0
+        rows.append({**about, "fps": fps, "sources": sources})
     return rows, len(names)
 
 
@@ -214,6 +232,11 @@ def as_csv(data: dict) -> str:
     return buffer.getvalue()
 
 
+def _markdown_cell(text: str) -> str:
+    """Text that neither ends its cell nor is taken for HTML."""
+    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
 def as_markdown(data: dict) -> str:
     """The figures as one Markdown table per kind of metric; ≈ marks a difference to full attention within noise."""
     parts = [f"# {data['title']}\n"]
@@ -227,7 +250,7 @@ def as_markdown(data: dict) -> str:
         groups = [group for group in data["groups"] if any(name in group["metrics"] for name in names)]
         if not groups:
             continue
-        titles = [data["metrics"][name]["title"] for name in names]
+        titles = [_markdown_cell(data["metrics"][name]["title"]) for name in names]
         lines = ["| variant | sparsity | " + " | ".join(titles) + " |", "|---|---|" + "---|" * len(names)]
         for group in groups:
             cells = []
@@ -240,7 +263,9 @@ def as_markdown(data: dict) -> str:
                 if cell and cell.get("difference", {}).get("within_noise"):
                     text += " ≈"
                 cells.append(text)
-            lines.append(f"| {group['label']} | {percent(group['sparsity'])} | " + " | ".join(cells) + " |")
+            lines.append(
+                f"| {_markdown_cell(group['label'])} | {percent(group['sparsity'])} | " + " | ".join(cells) + " |"
+            )
         parts.append(f"## {heading}\n\n" + "\n".join(lines) + "\n")
     parts.append(
         "Intervals are 95 %: Student's t over training seeds where there are several, else a bootstrap over prompts. "
@@ -274,7 +299,7 @@ def write_report(run_dir: str | Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "flat": flat}
+    environment.filters |= {"number": number, "signed": signed, "percent": percent, "flat": flat}
     templates = files("sla2_eval") / "templates"
     page = environment.get_template("report.html").render(
         data=data,

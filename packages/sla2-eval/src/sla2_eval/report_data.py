@@ -90,7 +90,7 @@ def gather(run_dir: Path) -> dict:
     """
     run = read_json(run_dir / "run.json", "the description of a run")
     variants = run.get("variants")
-    if not isinstance(variants, list) or not all(isinstance(v, dict) and "name" in v for v in variants):
+    if not isinstance(variants, list) or not variants or not all(isinstance(v, dict) and "name" in v for v in variants):
         raise ValueError(
             f'{run_dir / "run.json"}: expected "variants", a list of objects with a "name", got another form'
         )
@@ -123,7 +123,7 @@ def gather(run_dir: Path) -> dict:
         "title": run.get("title", run_dir.name),
         "reference": reference,
         "num_prompts": max((len({row["prompt"] for row in r["videos"]}) for r in scored.values()), default=0),
-        "num_videos": sum(len(results["videos"]) for results in scored.values()),
+        "num_videos": sum(_num_scored(results) for results in scored.values()),
         "metrics": kinds,
         "groups": _ordered(groups),
         "not_scored": [v["name"] for v in variants if v["name"] not in scored],
@@ -164,6 +164,12 @@ def _ordered(groups: dict[str, dict]) -> list[dict]:
     """Full attention first, then the families as they appear, each by sparsity."""
     families = list(dict.fromkeys(group["family"] for group in groups.values()))
     return sorted(groups.values(), key=lambda g: (not g["reference"], families.index(g["family"]), g["sparsity"]))
+
+
+def _num_scored(results: dict) -> int:
+    """How many videos have a score, or features in a set: all but those that failed as files."""
+    broken = {row["file_name"] for row in results["failed"] if row["metric"] is None}
+    return sum(bool(row["scores"]) or row["file_name"] not in broken for row in results["videos"])
 
 
 def _failed(scored: dict[str, dict]) -> list[dict]:

@@ -63,6 +63,17 @@ def read_video(path: str | Path, decoder: str = "pyav") -> Video:
     return Video(frames=frames, fps=fps)
 
 
+def frame_rate(path: str | Path) -> float:
+    """Frames per second by the header of a video file, 0 if it cannot be read or does not say."""
+    import av
+
+    try:
+        with av.open(os.path.abspath(path), options={"format_whitelist": _CONTAINERS}) as container:
+            return float(container.streams.video[0].average_rate or 0) if container.streams.video else 0.0
+    except (av.FFmpegError, UnicodeDecodeError):
+        return 0.0
+
+
 def _pyav(path: Path, whole: str) -> tuple[np.ndarray, float, int]:
     """The frames, the frame rate, and how many frames the header declares (0 if it does not say); `whole`: the whole path."""
     import av

@@ -44,15 +44,16 @@ heads.forEach((head, column) => head.querySelector("button").addEventListener("c
   }).forEach((row) => body.append(row));
 }));
 
-// Videos in step: the first is the clock, the others follow it; scrubbing and stepping seek them all.
+// Videos in step: the first that decodes is the clock, the others follow it; scrubbing and stepping seek them all.
 function player() {
   const { variants, prompts } = read("data-player");
   if (!prompts.length) return;
   const [grid, play, scrub, clock] = ["grid", "play", "scrub", "clock"].map($);
-  let videos = [], current = 0, playing = false, fps = 8;
+  let videos = [], current = 0, playing = false;
   const duration = () => Math.min(...videos.map((v) => v.duration || Infinity));
+  const first = () => videos.find((v) => v.duration) || videos[0]; // the clock; one that does not decode has no duration
   const tell = () => {
-    const total = duration(), now = videos.length ? videos[0].currentTime : 0;
+    const total = duration(), now = first().currentTime;
     if (!isFinite(total)) return;
     scrub.value = Math.round((1000 * now) / total);
     clock.value = `${now.toFixed(2)} / ${total.toFixed(2)} s`;
@@ -69,16 +70,22 @@ function player() {
     play.classList.toggle("on", on);
     play.setAttribute("aria-label", on ? "Pause" : "Play");
     videos.forEach((v) => { v.playbackRate = Number($("rate").value); on ? v.play().catch(() => {}) : v.pause(); });
-    if (!on && videos.length) seek(videos[0].currentTime);
+    if (!on && videos.length) seek(first().currentTime);
+  };
+  const step = (by) => { // a little after the frame's time, so that rounding does not show the one before
+    set(false);
+    const fps = prompts[current].fps;
+    seek((Math.floor(first().currentTime * fps + 0.02) + by + 0.05) / fps);
   };
   const follow = () => {
     if (playing && videos.length) {
-      const total = duration(), now = videos[0].currentTime;
+      const total = duration(), lead = first(), now = lead.currentTime;
       if (videos.some((v) => v.ended) || now >= total - 0.02) {
         seek(0);
         videos.forEach((v) => v.play().catch(() => {}));
       } else {
-        videos.slice(1).forEach((v) => { if (Math.abs(v.currentTime - now) > 0.5 / fps && !v.seeking) v.currentTime = now; });
+        const late = 0.5 / prompts[current].fps;
+        videos.forEach((v) => { if (v !== lead && Math.abs(v.currentTime - now) > late && !v.seeking) v.currentTime = now; });
       }
       tell();
     }
@@ -131,8 +138,8 @@ function player() {
     if (event.key === " " && event.target.tagName === "BUTTON") return;
     const does = {
       " ": () => set(!playing),
-      ArrowLeft: () => { set(false); seek(videos[0].currentTime - 1 / fps); },
-      ArrowRight: () => { set(false); seek(videos[0].currentTime + 1 / fps); },
+      ArrowLeft: () => step(-1),
+      ArrowRight: () => step(1),
       ArrowUp: () => show(current - 1),
       ArrowDown: () => show(current + 1),
     }[event.key];
