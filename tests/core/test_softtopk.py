@@ -42,6 +42,14 @@ def test_blocks_at_minus_infinity_are_never_chosen():
     assert (scores.grad[scores.isinf()] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("scores", "error"), [([1.0, 2.0], TypeError), (torch.arange(3), TypeError), (torch.tensor(1.0), ValueError)]
+)
+def test_bad_scores_are_named(scores, error):
+    with pytest.raises(error, match="scores: expected"):
+        soft_topk(scores, 1)
+
+
 def test_nan_scores_come_out_as_nan():
     assert soft_topk(torch.tensor([[1.0, float("nan"), 2.0]]), 1).isnan().all()
 

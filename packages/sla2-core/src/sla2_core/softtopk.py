@@ -63,10 +63,13 @@ def soft_topk(scores: Tensor, k: int | float | Tensor, tau: float = 0.1) -> Tens
         dL/dP_j = (w_j / tau) (g_j - sum_l g_l w_l / sum_l w_l), w = m (1 - m).
 
     Raises:
-        ValueError: k or tau outside its range. TypeError: scores not floating.
+        ValueError: scores without an axis; k (a number: a tensor's values are the caller's) or tau outside its range.
+        TypeError: scores no floating tensor.
     """
-    if not scores.dtype.is_floating_point:
-        raise TypeError(f"scores: expected a floating dtype, got {scores.dtype}")
+    if not isinstance(scores, Tensor) or not scores.dtype.is_floating_point:
+        raise TypeError(f"scores: expected a floating tensor, got {getattr(scores, 'dtype', type(scores).__name__)}")
+    if scores.ndim == 0:
+        raise ValueError("scores: expected at least one dimension (..., T_n), got shape ()")
     if not tau > 0:
         raise ValueError(f"tau: expected a number > 0, got {tau}")
     if not isinstance(k, Tensor) and not 0 < k <= scores.shape[-1]:
