@@ -123,6 +123,22 @@ def test_bad_calls(call, match):
         call(SLA2Attention(CONFIG), *qkv())
 
 
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+def test_what_is_no_tensor_is_named(layout):
+    q, _, v = qkv()
+    with pytest.raises(TypeError, match=r"k: expected a torch\.Tensor, got NoneType"):
+        SLA2Attention(CONFIG)(q, None, v, layout=layout)
+
+
+def test_sla_takes_the_backward_of_its_configuration():
+    leaves = [x.requires_grad_() for x in qkv()]
+    found = []
+    for qat_backward in ("paper", "matched"):
+        config = dataclasses.replace(published_sla(CONFIG), precision="int4", qat_backward=qat_backward)
+        found.append(torch.autograd.grad(SLAAttention(config)(*leaves).sin().sum(), leaves[0])[0])
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [({"topk": 0.0}, "topk"), ({"topk": 1.2}, "topk"), ({"block_q": 0}, "block_q"), ({"alpha": "learned"}, "alpha"), ({"alpha_init": 1.0}, "alpha_init"), ({"smooth_k": 1}, "smooth_k"), ({"tau": 0}, "tau")],

@@ -61,23 +61,22 @@ def test_error_is_within_twice_that_of_dense_attention_in_the_same_dtype(dtype):
 @pytest.mark.parametrize("qat_backward", ["paper", "matched"])
 def test_low_bit_forward_matches_its_plain_definition(precision, qat_backward):
     q, k, v, alpha, _, bm = inputs(dtype=torch.float64, d=16)
-    options = {"precision": precision, "kv_lengths": [111, 50]}
-    fast = with_gradients(lambda: sla2_attention(q, k, v, bm, alpha, qat_backward=qat_backward, backend="cpu", **options), q, k, v, alpha)  # fmt: skip
+    options = {"precision": precision, "qat_backward": qat_backward, "kv_lengths": [111, 50]}
+    fast = with_gradients(lambda: sla2_attention(q, k, v, bm, alpha, backend="cpu", **options), q, k, v, alpha)
     plain = with_gradients(lambda: sla2_reference(q, k, v, bm, alpha, **options), q, k, v, alpha)
-    torch.testing.assert_close(fast[0], plain[0], rtol=1e-9, atol=1e-10)
-    if qat_backward == "matched":  # the straight-through gradient, exactly
-        for a, b in zip(fast[1:], plain[1:]):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
-    else:  # the 16-bit gradient, near the full-precision one
+    for a, b in zip(fast, plain):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    if qat_backward == "paper":  # the 16-bit gradient is near the full-precision one
         full = with_gradients(lambda: sla2_reference(q, k, v, bm, alpha, kv_lengths=[111, 50]), q, k, v, alpha)
         for a, b in zip(fast[1:4], full[1:4]):
             cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
             assert cosine > (0.9 if precision in ("int4", "nvfp4") else 0.998)
 
 
-def test_paper_backward_is_alg_3_with_the_forward_lse_and_output():
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_paper_backward_is_alg_3_with_the_forward_lse_and_output(backend):
     q, k, v, _, mask, bm = inputs(dtype=torch.float64)
-    out, lse = block_sparse_attention(q, k, v, bm, precision="int8", backend="cpu")
+    out, lse = block_sparse_attention(q, k, v, bm, precision="int8", backend=backend)
     grad = torch.randn_like(out)
     got = torch.autograd.grad((out * grad).sum(), (q, k, v))
     tokens = mask.repeat_interleave(16, 2)[:, :, :63].repeat_interleave(8, 3)[..., :111]
@@ -180,6 +179,56 @@ def test_soft_attention_matches_its_definition_and_gradchecks_on_some_rows():
     )
 
 
+@pytest.mark.parametrize("qat_backward", ["paper", "matched"])
+def test_backends_agree_on_the_backward_of_a_low_bit_forward(qat_backward):
+    q, k, v, alpha, _, bm = inputs(dtype=torch.float64)
+    options = dict(precision="int4", qat_backward=qat_backward)
+    calls = (
+        lambda backend: sla2_attention(q, k, v, bm, alpha, backend=backend, **options),
+        lambda backend: block_sparse_attention(q, k, v, bm, backend=backend, **options)[0],
+        lambda backend: sla_attention(q, k, v, bm, backend=backend, **options),
+    )
+    for call in calls:
+        fast, plain = (torch.autograd.grad(call(backend).sin().sum(), (q, k, v)) for backend in ("cpu", "reference"))
+        for a, b in zip(fast, plain):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_lowers_the_inputs_and_nothing_else(backend):
+    q, k, v, _, _, bm = inputs()
+    low = [x.to(torch.bfloat16) for x in (q, k, v)]
+    calls = (
+        lambda q, k, v: sla2_attention(q, k, v, bm, 0.5, backend=backend),
+        lambda q, k, v: block_sparse_attention(q, k, v, bm, backend=backend)[1],
+        lambda q, k, v: sla_attention(q, k, v, bm, torch.eye(8), backend=backend),
+    )
+    for call in calls:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = call(q, k, v)
+        assert torch.equal(found, call(*low))
+        assert found.dtype == call(*low).dtype
+
+
+def test_a_number_as_alpha_is_exact_in_fp64():
+    q, k, v, _, _, bm = inputs(dtype=torch.float64)
+    alpha = torch.full((1, 1, 1), 0.8, dtype=torch.float64)
+    for call in (sla2_attention, sla2_reference):
+        assert torch.equal(call(q, k, v, bm, 0.8), call(q, k, v, bm, alpha))
+
+
+def test_the_reference_backend_needs_no_kernel(monkeypatch):
+    q, k, v, alpha, _, bm = inputs(dtype=torch.float64)
+    calls = (
+        lambda backend: sla2_attention(q, k, v, bm, alpha, smooth_k=False, kv_lengths=[111, 50], backend=backend),
+        lambda backend: sla_attention(q, k, v, bm, torch.eye(8), kv_lengths=[111, 50], backend=backend),
+    )
+    expected = [call("cpu") for call in calls]
+    monkeypatch.setattr(functional.ops, "attention", None)
+    for call, value in zip(calls, expected):
+        torch.testing.assert_close(call("reference"), value, rtol=1e-9, atol=1e-10)
+
+
 def test_sla_adds_the_projected_linear_branch_over_all_blocks():
     q, k, v, _, _, bm = inputs(dtype=torch.float64)
     o_s, _ = block_sparse_attention(q, k, v, bm)
@@ -206,7 +255,10 @@ def test_sla_adds_the_projected_linear_branch_over_all_blocks():
         ({"backend": "gpu"}, ValueError, "backend: expected one of"),
         ({"kv_lengths": [0, 5]}, ValueError, "kv_lengths: expected values in"),
         ({"kv_lengths": [5]}, ValueError, "kv_lengths: expected shape"),
+        ({"kv_lengths": ["a", "b"]}, TypeError, "kv_lengths: expected integers"),
+        ({"kv_lengths": [None, 5]}, TypeError, "kv_lengths: expected integers"),
         ({"block_map": "map"}, TypeError, "block_map: expected a"),
+        ({"block_map": torch.ones(2, 2, 4, 14, dtype=torch.bool)}, TypeError, "block_map: expected a"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_argument(change, error, match):

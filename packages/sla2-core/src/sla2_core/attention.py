@@ -49,11 +49,10 @@ class _RoutedAttention(nn.Module):
     def _enter(self, q: Tensor, k: Tensor, v: Tensor, layout: str, kv_lengths):
         check_choice("layout", layout, LAYOUTS)
         if layout == "bnhd":
-            if any(x.ndim != 4 for x in (q, k, v)):
-                raise ValueError(
-                    f"q, k, v: expected 4 dimensions (B, N, H, d), got shapes {[tuple(x.shape) for x in (q, k, v)]}"
-                )
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            shapes = [tuple(x.shape) for x in (q, k, v) if isinstance(x, Tensor)]  # check_qkv names what is no tensor
+            if any(len(shape) != 4 for shape in shapes):
+                raise ValueError(f"q, k, v: expected 4 dimensions (B, N, H, d), got shapes {shapes}")
+            q, k, v = (x.transpose(1, 2) if isinstance(x, Tensor) else x for x in (q, k, v))
         q, k, v = autocast_qkv(q, k, v)
         check_qkv(q, k, v)
         q, k, v = (x.contiguous() for x in (q, k, v))  # once: pooling and attention both need it
@@ -169,7 +168,7 @@ class SLAAttention(_RoutedAttention):
             _, block_map = self._route(q, k, lengths, True, backend)
         out = sla_attention(
             q, k, v, block_map, self.proj.weight, self.proj.bias,
-            precision=self.config.precision, kv_lengths=lengths, backend=backend,
+            precision=self.config.precision, qat_backward=self.config.qat_backward, kv_lengths=lengths, backend=backend,
         )  # fmt: skip
         out = out.transpose(1, 2) if layout == "bnhd" else out
         return (out, AttentionInfo(block_map, None, block_map.sparsity)) if return_info else out

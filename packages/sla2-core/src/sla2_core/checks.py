@@ -50,11 +50,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def check_block_map(block_map, q: Tensor, k: Tensor) -> None:
     """The map was made for these batch, heads, lengths and device."""
-    found = getattr(block_map, "shape", None)
-    if found is None:
+    if not hasattr(block_map, "block_q"):
         raise TypeError(f"block_map: expected a sla2_core.BlockMap, got {type(block_map).__name__}")
-    if tuple(found[:2]) != tuple(q.shape[:2]):
-        raise ValueError(f"block_map: expected (B, H) = {tuple(q.shape[:2])}, got {tuple(found[:2])}")
+    found = tuple(block_map.shape[:2])
+    if found != tuple(q.shape[:2]):
+        raise ValueError(f"block_map: expected (B, H) = {tuple(q.shape[:2])}, got {found}")
     if (block_map.n_q, block_map.n_k) != (q.shape[2], k.shape[2]):
         raise ValueError(
             f"block_map: expected a map for N_q={q.shape[2]}, N_k={k.shape[2]}, "
@@ -69,7 +69,8 @@ def check_alpha(alpha, q: Tensor, num_rows: int) -> Tensor:
     if isinstance(alpha, (int, float)):
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: expected a value in [0, 1], got {alpha}")
-        return torch.full((1, 1, 1), float(alpha), dtype=torch.float32, device=q.device)
+        kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return torch.full((1, 1, 1), float(alpha), dtype=kind, device=q.device)
     if not isinstance(alpha, Tensor):
         raise TypeError(f"alpha: expected a torch.Tensor or a number, got {type(alpha).__name__}")
     full = (q.shape[0], q.shape[1], num_rows)
@@ -86,7 +87,12 @@ def check_kv_lengths(kv_lengths, q: Tensor, k: Tensor) -> Tensor | None:
     """None, or one integer in [1, N_k] per batch item, as a sequence or an integer tensor; returned as int64 (B,)."""
     if kv_lengths is None:
         return None
-    lengths = torch.as_tensor(kv_lengths, device="cpu")
+    if not isinstance(kv_lengths, Tensor):
+        try:
+            kv_lengths = torch.as_tensor(kv_lengths, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"kv_lengths: expected integers, got {kv_lengths!r}") from None
+    lengths = kv_lengths.cpu()
     if lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
         raise TypeError(f"kv_lengths: expected integers, got {lengths.dtype}")
     if tuple(lengths.shape) != (q.shape[0],):

@@ -99,12 +99,15 @@ def _cuda_attention(
 
 
 def _linear_attention(q, k, v, block_map: BlockMap, lengths, backend: str) -> Tensor:
-    """Linear attention over all blocks: the operator where nothing is selected."""
+    """Linear attention over all blocks, in fp32 or fp64: the operator where nothing is selected."""
     nothing = BlockMap._trusted(
-        Rows(block_map.indices[..., :1], torch.zeros_like(block_map.counts)),
+        Rows(torch.full_like(block_map.indices[..., :1], -1), torch.zeros_like(block_map.counts)),
         block_q=block_map.block_q, block_k=block_map.block_k, n_q=block_map.n_q, n_k=block_map.n_k,
     )  # fmt: skip
     alpha = torch.zeros(block_map.counts.shape, dtype=_work(q).dtype, device=q.device)
+    if backend == "reference":
+        inputs = (_work(x) for x in (q, k, v))
+        return reference.sla2_reference(*inputs, nothing, alpha, smooth_k=False, kv_lengths=lengths)
     if backend in CUDA_BACKENDS:
         return _work(_cuda_attention(q, k, v, nothing, alpha, lengths, "full", "paper", False, backend)[0])
     return _attention(_work(q), _work(k), _work(v), nothing, alpha, lengths, "full")[0]
@@ -147,10 +150,11 @@ def block_sparse_attention(
     lengths = check_kv_lengths(kv_lengths, q, k)
     blocks = (block_map.block_q, block_map.block_k)
     backend = backend_for(q, blocks, precision, backend)
-    if backend == "reference":
-        out, lse = reference.block_sparse_reference(q, k, v, block_map, precision=precision, kv_lengths=lengths)
-        return out, lse.detach()
     with torch.autocast(q.device.type, enabled=False):
+        if backend == "reference":
+            options = dict(precision=precision, qat_backward=qat_backward, kv_lengths=lengths)
+            out, lse = reference.block_sparse_reference(q, k, v, block_map, **options)
+            return out, lse.detach()
         if backend in CUDA_BACKENDS:
             out, lse = _cuda_attention(q, k, v, block_map, None, lengths, precision, qat_backward, False, backend)
             return out, lse.detach()
@@ -197,11 +201,10 @@ def sla2_attention(
     lengths = check_kv_lengths(kv_lengths, q, k)
     blocks = (block_map.block_q, block_map.block_k)
     backend = backend_for(q, blocks, precision, backend)
-    if backend == "reference":
-        return reference.sla2_reference(
-            q, k, v, block_map, alpha, precision=precision, smooth_k=smooth_k, kv_lengths=lengths
-        )
     with torch.autocast(q.device.type, enabled=False):
+        if backend == "reference":
+            options = dict(precision=precision, qat_backward=qat_backward, smooth_k=smooth_k, kv_lengths=lengths)
+            return reference.sla2_reference(q, k, v, block_map, alpha, **options)
         alpha = alpha.expand(block_map.shape[:3])
         if backend in CUDA_BACKENDS:
             return _cuda_attention(q, k, v, block_map, alpha, lengths, precision, qat_backward, smooth_k, backend)[0]
@@ -227,13 +230,14 @@ def sla_attention(
     proj_bias: Tensor | None = None,
     *,
     precision: str = "full",
+    qat_backward: str = "paper",
     kv_lengths=None,
     backend: str = "auto",
 ) -> Tensor:
     """SLA as published (arXiv 2509.24006): O = O_s + proj(O_l), O_l over all blocks, not the complement; K not smoothed.
 
     Args:
-        q, k, v, block_map, precision, kv_lengths, backend: as for block_sparse_attention.
+        q, k, v, block_map, precision, qat_backward, kv_lengths, backend: as for block_sparse_attention.
         proj_weight: (d, d) as of nn.Linear, shared by the heads; None is the zero matrix it starts from.
         proj_bias: (d,) or None.
 
@@ -244,7 +248,8 @@ def sla_attention(
         As block_sparse_attention; ValueError for a projection of another shape.
     """
     q, k, v = autocast_qkv(q, k, v)
-    o_s, _ = block_sparse_attention(q, k, v, block_map, precision=precision, kv_lengths=kv_lengths, backend=backend)
+    options = dict(precision=precision, qat_backward=qat_backward, kv_lengths=kv_lengths, backend=backend)
+    o_s, _ = block_sparse_attention(q, k, v, block_map, **options)
     d = q.shape[3]
     for name, x, shape in (("proj_weight", proj_weight, (d, d)), ("proj_bias", proj_bias, (d,))):
         if x is not None and tuple(x.shape) != shape:

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from sla2_core import quantize
 from sla2_core.block_map import BlockMap
-from sla2_core.checks import check_alpha, check_block_map, check_kv_lengths, check_precision, check_qkv
+from sla2_core.checks import (
+    check_alpha,
+    check_block_map,
+    check_choice,
+    check_kv_lengths,
+    check_precision,
+    check_qkv,
+)
+from sla2_core.config import QAT_BACKWARDS
 from sla2_core.router import smooth_keys
 
 
@@ -47,12 +55,28 @@ def _round_trip(x: Tensor, rounded: Tensor) -> Tensor:
     return x + (rounded - x).detach()
 
 
-def sparse_branch(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, block_q: int, block_k: int, precision: str):
+def _alg_3(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """The value of `out` with the gradient of Alg. 3: P = exp(S - L) from q, k, v as they are, D = rowsum(dO_s * O_s)."""
+    scores = ((q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5).masked_fill(~selected, -torch.inf)
+    p = torch.exp(scores - torch.where(lse == -torch.inf, torch.inf, lse)[..., None])
+    surrogate = p @ v - p.sum(-1, keepdim=True) * out  # its gradient in S is P (dO_s V^T - D)
+    return out + (surrogate - surrogate.detach())
+
+
+def sparse_branch(
+    q: Tensor, k: Tensor, v: Tensor, selected: Tensor, block_q: int, block_k: int, precision: str,
+    qat_backward: str = "paper",
+):  # fmt: skip
     """softmax over the selected pairs only, times V; `selected` is bool (B, H, N_q, N_k), per token.
 
     Returns O_s (B, H, N_q, d) and L (B, H, N_q), the natural log-sum-exp. A row that selects nothing has 0 and -inf.
-    Low bit is rounded as in `quantize`, with straight-through gradients (which is qat_backward="matched").
+    Low bit is rounded as in `quantize`; its gradients are those of Alg. 3 (qat_backward="paper"), or straight-through
+    ("matched").
     """
+    if precision != "full" and qat_backward == "paper":
+        with torch.no_grad():
+            out, lse = sparse_branch(q, k, v, selected, block_q, block_k, precision, "matched")
+        return _alg_3(q, k, v, selected, out, lse), lse
     if precision != "full":
         formats = quantize.FORMATS[precision]
         q = _round_trip(q, quantize.quantize_blocks(q, block_q, formats.qk))
@@ -100,6 +124,7 @@ def sla2_reference(
     alpha: Tensor | float,
     *,
     precision: str = "full",
+    qat_backward: str = "paper",
     smooth_k: bool = True,
     kv_lengths=None,
     complement: str = "linear",
@@ -112,6 +137,8 @@ def sla2_reference(
     check_qkv(q, k, v)
     check_block_map(block_map, q, k)
     check_precision(precision)
+    check_choice("qat_backward", qat_backward, QAT_BACKWARDS)
+    check_choice("complement", complement, ("linear", "exact"))
     alpha = check_alpha(alpha, q, block_map.shape[2])
     kv_lengths = check_kv_lengths(kv_lengths, q, k)
     valid = _valid_keys(k, kv_lengths)
@@ -120,24 +147,29 @@ def sla2_reference(
     keys, values, queries = _drop_padding(_work(k), valid), _drop_padding(_work(v), valid), _work(q)
     selected = _per_token(block_map.mask(), block_map.block_q, block_map.block_k, q.shape[2], k.shape[2]) & valid
     others = ~selected & valid
-    o_s, _ = sparse_branch(queries, keys, values, selected, block_map.block_q, block_map.block_k, precision)
+    blocks = (block_map.block_q, block_map.block_k)
+    o_s, _ = sparse_branch(queries, keys, values, selected, *blocks, precision, qat_backward)
     if complement == "linear":
         o_l = linear_branch(queries, keys, values, others.to(queries.dtype))
     else:
-        o_l, _ = sparse_branch(queries, keys, values, others, block_map.block_q, block_map.block_k, "full")
+        o_l, _ = sparse_branch(queries, keys, values, others, *blocks, "full")
     nothing, everything = ~selected.any(-1, keepdim=True), ~others.any(-1, keepdim=True)
     return mix(o_s, o_l, alpha, block_map.block_q, nothing, everything).to(q.dtype)
 
 
-def block_sparse_reference(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, *, precision="full", kv_lengths=None):
+def block_sparse_reference(
+    q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, *, precision="full", qat_backward="paper", kv_lengths=None
+):
     """The sparse branch alone: O_s (B, H, N_q, d) in q's dtype and L (B, H, N_q) in fp32 or fp64."""
     check_qkv(q, k, v)
     check_block_map(block_map, q, k)
     check_precision(precision)
+    check_choice("qat_backward", qat_backward, QAT_BACKWARDS)
     valid = _valid_keys(k, check_kv_lengths(kv_lengths, q, k))
     keys, values = _drop_padding(_work(k), valid), _drop_padding(_work(v), valid)
     selected = _per_token(block_map.mask(), block_map.block_q, block_map.block_k, q.shape[2], k.shape[2]) & valid
-    out, lse = sparse_branch(_work(q), keys, values, selected, block_map.block_q, block_map.block_k, precision)
+    blocks = (block_map.block_q, block_map.block_k)
+    out, lse = sparse_branch(_work(q), keys, values, selected, *blocks, precision, qat_backward)
     return out.to(q.dtype), lse
 
 

@@ -101,7 +101,7 @@ def routed_attention(
     else:
         out = sla_attention(
             video, k, v, block_map, attention.proj.weight, attention.proj.bias,
-            precision=config.precision, kv_lengths=kv_lengths, backend=backend,
+            precision=config.precision, qat_backward=config.qat_backward, kv_lengths=kv_lengths, backend=backend,
         )  # fmt: skip
     if text_tokens:
         out = torch.cat([out, full_attention(q[:, :, n_video:], k, v, kv_lengths)], dim=2)
