@@ -39,6 +39,7 @@ ORDER = {
         adapter
         cost
         integrations
+        training/settings
         training/cache
         training/data
         training/objectives

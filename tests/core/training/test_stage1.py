@@ -9,7 +9,7 @@ import torch
 from sla2_core.block_map import BlockMap
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.reference import full_attention, routed_mass
-from sla2_core.training.capture import Captured, capture
+from sla2_core.training.capture import Captured, Captures, capture
 from sla2_core.training.soft import Call, calls
 from sla2_core.training.stage1 import Stage1Config, load_stage1, train_stage1
 
@@ -174,6 +174,10 @@ def test_refusals(prepared, wan, sla2_config, tmp_path):
         load_stage1(make(), tmp_path / "nothing")
     with pytest.raises(ValueError, match="topk: expected fractions"):
         Stage1Config(topk=(0.0,))
+    with pytest.raises(ValueError, match="router_lr: expected a number >= 0, got '5e-3'"):
+        Stage1Config(router_lr="5e-3")
+    with pytest.raises(ValueError, match=r"holdout: expected a number in \[0, 1\), got 1.0"):
+        Stage1Config(holdout=1.0)
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_layer(prepared, tmp_path):
@@ -181,5 +185,18 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_layer(prepared, tmp_path)
     handle = make()
     with torch.no_grad():
         handle.attentions[1].router.weight_q.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="step 1, layer 1: the loss is nan; the last good checkpoint is"):
+    with pytest.raises(FloatingPointError, match="step 1, layer 1: the loss is nan; the last good checkpoint is none"):
         train_stage1(handle, captures, CONFIG, tmp_path / "run")
+
+
+def test_held_out_captures_that_are_not_finite_stop_it(prepared, tmp_path, monkeypatch):
+    make, captures = prepared
+    load, held = Captures.load, max(call["sample"] for call in captures.calls)
+
+    def spoilt(self, call, device="cpu"):
+        found = load(self, call, device)
+        return dataclasses.replace(found, q=found.q * float("nan")) if call["sample"] == held else found
+
+    monkeypatch.setattr(Captures, "load", spoilt)
+    with pytest.raises(FloatingPointError, match="step 2, layer 0: the held-out error is nan"):
+        train_stage1(make(), captures, dataclasses.replace(CONFIG, eval_every=2), tmp_path / "run")

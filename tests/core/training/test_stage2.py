@@ -159,7 +159,58 @@ def test_nan_stops_with_step_layer_and_checkpoint(handle, data, tmp_path, poison
         train_stage2(h, data, CONFIG, tmp_path, progress=spoil)
 
 
+def test_nan_in_the_data_is_named_wherever_in_the_batch_it_is(handle, data, tmp_path):
+    latents, text = data
+    for what, spoilt in (
+        ("latents", (latents.clone().index_fill_(0, torch.tensor(2), float("nan")), text)),
+        ("encoder_hidden_states", (latents, text.clone().index_fill_(0, torch.tensor(2), float("inf")))),
+    ):
+        with pytest.raises(TrainingStopped, match=rf"first not finite in the data's {what}; last good"):
+            train_stage2(handle(), spoilt, dataclasses.replace(CONFIG, steps=40, accumulate=4), tmp_path / what)
+
+
+def test_a_nan_that_clipping_spread_names_no_weight(handle, data, tmp_path):
+    h = handle()
+    h.transformer.blocks[0].ffn.net[2].weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(TrainingStopped, match=r"step 1: loss .* first not finite in the gradients; last good"):
+        train_stage2(h, data, CONFIG, tmp_path)
+
+
+def test_a_stopped_run_with_lora_goes_on_with_the_same_handle(handle, data, tmp_path):
+    config, h = dataclasses.replace(CONFIG, lora_rank=2), handle()
+    whole = handle()
+    train_stage2(whole, data, config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_stage2(h, data, config, tmp_path / "run", progress=kill_at(3))
+    train_stage2(h, data, config, tmp_path / "run")
+    assert not changed(h, weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": "1e-5"}, r"learning_rate: expected a number >= 0, got '1e-5'"),  # as YAML reads 1e-5
+        ({"alpha_learning_rate": -1.0}, "alpha_learning_rate: expected a number >= 0, got -1.0"),
+        ({"grad_clip": 0.0}, "grad_clip: expected a number > 0, got 0.0"),
+        ({"shift": -3.0}, "shift: expected a number > 0, got -3.0"),
+        ({"beta2": 1.0}, r"beta2: expected a number in \[0, 1\), got 1.0"),
+        ({"warmup": -1}, "warmup: expected an integer >= 0, got -1"),
+        ({"lora_rank": 0}, "lora_rank: expected an integer >= 1, got 0"),
+        ({"lora_targets": "to_q"}, "lora_targets: expected a list of names, got 'to_q'"),
+        ({"caption_dropout": None}, r"caption_dropout: expected a number in \[0, 1\], got None"),
+        ({"tensorboard": 1}, "tensorboard: expected True or False, got 1"),
+    ],
+)
+def test_settings_out_of_range_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Stage2Config(**changes)
+
+
 def test_refusals(handle, data, tmp_path):
+    disabled = handle()
+    disabled.disable()
+    with pytest.raises(ValueError, match="handle: expected SLA2 enabled, got it disabled"):
+        train_stage2(disabled, data, CONFIG, tmp_path / "disabled")
     train_stage2(handle(), data, dataclasses.replace(CONFIG, steps=1), tmp_path)
     with pytest.raises(ValueError, match=r"stage2.json: expected steps=6 as given, got 1"):
         train_stage2(handle(), data, CONFIG, tmp_path)

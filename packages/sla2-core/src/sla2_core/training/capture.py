@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sla2_core.adapter import read_json, write_json, write_tensors
 from sla2_core.integrations.handle import SLA2Handle, timestep_of
+from sla2_core.training.settings import check_fields
 
 INDEX_NAME = "index.json"
 
@@ -41,12 +42,11 @@ class CaptureConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("layers_per_sample", "heads", "every", "max_bytes"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-        if self.every is None or self.max_bytes is None:
-            raise ValueError("every, max_bytes: expected integers >= 1, got None")
+        check_fields(
+            self,
+            {"an integer >= 1": ("layers_per_sample", "heads", "every", "max_bytes"), "an integer >= 0": ("seed",)},
+            optional=("layers_per_sample", "heads"),
+        )
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: expected float32, bfloat16, float16 or None, got {self.dtype!r}")
 

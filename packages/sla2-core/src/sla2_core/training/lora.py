@@ -13,12 +13,15 @@ _NAME = "sla2"
 def add(transformer: nn.Module, rank: int, targets: Sequence[str], seed: int) -> None:
     """Add LoRA matrices to the linear layers whose names end in one of `targets`; the base weights are frozen.
 
-    The initial matrices follow from `seed`. Raises ModuleNotFoundError without peft, ValueError if no layer fits.
+    The initial matrices follow from `seed`; those of a run that was stopped are taken out first.
+    Raises ModuleNotFoundError without peft, ValueError if no layer fits.
     """
     try:
         from peft import LoraConfig
     except ModuleNotFoundError:
         raise ModuleNotFoundError("peft: expected it for lora_rank, install sla2-core[train]") from None
+    if _NAME in getattr(transformer, "peft_config", {}):
+        transformer.unload_lora()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))

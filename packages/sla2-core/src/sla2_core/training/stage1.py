@@ -17,6 +17,7 @@ from sla2_core.adapter import GEOMETRY, check_tensors, copy_tensors, read_json, 
 from sla2_core.integrations.families import class_name
 from sla2_core.integrations.handle import SLA2Handle
 from sla2_core.training.capture import Captured, Captures
+from sla2_core.training.settings import check_fields
 from sla2_core.training.soft import calls
 from sla2_core.training.stage1_report import layer_report
 
@@ -59,14 +60,19 @@ class Stage1Config:
     seed: int = 0
 
     def __post_init__(self):
-        if not self.topk or any(not 0 < k <= 1 for k in self.topk):
-            raise ValueError(f"topk: expected fractions in (0, 1], got {self.topk!r}")
-        for name in ("steps", "rows", "eval_every", "patience", "eval_rows", "max_scores", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is None and name in ("rows", "eval_rows"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        check_fields(
+            self,
+            {
+                "fractions in (0, 1]": ("topk",),
+                "an integer >= 1": (
+                    "steps", "rows", "eval_every", "patience", "eval_rows", "max_scores", "checkpoint_every"
+                ),
+                "an integer >= 0": ("cache_bytes", "seed"),
+                "a number >= 0": ("router_lr", "alpha_lr", "min_gain"),
+                "a number in [0, 1)": ("holdout",),
+            },
+            optional=("rows", "eval_rows"),
+        )  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -168,7 +174,7 @@ def train_stage1(
 
     Raises:
         ValueError: captures of other heads, layers or head dimension, or a folder with other settings.
-        FloatingPointError: the loss is not finite; the message names step and layer.
+        FloatingPointError: the loss or the held-out error is not finite; the message names step and layer.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -252,9 +258,7 @@ class _Run:
             rows = _rows(rng, captured, trainee.config.block_q, config.rows)
             error = trainee.error(captured, topk, rows, config.max_scores, learn=True)
             if not np.isfinite(error):
-                raise FloatingPointError(
-                    f"step {self.step + 1}, layer {layer}: the loss is {error}; the last good checkpoint is {self.path}"
-                )
+                self._stop(self.step + 1, layer, "loss", error)
             total += error / len(self.trainees)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -266,10 +270,19 @@ class _Run:
         for layer, trainee in self.trainees.items():
             captured = self.data.get(self.data.test[layer][0])
             rows = _rows(np.random.default_rng([config.seed, 1]), captured, trainee.config.block_q, config.eval_rows)
-            errors += [trainee.error(captured, k, rows, config.max_scores, learn=False) for k in config.topk]
+            found = [trainee.error(captured, k, rows, config.max_scores, learn=False) for k in config.topk]
+            if not np.isfinite(found).all():
+                self._stop(self.step, layer, "held-out error", sum(found))
+            errors += found
         if not self.held_out or np.mean(errors) < min(e for _, e in self.held_out):
             self.best = {name: p.detach().clone() for name, p in self.tensors.items()}
         self.held_out.append((self.step, float(np.mean(errors))))
+
+    def _stop(self, step: int, layer: int, what: str, value: float) -> None:
+        last = self.path if self.path.exists() else "none yet"
+        raise FloatingPointError(
+            f"step {step}, layer {layer}: the {what} is {value}; the last good checkpoint is {last}"
+        )
 
     def _stalled(self) -> bool:
         errors = [error for _, error in self.held_out]

@@ -19,6 +19,7 @@ from sla2_core.training import lora
 from sla2_core.training import stage2_state as state
 from sla2_core.training.data import as_dataset, collate
 from sla2_core.training.objectives import draw_sigma, noisy_and_target
+from sla2_core.training.settings import check_fields
 
 SETTINGS_NAME = "stage2.json"
 
@@ -73,10 +74,20 @@ class Stage2Config:
     tensorboard: bool = False
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        check_fields(
+            self,
+            {
+                "an integer >= 1": ("steps", "batch_size", "accumulate", "checkpoint_every", "keep", "lora_rank"),
+                "an integer >= 0": ("warmup", "seed"),
+                "a number >= 0": ("learning_rate", "alpha_learning_rate", "weight_decay"),
+                "a number > 0": ("grad_clip", "shift"),
+                "a number in [0, 1]": ("caption_dropout", "ema"),
+                "a number in [0, 1)": ("beta2",),
+                "True or False": ("gradient_checkpointing", "tensorboard"),
+                "a list of names": ("lora_targets",),
+            },
+            optional=("lora_rank", "ema"),
+        )  # fmt: skip
         for name, allowed in (
             ("loss", ("diffusion", "distill")),
             ("sigma", ("logit_normal", "uniform")),
@@ -85,10 +96,6 @@ class Stage2Config:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
-        for name, low, high in (("caption_dropout", 0, 1), ("ema", 0, 1), ("learning_rate", 0, float("inf"))):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name}: expected a number in [{low}, {high}], got {value!r}")
 
 
 @dataclass(kw_only=True)
@@ -121,17 +128,20 @@ def train_stage2(
         data: (latents, text embeddings) tensors, or a data set with len() whose items are {"latents": ..., condition: ...};
             an attribute `unconditional` = {condition: ...} replaces dropped conditions (zeros without it).
         folder: checkpoints, metrics, and in the end adapter/ with the model's weights.
-        teacher: the full-attention model for loss="distill"; None copies the model as it is before training.
+        teacher: the full-attention model for loss="distill"; None copies the model as it is now, so a run that goes on
+            needs its handle on the model it began with, not on one trained in part.
         accelerator: accelerate's Accelerator; None makes one, which reads `accelerate launch`'s or torchrun's environment.
             Under FSDP2 checkpoints and adapter are gathered whole, so that another number of processes can go on.
         progress: called as progress(step, steps, {"loss": ..., "grad_norm": ...}), by the main process.
 
     Raises:
-        TrainingStopped: loss or gradients are not finite. ValueError: batch_size that the processes and `accumulate` do not
+        TrainingStopped: loss or gradients are not finite. ValueError: a disabled handle, batch_size that the processes and `accumulate` do not
             divide, a folder of a run with other settings, data of the wrong form, FSDP settings that cannot work here.
             ModuleNotFoundError: no accelerate.
     """
     folder = Path(folder)
+    if not handle.enabled:
+        raise ValueError("handle: expected SLA2 enabled, got it disabled; call handle.enable()")
     if accelerator is None:
         accelerator = _accelerator()
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
@@ -260,19 +270,19 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         size = config.batch_size // (accelerator.num_processes * config.accumulate)
-        total = torch.zeros((), device=accelerator.device)
+        total, batches = torch.zeros((), device=accelerator.device), []
         for part in range(config.accumulate):
             first = (accelerator.process_index * config.accumulate + part) * size
             mine = slice(first, first + size)
-            batch = self._batch(step, index[mine], sigma[mine], dropped[mine], first)
+            batches.append(self._batch(step, index[mine], sigma[mine], dropped[mine], first))
             with self._sync(part):
-                loss = self._loss(batch) / config.accumulate
+                loss = self._loss(batches[-1]) / config.accumulate
                 total += loss.detach()
                 accelerator.backward(loss)
         loss = float(accelerator.reduce(total, "mean"))
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), config.grad_clip))
         if not (np.isfinite(loss) and np.isfinite(norm)):
-            self._stop(step, loss, norm, batch)
+            self._stop(step, loss, norm, batches)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
@@ -312,16 +322,16 @@ class _Run:
                 target = self._predict(self.teacher, batch)
         return torch.nn.functional.mse_loss(self._predict(self.model, batch), target)
 
-    def _stop(self, step: int, loss: float, norm: float, batch: Mapping[str, Any]) -> None:
-        """Raise TrainingStopped, naming the first layer whose output or gradient is not finite."""
-        layer = self._first_bad_layer(batch)
+    def _stop(self, step: int, loss: float, norm: float, batches: list[dict[str, Any]]) -> None:
+        """Raise TrainingStopped, naming the first weight, data or layer whose numbers are not finite."""
+        layer = self._first_bad_layer(batches)
         good = state.latest(self.folder)
         last = str(good) if good else "none yet"
         raise TrainingStopped(
             f"step {step + 1}: loss {loss}, gradient norm {norm}, first not finite in {layer}; last good checkpoint: {last}"
         )
 
-    def _first_bad_layer(self, batch: Mapping[str, Any]) -> str:
+    def _first_bad_layer(self, batches: list[dict[str, Any]]) -> str:
         found: list[str] = []
 
         def watch(name: str):
@@ -336,19 +346,25 @@ class _Run:
         for name, parameter in self.transformer.named_parameters():
             if not state.is_finite(parameter):
                 return f"the weight {name}"
+        for batch in batches:
+            for name, x in {"latents": batch["noisy"], **batch["conditions"]}.items():
+                if not state.is_finite(x):
+                    return f"the data's {name}"
         hooks = [module.register_forward_hook(watch(name)) for name, module in modules]
         try:
             with torch.no_grad():
-                self._predict(self.transformer, batch)
+                for batch in batches:
+                    self._predict(self.transformer, batch)
         finally:
             for hook in hooks:
                 hook.remove()
         if found:
             return found[0]
-        gradients = [
-            n for n, p in self.transformer.named_parameters() if p.grad is not None and not state.is_finite(p.grad)
-        ]
-        return f"the gradient of {gradients[-1]}" if gradients else "the loss"
+        graded = [(n, p.grad) for n, p in self.transformer.named_parameters() if p.grad is not None]
+        bad = [name for name, grad in graded if not state.is_finite(grad)]
+        if bad and len(bad) == len(graded):  # clipping spreads a NaN over all of them
+            return "the gradients"
+        return f"the gradient of {bad[-1]}" if bad else "the loss"
 
 
 def _freeze(handle: SLA2Handle, config: Stage2Config) -> dict[str, bool]:
