@@ -1,6 +1,7 @@
 """The whole forward on the emulator against the fp64 reference: odd lengths, padding, all, one and no blocks, NaN."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,15 @@ def test_sparse_branch_alone():
     problems.assert_as_good(out, exact, problems.same_dtype(case, linear=False), 2.0)
     torch.testing.assert_close(lse.double(), expected, atol=1e-4, rtol=1e-4)
     assert (lse == -torch.inf).any()
+
+
+@pytest.mark.skipif(problems.on_gpu(), reason="the GPU has the architecture it has")
+def test_sixteen_rows_a_warp(monkeypatch):
+    """As sm_86, sm_89 and sm_120 share a query block among warps."""
+    monkeypatch.setattr(problems, "DEVICE", replace(problems.DEVICE, arch="sm_120a"))
+    case = problems.make(111, 200, lengths=(200, 63))
+    out, _ = problems.run(case)
+    problems.assert_as_good(out, problems.oracle(case), problems.same_dtype(case), 2.0)
 
 
 def test_padding_tokens_may_hold_anything():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from sla2_kernels.specs import ARCHITECTURES, DTYPES, HEAD_DIMS, PRECISIONS, KernelSpec
+from sla2_kernels.specs import ARCHITECTURES, DTYPES, HEAD_DIMS, PRECISIONS, Architecture, KernelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Geometry:
 @dataclass(frozen=True)
 class _Kernel:
     source: str
-    threads: Callable[[Geometry], int]
+    threads: Callable[[Geometry, Architecture], int]
     shared_bytes: Callable[[Geometry], int]
     precisions: tuple[str, ...] = ("full",)
     max_registers: int = 255
@@ -54,12 +54,12 @@ def _none(_: Geometry) -> int:
     return 0
 
 
-def _fixed(threads: int) -> Callable[[Geometry], int]:
-    return lambda _: threads
+def _fixed(threads: int) -> Callable[[Geometry, Architecture], int]:
+    return lambda *_: threads
 
 
-def _forward_threads(g: Geometry) -> int:
-    return g.block_q if g.block_q % 32 == 0 else 2 * g.block_q
+def _forward_threads(g: Geometry, arch: Architecture) -> int:
+    return g.block_q if arch.fast_mma and g.block_q % 32 == 0 else 2 * g.block_q
 
 
 def _sparse_forward_shared(g: Geometry) -> int:
@@ -91,36 +91,36 @@ _KERNELS = {
     "sla2_copy_columns": _Kernel("prologue.cu", _fixed(256), _none),
     "sla2_key_sums": _Kernel("prologue.cu", _fixed(128), _none),
     "sla2_key_mean": _Kernel("prologue.cu", _fixed(512), _none, ("full", *_LOW)),
-    "sla2_prologue_q": _Kernel("prologue.cu", lambda g: 2 * g.block_q, _none, ("full", *_LOW)),
-    "sla2_prologue_k": _Kernel("prologue.cu", lambda g: 2 * g.block_k, _none, ("full", *_LOW)),
+    "sla2_prologue_q": _Kernel("prologue.cu", lambda g, _: 2 * g.block_q, _none, ("full", *_LOW)),
+    "sla2_prologue_k": _Kernel("prologue.cu", lambda g, _: 2 * g.block_k, _none, ("full", *_LOW)),
     "sla2_prologue_v": _Kernel("prologue.cu", _fixed(128), _none, _LOW),
-    "sla2_project": _Kernel("route.cu", lambda g: g.head_dim, _none),
+    "sla2_project": _Kernel("route.cu", lambda g, _: g.head_dim, _none),
     "sla2_scores": _Kernel("route.cu", _fixed(64), _none),
     "sla2_topk": _Kernel("route.cu", _fixed(128), _none),
     "sla2_row_bits": _Kernel("route.cu", _fixed(128), _none),
     "sla2_column_bits": _Kernel("route.cu", _fixed(128), _none),
     "sla2_column_offsets": _Kernel("route.cu", _fixed(256), _none),
     "sla2_column_rows": _Kernel("route.cu", _fixed(128), _none),
-    "sla2_states": _Kernel("linear.cu", lambda g: 2 * g.head_dim, lambda g: 2 * g.block_k * g.row_bytes),
+    "sla2_states": _Kernel("linear.cu", lambda g, _: 2 * g.head_dim, lambda g: 2 * g.block_k * g.row_bytes),
     "sla2_masked_sum": _Kernel("linear.cu", _fixed(256), lambda g: 4 * 32 * 256),
     "sla2_sparse_fwd": _Kernel("sparse_fwd.cu", _forward_threads, _sparse_forward_shared),
-    "sla2_sparse_fwd_low": _Kernel("sparse_fwd_low.cu", lambda g: 2 * g.block_q, _sparse_forward_low_shared, _LOW),
-    "sla2_bwd_row_dot": _Kernel("sparse_bwd.cu", lambda g: 2 * g.block_q, _none),
-    "sla2_sparse_bwd_q": _Kernel("sparse_bwd.cu", lambda g: 2 * _backward_rows(g), _backward_q_shared, ("full", *_LOW)),
-    "sla2_sparse_bwd_kv": _Kernel("sparse_bwd.cu", lambda g: 2 * g.block_k, _backward_kv_shared, ("full", *_LOW)),
+    "sla2_sparse_fwd_low": _Kernel("sparse_fwd_low.cu", lambda g, _: 2 * g.block_q, _sparse_forward_low_shared, _LOW),
+    "sla2_bwd_row_dot": _Kernel("sparse_bwd.cu", lambda g, _: 2 * g.block_q, _none),
+    "sla2_sparse_bwd_q": _Kernel("sparse_bwd.cu", lambda g, _: 2 * _backward_rows(g), _backward_q_shared, ("full", *_LOW)),
+    "sla2_sparse_bwd_kv": _Kernel("sparse_bwd.cu", lambda g, _: 2 * g.block_k, _backward_kv_shared, ("full", *_LOW)),
     "sla2_widen": _Kernel("sparse_bwd_matched.cu", _fixed(256), _none, _LOW),
     "sla2_round_values": _Kernel("sparse_bwd_matched.cu", _fixed(256), _none, _LOW),
     "sla2_bwd_matched_rows": _Kernel(
-        "sparse_bwd_matched.cu", lambda g: 2 * _backward_rows(g), _backward_q_shared, _LOW
+        "sparse_bwd_matched.cu", lambda g, _: 2 * _backward_rows(g), _backward_q_shared, _LOW
     ),
     "sla2_finish_dk": _Kernel("sparse_bwd.cu", _fixed(256), _none),
     "sla2_linear_bwd_q": _Kernel(
         "linear_bwd.cu",
-        lambda g: 2 * g.block_q,
+        lambda g, _: 2 * g.block_q,
         lambda g: (2 * g.block_q + g.head_dim) * g.row_bytes + 12 * g.block_q,
     ),
     "sla2_linear_bwd_kv": _Kernel(
-        "linear_bwd.cu", lambda g: 2 * g.block_k, lambda g: (2 * g.block_k + g.head_dim) * g.row_bytes
+        "linear_bwd.cu", lambda g, _: 2 * g.block_k, lambda g: (2 * g.block_k + g.head_dim) * g.row_bytes
     ),
 }
 
@@ -141,7 +141,7 @@ def spec_of(name: str, arch: str, geometry: Geometry) -> KernelSpec:
         source=kernel.source,
         entry=name,
         arch=arch,
-        threads=kernel.threads(geometry),
+        threads=kernel.threads(geometry, ARCHITECTURES[arch]),
         macros=(
             ("SLA2_HEAD_DIM", geometry.head_dim),
             ("SLA2_BLOCK_Q", geometry.block_q),

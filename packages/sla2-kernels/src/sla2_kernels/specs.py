@@ -25,6 +25,11 @@ class Architecture:
     blocks_per_sm: int
     registers_per_sm: int = 65536
 
+    @property
+    def fast_mma(self) -> bool:
+        """Whether tensor cores outrun shared memory at 16 rows a warp (FAST_MMA in mix.cuh): the data centre's GPUs."""
+        return self.number in (80, 90, 100)
+
     def resident_blocks(self, threads: int, registers: int, shared_bytes: int) -> int:
         """Blocks of a kernel that fit on one multiprocessor at once."""
         warps = -(-threads // 32)

@@ -4,8 +4,8 @@
 // Floats of a query row in shared memory.
 constexpr int ROW_VALUES = MATCHED ? 4 : 2;
 // What keeps ptxas from spilling: it holds fewer operands at once.
-constexpr int DQ_UNROLL = SLA2_ARCH == 120 && MATCHED ? 2 : HEAD_DIM / 16;
-constexpr int DKV_UNROLL = !MATCHED && (SLA2_ARCH == 80 || SLA2_ARCH == 90) ? HEAD_DIM / 16 : 2;
+constexpr int DQ_UNROLL = SLA2_ARCH == 100 ? 2 : HEAD_DIM / 16;
+constexpr int DKV_UNROLL = MATCHED || SLA2_ARCH == 120 ? 1 : HEAD_DIM / 16;
 
 // row_dot (B H, n_q) = dO . O_s, fp32: D of the softmax backward is this times the weight of O_s. Grid (T_m, B H).
 extern "C" __global__ void __launch_bounds__(2 * BLOCK_Q)
@@ -32,7 +32,7 @@ sla2_bwd_row_dot(const half_bits* __restrict__ grad, const half_bits* __restrict
 // dQ = sum over the selected blocks of dS K, plus d_linear (fp32, or null). One tile of ROWS query rows per block of
 // threads: grid (T_m PARTS, B H). row_mean (B H, n_q) is D over the weight of O_s; q_scale (B H, T_m) and k_scale (B H,
 // T_n) are null unless the backward is matched. Shared memory: Q | dO | two K tiles | two V tiles, filled as in the forward.
-extern "C" __global__ void __launch_bounds__(DQ_THREADS)
+extern "C" __global__ void __launch_bounds__(DQ_THREADS, 1)
 sla2_sparse_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__ k, const half_bits* __restrict__ v,
                   const half_bits* __restrict__ grad, const float* __restrict__ lse, const float* __restrict__ row_mean,
                   const float* __restrict__ q_scale, const float* __restrict__ k_scale,
@@ -119,7 +119,7 @@ sla2_sparse_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
 // the block's column sums of dK for the smoothing's backward. row_mean, q_scale, k_scale as in sparse_bwd_q; row_top (B H,
 // n_q), the largest P of a row, is null unless the backward is matched. Grid (T_n, B H). Shared memory: K | V | two Q tiles
 // | two dO tiles | L, row_mean and row_top of their rows.
-extern "C" __global__ void __launch_bounds__(DKV_THREADS)
+extern "C" __global__ void __launch_bounds__(DKV_THREADS, 1)
 sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict__ k, const half_bits* __restrict__ v,
                    const half_bits* __restrict__ grad, const float* __restrict__ lse, const float* __restrict__ row_mean,
                    const float* __restrict__ row_top, const float* __restrict__ q_scale, const float* __restrict__ k_scale,

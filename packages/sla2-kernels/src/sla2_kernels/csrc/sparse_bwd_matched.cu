@@ -44,7 +44,7 @@ sla2_round_values(const half_bits* __restrict__ v, const float* __restrict__ val
 
 // Per query row: row_mean = sum of P dP over the selected keys with the unrounded P, dP = dO V^T, which is D over the weight
 // of O_s, and row_top = the largest P; 0 and 1 where nothing is selected. Grid and shared memory as sparse_bwd_q.
-extern "C" __global__ void __launch_bounds__(DQ_THREADS)
+extern "C" __global__ void __launch_bounds__(DQ_THREADS, 1)
 sla2_bwd_matched_rows(const half_bits* __restrict__ q, const half_bits* __restrict__ k, const half_bits* __restrict__ v,
                       const half_bits* __restrict__ grad, const float* __restrict__ lse,
                       const float* __restrict__ q_scale, const float* __restrict__ k_scale,

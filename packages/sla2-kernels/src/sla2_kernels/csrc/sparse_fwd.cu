@@ -3,12 +3,13 @@
 
 constexpr int KEY_TILES = BLOCK_K / 8;
 constexpr int KEY_BYTES = BLOCK_K * HALF_ROW;  // one K or V tile
+constexpr int RESIDENT_BLOCKS = FAST_MMA || HEAD_DIM == 64 ? 2 : 1;  // what a multiprocessor has shared memory for
 // What keeps the compiler within 255 registers: more unrolling makes it spill a few of them.
-constexpr int SCORE_UNROLL = SLA2_ARCH == 90 ? HEAD_DIM / 16 : (SLA2_ARCH == 100 ? 1 : 2);
+constexpr int SCORE_UNROLL = SLA2_ARCH == 100 ? 1 : (SLA2_ARCH == 80 || SLA2_ARCH == 120 ? 2 : HEAD_DIM / 16);
 
 // One block of threads per query block; grid (T_m, B H). Shared memory: Q | two K tiles | two V tiles, reused at the end
 // for phi(Q) | H | O. K of step t + 1 travels during Q K^T of step t, V of step t + 1 during P V of step t.
-extern "C" __global__ void __launch_bounds__(FWD_THREADS, 2)
+extern "C" __global__ void __launch_bounds__(FWD_THREADS, RESIDENT_BLOCKS)
 sla2_sparse_fwd(const half_bits* __restrict__ q, const half_bits* __restrict__ k, const half_bits* __restrict__ v,
                 const int* __restrict__ indices, const int* __restrict__ counts, int max_selected,
                 const int* __restrict__ kv_lengths, const half_bits* __restrict__ phi_q,
