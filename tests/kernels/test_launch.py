@@ -162,8 +162,9 @@ def test_what_is_missing_is_told_in_one_line(monkeypatch, driver, cupy_there, nv
 
 
 def test_architectures_of_capabilities():
-    found = [architecture_of(*pair) for pair in [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)]]
-    assert found == ["sm_80", "sm_86", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a"]
+    pairs = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]
+    expected = ["sm_80", "sm_86", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_100", "sm_120a", "sm_120"]
+    assert [architecture_of(*pair) for pair in pairs] == expected
     with pytest.raises(RuntimeError, match=r"expected a GPU of compute capability 8\.0, .*, got 7\.5"):
         architecture_of(7, 5)
 

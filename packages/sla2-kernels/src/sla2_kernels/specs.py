@@ -64,17 +64,19 @@ ARCHITECTURES = {
         number=120, shared_per_block=99 * _KB, shared_per_sm=100 * _KB, threads_per_sm=1536, blocks_per_sm=24
     ),
 }
+# What "a" leaves out: cubins that later chips of the family run too (10.3: B300; 12.1: GB10).
+ARCHITECTURES |= {"sm_100": ARCHITECTURES["sm_100a"], "sm_120": ARCHITECTURES["sm_120a"]}
+_LATER_CHIPS = {87: "sm_86", 103: "sm_100", 121: "sm_120"}
 
 
 def architecture_of(major: int, minor: int) -> str:
     """The architecture to compile for on a GPU of compute capability (major, minor); RuntimeError if there is none."""
     number = 10 * major + minor
-    for name, architecture in ARCHITECTURES.items():
-        if architecture.number == number:
-            return name
-    if number == 87:
-        return "sm_86"
-    raise RuntimeError(f"expected a GPU of compute capability 8.0, 8.6, 8.9, 9.0, 10.0 or 12.0, got {major}.{minor}")
+    exact = (name for name, architecture in ARCHITECTURES.items() if architecture.number == number)
+    if found := next(exact, _LATER_CHIPS.get(number)):
+        return found
+    known = "8.0, 8.6, 8.7, 8.9, 9.0, 10.0, 10.3, 12.0 or 12.1"
+    raise RuntimeError(f"expected a GPU of compute capability {known}, got {major}.{minor}")
 
 
 @dataclass(frozen=True, kw_only=True)
