@@ -106,7 +106,9 @@ _KERNELS = {
     "sla2_sparse_fwd": _Kernel("sparse_fwd.cu", _forward_threads, _sparse_forward_shared),
     "sla2_sparse_fwd_low": _Kernel("sparse_fwd_low.cu", lambda g, _: 2 * g.block_q, _sparse_forward_low_shared, _LOW),
     "sla2_bwd_row_dot": _Kernel("sparse_bwd.cu", lambda g, _: 2 * g.block_q, _none),
-    "sla2_sparse_bwd_q": _Kernel("sparse_bwd.cu", lambda g, _: 2 * _backward_rows(g), _backward_q_shared, ("full", *_LOW)),
+    "sla2_sparse_bwd_q": _Kernel(
+        "sparse_bwd.cu", lambda g, _: 2 * _backward_rows(g), _backward_q_shared, ("full", *_LOW)
+    ),
     "sla2_sparse_bwd_kv": _Kernel("sparse_bwd.cu", lambda g, _: 2 * g.block_k, _backward_kv_shared, ("full", *_LOW)),
     "sla2_widen": _Kernel("sparse_bwd_matched.cu", _fixed(256), _none, _LOW),
     "sla2_round_values": _Kernel("sparse_bwd_matched.cu", _fixed(256), _none, _LOW),
