@@ -50,6 +50,7 @@ def test_the_group_lists_every_command(capsys):
         (["generate", "--prompts", "p.txt", "--out", "o", "--steps", "0"], ["--steps", "0"]),
         (["generate", "--prompts", "p.txt", "--out", "o"], ["p.txt", "one prompt a line", "nothing there"]),
         (["score", "--videos", "v", "--out", "o"], ["--metrics"]),
+        (["score", "--videos", "v", "--metrics", "psnr", "--out", "o", "--num-workers", "0"], ["--num-workers", "0"]),
         (["score", "--videos", "v", "--metrics", "psnrr", "--out", "o"], ["--metrics", "psnr", "'psnrr'"]),
         (["score", "--videos", "v", "--metrics", "psnr", "--out", "o"], ["reference", "psnr"]),
         (["score", "--videos", "v", "--metrics", "temporal_flickering", "--out", "o"], ["v:", "nothing there"]),
@@ -187,6 +188,15 @@ def test_score_prints_a_table_and_names_broken_videos(tmp_path, capsys):
     assert "broken-0.mp4" in errors[0]
     assert "temporal_flickering" in captured.out
     assert not [path for path in (tmp_path / "out").rglob("*") if "partial" in path.name]
+
+
+def test_score_that_could_compute_nothing_did_not_go_well(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SLA2_WEIGHTS", str(tmp_path / "none"))
+    write_video(tmp_path / "a square-0.mp4", moving_square(1), 8)
+    arguments = ["score", "--videos", str(tmp_path), "--reference", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--metrics", "lpips"]) == 1
+    assert "unavailable: run sla2 weights fetch alexnet" in capsys.readouterr().out
+    assert main([*arguments, "--metrics", "lpips,temporal_flickering"]) == 0
 
 
 def test_an_unexpected_error_is_one_line(monkeypatch, capsys):

@@ -12,7 +12,9 @@ from sla2_eval.commands.tables import show
 @click.option("--reference", type=click.Path(), help="Folder of the same file names, for paired and set metrics.")
 @click.option("--metrics", "names", help="Comma-separated names; see --list.")
 @click.option("--out", type=click.Path(), help="Folder for results.json and the store of per-video results.")
-@click.option("--num-workers", default=1, show_default=True, help="Processes that decode and score.")
+@click.option(
+    "--num-workers", default=1, show_default=True, type=click.IntRange(1), help="Processes that decode and score."
+)
 @click.option("--ray-address", help="Join this Ray cluster; 'auto' finds one.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
@@ -63,7 +65,7 @@ def command(
     show(rows, ("metric", "mean", "low", "high", "videos", "difference", "note"), as_json=as_json)
     for row in results["failed"]:
         click.echo(f"sla2: error: {row['error']}", err=True)
-    return failed
+    return failed or int(not results["metrics"])  # nothing that was asked for could be computed
 
 
 def _row(name: str, results: dict) -> dict:
