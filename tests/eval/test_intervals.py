@@ -22,6 +22,17 @@ def test_bootstrap_covers_the_mean_about_19_times_in_20():
     assert 176 <= inside <= 198
 
 
+@pytest.mark.parametrize(("prompts", "least", "most"), [(3, 0.18, 0.32), (10, 0.05, 0.16)])
+def test_bootstrap_over_few_prompts_is_too_narrow_by_as_much_as_is_said(prompts, least, most):
+    rng = np.random.default_rng(4)
+    missed = 0
+    for trial in range(400):
+        values = {str(i): [x] for i, x in enumerate(rng.normal(2.0, 1.0, prompts))}
+        interval = over_prompts(values, resamples=400, seed=trial)
+        missed += not interval.low <= 2.0 <= interval.high
+    assert least < missed / 400 < most
+
+
 def test_order_of_prompts_does_not_matter():
     values = {str(i): [i * 0.1, 1 / (i + 1)] for i in range(9)}
     assert over_prompts(values) == over_prompts(dict(reversed(values.items())))

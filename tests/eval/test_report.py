@@ -90,6 +90,19 @@ def test_lead_counts_what_was_scored(run_dir):
     assert "1 variant, 2 prompts, 2 videos scored." in write_report(run_dir).read_text()
 
 
+def test_intervals_over_few_prompts_are_said_to_be_narrow(run_dir):
+    assert (
+        "Over 2 prompts: bootstrap intervals over fewer than about twenty are too narrow"
+        in write_report(run_dir).read_text()
+    )
+    for path in (run_dir / "scores").glob("*/results.json"):
+        scored = json.loads(path.read_text())
+        row = scored["videos"][0]
+        scored["videos"] = [{**row, "file_name": f"{i}.mp4", "prompt": f"p{i}"} for i in range(20)]
+        path.write_text(json.dumps(scored))
+    assert "too narrow" not in write_report(run_dir).read_text()
+
+
 def test_small_figures_are_not_shown_as_none(run_dir):
     assert [number(v) for v in (None, 0.0, -0.00002, 0.00123, 9.87654, -12.345)] == [
         "–", "0.0000", "-2.0e-05", "0.0012", "9.8765", "-12.35",

@@ -286,3 +286,7 @@ def narrow_screens(page):
         assert page.js("document.documentElement.scrollWidth") <= width
         outside = "[...document.querySelectorAll('section > *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
         assert page.js(f"{outside}.map(e => e.outerHTML.slice(0, 80))") == []
+    words = "document.querySelectorAll('h1, h2, .legend li, .cell b, .pick output, tbody .name, .note')"
+    page.js(f"{words}.forEach(e => {{ e.textContent = 'a_name_without_a_gap_'.repeat(9); }})")
+    page.call("Emulation.setDeviceMetricsOverride", width=340, height=800, deviceScaleFactor=1, mobile=False)
+    assert page.js("document.documentElement.scrollWidth") <= 340

@@ -25,7 +25,7 @@ def number(value: float | None) -> str:
     """A figure for the tables: two decimals from ten on, else four, or two digits where four decimals show none; a dash for none."""
     if value is None:
         return "–"
-    if 0 < abs(value) < 0.001:
+    if 0 < abs(value) < 0.0001:
         return f"{value:.1e}"
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
 
