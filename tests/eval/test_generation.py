@@ -82,6 +82,21 @@ def test_a_folder_takes_one_setting(tmp_path):
         generate(Recorder(), PROMPTS, tmp_path / "out", config=SamplingConfig(steps=4), fingerprint={"model": "b"})
 
 
+def test_a_folder_without_videos_takes_other_settings(tmp_path):
+    class Failing(Recorder):
+        def sample(self, requests, config):
+            raise ValueError("num_frames: expected none")
+
+    with pytest.raises(ValueError, match="num_frames"):
+        generate(Failing(), PROMPTS, tmp_path, config=SamplingConfig(num_frames=3))
+    generate(Recorder(), PROMPTS, tmp_path, config=SamplingConfig(steps=5))
+    with pytest.raises(ValueError, match="sampling was"):
+        generate(Recorder(), PROMPTS, tmp_path)
+    (tmp_path / "generation.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation\.json: expected a JSON object of settings, got"):
+        generate(Recorder(), PROMPTS, tmp_path)
+
+
 def test_foreign_videos_are_not_mixed_with(tmp_path):
     (tmp_path / "holiday.mp4").write_bytes(b"mine")
     with pytest.raises(ValueError, match=r"without generation\.json"):

@@ -266,23 +266,35 @@ def plan(prompts: Sequence[str], indices: Sequence[int], seed: int) -> list[Requ
     return requests
 
 
-def open_folder(folder: Path, config: SamplingConfig, fingerprint: dict) -> None:
-    """Make `folder` and note what it is generated with. Raises ValueError if it holds videos made with something else."""
-    path, settings = folder / SETTINGS, json.loads(canonical({**fingerprint, "sampling": asdict(config)}))
-    if path.exists():
-        before = json.loads(path.read_text())
+def note_settings(path: Path, values: dict, *, replace: bool = False) -> None:
+    """Write to `path` what its folder is made with; `replace` where the folder holds nothing made yet.
+
+    Raises ValueError, naming folder and key, if it was made with something else, or the file if it cannot be read.
+    """
+    settings, folder = json.loads(canonical(values)), path.parent
+    if path.exists() and not replace:
+        try:
+            before = dict(json.loads(path.read_text()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: expected a JSON object of settings, got: {error}") from None
         for key in sorted(before.keys() | settings.keys()):
             if before.get(key) != settings.get(key):
                 raise ValueError(
                     f"{folder}: expected a new folder or one generated with the same settings, but {key} was "
                     f"{canonical(before.get(key))[:120]} and is {canonical(settings.get(key))[:120]}"
                 )
-    elif any(folder.glob("*.mp4")):
+    else:
+        write_atomic(path, json.dumps(settings, indent=2) + "\n")
+
+
+def open_folder(folder: Path, config: SamplingConfig, fingerprint: dict) -> None:
+    """Make `folder` and note what it is generated with. Raises ValueError if it holds videos made with something else."""
+    path, videos = folder / SETTINGS, [p for p in folder.glob("*.mp4") if not p.name.startswith(".")]
+    if videos and not path.exists():
         raise ValueError(
             f"{folder}: expected a new folder or one of generated videos, got mp4 files without {SETTINGS}"
         )
-    else:
-        write_atomic(path, json.dumps(settings, indent=2) + "\n")
+    note_settings(path, {**fingerprint, "sampling": asdict(config)}, replace=not videos)
 
 
 def write_videos(

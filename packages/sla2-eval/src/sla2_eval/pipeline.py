@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sla2_eval.generation import Generator, TinyGenerator, autocast_dtype
+from sla2_eval.generation import Generator, TinyGenerator, autocast_dtype, note_settings
 from sla2_eval.progress import Report, silent
 from sla2_eval.store import write_atomic
 
@@ -123,18 +123,16 @@ def stage1(
     stage: str = "stage 1",
     report: Report = silent,
 ) -> dict:
-    """Router and alpha on the captured Q, K, V; returns the report of `train_stage1` as a dict."""
+    """Router and alpha on the captured Q, K, V, and their adapter; returns the report of `train_stage1` as a dict."""
     from sla2_core.training.capture import Captures
     from sla2_core.training.stage1 import Stage1Config, train_stage1
 
-    adapter = folder / "adapter"
     handle = apply(generator, attention)
     config = Stage1Config(topk=settings.topk, steps=settings.steps, seed=seed, max_scores=1 << 22)
     found = train_stage1(
         handle, Captures(captures), config, folder, progress=lambda done, total, _: report(stage, done, total)
     )
-    if not (adapter / "sla2_config.json").exists():
-        handle.save(adapter)
+    handle.save(folder / "adapter")  # of a finished run too: k% and precision may be others than before
     return found.to_dict()
 
 
@@ -152,7 +150,8 @@ def stage2(
 ) -> dict:
     """Fine-tune model and alpha from the stage 1 in `router` (None: from the initial state); returns the report as a dict.
 
-    The sparse branch computes in `attention.precision`: quantisation-aware training where that is a low one.
+    The sparse branch computes in `attention.precision`: quantisation-aware training where that is a low one. Raises
+    ValueError for a folder trained with other settings.
     """
     from sla2_core.training.stage1 import load_stage1
     from sla2_core.training.stage2 import Stage2Config, train_stage2
@@ -160,6 +159,8 @@ def stage2(
     from sla2_eval.tiny.model import SHIFT
 
     done = folder / "finished.json"
+    wanted = {"attention": attention.model_dump(exclude={"backend"}), "stage2": settings.model_dump(), "seed": seed}
+    note_settings(folder / "settings.json", wanted)
     if done.exists():
         report(stage, settings.steps, settings.steps)
         return json.loads(done.read_text())

@@ -84,21 +84,25 @@ def finetune(config, out):
 
 
 def _train(config: str, out: str, *, tune: bool) -> dict:
-    """Data, capture, stage 1, and stage 2 if `tune`; the last one's report."""
+    """Data, capture, stage 1, and stage 2 if `tune`; the last one's report. Refuses a folder made with other settings."""
     from sla2_eval import pipeline
-    from sla2_eval.generation import can_write, load_generator
+    from sla2_eval.generation import can_write, load_generator, model_fingerprint, note_settings
     from sla2_eval.progress import ProgressDisplay
     from sla2_eval.settings import TrainSettings, load_settings
 
     settings = load_settings(config, TrainSettings)
     folder = can_write(out, "--out")
-    attention = settings.attention
+    attention, inputs = settings.attention, settings.model_dump(mode="json", include={"data", "capture"})
+    if settings.data.videos is not None:
+        inputs["data"]["videos"] = str(settings.data.videos.resolve())
+    made = any((folder / name).exists() for name in ("data", "captures"))
+    note_settings(folder / "inputs.json", {"model": model_fingerprint(settings.model), **inputs}, replace=not made)
     with ProgressDisplay() as report:
         data = pipeline.write_data(settings.data, folder / "data", report=report)
         pipeline.capture_qkv(load_generator(settings.model), data, settings.capture, folder / "captures", report=report)
         found = pipeline.stage1(
-            load_generator(settings.model), attention.model_copy(update={"precision": "full"}), folder / "captures",
-            settings.stage1, settings.seed, folder / "stage1", report=report,
+            load_generator(settings.model), attention, folder / "captures", settings.stage1, settings.seed,
+            folder / "stage1", report=report,
         )  # fmt: skip
         if tune:
             router = folder / "stage1" if attention.method == "sla2" else None
