@@ -1,5 +1,6 @@
 """Metrics with models: tiny ones of the same interface, saved to disk and loaded by the path that real weights take."""
 
+import hashlib
 import sys
 import types
 
@@ -377,8 +378,15 @@ def test_fetch_checks_pins_and_leaves_nothing_half_written(tmp_path, monkeypatch
     assert seen == [(7000, 7000)]
     assert weights.verified("i3d") == path
     path.write_bytes(b"other")
-    with pytest.raises(weights.WeightsError, match="expected sha256"):
+    with pytest.raises(weights.WeightsError, match=r"expected sha256 .*; run sla2 weights fetch i3d again"):
+        weights.verified("i3d")
+    assert weights.weights_fetch("i3d").read_bytes() == content
+    path.write_bytes(b"other")
+    right, content = content, b"moved by its owner"
+    Response.headers = {"Content-Length": str(len(content))}
+    with pytest.raises(weights.WeightsError, match=f"expected sha256 {hashlib.sha256(right).hexdigest()}, got"):
         weights.weights_fetch("i3d")
+    content = right
 
     Response.headers = {"Content-Length": "9999"}
     with pytest.raises(weights.WeightsError, match="expected 9999 bytes, got 7000"):

@@ -120,7 +120,7 @@ def _pinned(name: str, path: Path) -> str | None:
     note = path.with_name(path.name + ".sha256")
     if FILES[name].sha256:
         return FILES[name].sha256
-    return note.read_text().split()[0] if note.is_file() else None
+    return next(iter(note.read_text().split()), None) if note.is_file() else None
 
 
 def verified(name: str, files: Mapping[str, str] | None = None, digests: Mapping[str, str] | None = None) -> Path:
@@ -147,7 +147,7 @@ def weights_list() -> list[dict]:
 
 
 def weights_fetch(name: str, progress: Callable[[int, int], None] | None = None) -> Path:
-    """Download a weight file into `folder()` and check its digest; what is there and right is kept.
+    """Download a weight file into `folder()` and check its digest; what is there and right is kept, what is wrong replaced.
 
     `progress` is called with the bytes got and expected (0 if unknown). A file without a published digest is pinned by
     NAME.sha256 beside it. Raises ValueError for an unknown name, WeightsError for a failed download or another content.
@@ -155,7 +155,8 @@ def weights_fetch(name: str, progress: Callable[[int, int], None] | None = None)
     import urllib.request
 
     file, target = _known(name), path_of(name)
-    if target.is_file():
+    pinned = _pinned(name, target)
+    if target.is_file() and (not pinned or file_digest(target).startswith(pinned)):
         return verified(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
@@ -170,9 +171,9 @@ def weights_fetch(name: str, progress: Callable[[int, int], None] | None = None)
         if expected and got != expected:
             raise WeightsError(f"{file.url}: expected {expected} bytes, got {got}")
         actual = file_digest(partial)
-        if file.sha256 and not actual.startswith(file.sha256):
-            raise WeightsError(f"{file.url}: expected sha256 {file.sha256}, got {actual}")
-        if not file.sha256:
+        if pinned and not actual.startswith(pinned):
+            raise WeightsError(f"{file.url}: expected sha256 {pinned}, got {actual}")
+        if not pinned:
             write_atomic(target.with_name(target.name + ".sha256"), f"{actual}  {target.name}\n")
         os.replace(partial, target)
     except OSError as error:
