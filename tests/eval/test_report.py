@@ -103,6 +103,18 @@ def test_intervals_over_few_prompts_are_said_to_be_narrow(run_dir):
     assert "too narrow" not in write_report(run_dir).read_text()
 
 
+def test_what_a_set_metric_warns_of_is_said(run_dir):
+    for variant in ("sla2-90", "sla2-97-s0"):
+        path = run_dir / "scores" / variant / "results.json"
+        scored = json.loads(path.read_text())
+        about = {"kind": "set", "title": "FVD (I3D)", "higher_is_better": False, "definition": "d", "source": "s"}
+        scored["metrics"]["fvd"] = {**about, "mean": 90.0, "warnings": ["12 clips of the videos: under 256"]}
+        path.write_text(json.dumps(scored))
+    said = "FVD (I3D): 12 clips of the videos: under 256."
+    assert write_report(run_dir).read_text().count(said) == 1
+    assert (run_dir / "report" / "results.md").read_text().count(said) == 1
+
+
 def test_small_figures_are_not_shown_as_none(run_dir):
     assert [number(v) for v in (None, 0.0, -0.00002, 0.00123, 9.87654, -12.345)] == [
         "–", "0.0000", "-2.0e-05", "0.0012", "9.8765", "-12.35",

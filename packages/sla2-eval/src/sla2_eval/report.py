@@ -271,6 +271,7 @@ def as_markdown(data: dict) -> str:
         "Intervals are 95 %: Student's t over training seeds where there are several, else a bootstrap over prompts. "
         "≈: the difference to full attention, paired by prompt, is within noise.\n"
     )
+    parts += [f"{data['metrics'][name]['title']}: {'; '.join(texts)}.\n" for name, texts in data["warnings"].items()]
     missing = [f"- {name}: {why}" for name, why in data["unavailable"].items()]
     missing += [f"- {task}: not done: {why}" for task, why in data["lost"].items()]
     missing += [f"- {row['variant']}, {row['file_name']}: failed: {row['error']}" for row in data["failed"]]

@@ -130,6 +130,7 @@ def gather(run_dir: Path) -> dict:
         "failed": _failed(scored),
         "lost": run.get("lost", {}),
         "unavailable": _unavailable(scored),
+        "warnings": _warnings(scored),
         "speed": run.get("speed") or _speed(run_dir, _ordered(groups)),
         "settings": run.get("settings", {}),
         "versions": _versions(run, scored),
@@ -174,6 +175,15 @@ def _num_scored(results: dict) -> int:
 
 def _failed(scored: dict[str, dict]) -> list[dict]:
     return [{"variant": name, **row} for name, results in scored.items() for row in results["failed"]]
+
+
+def _warnings(scored: dict[str, dict]) -> dict[str, list[str]]:
+    """What a set metric says of how much its number is worth, by metric, each text once."""
+    found: dict[str, list[str]] = {}
+    for results in scored.values():
+        for name, about in results["metrics"].items():
+            found.setdefault(name, []).extend(about.get("warnings", []))
+    return {name: list(dict.fromkeys(texts)) for name, texts in found.items() if texts}
 
 
 def _unavailable(scored: dict[str, dict]) -> dict[str, str]:
