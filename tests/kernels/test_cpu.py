@@ -92,11 +92,20 @@ print(json.dumps(build.compile_seconds()))
 """
 
 
-def test_compiled_code_is_cached_in_the_project_folder_and_a_folder_that_cannot_be_written_is_no_error(tmp_path):
-    def child(folder):
-        done = subprocess.run([sys.executable, "-c", CHILD], env=os.environ | {"SLA2_CACHE": str(folder)}, capture_output=True, text=True)  # fmt: skip
-        assert done.returncode == 0, done.stderr
+FULL_DISK = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+"""
 
+
+def child(folder, code=CHILD):
+    env = os.environ | {"SLA2_CACHE": str(folder)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_compiled_code_is_cached_in_the_project_folder_and_a_folder_that_cannot_be_written_is_no_error(tmp_path):
     child(tmp_path)
     kept = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.nbc")}
     assert kept
@@ -104,6 +113,16 @@ def test_compiled_code_is_cached_in_the_project_folder_and_a_folder_that_cannot_
     assert kept == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.nbc")}
     (tmp_path / "file").touch()
     child(tmp_path / "file" / "folder")
+
+
+def test_a_full_disk_is_no_error_and_a_damaged_entry_is_made_anew(tmp_path):
+    child(tmp_path, FULL_DISK + CHILD)
+    child(tmp_path)
+    for suffix in ("nbi", "nbc"):
+        (entry,) = tmp_path.rglob(f"*.{suffix}")
+        entry.write_bytes(entry.read_bytes()[:100])
+        child(tmp_path)
+        assert entry.stat().st_size > 100
 
 
 def _in_child(queue):

@@ -98,11 +98,25 @@ def stages():
         _stages = None
 
 
+def _drop_cached(dispatcher) -> None:
+    """Remove what the cache holds of a kernel."""
+    folder = dispatcher.stats.cache_path
+    for path in Path(folder).glob(f"*.{dispatcher.py_func.__name__}-*") if folder else ():
+        path.unlink(missing_ok=True)
+
+
 def _compile(dispatcher, arguments) -> None:
     with _lock:
         _enable_cache()
         start = time.perf_counter()
-        dispatcher.compile(tuple(numba.typeof(x) for x in arguments))
+        signature = tuple(numba.typeof(x) for x in arguments)
+        try:
+            dispatcher.compile(signature)
+        except numba.core.errors.NumbaError:
+            raise
+        except Exception:  # a damaged entry fails as pickle pleases, a full disk with OSError after the code was made
+            _drop_cached(dispatcher)
+            dispatcher.compile(signature)
         name = dispatcher.py_func.__name__
         _seconds[name] = _seconds.get(name, 0.0) + time.perf_counter() - start
         _compiled.add((id(dispatcher), arguments[0].dtype))

@@ -78,7 +78,7 @@ class _Keys:
         self.share = np.empty((heads, t_m), np.int8)
         self.sums = np.empty((heads, self.rest.shape[1], self.wide * (self.wide + 1)), kind)
         if linear:
-            run(complement, heads, threads, here.indices, here.counts, self.tokens, self.rest, self.share)
+            run(complement, heads, threads, self.rest, here.indices, here.counts, self.tokens, self.share)
             run(masked_sum, heads * self.panels, threads, self.rest, states, False, self.sums)
 
 

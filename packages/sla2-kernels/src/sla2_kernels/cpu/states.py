@@ -72,7 +72,7 @@ def key_blocks(k_low, v_low, k, v, tokens, block, scale, kt, k_rows, vt, v_rows,
 
 
 @kernel
-def complement(indices, counts, tokens, rest, share, lo, hi):
+def complement(rest, indices, counts, tokens, share, lo, hi):
     """rest (G, rows, T_n padded) <- 1 where a valid key block is not selected; share (G, T_m) <- 0 nothing selected,
 
     2 everything selected, 1 otherwise; one head per item.
