@@ -50,6 +50,15 @@ def test_bad_indices_are_refused_with_their_place(row, count, why):
         BlockMap(indices, counts, block_q=16, block_k=8, n_q=63, n_k=37)
 
 
+def test_a_map_without_columns_selects_nothing(mask):
+    b, h, t_m = mask.shape[:3]
+    counts = torch.zeros(b, h, t_m, dtype=torch.int32)
+    block_map = BlockMap(counts[..., None][..., :0], counts, block_q=16, block_k=8, n_q=63, n_k=37)
+    nothing = make(torch.zeros_like(mask))
+    assert torch.equal(block_map.indices, nothing.indices)
+    assert torch.equal(block_map.counts, nothing.counts)
+
+
 def test_entries_past_the_count_are_ignored():
     indices = torch.tensor([[[[3, 99, -7]]]])
     bm = BlockMap(indices, torch.tensor([[[1]]]), block_q=16, block_k=8, n_q=5, n_k=37)

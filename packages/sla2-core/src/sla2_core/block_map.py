@@ -60,6 +60,8 @@ class BlockMap:
                 f"indices, counts: expected (B, H, {t_m}, K_max) and (B, H, {t_m}) for n_q={n_q}, block_q={block_q}, "
                 f"got {tuple(indices.shape)} and {tuple(counts.shape)}"
             )
+        if indices.shape[3] == 0:  # nothing selected; the kernels want a column
+            indices = torch.full_like(counts, -1, dtype=indices.dtype)[..., None]
         place = torch.arange(indices.shape[3], device=indices.device)
         inside = place < counts[..., None]
         follows = inside[..., 1:] & (indices[..., 1:] <= indices[..., :-1])
