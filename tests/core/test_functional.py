@@ -145,6 +145,20 @@ def test_nan_and_inf_are_never_hidden(backend, which, bad):
     assert torch.isfinite(out[1]).all()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("precision", ["full", "nvfp4"])
+@pytest.mark.parametrize(("of_q", "of_k"), [(-torch.inf, 1.0), (1e30, -1e30)], ids=["infinite", "overflow"])
+def test_a_row_whose_selected_scores_are_all_minus_infinity_is_not_taken_for_an_empty_one(
+    backend, precision, of_q, of_k
+):
+    q, k, v = (torch.full((1, 1, n, 4), value) for n, value in ((1, of_q), (2, of_k), (2, 1.0)))
+    bm = BlockMap.from_mask(torch.tensor([[[[True, False]]]]), block_q=1, block_k=1, n_q=1, n_k=2)
+    for x in (q, q.requires_grad_()):
+        out, _ = block_sparse_attention(x, k, v, bm, precision=precision, backend=backend)
+        assert not torch.isfinite(out).any()
+    assert not torch.isfinite(torch.autograd.grad(out.sum(), q)[0]).all()
+
+
 def test_repeated_runs_are_bit_equal():
     q, k, v, alpha, _, bm = inputs()
     first, second = (

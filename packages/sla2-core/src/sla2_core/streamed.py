@@ -79,7 +79,7 @@ class _SparseBranch(torch.autograd.Function):
             top.masked_fill_(top == -torch.inf, 0.0)
             weights = scores.sub_(top).exp_()
             total = weights.sum(-1, keepdim=True)
-            empty = total == 0
+            empty = (gather.tokens[rows].sum(-1) == 0)[:, None, None]
             weights = quantize.quantize_probabilities(weights, quantize.FORMATS[precision].pv, gather.block_k)
             acc = torch.bmm(weights, gather.keys(vs, rows)) / total.masked_fill(empty, 1.0)
             out[rows] = acc.masked_fill_(empty, 0.0)

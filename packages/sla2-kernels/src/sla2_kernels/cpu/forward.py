@@ -83,7 +83,7 @@ def query_blocks(
             total[r] = 0
             for c in range(wide):
                 acc[r, c] = 0
-        first = 0
+        first, seen = 0, False
         while first < counts[bh, i]:
             last = min(first + group, counts[bh, i])
             used = 0
@@ -93,6 +93,7 @@ def query_blocks(
                     scores_of_block(x[:height], d, kt, bh * t_n + j, tokens[bh, j], scores, used * width)
                     used += 1
             if used:
+                seen = True
                 for r in range(rows):
                     above = row_maximum(scores, r, used * width, top[r])
                     shift = zero if above == nothing else above
@@ -118,11 +119,10 @@ def query_blocks(
                         used += 1
             first = last
         for r in range(rows):
-            empty = total[r] == 0
-            factor = zero if empty else one / total[r]
-            lse[bh, start + r] = nothing if empty else (top[r] + np.log2(total[r])) * kind(LN_2)
+            factor = one / total[r] if seen else zero
+            lse[bh, start + r] = (top[r] + np.log2(total[r])) * kind(LN_2) if seen else nothing
             for c in range(d):
-                o_s[bh, start + r, c] = zero if empty else acc[r, c] * factor
+                o_s[bh, start + r, c] = acc[r, c] * factor if seen else zero
         if sums.shape[1] == 0:
             continue
         weight = alpha[bh, i] if share[bh, i] == 1 else (one if share[bh, i] == 2 else zero)
