@@ -1,6 +1,7 @@
 """Scoring from end to end on small mp4 files, in one child process."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sla2_eval import metrics
 from sla2_eval.manifest import Entry
+from sla2_eval.pools import ProcessPool
 from sla2_eval.scoring import ScoringError, score
 from sla2_eval.summary import document
 from sla2_eval.video import read_video, write_video
@@ -181,6 +183,27 @@ def test_failures_are_listed_with_their_reasons(make_folder, tmp_path):
     assert scored[names[2]] == ["temporal_flickering"]
     assert scored[names[3]] == sorted(PIXELS)
     assert score(videos, reference, PIXELS, tmp_path / "out", allow_failures=True) == results
+
+
+def test_what_is_no_file_is_listed_and_waited_for_by_none(make_folder, tmp_path):
+    videos = make_folder("a", 1)
+    (videos / "manifest.jsonl").unlink()
+    os.mkfifo(videos / "pipe-0.mp4")
+    (videos / "loop-0.mp4").symlink_to("loop-0.mp4")
+    (videos / "gone-0.mp4").symlink_to("nowhere.mp4")
+    results = score(videos, None, ["temporal_flickering"], tmp_path / "out", allow_failures=True)
+    reasons = {row["file_name"]: row["error"].rpartition("got ")[2] for row in results["failed"]}
+    assert reasons == {
+        "pipe-0.mp4": "a pipe",
+        "loop-0.mp4": "Too many levels of symbolic links",
+        "gone-0.mp4": "nothing there",
+    }
+    assert results["metrics"]["temporal_flickering"]["num_videos"] == 1
+
+
+def test_paths_of_weights_may_be_paths():
+    hello = json.loads(ProcessPool({"lpips": {"files": {"alexnet": Path("a") / "b.pth"}}}, "cpu", "pyav").hello)
+    assert hello["settings"] == {"lpips": {"files": {"alexnet": "a/b.pth"}}}
 
 
 def test_metrics_without_their_weights_are_listed_and_not_zero(make_folder, tmp_path, monkeypatch):

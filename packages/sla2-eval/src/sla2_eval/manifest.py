@@ -49,7 +49,7 @@ def resolve_inside(root: Path, name: object, where: str) -> Path:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{where}: expected a path inside {root}, got {name!r}")
     path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(root.resolve()):
         raise ValueError(f"{where}: expected a path inside {root}, got {name!r}, which links out of it")
     return path
 

@@ -34,7 +34,7 @@ class ProcessPool:
         if device == "cuda" and not local_gpus():
             raise ValueError("device: expected a GPU that torch can use for 'cuda', got none")
         hello = {"settings": settings, "device": device, "decoder": decoder, "path": sys.path}
-        self.hello = json.dumps(hello) + "\n"
+        self.hello = json.dumps(hello, default=os.fspath) + "\n"  # `files` may be paths
         self.process: subprocess.Popen | None = None
         self.pending: int | None = None
         self.errors = tempfile.TemporaryFile()

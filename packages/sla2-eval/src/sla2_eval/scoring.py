@@ -100,6 +100,8 @@ class _Run:
         """Note the entry's sha256; False, and a failure, if the file cannot be read."""
         if entry.path not in self.digests:
             try:
+                if entry.path.is_fifo():
+                    raise OSError("a pipe")  # reading it would wait for ever
                 self.digests[entry.path] = file_digest(entry.path)
             except OSError as error:
                 reason = "nothing there" if isinstance(error, FileNotFoundError) else error.strerror or one_line(error)
