@@ -1,5 +1,6 @@
 """Decoding: what is written is read back, by PyAV and by torchcodec alike, and broken files are refused in one line."""
 
+import io
 import struct
 import sys
 import types
@@ -70,6 +71,26 @@ def _audio(path) -> None:
         container.mux(stream.encode())
 
 
+def _audio_with_cover(path) -> None:
+    """Music with a picture of its cover, which FFmpeg shows as a video stream."""
+
+    def box(kind: bytes, payload: bytes) -> bytes:
+        return struct.pack(">I4s", 8 + len(payload), kind) + payload
+
+    _audio(path)
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), "teal").save(picture, "JPEG")
+    covers = box(b"ilst", box(b"covr", box(b"data", struct.pack(">II", 13, 0) + picture.getvalue())))
+    handler = box(b"hdlr", struct.pack(">II4sIIIB", 0, 0, b"mdir", 0, 0, 0, 0))
+    about = box(b"udta", box(b"meta", struct.pack(">I", 0) + handler + covers))
+    data = path.read_bytes()  # which ends with its "moov" box
+    start = data.index(b"moov") - 4
+    size = struct.unpack_from(">I", data, start)[0] + len(about)
+    path.write_bytes(data[:start] + struct.pack(">I", size) + data[start + 4 :] + about)
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1
+
+
 def _no_frames(path) -> None:
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=8)
@@ -128,6 +149,12 @@ def test_pictures_and_playlists_are_no_videos(tmp_path):
     for name in ("picture.mp4", "playlist.mp4"):
         with pytest.raises(VideoError, match=f"{name}: expected a readable video, got another kind of file"):
             read_video(tmp_path / name)
+
+
+def test_the_cover_of_music_is_no_video(tmp_path):
+    _audio_with_cover(tmp_path / "music.mp4")
+    with pytest.raises(VideoError, match=r"music\.mp4: expected a video stream, got 1 audio stream"):
+        read_video(tmp_path / "music.mp4")
 
 
 def test_what_an_edit_list_cuts_off_is_not_missing(tmp_path):

@@ -77,12 +77,14 @@ def frame_rate(path: str | Path) -> float:
 def _pyav(path: Path, whole: str) -> tuple[np.ndarray, float, int]:
     """The frames, the frame rate, and how many frames the header declares (0 if it does not say); `whole`: the whole path."""
     import av
+    from av.stream import Disposition
 
     try:
         with av.open(whole, options={"format_whitelist": _CONTAINERS}) as container:
-            if not container.streams.video:
+            videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not videos:
                 raise VideoError(f"{path}: expected a video stream, got {len(container.streams.audio)} audio stream(s)")
-            stream = container.streams.video[0]
+            stream = videos[0]
             if stream.codec_context.width * stream.codec_context.height <= 1 << 16:
                 stream.codec_context.thread_count = 1  # threads only wait for one another on small frames
             kept = sum(not entry.is_discard for entry in stream.index_entries)  # without what an edit list cuts off
