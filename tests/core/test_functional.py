@@ -208,6 +208,15 @@ def test_backends_agree_on_the_backward_of_a_low_bit_forward(qat_backward):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+def test_the_backward_of_the_reference_does_not_touch_its_value():
+    q, k, v, alpha, _, bm = inputs(dtype=torch.float64)
+    q, k = 1e4 * q, 1e4 * k  # exp(S - L) overflows: L is that of rounded scores
+    out = sla2_reference(q, k, v, bm, alpha, precision="int8")
+    with torch.no_grad():
+        assert torch.equal(out, sla2_reference(q, k, v, bm, alpha, precision="int8"))
+    assert torch.isfinite(out).all()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_autocast_lowers_the_inputs_and_nothing_else(backend):
     q, k, v, _, _, bm = inputs()

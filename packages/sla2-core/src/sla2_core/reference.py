@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sla2_core import quantize
 from sla2_core.block_map import BlockMap
@@ -55,12 +56,25 @@ def _round_trip(x: Tensor, rounded: Tensor) -> Tensor:
     return x + (rounded - x).detach()
 
 
-def _alg_3(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    """The value of `out` with the gradient of Alg. 3: P = exp(S - L) from q, k, v as they are, D = rowsum(dO_s * O_s)."""
-    scores = ((q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5).masked_fill(~selected, -torch.inf)
-    p = torch.exp(scores - torch.where(lse == -torch.inf, torch.inf, lse)[..., None])
-    surrogate = p @ v - p.sum(-1, keepdim=True) * out  # its gradient in S is P (dO_s V^T - D)
-    return out + (surrogate - surrogate.detach())
+class _Alg3(torch.autograd.Function):
+    """The value of a low-bit O_s with the gradient of Alg. 3: P = exp(S - L) from q, k and v as they are."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v, selected, out, lse)
+        return out.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        q, k, v, selected, out, lse = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        scores = ((q @ k.transpose(-1, -2)) * scale).masked_fill(~selected, -torch.inf)
+        p = torch.exp(scores - torch.where(lse == -torch.inf, torch.inf, lse)[..., None])
+        mean = (grad * out).sum(-1, keepdim=True)  # D
+        d_scores = p * (grad @ v.transpose(-1, -2) - mean) * scale
+        d_q, d_k, d_v = d_scores @ k, d_scores.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad
+        return d_q, d_k, d_v, None, None, None
 
 
 def sparse_branch(
@@ -76,7 +90,7 @@ def sparse_branch(
     if precision != "full" and qat_backward == "paper":
         with torch.no_grad():
             out, lse = sparse_branch(q, k, v, selected, block_q, block_k, precision, "matched")
-        return _alg_3(q, k, v, selected, out, lse), lse
+        return _Alg3.apply(q, k, v, selected, out, lse), lse
     if precision != "full":
         formats = quantize.FORMATS[precision]
         q = _round_trip(q, quantize.quantize_blocks(q, block_q, formats.qk))
