@@ -12,6 +12,17 @@ def test_e4m3_values_ties_and_saturation():
     assert out[-1].isnan()
 
 
+def test_e4m3_rounds_fp64_once():
+    above = 1.0625 + 1e-12  # 1.0625 is half-way from 1 to 1.125; in fp32 the two are one number
+    x = torch.tensor([above, -above, 1.0625, 2.0**-9 * 0.5 + 1e-14, float("nan"), float("inf")], dtype=torch.float64)
+    expected = [1.125, -1.125, 1.0, 2.0**-9, float("nan"), 448.0]
+    assert torch.equal(
+        quantize.round_e4m3(x).nan_to_num(7.0), torch.tensor(expected, dtype=torch.float64).nan_to_num(7.0)
+    )
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    assert torch.equal(quantize.round_e4m3(every).nan_to_num(7.0), every.nan_to_num(7.0))
+
+
 def test_e2m1_rounds_to_its_eight_magnitudes():
     x = torch.tensor([0.2, 0.3, 0.75, 1.3, 2.4, 2.5, 3.6, 5.1, 9.0, -5.0])
     assert quantize.round_e2m1(x).tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 2.0, 4.0, 6.0, 6.0, -4.0]

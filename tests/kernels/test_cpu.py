@@ -149,6 +149,9 @@ def test_low_bit_copies_are_the_plain_definition_to_the_bit(fmt, dtype):
 
     x = torch.randn(2, 1, 111, 24, dtype=getattr(torch, dtype), generator=torch.Generator().manual_seed(0))
     x[0, 0, :16] = 0  # a block of zeros
+    x[0, 0, 16:32] *= (
+        torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps
+    )  # scales below what the dtype holds
     x[1, 0, 40, 3], x[1, 0, 70, 5] = float("nan"), float("inf")
     lengths = torch.tensor([111, 90])
     valid = (torch.arange(111) < lengths[:, None])[:, None, :, None]
@@ -156,6 +159,7 @@ def test_low_bit_copies_are_the_plain_definition_to_the_bit(fmt, dtype):
         (quantize_blocks(x.masked_fill(~valid, 0), 16, fmt), quantize.quantize_blocks(x[:, 0].numpy(), lengths.numpy(), 16, fmt)),
         (fake_quantize(x.masked_fill(~valid, 0), fmt, 2), quantize.quantize_channels(x[:, 0].numpy(), lengths.numpy(), fmt, 2)),
     ):  # fmt: skip
+        assert torch.isfinite(plain[0, 0, :32]).all()
         np.testing.assert_array_equal(
             found, plain[:, 0].masked_fill(~valid[:, 0], 0).numpy()
         )  # padding is 0, never NaN

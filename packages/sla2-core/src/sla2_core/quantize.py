@@ -33,6 +33,10 @@ FORMATS = {
 def round_e4m3(x: Tensor) -> Tensor:
     """Nearest FP8 E4M3 value (ties to even), saturating at +-448; NaN stays NaN."""
     clipped = x.clamp(-E4M3_MAX, E4M3_MAX)
+    if x.dtype == torch.float64:  # a cast by way of fp32 rounds twice
+        exponent = torch.frexp(clipped.abs().clamp_min(2.0**-6)).exponent
+        step = torch.ldexp(torch.ones_like(x), exponent - 4)
+        return (clipped / step).round() * step
     return clipped.to(torch.float32).to(torch.float8_e4m3fn).to(x.dtype)
 
 
@@ -52,8 +56,9 @@ _LIMITS = {"int8": 127.0, "int4": 7.0, "fp8": E4M3_MAX}
 
 
 def scale_of(amax: Tensor, fmt: str) -> Tensor:
-    """max|x| / (largest value of the format); 1 where the maximum is 0."""
-    return torch.where(amax == 0, torch.ones_like(amax), amax / _LIMITS[fmt])
+    """max|x| / (largest value of the format); 1 where that is 0."""
+    scale = amax / _LIMITS[fmt]
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def quantize(x: Tensor, scale: Tensor, fmt: str) -> Tensor:

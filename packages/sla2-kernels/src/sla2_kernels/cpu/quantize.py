@@ -43,8 +43,8 @@ def _quantize_blocks(x, bits, lengths, block, limit, fp8, out, lo, hi):
             for c in range(d):
                 most = max(most, bits[g, t, c] & largest)
             top[0] = most
-        most = top.view(x.dtype)[0]
-        scale[:] = kind(1) if most == 0 else most / limit
+        most = top.view(x.dtype)[0] / limit
+        scale[:] = kind(1) if most == 0 else most
         for t in range(start, valid):
             _round_row(x[g, t], scale, limit, fp8, out[g, t])
         out[g, valid:stop] = 0
@@ -95,7 +95,7 @@ def quantize_channels(x, lengths, fmt: str, threads: int = 1):
     g, n, d = x.shape
     tops = np.empty((g, -(-n // _CHUNK), d), bits.dtype)
     run(_channel_tops, tops.shape[0] * tops.shape[1], threads, bits, lengths, _CHUNK, tops)
-    top = tops.max(1).view(x.dtype)
-    scale = np.where(top == 0, x.dtype.type(1), top / limit)
+    scale = tops.max(1).view(x.dtype) / limit
+    scale[scale == 0] = 1
     run(_quantize_channels, tops.shape[0] * tops.shape[1], threads, x, lengths, _CHUNK, scale, limit, fmt == "fp8", out)
     return out
