@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,12 +123,14 @@ def test_a_metric_that_cannot_be_loaded_is_tried_once(make_folder, tmp_path, mon
     assert calls[-1] == ("vision_reward", 4, 4)
 
 
-def test_the_current_folder_shadows_no_library(make_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+def test_the_current_folder_shadows_no_library(make_folder, tmp_path, monkeypatch, workers):
     videos = make_folder("a", 1)
     for name in ("av", "random", "dataclasses"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not the library')\n")
     monkeypatch.chdir(tmp_path)
-    assert score(videos, None, ["temporal_flickering"], tmp_path / "out")["failed"] == []
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    assert score(videos, None, ["temporal_flickering"], tmp_path / "out", workers)["failed"] == []
 
 
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_done(make_folder, tmp_path, monkeypatch):

@@ -73,8 +73,14 @@ def _check_pair(path: str, video: Video, reference: Video) -> None:
 class Worker:
     """Holds the loaded metrics of one process. Every computation runs on one CPU thread, so that sums come out alike."""
 
-    def __init__(self, settings: dict[str, dict], device: str, decoder: str, folder: str | None = None):
-        """`folder`: what relative paths are resolved against, where another node's worker starts elsewhere."""
+    def __init__(
+        self, settings: dict[str, dict], device: str, decoder: str, folder: str | None = None, hidden: str | None = None
+    ):
+        """`folder`: what relative paths are resolved against, where another node's worker starts elsewhere.
+
+        `hidden`: a folder in which modules are not to be looked for.
+        """
+        sys.path[:] = [entry for entry in sys.path if entry != hidden]
         if folder and os.path.isdir(folder):
             os.chdir(folder)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
