@@ -122,6 +122,11 @@ def test_prompt_files(text, message, tmp_path):
     assert str(path) in str(error.value)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n", encoding="utf-8-sig")
+    assert read_prompts(tmp_path / "prompts.txt") == ["a red circle", "a blue square"]
+
+
 def test_the_experiments_prompts_are_those_of_the_quickstart():
     from pathlib import Path
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from sla2_eval.ablation import cells, graph, prompts_of
+from sla2_eval.ablation import cells, graph, prompts_of, run_grid, sampling
 from sla2_eval.cli import main
 from sla2_eval.cluster import WorkerDied
 from sla2_eval.estimate import counts
+from sla2_eval.generation import open_folder
 from sla2_eval.manifest import video_name
 from sla2_eval.processes import Workers
 from sla2_eval.settings import AblationSettings, SettingsError, load_settings, validate
@@ -105,6 +106,30 @@ def test_the_estimate_counts_what_is_left(grid, tmp_path):
 def test_a_repeated_variant_is_refused(grid):
     with pytest.raises(SettingsError, match=r"each name once .* got 'a'"):
         cells(grid(variants=[variant("a"), variant("a")]))
+
+
+@pytest.mark.parametrize("seeds", [[], [0, 0], [1, -1]])
+def test_seeds_that_are_no_different_numbers_are_refused(grid, seeds):
+    with pytest.raises(SettingsError, match=r"seeds: expected different integers >= 0, at least one, got \["):
+        cells(grid(seeds=seeds))
+
+
+def test_a_model_that_the_grid_cannot_train_is_refused(grid, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    for model in ("somebody/pipeline", str(tmp_path)):
+        with pytest.raises(SettingsError, match=f"model: expected 'tiny' or .* got '{model}'"):
+            cells(grid(model=model))
+
+
+def test_videos_of_another_training_are_noticed_before_any_work(grid, tmp_path):
+    cell = cells(grid())[0]
+    folder = tmp_path / "videos" / cell.name
+    before = {"attention": cell.attention.model_dump(), "trained": cell.tuned}
+    open_folder(folder, sampling(grid()), before)
+    (folder / video_name("a red circle", 0)).touch()
+    with pytest.raises(ValueError, match=f"{cell.name}: expected a new folder .* but trained was"):
+        run_grid(grid(stage2={"steps": 7}), tmp_path)
+    assert not (tmp_path / "work").exists()
 
 
 def test_the_experiments_settings_are_valid():

@@ -54,7 +54,19 @@ class GridResult:
 
 
 def cells(settings: AblationSettings) -> list[Cell]:
-    """Variants x seeds, a whole seed before the next. Raises SettingsError naming the variant for a repeated name or an unknown attention field."""
+    """Variants x seeds, a whole seed before the next.
+
+    Raises SettingsError naming the variant for a repeated name or an unknown attention field, or the key for another kind
+    of model or seeds that are not different whole numbers.
+    """
+    model, seeds = generation.find_model(settings.model), settings.seeds
+    if not isinstance(model, Path) or (model / "model_index.json").exists():
+        raise SettingsError(
+            f"model: expected 'tiny' or a folder of a model of its form, got {settings.model!r}; pipelines are trained "
+            "with sla2_core.training and compared with sla2 generate and sla2 score"
+        )
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise SettingsError(f"seeds: expected different integers >= 0, at least one, got {list(seeds)}")
     names = [variant.name for variant in settings.variants]
     if repeated := next((n for n in names if names.count(n) > 1 or n == REFERENCE), None):
         raise SettingsError(f"variants: expected each name once and none called {REFERENCE!r}, got {repeated!r}")
@@ -161,8 +173,6 @@ def task_videos(settings: AblationSettings, cell: Cell, out: Path, *, report: Re
 
     prompts, folder, config = prompts_of(settings), out / "videos" / cell.name, sampling(settings)
     maps = out / "block_maps" / f"{cell.name}.json"
-    fingerprint = {"attention": cell.attention.model_dump(), "trained": cell.tuned or cell.router}
-    generation.open_folder(folder, config, fingerprint)
     if maps.exists() and generation.is_complete(generation.plan(prompts, [cell.seed], config.seed), folder):
         return
     generator = generation.load_generator(settings.model)
@@ -173,13 +183,18 @@ def task_videos(settings: AblationSettings, cell: Cell, out: Path, *, report: Re
         load_stage1(handle, out / "work" / cell.router)
     generator.transformer.eval()
     generation.generate(
-        generator, prompts, folder, config=config, indices=[cell.seed], fingerprint=fingerprint,
+        generator, prompts, folder, config=config, indices=[cell.seed], fingerprint=_fingerprint(cell),
         stage=f"videos of {cell.name}", report=report,
     )  # fmt: skip
     if not maps.exists():
         video = folder / generation.video_name(prompts[0], cell.seed)
         found = pipeline.block_maps(generator, handle, video, prompts[0])
         write_atomic(maps, json.dumps(found) + "\n")
+
+
+def _fingerprint(cell: Cell) -> dict:
+    """What the folder of a variant's videos is bound to, beside the sampling."""
+    return {"attention": cell.attention.model_dump(), "trained": cell.tuned or cell.router}
 
 
 def task_scores(settings: AblationSettings, out: Path, name: str, *, report: Report = silent) -> int:
@@ -261,6 +276,8 @@ def run_grid(
     metrics_of(settings)
     full = out / "videos" / REFERENCE
     generation.open_folder(full, config, {"model": generation.model_fingerprint(settings.model)})
+    for cell in grid:
+        generation.open_folder(out / "videos" / cell.name, config, _fingerprint(cell))
     generation.write_manifest(generation.plan(prompts, settings.seeds, config.seed), full)
     write_run(settings, grid, out, notes)
     with open_workers(settings.workers, ray_address, report=report) as workers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def read_prompts(path: str | Path) -> list[str]:
     """The lines of a UTF-8 text file, without empty ones. Raises ValueError naming the file if there are none or repeated ones."""
     path = Path(path)
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except FileNotFoundError:
         raise ValueError(f"{path}: expected a text file of one prompt a line, got nothing there") from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
@@ -148,6 +149,7 @@ class PipelineGenerator:
 
     def __init__(self, pipe, fps: float = 16.0):
         self.pipe, self.transformer, self.fps = pipe, pipe.transformer, fps
+        pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
 
     def sample(self, requests: Sequence[Request], config: SamplingConfig) -> np.ndarray:
         """As Generator.sample; noise comes from CPU generators, so it is the same on every device."""
@@ -223,9 +225,19 @@ def _load_model(model: str | Path) -> Generator:
     import torch
     from diffusers import DiffusionPipeline
 
+    if not sys.stderr.isatty():
+        _hide_loading_bars()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return PipelineGenerator(DiffusionPipeline.from_pretrained(str(found), torch_dtype=dtype).to(device))
+
+
+def _hide_loading_bars() -> None:
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
 
 
 def _load_tiny(folder: Path):

@@ -44,7 +44,10 @@ def apply_adapter(
     """
     folder = local_folder(source, [files.CONFIG_NAME, files.WEIGHTS_NAME], revision)
     found = files.load_adapter(folder)
-    handle = _apply(transformer, found, base_model)
+    try:
+        handle = _apply(transformer, found, base_model)
+    except ValueError as error:
+        raise ValueError(f"{folder / files.CONFIG_NAME}: {error}") from None
     try:
         handle.load(folder)
     except Exception:
