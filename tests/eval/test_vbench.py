@@ -75,6 +75,8 @@ def test_results_are_written_in_vbenchs_form(folder, tmp_path):
     assert mean == pytest.approx(sum(row["video_results"] for row in rows) / 3)
     assert rows[0]["video_path"] == "pattern 000-0.mp4"
     assert read(tmp_path / "out")["temporal_flickering"]["mean"] == mean
+    score(folder, None, ["motion_smoothness_linear"], tmp_path / "out")
+    assert not (tmp_path / "out" / "vbench_eval_results.json").exists()
 
 
 def test_what_vbench_cannot_take_is_refused(folder, tmp_path, monkeypatch):

@@ -327,6 +327,8 @@ def score(
     write_atomic(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     if theirs := as_vbench(results):
         write_atomic(out / "vbench_eval_results.json", json.dumps(theirs, indent=1, ensure_ascii=False) + "\n")
+    else:
+        (out / "vbench_eval_results.json").unlink(missing_ok=True)  # of an earlier run
     timing = {"seconds": round(time.time() - started, 3), "tasks": len(tasks), "workers": num_workers, "deaths": deaths}
     write_atomic(out / "timing.json", json.dumps(timing) + "\n")
     if results["failed"] and not allow_failures:
