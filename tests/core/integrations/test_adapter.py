@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sla2_core.integrations.diffusers import apply_sla2
+from sla2_core.integrations.loading import apply_adapter
 
 
 def shake(handle, groups=("router", "alpha", "proj")):
@@ -127,3 +130,35 @@ def test_a_failed_write_leaves_nothing(wan, sla2_config, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         handle.save(tmp_path / "adapter")
     assert list((tmp_path / "adapter").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("layers", None, "expected layer numbers at 'layers', got None"),
+        ("layers", ["0"], r"expected layer numbers at 'layers', got \['0'\]"),
+        ("layers", [], r"expected layer numbers at 'layers', got \[\]"),
+        ("model", [], r"expected an object at 'model', got \[\]"),
+        ("dense_steps", "2", "expected an integer >= 0 at 'dense_steps', got '2'"),
+        ("sla2", None, "expected an object at 'sla2', got None"),
+    ],
+)
+def test_a_configuration_of_another_form_is_refused(wan, sla2_config, tmp_path, key, value, message):
+    path = apply_sla2(wan(), sla2_config()).save(tmp_path) / "sla2_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    transformer = wan()
+    with pytest.raises(ValueError, match=rf"sla2_config\.json: {message}"):
+        apply_adapter(transformer, tmp_path)
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    code = (
+        "import resource, signal, sys; from pathlib import Path; import torch; from sla2_core.adapter import write_tensors\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try: write_tensors(Path(sys.argv[1]), {'x': torch.zeros(5000)})\n"
+        "except OSError as error: print(error)"
+    )
+    path = tmp_path / "weights.safetensors"
+    shown = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout
+    assert shown.startswith(f"{path}: expected to write it, got: ")
+    assert list(tmp_path.iterdir()) == []

@@ -61,11 +61,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, atomically; shared storage is copied."""
+    """Write tensors as safetensors, atomically; shared storage is copied. Raises OSError naming the file (a full disk)."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     whole = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-    write_atomically(path, lambda partial: save_file(whole, partial, metadata=metadata))
+    try:
+        write_atomically(path, lambda partial: save_file(whole, partial, metadata=metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path}: expected to write it, got: {error}") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -126,6 +130,15 @@ def load_adapter(folder: str | Path) -> Adapter:
     missing = [key for key in ("sla2", "layers", "model") if key not in content]
     if missing:
         raise ValueError(f"{path}: expected the key {missing[0]!r}, found none")
+    steps = content.get("dense_steps", 0)
+    for key, value, what, fits in (
+        ("sla2", content["sla2"], "an object", isinstance(content["sla2"], dict)),
+        ("layers", content["layers"], "layer numbers", _are_layers(content["layers"])),
+        ("model", content["model"], "an object", isinstance(content["model"], dict)),
+        ("dense_steps", steps, "an integer >= 0", isinstance(steps, int) and steps >= 0),
+    ):
+        if not fits:
+            raise ValueError(f"{path}: expected {what} at {key!r}, got {value!r}")
     try:
         config = SLA2Config.from_dict(content["sla2"])
     except (TypeError, ValueError) as error:
@@ -136,8 +149,12 @@ def load_adapter(folder: str | Path) -> Adapter:
         model=content["model"],
         tensors=read_tensors(folder / WEIGHTS_NAME),
         base_model=content.get("base_model"),
-        dense_steps=content.get("dense_steps", 0),
+        dense_steps=steps,
     )
+
+
+def _are_layers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(i, int) for i in value)
 
 
 def check_geometry(source: str, found: SLA2Config, expected: SLA2Config) -> None:
