@@ -123,6 +123,15 @@ def test_a_worker_killed_between_two_videos_is_replaced():
         pool.close()
 
 
+def test_a_worker_that_cannot_start_says_why(make_folder, tmp_path, runs):
+    videos = make_folder("a", 1, height=32, width=32)
+    (tmp_path / "hook" / "sitecustomize.py").write_text(
+        "import sys\nif 'sla2_eval.worker' in sys.orig_argv:\n    raise SystemExit('no room for a worker')\n"
+    )
+    said = runs.score(videos, tmp_path / "out", expected=1)
+    assert "got a worker that died 3 times (exit code 1: SystemExit: no room for a worker)" in said
+
+
 @pytest.mark.parametrize("workers", WORKERS)
 def test_a_poison_video_is_tried_three_times_and_listed(make_folder, tmp_path, runs, workers):
     videos = make_folder("a", 4, height=32, width=32)

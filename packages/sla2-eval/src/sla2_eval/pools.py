@@ -71,7 +71,11 @@ class ProcessPool:
             return number, json.loads(line)
         code = self.process.wait()
         self.close()
-        return number, WorkerDied(f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
+        if code < 0:
+            return number, WorkerDied(f"signal {signal.Signals(-code).name}")
+        self.errors.seek(0)
+        said = self.errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
+        return number, WorkerDied(f"exit code {code}: {said[-1][:300]}")
 
     def close(self) -> None:
         """End the worker."""

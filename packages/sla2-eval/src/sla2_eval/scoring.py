@@ -178,8 +178,9 @@ def _finish(run: _Run, task: _Task, outcome: dict | WorkerDied) -> bool:
     last, side = task.attempts >= ATTEMPTS, task.side
     if isinstance(outcome, WorkerDied):
         if last:
+            why = f" ({outcome})" if str(outcome).startswith("exit") else ""
             run.failures[side, task.video.file_name, "*"] = (
-                f"{task.video.path}: expected a video that scores, got a worker that died {ATTEMPTS} times"
+                f"{task.video.path}: expected a video that scores, got a worker that died {ATTEMPTS} times{why}"
             )
         return not last
     for name, reason in outcome["unavailable"].items():
