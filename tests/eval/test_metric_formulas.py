@@ -156,12 +156,34 @@ def test_ms_ssim_by_its_definition():
     assert found == pytest.approx(expected, rel=2e-4)
     two = score(video(frames[:2], reference=np.stack(frames[1:])))
     assert two == pytest.approx((found + 1) / 2, rel=1e-6)
-    with pytest.raises(ValueError, match=r"ms_ssim: expected frames of at least 161 x 161 pixels, got 160 x 190"):
-        score(video([frames[0][:160]], reference=frames[1][None, :160]))
+    with pytest.raises(ValueError, match=r"ms_ssim: expected frames of at least 176 x 176 pixels, got 175 x 190"):
+        score(video([frames[0][:175]], reference=frames[1][None, :175]))
 
 
 def gaussian(count, dimension, seed, scale=1.0, shift=0.0):
     return np.random.default_rng(seed).normal(shift, scale, (count, dimension))
+
+
+@pytest.mark.parametrize("name", ["psnr", "ssim", "ms_ssim"])
+def test_pixels_are_compared_a_frame_at_a_time(monkeypatch, name):
+    """What is held does not grow with the length of the video."""
+    from sla2_eval.metrics import torchmetrics_functions
+
+    sizes, original = [], torchmetrics_functions.image_function
+
+    def recording(*about):
+        function = original(*about)
+
+        def called(video, reference, **options):
+            sizes.append((len(video), len(reference)))
+            return function(video, reference, **options)
+
+        return called
+
+    monkeypatch.setattr(torchmetrics_functions, "image_function", recording)
+    frames = np.random.default_rng(0).integers(0, 256, (5, 176, 176, 3), dtype=np.uint8)
+    metrics.load(name, {})(video(frames, reference=frames[::-1].copy()))
+    assert sizes == [(1, 1)] * 5
 
 
 def test_frechet_is_the_closed_form_of_commuting_gaussians():

@@ -63,7 +63,7 @@ class Sample:
     prompt: str | None = None
 
 
-def chunks(frames: np.ndarray, device: str, size: int = 16) -> Iterator[Tensor]:
+def chunks(frames: np.ndarray, device: str, size: int) -> Iterator[Tensor]:
     """Float32 (n, 3, H, W) pieces of uint8 (T, H, W, 3) frames in [0, 1], n <= `size`, so that memory stays bounded."""
     import torch
 

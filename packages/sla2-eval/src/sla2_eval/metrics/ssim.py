@@ -23,7 +23,7 @@ SPECS = (
         name="ms_ssim",
         kind="paired",
         title="MS-SSIM",
-        definition="structural similarity at five scales per frame, then mean over frames; frames above 160 x 160; data range 1",
+        definition="structural similarity at five scales per frame, then mean over frames; frames of at least 176 x 176; data range 1",
         source="Wang et al. 2003; torchmetrics.functional.image.multiscale_structural_similarity_index_measure",
         value_range=(0.0, 1.0),
         higher_is_better=True,
@@ -41,7 +41,8 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
     if name == "ms_ssim":
         similarity = image_function("ssim", "multiscale_structural_similarity_index_measure")
         options |= {"betas": tuple(settings["betas"]), "normalize": "relu", "reduction": "none"}
-        least = 2 * border * 2 ** (len(settings["betas"]) - 1) + 1
+        scales = len(settings["betas"])
+        least = max(2 * border * 2 ** (scales - 1) + 1, 11 * max(1, scales - 1) ** 2)  # the latter is torchmetrics' own
     else:
         similarity = image_function("ssim", "structural_similarity_index_measure")
         options |= {"return_full_image": True}
@@ -52,7 +53,8 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
         if min(height, width) < least:
             raise ValueError(f"{name}: expected frames of at least {least} x {least} pixels, got {height} x {width}")
         values = []
-        pairs = zip(chunks(sample.frames, device, 4), chunks(sample.reference, device, 4), strict=True)
+        # A frame at a time, which holds some twenty more of its size while it is computed.
+        pairs = zip(chunks(sample.frames, device, 1), chunks(sample.reference, device, 1), strict=True)
         for video, reference in pairs:
             found = similarity(video, reference, **options)
             if name == "ssim":
