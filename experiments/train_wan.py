@@ -8,7 +8,6 @@ accelerate launch experiments/train_wan.py --config ... --out DIR
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import asdict
@@ -19,11 +18,11 @@ import numpy as np
 import torch
 import yaml
 from sla2_core import SLA2Config
-from sla2_core.adapter import read_json
 from sla2_core.integrations.diffusers import SLA2Handle, apply_sla2
 from sla2_core.training.cache import INDEX_NAME, CachedData
 from sla2_core.training.capture import CaptureConfig, capture
 from sla2_core.training.objectives import draw_sigma, noisy_and_target
+from sla2_core.training.settings import check_same
 from sla2_core.training.stage1 import REPORT_NAME, SETTINGS_NAME, Stage1Config, load_stage1, train_stage1
 from sla2_core.training.stage2 import Stage2Config, train_stage2
 
@@ -72,13 +71,6 @@ def read_settings(path: Path) -> Settings:
     )  # fmt: skip
 
 
-def check_same(path: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raise ValueError, naming the file and the setting, if what `path` tells of was made with other settings."""
-    for name, value in json.loads(json.dumps(wanted)).items():
-        if found.get(name) != value:
-            raise ValueError(f"{path}: expected {name}={value!r} as given, got {found.get(name)!r}")
-
-
 def show(part: str):
     """A progress callback that prints a line every 10 steps."""
 
@@ -94,7 +86,7 @@ def encoded(settings: Settings, videos: str | None, folder: Path) -> CachedData:
     """The cached latents and text embeddings; made from `videos` with the model's VAE and text encoder if absent."""
     index = folder / INDEX_NAME
     if index.exists():
-        check_same(index, {"model": settings.model, **settings.video}, read_json(index)["settings"])
+        check_same(index, {"settings": {"model": settings.model, **settings.video}})
         return CachedData(folder)
     if videos is None:
         raise ValueError(f"--videos: expected a folder of captioned mp4 files, since {folder} holds no encoded data")
@@ -114,7 +106,7 @@ def train(settings: Settings, videos: str | None, out: Path, until: str = "stage
     router = out / "stage1"
     finished = (router / REPORT_NAME).exists()
     if finished:
-        check_same(router / SETTINGS_NAME, asdict(settings.stage1), read_json(router / SETTINGS_NAME)["config"])
+        check_same(router / SETTINGS_NAME, {"config": asdict(settings.stage1)})
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not finished:
         raise ValueError(
             f"--out: expected a finished stage 1 in {out} for several processes, run --until stage1 on one"

@@ -80,7 +80,7 @@ def test_refusals(wan, inputs, sla2_config, tmp_path):
     handle = apply_sla2(wan(), sla2_config())
     run = runner(handle, inputs)
     capture(handle, run, tmp_path, samples=1)
-    with pytest.raises(ValueError, match="expected a new folder or one with these settings"):
+    with pytest.raises(ValueError, match=r"index.json: expected seed=1 as given, got 0; use a new folder"):
         capture(handle, run, tmp_path, samples=1, config=CaptureConfig(seed=1))
     with pytest.raises(ValueError, match=r"layers: expected layers among \[0, 1\], got 5"):
         capture(handle, run, tmp_path / "a", samples=1, config=CaptureConfig(layers=(5,)))

@@ -164,7 +164,7 @@ def test_heuristic_router_trains_alpha_alone_and_sla_nothing(prepared, tmp_path)
 def test_refusals(prepared, wan, sla2_config, tmp_path):
     make, captures = prepared
     train_stage1(make(), captures, dataclasses.replace(CONFIG, steps=1), tmp_path / "run")
-    with pytest.raises(ValueError, match="expected a new folder or a run with these settings"):
+    with pytest.raises(ValueError, match=r"stage1.json: expected steps=\d+ as given, got 1; use a new folder"):
         train_stage1(make(), captures, CONFIG, tmp_path / "run")
     with pytest.raises(ValueError, match="expected alpha='mass' as applied, got 'position'"):
         load_stage1(make(alpha="mass"), tmp_path / "run")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sla2_core.adapter import read_json, write_json, write_tensors
 from sla2_core.integrations.handle import SLA2Handle, timestep_of
-from sla2_core.training.settings import check_fields
+from sla2_core.training.settings import check_fields, check_same
 
 INDEX_NAME = "index.json"
 
@@ -198,8 +198,7 @@ def capture(
     content = {"format_version": 1, "settings": settings, "samples": [], "full": False}
     if (folder / INDEX_NAME).exists():
         found = Captures(folder)
-        if found.settings != settings:
-            raise ValueError(f"{folder}: expected a new folder or one with these settings, got captures with others")
+        check_same(folder / INDEX_NAME, {"settings": settings})
         content["samples"], content["full"] = found.samples, found.full
     done = {sample["sample"] for sample in content["samples"]}
     for sample in range(samples):

@@ -1,10 +1,14 @@
-"""Checks of the settings of capture and both stages: one line that names the field for a value outside its range."""
+"""Checks of the settings of capture and both stages, each one line that names the field: its range, and what a folder has."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
+
+from sla2_core.adapter import read_json
 
 
 def _whole(x: Any) -> bool:
@@ -42,3 +46,18 @@ def check_fields(config: Any, expected: Mapping[str, Collection[str]], optional:
             value = getattr(config, name)
             if not ((value is None and name in optional) or _FITS[what](value)):
                 raise ValueError(f"{name}: expected {what}, got {value!r}")
+
+
+def check_same(path: Path, wanted: Mapping[str, Any]) -> None:
+    """Check that the JSON file of a folder's settings holds those wanted. Raises ValueError naming the file and the field."""
+    different = _difference("", json.loads(json.dumps(wanted)), read_json(path))
+    if different:
+        name, given, found = different
+        raise ValueError(f"{path}: expected {name}={given!r} as given, got {found!r}; use a new folder")
+
+
+def _difference(name: str, wanted: Any, found: Any) -> tuple[str, Any, Any] | None:
+    if not (isinstance(wanted, dict) and isinstance(found, dict)):
+        return None if wanted == found else (name, wanted, found)
+    parts = (_difference(key, value, found.get(key)) for key, value in wanted.items())
+    return next((part for part in parts if part), None)

@@ -17,7 +17,7 @@ from sla2_core.adapter import GEOMETRY, check_tensors, copy_tensors, read_json, 
 from sla2_core.integrations.families import class_name
 from sla2_core.integrations.handle import SLA2Handle
 from sla2_core.training.capture import Captured, Captures
-from sla2_core.training.settings import check_fields
+from sla2_core.training.settings import check_fields, check_same
 from sla2_core.training.soft import calls
 from sla2_core.training.stage1_report import layer_report
 
@@ -182,8 +182,7 @@ def train_stage1(
     _check_captures(captures, handle)
     settings = _settings(handle, config)
     if (folder / SETTINGS_NAME).exists():
-        if read_json(folder / SETTINGS_NAME) != settings:
-            raise ValueError(f"{folder}: expected a new folder or a run with these settings, got a run with others")
+        check_same(folder / SETTINGS_NAME, settings)
     else:
         write_json(folder / SETTINGS_NAME, settings)
     if (folder / REPORT_NAME).exists():

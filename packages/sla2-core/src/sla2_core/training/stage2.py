@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sla2_core.adapter import read_json, write_json
+from sla2_core.adapter import write_json
 from sla2_core.integrations.handle import SLA2Handle
 from sla2_core.training import lora
 from sla2_core.training import stage2_state as state
 from sla2_core.training.data import as_dataset, collate
 from sla2_core.training.objectives import draw_sigma, noisy_and_target
-from sla2_core.training.settings import check_fields
+from sla2_core.training.settings import check_fields, check_same
 
 SETTINGS_NAME = "stage2.json"
 
@@ -175,11 +175,8 @@ def _accelerator():
 
 def _check_settings(path: Path, settings: dict[str, Any], accelerator) -> None:
     if path.exists():
-        found = read_json(path)
-        for part in ("config", "sla2"):
-            for name, value in settings[part].items():
-                if name != "backend" and found.get(part, {}).get(name) != value:
-                    raise ValueError(f"{path}: expected {name}={value!r} as given, got {found[part].get(name)!r}")
+        sla2 = {name: value for name, value in settings["sla2"].items() if name != "backend"}
+        check_same(path, settings | {"sla2": sla2})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not path.exists():
         write_json(path, settings)
