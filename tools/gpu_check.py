@@ -126,8 +126,10 @@ def tiny() -> None:
     sys.path[:0] = SOURCES
     import torch
     from sla2_kernels.kernels import supports
-    from sla2_kernels.operator import Alpha, Device, Pointer, Problem, forward, prologue, route
+    from sla2_kernels.launch import Pointer
+    from sla2_kernels.operator import forward, prologue, route
     from sla2_kernels.operator_backward import backward
+    from sla2_kernels.problem import Alpha, Device, Problem, Strided
     from sla2_kernels.specs import architecture_of
 
     def pointer(tensor):
@@ -142,9 +144,8 @@ def tiny() -> None:
         if not supports(arch, precision):
             continue
         torch.manual_seed(0)
-        q, k, v, grad = (
-            pointer(torch.randn(1, heads, n, d, device="cuda").to(getattr(torch, dtype))) for n in (n_q, n_k, n_k, n_q)
-        )
+        tensors = (torch.randn(1, heads, n, d, device="cuda").to(getattr(torch, dtype)) for n in (n_q, n_k, n_k, n_q))
+        q, k, v, grad = (Strided(pointer(x), x.stride()[:3]) for x in tensors)
         problem = Problem(batch=1, heads=heads, n_q=n_q, n_k=n_k, head_dim=d, dtype=dtype, precision=precision)
         weight = pointer(torch.eye(d, device="cuda")[None].contiguous())
         made = prologue(device, problem, q, k, v, pool=True)

@@ -184,11 +184,68 @@ def test_a_compiled_module_equals_the_eager_one(alpha):
         assert torch.equal(found, right)
 
 
-def test_strided_inputs_and_nan():
+def tokens_first(x):
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def part_of_one_projection(x):
+    b, h, n, d = x.shape
+    packed = x.new_full((b, n, 3, h, d), float("nan"))
+    packed[:, :, 1] = x.transpose(1, 2)
+    return packed[:, :, 1].transpose(1, 2)
+
+
+def channels_apart(x):
+    return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def at_an_odd_address(x):
+    flat = x.new_empty(x.numel() + 1)
+    flat[1:] = x.flatten()
+    return flat[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("layout", [tokens_first, part_of_one_projection, channels_apart, at_an_odd_address])
+@pytest.mark.parametrize(("d", "smooth_k"), [(64, True), (64, False), (40, True)])
+def test_every_layout_gives_the_same_bits(layout, d, smooth_k):
+    *qkv, grad, alpha, block_map = inputs(d=d)
+    found = []
+    for change in (lambda x: x, layout):
+        leaves = [change(x).detach().requires_grad_() for x in qkv]
+        out = sla2_attention(*leaves, block_map, alpha, smooth_k=smooth_k, backend=TARGET)
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, change(grad))])
+    for plain, other in zip(*found, strict=True):
+        assert torch.equal(plain, other)
+
+
+def test_a_model_s_own_layout_is_neither_copied_nor_changed(monkeypatch):
+    from sla2_kernels import operator
+
+    launched, real = [], operator.run_kernel
+    monkeypatch.setattr(operator, "run_kernel", lambda *args: launched.append(args[2]) or real(*args))
+    qkv = [tokens_first(x) for x in inputs(b=2)[:3]]
+    attn = SLA2Attention(SLA2Config(head_dim=64, num_heads=2, topk=0.3, backend=TARGET, **BLOCKS)).to(DEVICE)
+    for precision in ("full", "int8"):
+        attn.config = dataclasses.replace(attn.config, precision=precision, block_k=32)
+        out = attn(*qkv)
+        assert out.transpose(1, 2).is_contiguous()
+    assert "sla2_sparse_fwd" in launched
+    assert "sla2_copy_columns" not in launched
+
+
+def test_opcheck_and_compile_with_tokens_first():
+    *qkv, grad, alpha, block_map = inputs()
+    qkv = [tokens_first(x).requires_grad_() for x in qkv]
+    options = (alpha.expand(1, 2, 2).clone(), None, *SIZES, "full", "paper", True, True, TARGET)
+    torch.library.opcheck(cuda_ops.attention, (*qkv, block_map.indices, block_map.counts, *options))
+    attn = SLA2Attention(SLA2Config(head_dim=64, num_heads=2, topk=0.3, backend=TARGET, **BLOCKS)).to(DEVICE)
+    compiled = torch.compile(attn, fullgraph=True, backend="aot_eager")
+    for found, right in zip(gradients(compiled, qkv, grad), gradients(attn, qkv, grad), strict=True):
+        assert torch.equal(found, right)
+
+
+def test_nan_is_not_hidden():
     *qkv, _, alpha, block_map = inputs()
-    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
-    expected = sla2_attention(*qkv, block_map, alpha, backend=TARGET)
-    assert torch.equal(sla2_attention(*strided, block_map, alpha, backend=TARGET), expected)
     qkv[1][0, 0, 5, 3] = float("nan")
     assert sla2_attention(*qkv, block_map, alpha, backend=TARGET)[0, 0].isnan().any()
 

@@ -14,6 +14,7 @@ from sla2_kernels import operator
 from sla2_kernels.kernels import supports
 from sla2_kernels.launch import Pointer
 from sla2_kernels.operator_backward import backward
+from sla2_kernels.problem import NULL, Alpha, Device, Map, Problem, Strided
 from sla2_kernels.specs import architecture_of
 
 DTYPES = {
@@ -40,15 +41,20 @@ def allocate(shape, dtype: str) -> Pointer:
 
 def pointer(tensor: torch.Tensor | None) -> Pointer:
     if tensor is None:
-        return operator.NULL
+        return NULL
     tensor = tensor.pin_memory() if on_gpu() else tensor
     return Pointer(tensor.data_ptr(), tensor)
 
 
-def _device() -> operator.Device:
+def strided(tensor: torch.Tensor) -> Strided:
+    """A tensor (B, H, N, d) in the layout it has."""
+    return Strided(pointer(tensor), tensor.stride()[:3])
+
+
+def _device() -> Device:
     if not on_gpu():
-        return operator.Device(allocate=allocate, target="emulator", arch="sm_90a")
-    return operator.Device(allocate=allocate, arch=architecture_of(*torch.cuda.get_device_capability()))
+        return Device(allocate=allocate, target="emulator", arch="sm_90a")
+    return Device(allocate=allocate, arch=architecture_of(*torch.cuda.get_device_capability()))
 
 
 DEVICE = _device()
@@ -70,12 +76,12 @@ class Case(NamedTuple):
     block_map: BlockMap
     alpha: torch.Tensor
     lengths: torch.Tensor | None
-    problem: operator.Problem
+    problem: Problem
 
     @property
-    def map(self) -> operator.Map:
+    def map(self) -> Map:
         indices = self.block_map.indices
-        return operator.Map(pointer(indices), pointer(self.block_map.counts), indices.shape[3])
+        return Map(pointer(indices), pointer(self.block_map.counts), indices.shape[3])
 
 
 def make(n_q, n_k, *, d=64, dtype="bfloat16", blocks=(32, 16), lengths=None, density=0.5, heads=2, precision="full"):
@@ -90,7 +96,7 @@ def make(n_q, n_k, *, d=64, dtype="bfloat16", blocks=(32, 16), lengths=None, den
         mask[0, 0, 0], mask[-1, -1, -1] = False, True
     block_map = BlockMap.from_mask(mask, block_q=blocks[0], block_k=blocks[1], n_q=n_q, n_k=n_k)
     lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
-    problem = operator.Problem(
+    problem = Problem(
         batch=batch, heads=heads, n_q=n_q, n_k=n_k, head_dim=d, dtype=dtype, block_q=blocks[0], block_k=blocks[1],
         precision=precision, kv_lengths=pointer(lengths),
     )  # fmt: skip
@@ -99,13 +105,13 @@ def make(n_q, n_k, *, d=64, dtype="bfloat16", blocks=(32, 16), lengths=None, den
 
 def run(case: Case, *, smooth_k=True, linear=True, gradients=False, qat_backward="paper"):
     """O, L and, with `gradients`, (dQ, dK, dV, d alpha) from the kernels."""
-    alpha = operator.Alpha.of(pointer(case.alpha), tuple(case.alpha.shape)) if linear else None
-    inputs = [pointer(x) for x in (case.q, case.k, case.v)]
+    alpha = Alpha.of(pointer(case.alpha), tuple(case.alpha.shape)) if linear else None
+    inputs = [strided(x) for x in (case.q, case.k, case.v)]
     saved = operator.forward(DEVICE, case.problem, *inputs, case.map, alpha, smooth_k=smooth_k, save=gradients)
     out, lse = saved.out.owner.view(case.q.shape), saved.lse.owner
     if not gradients:
         return out, lse
-    made = backward(DEVICE, case.problem, saved, pointer(case.grad), qat_backward=qat_backward)
+    made = backward(DEVICE, case.problem, saved, strided(case.grad), qat_backward=qat_backward)
     grads = [p.owner.view(x.shape) for p, x in zip((made.d_q, made.d_k, made.d_v), (case.q, case.k, case.v))]
     if linear:
         grads.append(made.d_alpha.owner.sum(0, keepdim=True))

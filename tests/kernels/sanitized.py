@@ -10,21 +10,9 @@ from pathlib import Path
 import numpy as np
 from sla2_kernels.emulator.emulate import EmulatorError, poisoned
 from sla2_kernels.launch import Pointer, launch, load
-from sla2_kernels.operator import (
-    NULL,
-    Alpha,
-    Device,
-    Forward,
-    Linear,
-    Map,
-    Problem,
-    Prologue,
-    linear_states,
-    prologue,
-    route,
-    sparse_forward,
-)
+from sla2_kernels.operator import Forward, Linear, Prologue, linear_states, prologue, route, sparse_forward
 from sla2_kernels.operator_backward import backward, transpose_map
+from sla2_kernels.problem import NULL, Alpha, Device, Map, Problem, Strided
 from sla2_kernels.specs import KernelSpec
 
 TYPES = {"float32": np.float32, "int32": np.int32, "uint32": np.uint32, "uint8": np.uint8, "bfloat16": np.uint16}
@@ -45,6 +33,11 @@ def floats(*shape):
 def halves(*shape):
     """bfloat16 in [0.5, 1)."""
     return Pointer.of((floats(*shape).owner.view(np.uint32) >> 16).astype(np.uint16))
+
+
+def rows():
+    """Q, V or O of one head."""
+    return Strided.of(halves(1, N, WIDTH), 1, N, WIDTH)
 
 
 def octets(*shape):
@@ -79,7 +72,7 @@ ALPHA = Alpha(floats(1, 1, T_M), (0, 0, 1))
 
 
 def run_prologue():
-    inputs = (halves(1, 1, N, 48) for _ in range(3))
+    inputs = (Strided.of(halves(1, 1, N, 48), 1, N, 48) for _ in range(3))
     made = prologue(DEVICE, problem("int8", 48), *inputs, pool=True)
     written(made.k, made.phi_q, made.phi_k, made.pooled_q, made.pooled_k, made.q_scale, made.k_scale, made.v_scale)
 
@@ -96,7 +89,7 @@ def run_route():
 
 
 def run_states():
-    made = Prologue(q=NULL, k=NULL, v=halves(1, N, WIDTH), phi_k=halves(1, N, WIDTH))
+    made = Prologue(q=NULL, k=NULL, v=rows(), phi_k=halves(1, N, WIDTH))
     found = linear_states(DEVICE, problem(), made, block_map())
     written(found.state, found.norm, found.rest_inverse)
 
@@ -109,8 +102,7 @@ def states():
 
 
 def run_forward():
-    q, k, v, phi_q = (halves(1, N, WIDTH) for _ in range(4))
-    made = Prologue(q=q, k=k, v=v, phi_q=phi_q)
+    made = Prologue(q=rows(), k=rows(), v=rows(), phi_q=halves(1, N, WIDTH))
     written(*sparse_forward(DEVICE, problem(), made, block_map(), states(), ALPHA, True))
 
 
@@ -123,7 +115,8 @@ def run_low_bit():
 
 
 def run_backward(precision="full", **low_bit):
-    q, k, v, phi_q, phi_k, out, out_sparse, grad = (halves(1, N, WIDTH) for _ in range(8))
+    q, k, v, out, out_sparse, grad = (rows() for _ in range(6))
+    phi_q, phi_k = (halves(1, N, WIDTH) for _ in range(2))
     saved = Forward(
         out=out, lse=Pointer.of(np.full((1, 1, N), 40.0, np.float32)), block_map=block_map(), alpha=ALPHA, linear=states(),
         prologue=Prologue(q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, **low_bit), out_sparse=out_sparse, smooth_k=True,

@@ -28,7 +28,7 @@ class Operator:
     """Forward and backward of one problem through sla2_kernels.operator, with torch's memory."""
 
     def __init__(self, heads, n_q, n_k, d, dtype="bfloat16", precision="full", topk=0.4):
-        from sla2_kernels.operator import Problem
+        from sla2_kernels.problem import Problem
         from sla2_kernels.specs import architecture_of
 
         torch.manual_seed(0)
@@ -42,8 +42,9 @@ class Operator:
     def run(self):
         """(O, L, dQ, dK, dV) and the map's indices, on the current stream."""
         from sla2_kernels.launch import Pointer
-        from sla2_kernels.operator import Alpha, Device, forward, prologue, route
+        from sla2_kernels.operator import forward, prologue, route
         from sla2_kernels.operator_backward import backward
+        from sla2_kernels.problem import Alpha, Device, Strided
 
         def pointer(tensor):
             return Pointer(tensor.data_ptr(), tensor)
@@ -53,7 +54,7 @@ class Operator:
 
         stream = torch.cuda.current_stream().cuda_stream if TARGET == "cuda" else None
         device = Device(allocate=allocate, target=TARGET, arch=self.arch, stream=stream)
-        q, k, v, grad = (pointer(x) for x in self.tensors)
+        q, k, v, grad = (Strided(pointer(x), x.stride()[:3]) for x in self.tensors)
         weight, alpha = pointer(self.weight), Alpha.of(pointer(self.alpha), tuple(self.alpha.shape))
         made = prologue(device, self.problem, q, k, v, pool=True)
         block_map, _ = route(device, self.problem, made.pooled_q, made.pooled_k, weight, weight, 1, self.topk)

@@ -29,7 +29,7 @@ def test_low_bit(precision):
     formats = quantize.FORMATS[precision]
     case = problems.make(111, 200, d=64, blocks=(64, 32), lengths=(200, 63), heads=1, precision=precision)
     lengths = case.lengths.long()
-    inputs = [pointer(x) for x in (case.q, case.k, case.v)]
+    inputs = [problems.strided(x) for x in (case.q, case.k, case.v)]
     made = operator.prologue(problems.DEVICE, case.problem, *inputs)
     valid = (torch.arange(200) < lengths[:, None])[:, None, :, None]
     k = made.k.owner.view(case.k.shape)

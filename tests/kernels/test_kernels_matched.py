@@ -56,9 +56,9 @@ def test_inputs_and_row_values_are_the_definition_s(precision):
     problems.skip_unless_supported(precision)
     formats = quantize.FORMATS[precision]
     case = problems.make(111, 200, d=64, blocks=(64, 32), heads=2, density=0.4, precision=precision)
-    inputs = [problems.pointer(x) for x in (case.q, case.k, case.v)]
+    inputs = [problems.strided(x) for x in (case.q, case.k, case.v)]
     saved = operator.forward(problems.DEVICE, case.problem, *inputs, case.map, None, save=True)
-    found = _matched(problems.DEVICE, case.problem, saved, problems.pointer(case.grad))
+    found = _matched(problems.DEVICE, case.problem, saved, problems.pointer(case.v), problems.pointer(case.grad))
     k = smooth_keys(case.k)
     rounded = []
     for x, wide, scale, block in ((case.q, found.q, found.q_scale, 64), (k, found.k, found.k_scale, 32)):

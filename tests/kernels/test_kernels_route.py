@@ -21,7 +21,7 @@ DEVICE, pointer = problems.DEVICE, problems.pointer
 def test_routing_equals_the_router(weight_heads):
     case = problems.make(111, 600, d=48, lengths=(600, 63))
     lengths = case.lengths.long()
-    inputs = [pointer(x) for x in (case.q, case.k, case.v)]
+    inputs = [problems.strided(x) for x in (case.q, case.k, case.v)]
     made = operator.prologue(DEVICE, case.problem, *inputs, linear=False, pool=True)
     weights = [torch.randn(weight_heads, 48, 48) * 0.3 for _ in range(2)]
     topk = 0.13

@@ -55,11 +55,13 @@ class _RoutedAttention(nn.Module):
             q, k, v = (x.transpose(1, 2) if isinstance(x, Tensor) else x for x in (q, k, v))
         q, k, v = autocast_qkv(q, k, v)
         check_qkv(q, k, v)
-        q, k, v = (x.contiguous() for x in (q, k, v))  # once: pooling and attention both need it
         for name, index, expected in (("num_heads", 1, self.config.num_heads), ("head_dim", 3, self.config.head_dim)):
             if q.shape[index] != expected:
                 raise ValueError(f"q: expected {name}={expected} as in the configuration, got {q.shape[index]}")
-        return q, k, v, check_kv_lengths(kv_lengths, q, k)
+        lengths, backend = check_kv_lengths(kv_lengths, q, k), self.backend_of(q)
+        if backend not in CUDA_BACKENDS:  # whose kernels take any layout; here pooling and attention would both copy
+            q, k, v = (x.contiguous() for x in (q, k, v))
+        return q, k, v, lengths, backend
 
     def _route(
         self, q: Tensor, k: Tensor, lengths: Tensor | None, smooth: bool, backend: str
@@ -120,8 +122,8 @@ class SLA2Attention(_RoutedAttention):
         Raises:
             TypeError, ValueError: an argument of another shape, dtype or device than the configuration or q's.
         """
-        q, k, v, lengths = self._enter(q, k, v, layout, kv_lengths)
-        config, backend = self.config, self.backend_of(q)
+        q, k, v, lengths, backend = self._enter(q, k, v, layout, kv_lengths)
+        config = self.config
         with torch.autocast(q.device.type, enabled=False):
             with torch.set_grad_enabled(torch.is_grad_enabled() and config.alpha == "mass"):
                 scores, block_map = self._route(q, k, lengths, config.smooth_k, backend)
@@ -162,8 +164,7 @@ class SLAAttention(_RoutedAttention):
         self, q: Tensor, k: Tensor, v: Tensor, *, layout: str = "bhnd", kv_lengths=None, return_info: bool = False
     ):
         """As SLA2Attention.forward; the info's alpha is None."""
-        q, k, v, lengths = self._enter(q, k, v, layout, kv_lengths)
-        backend = self.backend_of(q)
+        q, k, v, lengths, backend = self._enter(q, k, v, layout, kv_lengths)
         with torch.no_grad():
             _, block_map = self._route(q, k, lengths, True, backend)
         out = sla_attention(

@@ -49,7 +49,7 @@ def unfit(
     """One line that says why the kernels cannot take a call with these settings, None if they can."""
     from sla2_kernels.kernels import supports
     from sla2_kernels.launch import device_architecture
-    from sla2_kernels.operator import Problem
+    from sla2_kernels.problem import Problem
 
     if dtype not in DTYPES:
         return f"q: expected bfloat16 or float16 for the CUDA kernels, got {dtype}"
@@ -72,7 +72,7 @@ def _pointer(x: Tensor | None):
 
 def _device(x: Tensor, target: str):
     from sla2_kernels.launch import device_architecture
-    from sla2_kernels.operator import Device
+    from sla2_kernels.problem import Device
 
     def allocate(shape, dtype):
         return _pointer(torch.empty(shape, dtype=_MADE.get(dtype) or getattr(torch, dtype), device=x.device))
@@ -85,7 +85,7 @@ def _device(x: Tensor, target: str):
 
 
 def _problem(q: Tensor, k: Tensor, lengths: Tensor | None, block_q: int, block_k: int, precision: str = "full"):
-    from sla2_kernels.operator import Problem
+    from sla2_kernels.problem import Problem
 
     lengths = None if lengths is None else lengths.to(torch.int32)
     return Problem(
@@ -98,14 +98,30 @@ def _inputs(*tensors: Tensor):
     return [_pointer(x.contiguous()) for x in tensors]
 
 
+def _strided(x: Tensor):
+    """x (B, H, N, d) in the layout it has, copied only if its channels are not adjacent."""
+    from sla2_kernels.problem import Strided
+
+    x = x if x.stride(3) == 1 else x.contiguous()
+    return Strided(_pointer(x), tuple(0 if size == 1 else step for size, step in zip(x.shape[:3], x.stride())))
+
+
+def _empty_out(q: Tensor) -> Tensor:
+    """O for q: a transposed (B, N, H, d) if q is one, so that the model's own layout comes back without a copy."""
+    b, h, n, d = q.shape
+    if d == _width(d) and q.stride(1) < q.stride(2):
+        return q.new_empty((b, n, h, d)).transpose(1, 2)
+    return q.new_empty(q.shape)
+
+
 def _map(indices: Tensor, counts: Tensor):
-    from sla2_kernels.operator import Map
+    from sla2_kernels.problem import Map
 
     return Map(*_inputs(indices, counts), indices.shape[3])
 
 
 def _alpha(alpha: Tensor | None):
-    from sla2_kernels.operator import Alpha
+    from sla2_kernels.problem import Alpha
 
     if alpha is None:
         return None
@@ -129,7 +145,7 @@ def pool(
     from sla2_kernels.operator import prologue
 
     device, problem = _device(q, target), _problem(q, k, lengths, block_q, block_k)
-    queries, keys = _inputs(q, k)
+    queries, keys = _strided(q), _strided(k)
     made = prologue(device, problem, queries, keys, keys, smooth_k=False, linear=False, pool=True)
     b, h, _, d = q.shape
     pooled = (x.owner.view(b, h, -1, _width(d)) for x in (made.pooled_q, made.pooled_k))
@@ -179,8 +195,8 @@ def route(
         Scores fp32 (B, H, T_m, T_n), -inf for blocks without a valid token; indices int32 (B, H, T_m, K), ascending, -1
         past counts int32 (B, H, T_m). Only the scores have gradients.
     """
-    from sla2_kernels.operator import Problem
     from sla2_kernels.operator import route as run
+    from sla2_kernels.problem import Problem
 
     b, h, _, d = pooled_q.shape
     lengths = None if lengths is None else lengths.to(torch.int32)
@@ -256,15 +272,17 @@ def attention(
         save: keep what the backward needs.
 
     Returns:
-        O (B, H, N_q, d), L fp32 (B, H, N_q), then with `save` what the backward reads: the smoothed K, and with alpha O_s,
+        O (B, H, N_q, d), laid out as q if d is 64 or 128, L fp32 (B, H, N_q), then with `save` what the backward reads: the smoothed K, and with alpha O_s,
         phi(Q), phi(K), the map's bits, 1 / unselected blocks, H and Z. Only O has a gradient.
     """
     from sla2_kernels.operator import forward
 
     device, problem = _device(q, target), _problem(q, k, lengths, block_q, block_k, precision)
+    out = _strided(_empty_out(q)) if problem.head_dim == problem.width else None
     saved = forward(
-        device, problem, *_inputs(q, k, v), _map(indices, counts), _alpha(alpha), smooth_k=smooth_k, save=save
-    )
+        device, problem, *map(_strided, (q, k, v)), _map(indices, counts), _alpha(alpha),
+        smooth_k=smooth_k, save=save, out=out,
+    )  # fmt: skip
     found = [saved.out.owner.view(q.shape), saved.lse.owner]
     if save and smooth_k:
         found.append(saved.prologue.k.owner)
@@ -279,7 +297,7 @@ def attention(
 def _(q, k, v, indices, counts, alpha, lengths, block_q, block_k, precision, qat_backward, smooth_k, save, target):
     (b, h, n_q, d), n_k = q.shape, k.shape[2]
     pairs, width, t_m, t_n = b * h, _width(d), _blocks(n_q, block_q), _blocks(n_k, block_k)
-    found = [q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)]
+    found = [_empty_out(q), q.new_empty(q.shape[:3], dtype=torch.float32)]
     if save and smooth_k:
         found.append(q.new_empty((pairs, n_k, width)))
     if save and alpha is not None:
@@ -313,35 +331,34 @@ def attention_backward(
 
     `results` is what the forward returned with save=True.
     """
-    from sla2_kernels.operator import ONE, Forward, Linear, Prologue, copy_columns, prologue
+    from sla2_kernels.operator import Forward, Linear, Prologue, prologue, widened
     from sla2_kernels.operator_backward import backward
+    from sla2_kernels.problem import ONE, Strided
 
     device, problem = _device(q, target), _problem(q, k, lengths, block_q, block_k, precision)
     out, lse, *kept = results
-    keys = kept.pop(0) if smooth_k else k
-    inputs, (out, grad) = _inputs(q, k, v), _inputs(out, grad_out)
+    keys = kept.pop(0).view(*k.shape[:3], -1) if smooth_k else k
 
-    def padded(x):
-        if x.owner.shape[-1] == problem.width:
-            return x
-        return copy_columns(device, problem, x, x.owner.numel() // problem.head_dim, problem.head_dim, problem.width)
+    def wide(x):
+        return _strided(x) if x.shape[3] == problem.width else widened(device, problem, _strided(x), x.shape[2])
 
     if qat_backward == "matched" and problem.low:  # needs the 8-bit copies again
-        made = prologue(device, problem, *inputs, smooth_k=smooth_k, linear=False)
+        made = prologue(device, problem, *map(_strided, (q, k, v)), smooth_k=smooth_k, linear=False)
     else:
-        made = Prologue(q=padded(inputs[0]), k=padded(*_inputs(keys)), v=padded(inputs[2]))
+        made = Prologue(q=wide(q), k=wide(keys), v=wide(v))
     linear = None
     if alpha is None:
-        out_sparse = padded(out)
+        out_sparse = wide(out)
     else:
         out_sparse, phi_q, phi_k, bits, rest_inverse, state, norm = map(_pointer, kept)
+        out_sparse = Strided.of(out_sparse, problem.heads, problem.n_q, problem.width)
         made = replace(made, phi_q=phi_q, phi_k=phi_k)
         linear = Linear(bits=bits, rest_inverse=rest_inverse, state=state, norm=norm)
     saved = Forward(
-        out=out, lse=_pointer(lse), prologue=made, block_map=_map(indices, counts),
+        out=_strided(out), lse=_pointer(lse), prologue=made, block_map=_map(indices, counts),
         alpha=_alpha(alpha) or ONE, linear=linear, out_sparse=out_sparse, smooth_k=smooth_k,
     )  # fmt: skip
-    found = backward(device, problem, saved, grad, qat_backward=qat_backward)
+    found = backward(device, problem, saved, _strided(grad_out), qat_backward=qat_backward)
     grads = (p.owner.view(x.shape) for p, x in ((found.d_q, q), (found.d_k, k), (found.d_v, v)))
     return (*grads, q.new_empty(0, dtype=torch.float32) if alpha is None else found.d_alpha.owner)
 

@@ -168,11 +168,11 @@ class _Kernels:
     def __init__(self, q, k, v, topk: float):
         import torch
         from sla2_kernels import operator
-        from sla2_kernels.operator import Alpha, Problem
+        from sla2_kernels.problem import Alpha, Problem
         from sla2_kernels.specs import architecture_of
 
         self.operator, self.arch = operator, architecture_of(*torch.cuda.get_device_capability())
-        self.inputs = [self.pointer(x) for x in (q, k, v)]
+        self.inputs = [self.strided(x) for x in (q, k, v)]
         self.shape = dict(batch=q.shape[0], heads=q.shape[1], n_q=q.shape[2], n_k=k.shape[2], head_dim=q.shape[3])
         self.problem = Problem(**self.shape)
         weight = torch.eye(q.shape[3], device="cuda")[None].contiguous()
@@ -184,9 +184,14 @@ class _Kernels:
 
     @staticmethod
     def pointer(tensor):
-        from sla2_kernels.operator import Pointer
+        from sla2_kernels.launch import Pointer
 
         return Pointer(tensor.data_ptr(), tensor)
+
+    def strided(self, tensor):
+        from sla2_kernels.problem import Strided
+
+        return Strided(self.pointer(tensor), tensor.stride()[:3])
 
     @property
     def device(self):
@@ -194,7 +199,9 @@ class _Kernels:
         import torch
 
         stream = torch.cuda.current_stream().cuda_stream
-        return self.operator.Device(allocate=self.allocate, target="cuda", arch=self.arch, stream=stream)
+        from sla2_kernels.problem import Device
+
+        return Device(allocate=self.allocate, target="cuda", arch=self.arch, stream=stream)
 
     def allocate(self, shape, dtype):
         import torch
@@ -221,7 +228,7 @@ class _Kernels:
         from sla2_kernels.operator_backward import backward
 
         op, problem = self.operator, self.problem
-        saved, d_out = self.forward(problem, save=True), self.pointer(grad)
+        saved, d_out = self.forward(problem, save=True), self.strided(grad)
         cases = {
             "SLA2 forward": lambda: self.forward(problem),
             "SLA2 prologue": lambda: self.prologue(problem),

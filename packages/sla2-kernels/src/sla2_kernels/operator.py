@@ -1,136 +1,32 @@
 """The whole operator on raw pointers, forward: prologue -> route -> linear states -> sparse forward, on GPU or emulator.
 
 Nothing here reads device memory, so nothing waits for the device: every launch goes to the caller's stream. Memory comes
-from the caller's allocator. All tensors are C-contiguous; 16-bit ones are bfloat16 or float16 as `Problem.dtype` says.
+from the caller's allocator. Q, K, V and O are `Strided`, all other tensors C-contiguous; 16-bit ones are bfloat16 or float16
+as `Problem.dtype` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from sla2_kernels.kernels import Geometry, spec_of
+from sla2_kernels.kernels import spec_of
 from sla2_kernels.launch import Pointer, launch, load
-
-NULL = Pointer(0)
-Allocate = Callable[[tuple[int, ...], str], Pointer]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """Where kernels run: target "cuda" or "emulator", architecture, GPU number, CUDA stream, and the allocator.
-
-    `allocate(shape, dtype)` returns a Pointer to uninitialised memory of that shape, 16-byte aligned; dtype is "float32",
-    "int32", "uint32", "uint8", "bfloat16" or "float16". The Pointer's owner must keep the memory alive.
-    """
-
-    allocate: Allocate
-    target: str = "cuda"
-    arch: str = "sm_90a"
-    index: int = 0
-    stream: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """Shapes and settings of a call: q (B, H, n_q, d), k and v (B, H, n_k, d), d <= 128; see sla2_core.functional.
-
-    `kv_lengths` is a device pointer to int32 (B,), or NULL. Raises ValueError naming the argument for what no kernel takes.
-    """
-
-    batch: int
-    heads: int
-    n_q: int
-    n_k: int
-    head_dim: int
-    dtype: str = "bfloat16"
-    block_q: int = 128
-    block_k: int = 64
-    precision: str = "full"
-    kv_lengths: Pointer = NULL
-
-    def __post_init__(self):
-        for name in ("batch", "heads", "n_q", "n_k", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
-        if self.head_dim > 128:
-            raise ValueError(f"head_dim: expected at most 128, got {self.head_dim}")
-        if self.pairs > 65535:
-            raise ValueError(f"batch * heads: expected at most 65535, got {self.pairs}")
-        _ = self.geometry
-
-    @property
-    def width(self) -> int:
-        """Channels of a row as the kernels see it: 64 or 128."""
-        return 64 if self.head_dim <= 64 else 128
-
-    @property
-    def geometry(self) -> Geometry:
-        return Geometry(
-            head_dim=self.width, dtype=self.dtype, block_q=self.block_q, block_k=self.block_k, precision=self.precision
-        )
-
-    @property
-    def pairs(self) -> int:
-        """(batch, head) pairs."""
-        return self.batch * self.heads
-
-    @property
-    def t_m(self) -> int:
-        return -(-self.n_q // self.block_q)
-
-    @property
-    def t_n(self) -> int:
-        return -(-self.n_k // self.block_k)
-
-    @property
-    def softmax_scale(self) -> np.float32:
-        return np.float32(self.head_dim**-0.5)
-
-    @property
-    def low(self) -> bool:
-        return self.precision != "full"
-
-
-@dataclass(frozen=True)
-class Map:
-    """A block map on the device: indices int32 (B, H, T_m, width), ascending, -1 past counts int32 (B, H, T_m)."""
-
-    indices: Pointer
-    counts: Pointer
-    width: int
-
-
-@dataclass(frozen=True)
-class Alpha:
-    """The mixing ratio, fp32 (B|1, H|1, T_m|1), by its element strides; 0 where it is shared."""
-
-    values: Pointer
-    strides: tuple[int, int, int]
-
-    @classmethod
-    def of(cls, values: Pointer, shape: tuple[int, int, int]) -> Alpha:
-        """From a contiguous tensor of `shape`."""
-        whole = (shape[1] * shape[2], shape[2], 1)
-        return cls(values, tuple(0 if size == 1 else stride for size, stride in zip(shape, whole)))
-
-
-ONE = Alpha(NULL, (0, 0, 0))
+from sla2_kernels.problem import NULL, ONE, Alpha, Device, Map, Problem, Strided
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prologue:
-    """q, k, v padded to the kernels' width, K smoothed (16 bit, (B H, N, width)), and what is derived from them.
+    """q, k, v padded to the kernels' width, K smoothed (16 bit, (B, H, N, width)), and what is derived from them.
 
     phi_q, phi_k like q and k; pooled_q (B H, T_m, width) and pooled_k (B H, T_n, width) fp32; for low bit q_bytes, k_bytes
     like q and k, v_bytes (B H, T_n, width, block_k), scales q (B H, T_m), k (B H, T_n), v (B H, width). NULL: not made.
     """
 
-    q: Pointer
-    k: Pointer
-    v: Pointer
+    q: Strided
+    k: Strided
+    v: Strided
     phi_q: Pointer = NULL
     phi_k: Pointer = NULL
     pooled_q: Pointer = NULL
@@ -157,16 +53,16 @@ class Linear:
 class Forward:
     """O (B, H, n_q, d) and the natural log-sum-exp L fp32 (B, H, n_q) of the selected scores; the rest is for backward().
 
-    `out_sparse` is O_s (B H, n_q, width), kept with `save` (without a linear branch it is O).
+    `out_sparse` is O_s (B, H, n_q, width), kept with `save` (without a linear branch it is O).
     """
 
-    out: Pointer
+    out: Strided
     lse: Pointer
     prologue: Prologue
     block_map: Map
     alpha: Alpha
     linear: Linear | None
-    out_sparse: Pointer
+    out_sparse: Strided
     smooth_k: bool
 
 
@@ -178,22 +74,39 @@ def run_kernel(device: Device, problem: Problem, name: str, grid: tuple[int, ...
 
 
 def copy_columns(
-    device: Device, problem: Problem, source: Pointer, rows: int, columns: int, target_columns: int
+    device: Device, problem: Problem, source: Strided, tokens: int, columns: int, target_columns: int
 ) -> Pointer:
-    """16-bit rows of `columns` values, copied into rows of `target_columns`, cut or padded with zeros."""
-    target = device.allocate((rows, target_columns), problem.dtype)
-    grid = min(65535, -(-rows * target_columns // 256))
-    sizes = np.int64(rows), np.int32(columns), np.int32(target_columns)
-    run_kernel(device, problem, "sla2_copy_columns", (grid,), source, target, *sizes)
+    """Rows of `columns` values copied into contiguous rows of `target_columns`, cut or padded with zeros."""
+    target = device.allocate((problem.pairs, tokens, target_columns), problem.dtype)
+    grid = min(65535, -(-tokens * target_columns // 256)), problem.pairs
+    sizes = map(np.int32, (problem.heads, tokens, columns, target_columns))
+    run_kernel(device, problem, "sla2_copy_columns", grid, *source.arguments, target, *sizes)
     return target
+
+
+def widened(device: Device, problem: Problem, x: Strided, tokens: int) -> Strided:
+    """x (B, H, tokens, head_dim) as the kernels read it: itself, or a contiguous copy padded to their width."""
+    p = problem
+    if p.head_dim == p.width and x.fits:
+        return x
+    return Strided.of(copy_columns(device, p, x, tokens, p.head_dim, p.width), p.heads, tokens, p.width)
+
+
+def contiguous(device: Device, problem: Problem, x: Strided, tokens: int) -> Pointer:
+    """x (B, H, tokens, width) as contiguous rows: its own memory, or a copy."""
+    p = problem
+    whole = Strided.of(x.pointer, p.heads, tokens, p.width).strides
+    if x.fits and all(n == 1 or a == b for n, a, b in zip((p.batch, p.heads, tokens), x.strides, whole)):
+        return x.pointer
+    return copy_columns(device, p, x, tokens, p.width, p.width)
 
 
 def prologue(
     device: Device,
     problem: Problem,
-    q: Pointer,
-    k: Pointer,
-    v: Pointer,
+    q: Strided,
+    k: Strided,
+    v: Strided,
     *,
     smooth_k: bool = True,
     linear: bool = True,
@@ -201,9 +114,8 @@ def prologue(
 ) -> Prologue:
     """Pad, smooth K, pool, take phi and the 8-bit copies: what the later steps need, and no more."""
     p, new, dtype = problem, device.allocate, problem.dtype
-    if p.head_dim != p.width:
-        q = copy_columns(device, p, q, p.pairs * p.n_q, p.head_dim, p.width)
-        k, v = (copy_columns(device, p, x, p.pairs * p.n_k, p.head_dim, p.width) for x in (k, v))
+    q = widened(device, p, q, p.n_q)
+    k, v = (widened(device, p, x, p.n_k) for x in (k, v))
     if not (smooth_k or linear or pool or p.low):
         return Prologue(q=q, k=k, v=v)
     made: dict[str, Pointer] = {}
@@ -216,7 +128,8 @@ def prologue(
         tops = new((p.pairs, p.t_n, p.width), "float32") if p.low else NULL
         mean = new((p.pairs, p.width), "float32")
         made["v_scale"] = new((p.pairs, p.width), "float32") if p.low else NULL
-        run_kernel(device, p, "sla2_key_sums", per_key, k, v, p.kv_lengths, sums, tops, heads, n_k)
+        args = *k.arguments, *v.arguments, p.kv_lengths, sums, tops, heads, n_k
+        run_kernel(device, p, "sla2_key_sums", per_key, *args)
         run_kernel(
             device, p, "sla2_key_mean", (p.pairs,),
             sums, tops, p.kv_lengths, mean, made["v_scale"], heads, n_k, t_n,
@@ -240,18 +153,19 @@ def prologue(
 
     run_kernel(
         device, p, "sla2_prologue_k", per_key,
-        k, mean, p.kv_lengths, smooth, get("phi_k"), get("pooled_k"), get("k_bytes"), get("k_scale"),
+        *k.arguments, mean, p.kv_lengths, smooth, get("phi_k"), get("pooled_k"), get("k_bytes"), get("k_scale"),
         heads, n_k, channels,
     )  # fmt: skip
     if linear or pool or p.low:
         run_kernel(
             device, p, "sla2_prologue_q", (p.t_m, p.pairs),
-            q, get("phi_q"), get("pooled_q"), get("q_bytes"), get("q_scale"), n_q, channels,
+            *q.arguments, get("phi_q"), get("pooled_q"), get("q_bytes"), get("q_scale"), heads, n_q, channels,
         )  # fmt: skip
     if p.low:
-        args = v, made["v_scale"], p.kv_lengths, made["v_bytes"], heads, n_k
+        args = *v.arguments, made["v_scale"], p.kv_lengths, made["v_bytes"], heads, n_k
         run_kernel(device, p, "sla2_prologue_v", per_key, *args)
-    return Prologue(q=q, k=smooth if smooth_k else k, v=v, **made)
+    k = Strided.of(smooth, p.heads, p.n_k, p.width) if smooth_k else k
+    return Prologue(q=q, k=k, v=v, **made)
 
 
 def route(
@@ -305,7 +219,8 @@ def linear_states(device: Device, problem: Problem, made: Prologue, block_map: M
         heads, t_m, t_n, n_k, np.int32(block_map.width),
     )  # fmt: skip
     states = new((p.pairs, p.t_n, p.width * (p.width + 1)), p.dtype)
-    run_kernel(device, p, "sla2_states", (p.t_n, p.pairs), made.phi_k, made.v, p.kv_lengths, states, heads, n_k)
+    args = made.phi_k, *made.v.arguments, p.kv_lengths, states, heads, n_k
+    run_kernel(device, p, "sla2_states", (p.t_n, p.pairs), *args)
     state, norm = masked_sum(device, p, bits, states, rest_inverse, p.t_m, p.t_n)
     return Linear(bits=bits, rest_inverse=rest_inverse, state=state, norm=norm)
 
@@ -325,55 +240,67 @@ def masked_sum(
 
 
 def sparse_forward(
-    device: Device, problem: Problem, made: Prologue, block_map: Map, linear: Linear | None, alpha: Alpha, save: bool
-) -> tuple[Pointer, Pointer, Pointer]:
-    """O (B H, n_q, width), L, and O_s, which is NULL where a linear branch is mixed in and `save` is off."""
+    device: Device,
+    problem: Problem,
+    made: Prologue,
+    block_map: Map,
+    linear: Linear | None,
+    alpha: Alpha,
+    save: bool,
+    out: Strided | None = None,
+) -> tuple[Strided, Pointer, Strided]:
+    """O (B, H, n_q, width), written to `out` if given, L, and O_s, which is NULL where a linear branch is mixed in and `save`
+    is off."""
     p, new = problem, device.allocate
     rows = (p.pairs, p.n_q, p.width)
-    out, lse = new(rows, p.dtype), new((p.batch, p.heads, p.n_q), "float32")
+    out = out or Strided.of(new(rows, p.dtype), p.heads, p.n_q, p.width)
+    lse = new((p.batch, p.heads, p.n_q), "float32")
     out_sparse = new(rows, p.dtype) if save and linear else NULL
     if p.low:
         name = "sla2_sparse_fwd_low"
         inputs = made.q_bytes, made.k_bytes, made.v_bytes, made.q_scale, made.k_scale, made.v_scale
     else:
-        name, inputs = "sla2_sparse_fwd", (made.q, made.k, made.v)
+        k = contiguous(device, p, made.k, p.n_k)  # it already is where K was smoothed
+        name, inputs = "sla2_sparse_fwd", (*made.q.arguments, k, *made.v.arguments)
     mixed = (made.phi_q, linear.state, linear.norm) if linear else (NULL, NULL, NULL)
     run_kernel(
         device, p, name, (p.t_m, p.pairs),
         *inputs, block_map.indices, block_map.counts, np.int32(block_map.width), p.kv_lengths,
-        *mixed, alpha.values, *map(np.int32, alpha.strides), out, out_sparse, lse,
+        *mixed, alpha.values, *map(np.int32, alpha.strides), *out.arguments, out_sparse, lse,
         np.int32(p.heads), np.int32(p.n_q), np.int32(p.n_k), p.softmax_scale,
     )  # fmt: skip
-    return out, lse, out_sparse if linear else out
+    return out, lse, Strided.of(out_sparse, p.heads, p.n_q, p.width) if linear else out
 
 
 def forward(
     device: Device,
     problem: Problem,
-    q: Pointer,
-    k: Pointer,
-    v: Pointer,
+    q: Strided,
+    k: Strided,
+    v: Strided,
     block_map: Map,
     alpha: Alpha | None,
     *,
     smooth_k: bool = True,
     save: bool = False,
     made: Prologue | None = None,
+    out: Strided | None = None,
 ) -> Forward:
     """O = alpha O_s + (1 - alpha) O_l (Eq. 13-16); alpha None: the sparse branch alone.
 
     Args:
-        q, k, v: 16-bit (B, H, N, d), contiguous. block_map, alpha: on the same device; values are not checked.
+        q, k, v: 16-bit (B, H, N, d). block_map, alpha: on the same device; values are not checked.
         smooth_k: subtract the mean over tokens from K first. save: keep what backward() needs.
         made: the prologue, if route() needed it before (then made with linear=True for an alpha).
+        out: where to write O, for d 64 or 128, and such that it fits; None: new contiguous memory.
     """
     p = problem
     made = made or prologue(device, p, q, k, v, smooth_k=smooth_k, linear=alpha is not None)
     linear = None if alpha is None else linear_states(device, p, made, block_map)
     alpha = alpha or ONE
-    out, lse, out_sparse = sparse_forward(device, p, made, block_map, linear, alpha, save)
+    out, lse, out_sparse = sparse_forward(device, p, made, block_map, linear, alpha, save, out)
     if p.head_dim != p.width:
-        out = copy_columns(device, p, out, p.pairs * p.n_q, p.width, p.head_dim)
+        out = Strided.of(copy_columns(device, p, out, p.n_q, p.width, p.head_dim), p.heads, p.n_q, p.head_dim)
     return Forward(
         out=out, lse=lse, prologue=made, block_map=block_map, alpha=alpha, linear=linear,
         out_sparse=out_sparse, smooth_k=smooth_k,

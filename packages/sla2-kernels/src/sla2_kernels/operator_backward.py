@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sla2_kernels.launch import Pointer
-from sla2_kernels.operator import NULL, Device, Forward, Problem, copy_columns, masked_sum, run_kernel
+from sla2_kernels.operator import Forward, contiguous, copy_columns, masked_sum, run_kernel, widened
+from sla2_kernels.problem import NULL, Device, Problem, Strided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class _Sparse:
     k_scale: Pointer = NULL
 
 
-def _matched(device: Device, problem: Problem, saved: Forward, grad: Pointer) -> _Sparse:
+def _matched(device: Device, problem: Problem, saved: Forward, values: Pointer, grad: Pointer) -> _Sparse:
     """Q, K, V as the low-bit forward saw them, and D and the largest P of each row with the unrounded P."""
     p, new, made, block_map = problem, device.allocate, saved.prologue, saved.block_map
     heads, n_q, n_k = map(np.int32, (p.heads, p.n_q, p.n_k))
@@ -91,7 +92,7 @@ def _matched(device: Device, problem: Problem, saved: Forward, grad: Pointer) ->
         count = p.pairs * rows * p.width
         run_kernel(device, p, "sla2_widen", (min(65535, -(-count // 1024)),), octets, wide[-1], np.int64(count))
     v = new((p.pairs, p.n_k, p.width), p.dtype)
-    args = made.v, made.v_scale, p.kv_lengths, v, heads, n_k
+    args = values, made.v_scale, p.kv_lengths, v, heads, n_k
     run_kernel(device, p, "sla2_round_values", (-(-p.n_k * p.width // 512), p.pairs), *args)
     row_mean, row_top = (new((p.pairs, p.n_q), "float32") for _ in range(2))
     run_kernel(
@@ -111,25 +112,27 @@ def _parts(problem: Problem) -> int:
 
 
 def backward(
-    device: Device, problem: Problem, saved: Forward, grad: Pointer, *, qat_backward: str = "paper"
+    device: Device, problem: Problem, saved: Forward, grad: Strided, *, qat_backward: str = "paper"
 ) -> Gradients:
-    """Gradients of forward(..., save=True), in 16 bit.
+    """Gradients of forward(..., save=True), in 16 bit, contiguous.
 
     Args:
-        problem: the forward's. saved: its result. grad: dO (B, H, n_q, d), 16 bit, contiguous.
+        problem: the forward's. saved: its result. grad: dO (B, H, n_q, d), 16 bit.
         qat_backward: after a low-bit forward, "paper" takes P from the original Q, K, V and the forward's L (Alg. 3);
             "matched" differentiates the low-bit forward with its rounding as the identity: the rounded Q, K, V and P, and
             D = rowsum(P dP) from the unrounded P. `saved.prologue` then needs its 8-bit tensors and scales.
     """
     p, new, made = problem, device.allocate, saved.prologue
-    if p.head_dim != p.width:
-        grad = copy_columns(device, p, grad, p.pairs * p.n_q, p.head_dim, p.width)
+    # These kernels read rows many times over: contiguous ones, copied here where the caller's are not.
+    grad = contiguous(device, p, widened(device, p, grad, p.n_q), p.n_q)
+    q, out_sparse = (contiguous(device, p, x, p.n_q) for x in (made.q, saved.out_sparse))
+    k, v = (contiguous(device, p, x, p.n_k) for x in (made.k, made.v))
     heads, n_q, n_k, t_m, t_n = map(np.int32, (p.heads, p.n_q, p.n_k, p.t_m, p.t_n))
     linear, block_map = saved.linear, saved.block_map
     alpha = (saved.alpha.values, *map(np.int32, saved.alpha.strides))
     rest_inverse = linear.rest_inverse if linear else NULL
     row_dot = new((p.pairs, p.n_q), "float32")
-    run_kernel(device, p, "sla2_bwd_row_dot", (p.t_m, p.pairs), grad, saved.out_sparse, row_dot, n_q)
+    run_kernel(device, p, "sla2_bwd_row_dot", (p.t_m, p.pairs), grad, out_sparse, row_dot, n_q)
     columns = transpose_map(device, p, _row_bits(device, p, saved), block_map.width)
     d_k_sum = new((p.pairs, p.n_k, p.width), "float32")
     d_q_linear = d_v_linear = d_alpha = NULL
@@ -146,12 +149,12 @@ def backward(
         d_state, d_norm = masked_sum(device, p, columns.bits, d_states, NULL, p.t_n, p.t_m)
         run_kernel(
             device, p, "sla2_linear_bwd_kv", (p.t_n, p.pairs),
-            made.phi_k, made.v, d_state, d_norm, p.kv_lengths, d_k_sum, d_v_linear, heads, n_k,
+            made.phi_k, v, d_state, d_norm, p.kv_lengths, d_k_sum, d_v_linear, heads, n_k,
         )  # fmt: skip
     if qat_backward == "matched" and p.low:
-        s = _matched(device, p, saved, grad)
+        s = _matched(device, p, saved, v, grad)
     else:
-        s = _Sparse(problem=replace(p, precision="full"), q=made.q, k=made.k, v=made.v, row_mean=row_dot)
+        s = _Sparse(problem=replace(p, precision="full"), q=q, k=k, v=v, row_mean=row_dot)
     d_q, d_k, d_v = (new((p.pairs, n, p.width), p.dtype) for n in (p.n_q, p.n_k, p.n_k))
     run_kernel(
         device, s.problem, "sla2_sparse_bwd_q", (p.t_m * _parts(p), p.pairs),
@@ -175,6 +178,8 @@ def backward(
     args = d_k_sum, mean, p.kv_lengths, d_k, heads, n_k
     run_kernel(device, p, "sla2_finish_dk", (-(-pairs_of_values // 256), p.pairs), *args)
     if p.head_dim != p.width:
-        d_q = copy_columns(device, p, d_q, p.pairs * p.n_q, p.width, p.head_dim)
-        d_k, d_v = (copy_columns(device, p, x, p.pairs * p.n_k, p.width, p.head_dim) for x in (d_k, d_v))
+        grads = ((d_q, p.n_q), (d_k, p.n_k), (d_v, p.n_k))
+        d_q, d_k, d_v = (
+            copy_columns(device, p, Strided.of(x, p.heads, n, p.width), n, p.width, p.head_dim) for x, n in grads
+        )
     return Gradients(d_q=d_q, d_k=d_k, d_v=d_v, d_alpha=d_alpha)

@@ -5,19 +5,19 @@ constexpr int STATE = HEAD_DIM * (HEAD_DIM + 1);  // h_j row by row, then z_j
 constexpr int STATE_THREADS = HEAD_DIM * 2;  // a warp per 16 channels of phi
 
 // states (B H, T_n, D (D + 1)) in 16 bit: h_j / BLOCK_K and z_j / BLOCK_K, so that they stay within the range of V. Grid
-// (T_n, B H). phi_k is 0 at padding tokens.
+// (T_n, B H). phi_k (B H, n_k, D) is 0 at padding tokens; v by its strides.
 extern "C" __global__ void __launch_bounds__(STATE_THREADS)
-sla2_states(const half_bits* __restrict__ phi_k, const half_bits* __restrict__ v, const int* __restrict__ kv_lengths,
-            half_bits* __restrict__ states, int num_heads, int n_k) {
+sla2_states(const half_bits* __restrict__ phi_k, const half_bits* __restrict__ v, long long v_item, long long v_head,
+            int v_step, const int* __restrict__ kv_lengths, half_bits* __restrict__ states, int num_heads, int n_k) {
     SLA2_DYNAMIC_SHARED(shared);
     unsigned char* phi_tile = shared;
     unsigned char* v_tile = shared + BLOCK_K * HALF_ROW;
     const long long bh = blockIdx.y;
-    const int first = blockIdx.x * BLOCK_K;
-    const int valid = valid_keys(kv_lengths, blockIdx.y / num_heads, n_k) - first;
-    const long long at = (bh * n_k + first) * HEAD_DIM;
-    load_tile<BLOCK_K, HALF_ROW, STATE_THREADS>(phi_tile, phi_k + at, HALF_ROW, valid);
-    load_tile<BLOCK_K, HALF_ROW, STATE_THREADS>(v_tile, v + at, HALF_ROW, valid);
+    const int first = blockIdx.x * BLOCK_K, item = blockIdx.y / num_heads, head = blockIdx.y % num_heads;
+    const int valid = valid_keys(kv_lengths, item, n_k) - first;
+    const long long v_at = item * v_item + head * v_head + static_cast<long long>(first) * v_step;
+    load_tile<BLOCK_K, HALF_ROW, STATE_THREADS>(phi_tile, phi_k + (bh * n_k + first) * HEAD_DIM, HALF_ROW, valid);
+    load_tile<BLOCK_K, HALF_ROW, STATE_THREADS>(v_tile, v + v_at, 2 * v_step, valid);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();

@@ -17,20 +17,21 @@ SLA2_INLINE void clear(float (&acc)[FWD_M_TILES][D_TILES][4]) {
     for (int m = 0; m < FWD_M_TILES; ++m) clear(acc[m]);
 }
 
-// What the epilogue reads and writes, already advanced to the block's (batch, head); null pointers switch parts off.
+// What the epilogue reads and writes, already advanced to the block's (batch, head), as `out` is to mix_arguments; null pointers switch parts off.
 struct MixArguments {
     const half_bits* phi_q;  // (n_q, D), or null: no linear branch, O = O_s
     const half_bits* state;  // H of this row block (D, D): [channel of phi][channel of V]
     const float* norm;       // Z of this row block (D,)
     float alpha;
-    half_bits* out;         // (n_q, D)
+    half_bits* out;         // (n_q, D), rows out_step apart
+    int out_step;
     half_bits* out_sparse;  // (n_q, D) O_s for the backward, or null
     float* lse;             // (n_q,) natural log-sum-exp of the selected scores
 };
 
 SLA2_INLINE MixArguments mix_arguments(const half_bits* phi_q, const half_bits* state, const float* norm,
-                                       const float* alpha, int alpha_at, half_bits* out, half_bits* out_sparse,
-                                       float* lse, int n_q) {
+                                       const float* alpha, int alpha_at, half_bits* out, int out_step,
+                                       half_bits* out_sparse, float* lse, int n_q) {
     const long long rows_at = static_cast<long long>(blockIdx.y) * n_q;
     const long long block_at = static_cast<long long>(blockIdx.y) * gridDim.x + blockIdx.x;
     MixArguments args;
@@ -38,7 +39,8 @@ SLA2_INLINE MixArguments mix_arguments(const half_bits* phi_q, const half_bits* 
     args.state = phi_q == nullptr ? nullptr : state + block_at * HEAD_DIM * HEAD_DIM;
     args.norm = phi_q == nullptr ? nullptr : norm + block_at * HEAD_DIM;
     args.alpha = phi_q == nullptr ? 1.0f : alpha[alpha_at];
-    args.out = out + rows_at * HEAD_DIM;
+    args.out = out;
+    args.out_step = out_step;
     args.out_sparse = out_sparse == nullptr ? nullptr : out_sparse + rows_at * HEAD_DIM;
     args.lse = lse + rows_at;
     return args;
@@ -92,9 +94,9 @@ SLA2_INLINE void add_linear(float (&o)[FWD_M_TILES][D_TILES][4], const unsigned 
     }
 }
 
-// o in 16 bit -> `tile` in shared memory (of this warp's rows only) -> 16-byte stores to `target` (rows, D).
-SLA2_INLINE void store_rows(float (&o)[FWD_M_TILES][D_TILES][4], unsigned char* tile, half_bits* target, int row0,
-                            int rows) {
+// o in 16 bit -> `tile` in shared memory (of this warp's rows only) -> 16-byte stores to `target` (rows, D), rows step apart.
+SLA2_INLINE void store_rows(float (&o)[FWD_M_TILES][D_TILES][4], unsigned char* tile, half_bits* target, int step,
+                            int row0, int rows) {
     constexpr int CHUNKS = HALF_ROW / 16;
     const int lane = threadIdx.x & 31, g = lane >> 2, column = (lane & 3) * 2;
     __syncwarp();
@@ -110,7 +112,7 @@ SLA2_INLINE void store_rows(float (&o)[FWD_M_TILES][D_TILES][4], unsigned char* 
     for (int i = lane; i < FWD_WARP_ROWS * CHUNKS; i += 32) {
         const int row = row0 + i / CHUNKS, chunk = i % CHUNKS;
         if (row < rows)
-            reinterpret_cast<uint4*>(target + row * HEAD_DIM)[chunk] =
+            reinterpret_cast<uint4*>(target + row * step)[chunk] =
                 *reinterpret_cast<const uint4*>(tile + tile_offset<HALF_ROW>(row, chunk));
     }
 }
@@ -146,7 +148,7 @@ SLA2_INLINE void mix_and_store(const MixArguments& args, float (&o)[FWD_M_TILES]
                 args.lse[first_row + row] =
                     some ? softmax.maximum[m][r] * softmax_scale + logf(softmax.sum[m][r]) : MINUS_INFINITY;
         }
-    if (args.out_sparse != nullptr) store_rows(o, out_tile, args.out_sparse + first_at, row0, rows);
+    if (args.out_sparse != nullptr) store_rows(o, out_tile, args.out_sparse + first_at, HEAD_DIM, row0, rows);
     if (linear) {
         const float weight = some ? args.alpha : 0.0f;
 #pragma unroll
@@ -159,5 +161,5 @@ SLA2_INLINE void mix_and_store(const MixArguments& args, float (&o)[FWD_M_TILES]
         __syncthreads();
         add_linear(o, phi_tile, state_tile, args.norm, 1.0f - weight, row0);
     }
-    store_rows(o, out_tile, args.out + first_at, row0, rows);
+    store_rows(o, out_tile, args.out + static_cast<long long>(first_row) * args.out_step, args.out_step, row0, rows);
 }

@@ -1,4 +1,7 @@
 // What is done once per tensor before routing and attention: mean of K, smoothing, block means, phi, 8-bit copies.
+//
+// The caller's Q, K and V may lie in any layout whose channels are adjacent: x_item, x_head and x_step are elements from a
+// batch item, a head and a token to the next, multiples of 8. What is written is (B H, N, D), contiguous.
 #include "formats.cuh"
 
 constexpr int ROW_LANES = HEAD_DIM / 8;  // lanes of a row, 8 channels (16 bytes) each
@@ -15,41 +18,47 @@ SLA2_INLINE uint4 pack_chunk(const float (&x)[8]) {
     return raw;
 }
 
-// Copies `rows` rows of source_columns 16-bit values into rows of target_columns; columns without a source are 0.
+// Copies source_columns 16-bit values of every token into rows of target_columns, (B H, tokens, target_columns); columns
+// without a source are 0. Strides need not be multiples of 8. Grid (any, B H).
 extern "C" __global__ void __launch_bounds__(256)
-sla2_copy_columns(const half_bits* __restrict__ source, half_bits* __restrict__ target, long long rows,
-                  int source_columns, int target_columns) {
-    const long long count = rows * target_columns;
+sla2_copy_columns(const half_bits* __restrict__ source, long long source_item, long long source_head, int source_step,
+                  half_bits* __restrict__ target, int num_heads, int tokens, int source_columns, int target_columns) {
+    const long long count = static_cast<long long>(tokens) * target_columns;
+    source += blockIdx.y / num_heads * source_item + blockIdx.y % num_heads * source_head;
+    target += blockIdx.y * count;
     for (long long i = blockIdx.x * 256ll + threadIdx.x; i < count; i += gridDim.x * 256ll) {
-        const long long row = i / target_columns;
+        const long long token = i / target_columns;
         const int column = static_cast<int>(i % target_columns);
-        target[i] = column < source_columns ? source[row * source_columns + column] : static_cast<half_bits>(0);
+        target[i] = column < source_columns ? source[token * source_step + column] : static_cast<half_bits>(0);
     }
 }
 
 // Per key block: the sum of K over its valid tokens and the largest |V| per channel (value_max may be null).
 // Grid (T_n, B H), 128 threads: groups of ROW_LANES threads take a token each.
 extern "C" __global__ void __launch_bounds__(128)
-sla2_key_sums(const half_bits* __restrict__ k, const half_bits* __restrict__ v, const int* __restrict__ kv_lengths,
-              float* __restrict__ key_sum, float* __restrict__ value_max, int num_heads, int n_k) {
+sla2_key_sums(const half_bits* __restrict__ k, long long k_item, long long k_head, int k_step,
+              const half_bits* __restrict__ v, long long v_item, long long v_head, int v_step,
+              const int* __restrict__ kv_lengths, float* __restrict__ key_sum, float* __restrict__ value_max,
+              int num_heads, int n_k) {
     constexpr int GROUPS = 128 / ROW_LANES;
     __shared__ float sums[GROUPS][HEAD_DIM];
     __shared__ float tops[GROUPS][HEAD_DIM];
     const int block = blockIdx.x, lane = threadIdx.x % ROW_LANES, group = threadIdx.x / ROW_LANES;
     const long long bh = blockIdx.y;
-    const int length = valid_keys(kv_lengths, blockIdx.y / num_heads, n_k);
+    const int item = blockIdx.y / num_heads, head = blockIdx.y % num_heads;
+    const int length = valid_keys(kv_lengths, item, n_k);
     const int end = length < (block + 1) * BLOCK_K ? length : (block + 1) * BLOCK_K;
+    k += item * k_item + head * k_head + 8 * lane, v += item * v_item + head * v_head + 8 * lane;
     float total[8], top[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) total[e] = 0.0f, top[e] = 0.0f;
     for (int token = block * BLOCK_K + group; token < end; token += GROUPS) {
-        const long long at = (bh * n_k + token) * HEAD_DIM + 8 * lane;
         float x[8];
-        unpack_chunk(x, *reinterpret_cast<const uint4*>(k + at));
+        unpack_chunk(x, *reinterpret_cast<const uint4*>(k + static_cast<long long>(token) * k_step));
 #pragma unroll
         for (int e = 0; e < 8; ++e) total[e] += x[e];
         if (value_max != nullptr) {
-            unpack_chunk(x, *reinterpret_cast<const uint4*>(v + at));
+            unpack_chunk(x, *reinterpret_cast<const uint4*>(v + static_cast<long long>(token) * v_step));
 #pragma unroll
             for (int e = 0; e < 8; ++e) top[e] = max_nan(top[e], fabsf(x[e]));
         }
@@ -91,11 +100,11 @@ sla2_key_mean(const float* __restrict__ key_sum, const float* __restrict__ value
     }
 }
 
-// One block of ROWS tokens: x - mean rounded to 16 bit (smooth), its softmax over the first `channels` channels (phi), its
+// One block of ROWS tokens, x_step elements apart: x - mean rounded to 16 bit (smooth), its softmax over the first `channels` channels (phi), its
 // mean over the valid tokens (pooled), and an 8-bit copy with one scale. Null outputs are skipped. Tokens past `valid`
 // but below `rows` come out as zeros. The 16-bit x - mean is what everything else is made from.
 template <int ROWS, int THREADS>
-SLA2_INLINE void prepare_block(const half_bits* x, const float* mean, int channels, int rows, int valid,
+SLA2_INLINE void prepare_block(const half_bits* x, int x_step, const float* mean, int channels, int rows, int valid,
                                half_bits* smooth, half_bits* phi, float* pooled, unsigned char* bytes, float* scale) {
     constexpr int GROUPS = THREADS / ROW_LANES, PASSES = ROWS / GROUPS;
     static_assert(ROWS % GROUPS == 0, "every pass is whole");
@@ -112,7 +121,7 @@ SLA2_INLINE void prepare_block(const half_bits* x, const float* mean, int channe
         float y[8], p[8];
         kept[pass].x = kept[pass].y = kept[pass].z = kept[pass].w = 0u;
         if (row < valid) {
-            kept[pass] = *reinterpret_cast<const uint4*>(x + row * HEAD_DIM + 8 * lane);
+            kept[pass] = *reinterpret_cast<const uint4*>(x + row * x_step + 8 * lane);
             if (mean != nullptr) {
                 unpack_chunk(y, kept[pass]);
 #pragma unroll
@@ -175,45 +184,48 @@ SLA2_INLINE void prepare_block(const half_bits* x, const float* mean, int channe
 // Grid (T_n, B H). mean (B H, D) or null; smooth, phi (B H, n_k, D); pooled (B H, T_n, D); bytes (B H, n_k, D) and scale
 // (B H, T_n), or null.
 extern "C" __global__ void __launch_bounds__(2 * BLOCK_K, 1)
-sla2_prologue_k(const half_bits* __restrict__ k, const float* __restrict__ mean, const int* __restrict__ kv_lengths,
-                half_bits* smooth, half_bits* phi, float* pooled, unsigned char* bytes, float* scale, int num_heads,
-                int n_k, int channels) {
+sla2_prologue_k(const half_bits* __restrict__ k, long long k_item, long long k_head, int k_step,
+                const float* __restrict__ mean, const int* __restrict__ kv_lengths, half_bits* smooth, half_bits* phi,
+                float* pooled, unsigned char* bytes, float* scale, int num_heads, int n_k, int channels) {
     const long long bh = blockIdx.y, block = bh * gridDim.x + blockIdx.x;
-    const int first = blockIdx.x * BLOCK_K;
+    const int first = blockIdx.x * BLOCK_K, item = blockIdx.y / num_heads, head = blockIdx.y % num_heads;
     const long long at = (bh * n_k + first) * HEAD_DIM;
     prepare_block<BLOCK_K, 2 * BLOCK_K>(
-        k + at, mean == nullptr ? nullptr : mean + bh * HEAD_DIM, channels, n_k - first,
-        clamp_int(valid_keys(kv_lengths, blockIdx.y / num_heads, n_k) - first, 0, BLOCK_K),
+        k + item * k_item + head * k_head + static_cast<long long>(first) * k_step, k_step,
+        mean == nullptr ? nullptr : mean + bh * HEAD_DIM, channels, n_k - first,
+        clamp_int(valid_keys(kv_lengths, item, n_k) - first, 0, BLOCK_K),
         smooth == nullptr ? nullptr : smooth + at, phi == nullptr ? nullptr : phi + at,
         pooled == nullptr ? nullptr : pooled + block * HEAD_DIM, bytes == nullptr ? nullptr : bytes + at, scale + block);
 }
 
 // Grid (T_m, B H). phi (B H, n_q, D); pooled (B H, T_m, D); bytes (B H, n_q, D) and scale (B H, T_m), or null.
 extern "C" __global__ void __launch_bounds__(2 * BLOCK_Q, 1)
-sla2_prologue_q(const half_bits* __restrict__ q, half_bits* phi, float* pooled, unsigned char* bytes, float* scale,
-                int n_q, int channels) {
+sla2_prologue_q(const half_bits* __restrict__ q, long long q_item, long long q_head, int q_step, half_bits* phi,
+                float* pooled, unsigned char* bytes, float* scale, int num_heads, int n_q, int channels) {
     const long long bh = blockIdx.y, block = bh * gridDim.x + blockIdx.x;
-    const int first = blockIdx.x * BLOCK_Q;
+    const int first = blockIdx.x * BLOCK_Q, item = blockIdx.y / num_heads, head = blockIdx.y % num_heads;
     const long long at = (bh * n_q + first) * HEAD_DIM;
-    prepare_block<BLOCK_Q, 2 * BLOCK_Q>(q + at, nullptr, channels, n_q - first,
-                                        n_q - first < BLOCK_Q ? n_q - first : BLOCK_Q, nullptr,
-                                        phi == nullptr ? nullptr : phi + at,
-                                        pooled == nullptr ? nullptr : pooled + block * HEAD_DIM,
-                                        bytes == nullptr ? nullptr : bytes + at, scale + block);
+    prepare_block<BLOCK_Q, 2 * BLOCK_Q>(
+        q + item * q_item + head * q_head + static_cast<long long>(first) * q_step, q_step, nullptr, channels,
+        n_q - first, n_q - first < BLOCK_Q ? n_q - first : BLOCK_Q, nullptr, phi == nullptr ? nullptr : phi + at,
+        pooled == nullptr ? nullptr : pooled + block * HEAD_DIM, bytes == nullptr ? nullptr : bytes + at, scale + block);
 }
 
 // V in 8 bit, transposed and permuted (formats.cuh): bytes (B H, T_n, D, BLOCK_K), padding tokens 0. Grid (T_n, B H), 128
 // threads; value_scale (B H, D).
 extern "C" __global__ void __launch_bounds__(128)
-sla2_prologue_v(const half_bits* __restrict__ v, const float* __restrict__ value_scale,
-                const int* __restrict__ kv_lengths, unsigned char* __restrict__ bytes, int num_heads, int n_k) {
+sla2_prologue_v(const half_bits* __restrict__ v, long long v_item, long long v_head, int v_step,
+                const float* __restrict__ value_scale, const int* __restrict__ kv_lengths,
+                unsigned char* __restrict__ bytes, int num_heads, int n_k) {
     __shared__ half_bits tile[BLOCK_K][HEAD_DIM + 2];
     const long long bh = blockIdx.y;
     const int first = blockIdx.x * BLOCK_K;
-    const int valid = valid_keys(kv_lengths, blockIdx.y / num_heads, n_k) - first;
+    const int item = blockIdx.y / num_heads, head = blockIdx.y % num_heads;
+    const int valid = valid_keys(kv_lengths, item, n_k) - first;
+    v += item * v_item + head * v_head + static_cast<long long>(first) * v_step;
     for (int i = threadIdx.x; i < BLOCK_K * HEAD_DIM; i += 128) {
         const int row = i / HEAD_DIM, c = i % HEAD_DIM;
-        tile[row][c] = row < valid ? v[(bh * n_k + first + row) * HEAD_DIM + c] : static_cast<half_bits>(0);
+        tile[row][c] = row < valid ? v[row * v_step + c] : static_cast<half_bits>(0);
     }
     __syncthreads();
     unsigned* target = reinterpret_cast<unsigned*>(bytes + (bh * gridDim.x + blockIdx.x) * HEAD_DIM * BLOCK_K);

@@ -39,7 +39,8 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes, const unsigned ch
                     const int* __restrict__ kv_lengths, const half_bits* __restrict__ phi_q,
                     const half_bits* __restrict__ state, const float* __restrict__ norm,
                     const float* __restrict__ alpha, int alpha_stride_b, int alpha_stride_h, int alpha_stride_row,
-                    half_bits* out, half_bits* out_sparse, float* lse, int num_heads, int n_q, int n_k, float softmax_scale) {
+                    half_bits* out, long long out_item, long long out_head, int out_step, half_bits* out_sparse,
+                    float* lse, int num_heads, int n_q, int n_k, float softmax_scale) {
     SLA2_DYNAMIC_SHARED(shared);
     unsigned char* q_tile = shared;
     unsigned char* k_ring = q_tile + BLOCK_Q * HEAD_DIM;
@@ -179,6 +180,6 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes, const unsigned ch
 
     const MixArguments args = mix_arguments(phi_q, state, norm, alpha,
                                             item * alpha_stride_b + head * alpha_stride_h + row_block * alpha_stride_row,
-                                            out, out_sparse, lse, n_q);
+                                            out + item * out_item + head * out_head, out_step, out_sparse, lse, n_q);
     mix_and_store(args, o, softmax, row_scale, some, rest, first_row, n_q, shared, shared + BLOCK_Q * HALF_ROW);
 }
