@@ -70,6 +70,21 @@ def test_a_compiled_module_equals_the_eager_one_with_every_gradient(alpha):
         torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
 
 
+def test_a_compiled_module_takes_kv_lengths_and_refuses_bad_ones():
+    q, k, v = (x.requires_grad_() for x in inputs()[:3])
+    attn = SLA2Attention(SLA2Config(head_dim=8, num_heads=2, topk=0.3, **BLOCKS))
+    compiled = torch.compile(attn, fullgraph=True, backend="aot_eager")
+    for lengths in ([50, 111], [1, 9]):  # one graph
+        found = []
+        for call in (compiled, attn):
+            out = call(q, k, v, kv_lengths=torch.tensor(lengths))
+            found.append((out, *torch.autograd.grad(torch.sin(out).sum(), (q, k, v))))
+        for fast, eager in zip(*found):
+            torch.testing.assert_close(fast, eager, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="kv_lengths: expected values in"):
+        compiled(q, k, v, kv_lengths=torch.tensor([50, 112]))
+
+
 @pytest.mark.slow
 def test_inductor_equals_eager_with_every_gradient():
     q, k, v = (x.requires_grad_() for x in inputs()[:3])

@@ -43,6 +43,21 @@ def test_kv_lengths_limit_each_item_to_its_own_blocks():
     assert bm.indices[1, 0, 0, :2].tolist() == [1, 2]
 
 
+def test_kv_lengths_route_each_item_as_its_own_sequence():
+    scores = torch.randn(4, 2, 5, 29, generator=torch.Generator().manual_seed(0)).mul(4).round()  # with ties
+    lengths = [1, 40, 97, 113]
+    sizes = dict(block_q=16, block_k=4, n_q=65)
+    for topk in (0.01, 0.25, 0.5, 1.0):
+        found = top_k_map(scores, topk, n_k=113, kv_lengths=torch.tensor(lengths), **sizes)
+        for item, length in enumerate(lengths):
+            t_n = -(-length // 4)
+            alone = top_k_map(scores[item : item + 1, ..., :t_n], topk, n_k=length, **sizes)
+            width = alone.indices.shape[-1]
+            assert torch.equal(found.counts[item], alone.counts[0])
+            assert torch.equal(found.indices[item, ..., :width], alone.indices[0])
+            assert (found.indices[item, ..., width:] == -1).all()
+
+
 def test_identity_router_scores_are_scaled_dot_products_in_fp32():
     router = Router(SLA2Config(head_dim=8, num_heads=2, topk=0.5)).to(torch.bfloat16)
     assert {p.dtype for p in router.parameters()} == {torch.float32}

@@ -83,6 +83,19 @@ def check_alpha(alpha, q: Tensor, num_rows: int) -> Tensor:
     return alpha
 
 
+@torch.library.custom_op("sla2::kv_lengths", mutates_args=())
+def _within(lengths: Tensor, n_k: int) -> Tensor:
+    """int64 lengths, their values checked: an operator, because torch.compile does not know them."""
+    if int(lengths.min()) < 1 or int(lengths.max()) > n_k:
+        raise ValueError(f"kv_lengths: expected values in [1, {n_k}], got {lengths.tolist()}")
+    return lengths.to(torch.int64, copy=True)
+
+
+@_within.register_fake
+def _(lengths, n_k):
+    return lengths.new_empty(lengths.shape, dtype=torch.int64)
+
+
 def check_kv_lengths(kv_lengths, q: Tensor, k: Tensor) -> Tensor | None:
     """None, or one integer in [1, N_k] per batch item, as a sequence or an integer tensor; returned as int64 (B,)."""
     if kv_lengths is None:
@@ -92,14 +105,12 @@ def check_kv_lengths(kv_lengths, q: Tensor, k: Tensor) -> Tensor | None:
             kv_lengths = torch.as_tensor(kv_lengths, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"kv_lengths: expected integers, got {kv_lengths!r}") from None
-    lengths = kv_lengths.cpu()
-    if lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
-        raise TypeError(f"kv_lengths: expected integers, got {lengths.dtype}")
-    if tuple(lengths.shape) != (q.shape[0],):
-        raise ValueError(f"kv_lengths: expected shape ({q.shape[0]},), one per batch item, got {tuple(lengths.shape)}")
-    if int(lengths.min()) < 1 or int(lengths.max()) > k.shape[2]:
-        raise ValueError(f"kv_lengths: expected values in [1, {k.shape[2]}], got {lengths.tolist()}")
-    return lengths.to(q.device, torch.int64)
+    if kv_lengths.dtype.is_floating_point or kv_lengths.dtype == torch.bool:
+        raise TypeError(f"kv_lengths: expected integers, got {kv_lengths.dtype}")
+    found = tuple(kv_lengths.shape)
+    if found != (q.shape[0],):
+        raise ValueError(f"kv_lengths: expected shape ({q.shape[0]},), one per batch item, got {found}")
+    return _within(kv_lengths, k.shape[2]).to(q.device)
 
 
 def check_precision(precision: str) -> None:

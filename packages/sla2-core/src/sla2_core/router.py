@@ -100,17 +100,23 @@ def top_k_map(
     """
     scores = scores.detach()
     t_n = scores.shape[-1]
+    most = blocks_to_select(topk, t_n)
     if kv_lengths is None:
-        indices = _best(scores, blocks_to_select(topk, t_n))
-        counts = torch.full(scores.shape[:3], indices.shape[-1], dtype=torch.int32, device=scores.device)
-        rows = Rows(indices.to(torch.int32).contiguous(), counts)
-        return BlockMap._trusted(rows, block_q=block_q, block_k=block_k, n_q=n_q, n_k=n_k)
-    blocks = [num_blocks(int(length), block_k) for length in kv_lengths.tolist()]
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    for item, count in enumerate(blocks):
-        best = _best(scores[item : item + 1, ..., :count], blocks_to_select(topk, count))
-        mask[item, ..., :count].scatter_(-1, best[0].long(), True)
-    return BlockMap.from_mask(mask, block_q=block_q, block_k=block_k, n_q=n_q, n_k=n_k)
+        indices = _best(scores, most)
+        counts = torch.full(scores.shape[:3], most, dtype=torch.int32, device=scores.device)
+    else:
+        blocks = num_blocks(kv_lengths, block_k)
+        count = (topk * blocks.double()).round().clamp_min(1)  # blocks_to_select; ties to even, as Python's round
+        dead = torch.arange(t_n, device=scores.device) >= blocks[:, None]
+        scores = scores.masked_fill(dead[:, None, None], -torch.inf)
+        best = _best(scores, most).long()  # of these the item's own `count`, the others' places go last
+        order = torch.sort(scores.gather(-1, best), dim=-1, descending=True, stable=True).indices
+        kept = (torch.arange(most, device=scores.device) < count[:, None])[:, None, None].expand_as(order)
+        best = torch.where(torch.zeros_like(kept).scatter(-1, order, kept), best, t_n).sort(-1).values
+        indices = torch.where(best == t_n, -1, best)
+        counts = count.to(torch.int32)[:, None, None].expand(scores.shape[:3]).contiguous()
+    rows = Rows(indices.to(torch.int32).contiguous(), counts)
+    return BlockMap._trusted(rows, block_q=block_q, block_k=block_k, n_q=n_q, n_k=n_k)
 
 
 class Router(Float32Module):
