@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -206,3 +207,16 @@ def test_processors_set_afterwards_are_noticed():
     transformer.fuse_qkv_projections()  # replaces every processor of this model
     with pytest.raises(ValueError, match=r"at transformer_blocks\.0\.attn1, got FusedCogVideoXAttnProcessor2_0"):
         handle.save("unused")
+
+
+def test_processors_with_weights_and_offloaded_models_are_refused():
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    transformer, _, _ = families.build("flux")
+    heads, dim = family_of(transformer).heads(transformer.transformer_blocks[0].attn)
+    config = SLA2Config(head_dim=dim, num_heads=heads, topk=0.3)
+    with pytest.raises(ValueError, match="expected weights, got meta tensors; SLA2 does not work with sequential"):
+        apply_sla2(copy.deepcopy(transformer).to("meta"), config)
+    transformer.transformer_blocks[0].attn.set_processor(FluxIPAdapterAttnProcessor(heads * dim, 8))
+    with pytest.raises(ValueError, match=r"at transformer_blocks\.0\.attn, got FluxIPAdapterAttnProcessor"):
+        apply_sla2(transformer, config)

@@ -39,7 +39,8 @@ def apply_sla2(
 
     Raises:
         ValueError: a class without an integration, other heads or head dimension than the model's, a layer that does not
-            exist, or a model that already has SLA2.
+            exist, a model that already has SLA2, whose weights are offloaded to meta tensors, or whose processors have
+            weights (an IP adapter), which SLA2's would leave out.
     """
     transformer = unwrapped(transformer)  # names in its state_dict, and so in adapters, are those of the model itself
     family = family_of(transformer)
@@ -61,9 +62,16 @@ def apply_sla2(
             raise ValueError(
                 f"transformer: expected a model without SLA2, but {name} has it; call handle.remove() first"
             )
+        own = found[name].processor
+        if isinstance(own, nn.Module) and any(True for _ in own.parameters()):
+            raise ValueError(f"transformer: expected a processor without weights at {name}, got {type(own).__name__}")
+    device = next(transformer.parameters()).device
+    if device.type == "meta":
+        raise ValueError(
+            "transformer: expected weights, got meta tensors; SLA2 does not work with sequential CPU offload"
+        )
     compiled.register()
     switch = Switch()
-    device = next(transformer.parameters()).device
     for layer, name in names.items():
         attention = build_attention(config).to(device)
         processor = family.processor(attention, found[name].processor, layer, switch)
