@@ -59,6 +59,15 @@ def test_a_map_without_columns_selects_nothing(mask):
     assert torch.equal(block_map.counts, nothing.counts)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_an_empty_batch_is_refused(shape):
+    with pytest.raises(ValueError, match="mask: expected shape"):
+        make(torch.ones(*shape, 4, 5, dtype=torch.bool))
+    counts = torch.zeros(*shape, 4, dtype=torch.int32)
+    with pytest.raises(ValueError, match="indices, counts: expected"):
+        BlockMap(counts[..., None], counts, block_q=16, block_k=8, n_q=63, n_k=37)
+
+
 def test_entries_past_the_count_are_ignored():
     indices = torch.tensor([[[[3, 99, -7]]]])
     bm = BlockMap(indices, torch.tensor([[[1]]]), block_q=16, block_k=8, n_q=5, n_k=37)

@@ -55,7 +55,7 @@ class BlockMap:
             if x.ndim != ndim:
                 raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(x.shape)}")
         t_m, t_n = num_blocks(n_q, block_q), num_blocks(n_k, block_k)
-        if indices.shape[2] != t_m or tuple(counts.shape) != tuple(indices.shape[:3]):
+        if indices.shape[2] != t_m or tuple(counts.shape) != tuple(indices.shape[:3]) or 0 in counts.shape:
             raise ValueError(
                 f"indices, counts: expected (B, H, {t_m}, K_max) and (B, H, {t_m}) for n_q={n_q}, block_q={block_q}, "
                 f"got {tuple(indices.shape)} and {tuple(counts.shape)}"
@@ -99,7 +99,7 @@ class BlockMap:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"mask: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
         expected = (num_blocks(n_q, block_q), num_blocks(n_k, block_k))
-        if mask.ndim != 4 or tuple(mask.shape[2:]) != expected:
+        if mask.ndim != 4 or tuple(mask.shape[2:]) != expected or 0 in mask.shape:
             raise ValueError(
                 f"mask: expected shape (B, H, {expected[0]}, {expected[1]}) for n_q={n_q}, n_k={n_k}, "
                 f"blocks {block_q} x {block_k}, got {tuple(mask.shape)}"
