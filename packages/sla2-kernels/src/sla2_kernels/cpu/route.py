@@ -1,4 +1,4 @@
-"""Routing on numpy arrays: block means, top-k, the transposed map, SoftTop-k's bisection."""
+"""Routing on numpy arrays: top-k, the transposed map."""
 
 from __future__ import annotations
 
