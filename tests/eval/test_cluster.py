@@ -5,7 +5,7 @@ import sys
 import types
 
 import pytest
-from sla2_eval.cluster import Cluster, check_address
+from sla2_eval.cluster import Cluster, check_address, enter, place
 
 
 class Ray(types.ModuleType):
@@ -86,3 +86,22 @@ def test_addresses_of_no_known_form(address):
         check_address(address)
     check_address("auto")
     check_address("ray://somewhere:10001")
+
+
+def test_a_worker_looks_for_modules_where_the_driver_does(tmp_path, monkeypatch):
+    """Ray puts the driver's current folder on its workers' path in any case."""
+    driver = tmp_path / "driver"
+    driver.mkdir()
+    monkeypatch.chdir(driver)
+    for path, searched in [(["/lib"], False), (["", "/lib"], True), (["/lib", str(driver)], True)]:
+        monkeypatch.setattr("sys.path", path)
+        here = place()
+        assert here == (str(driver), searched)
+        monkeypatch.setattr("sys.path", [str(driver), "/lib"])
+        os.chdir(tmp_path)
+        enter(*here)
+        assert os.getcwd() == str(driver)
+        assert sys.path == ([str(driver), "/lib"] if searched else ["/lib"])
+    os.chdir(tmp_path)
+    enter(str(tmp_path / "elsewhere"), True)
+    assert os.getcwd() == str(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from pathlib import Path
 
 # No usage statistics; no environment of its own under `uv run`; and patience where the machine is busy.
@@ -41,6 +42,23 @@ def check_address(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
         raise ValueError(f"ray_address: expected a Ray cluster at {address}, got {error}") from error
+
+
+def place() -> tuple[str, bool]:
+    """The driver's current folder, and whether it looks for modules there: what `enter` takes in its workers."""
+    here = os.getcwd()
+    return here, bool({"", here} & set(sys.path))
+
+
+def enter(folder: str, searched: bool) -> None:
+    """In a worker of Ray: go to the driver's folder where this node has it.
+
+    Ray looks for modules there in any case; unless the driver does, they must shadow no library.
+    """
+    if not searched:
+        sys.path[:] = [entry for entry in sys.path if entry != folder]
+    if os.path.isdir(folder):
+        os.chdir(folder)
 
 
 class Cluster:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from typing import Protocol
 
-from sla2_eval.cluster import Cluster, WorkerDied, local_gpus
+from sla2_eval.cluster import Cluster, WorkerDied, local_gpus, place
 
 
 class Pool(Protocol):
@@ -101,9 +101,7 @@ class RayPool:
         share = {"num_gpus": min(1.0, gpus / num_workers)} if gpus else {}
         cpus = min(1.0, self.cluster.cpus / num_workers)
         self.options = {"num_cpus": cpus, "max_restarts": 0, "max_task_retries": 0, **share}
-        here = os.getcwd()  # which Ray puts on its workers' path, where it would shadow libraries
-        hidden = None if {"", here} & set(sys.path) else here
-        self.arguments = (settings, "cuda" if gpus else "cpu", decoder, here, hidden)
+        self.arguments = (settings, "cuda" if gpus else "cpu", decoder, place())
         self.actors: list = [None] * num_workers
         self.running: dict = {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from sla2_eval.cluster import Cluster, WorkerDied, local_gpus
+from sla2_eval.cluster import Cluster, WorkerDied, enter, local_gpus, place
 from sla2_eval.processes import Pool, Task, Workers, call, compute_on, warn
 from sla2_eval.progress import Report, silent
 
@@ -26,12 +26,11 @@ class _Reports:
         return events
 
 
-def _work(task: Task, reports, folder: str) -> object:
+def _work(task: Task, reports, where: tuple[str, bool]) -> object:
     """Runs in a Ray worker, on one thread, in the driver's folder where this node has it."""
     import ray
 
-    if os.path.isdir(folder):
-        os.chdir(folder)
+    enter(*where)
     compute_on(1)
     sent = []
 
@@ -78,7 +77,7 @@ class RayTasks(Pool):
         return self._places - len(self._running)
 
     def submit(self, name: str, task: Task) -> None:
-        self._running[self._remote.remote(task, self._reports, os.getcwd())] = name
+        self._running[self._remote.remote(task, self._reports, place())] = name
 
     def wait(self) -> tuple[str, object]:
         ray, done = self._cluster.ray, []

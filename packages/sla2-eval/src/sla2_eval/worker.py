@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from sla2_eval import metrics
-from sla2_eval.cluster import local_gpus
+from sla2_eval.cluster import enter, local_gpus
 from sla2_eval.metrics.base import MetricUnavailable, Sample
 
 if TYPE_CHECKING:
@@ -73,16 +73,10 @@ def _check_pair(path: str, video: Video, reference: Video) -> None:
 class Worker:
     """Holds the loaded metrics of one process. Every computation runs on one CPU thread, so that sums come out alike."""
 
-    def __init__(
-        self, settings: dict[str, dict], device: str, decoder: str, folder: str | None = None, hidden: str | None = None
-    ):
-        """`folder`: what relative paths are resolved against, where another node's worker starts elsewhere.
-
-        `hidden`: a folder in which modules are not to be looked for.
-        """
-        sys.path[:] = [entry for entry in sys.path if entry != hidden]
-        if folder and os.path.isdir(folder):
-            os.chdir(folder)
+    def __init__(self, settings: dict[str, dict], device: str, decoder: str, place: tuple[str, bool] | None = None):
+        """`place`: the driver's, in a worker of Ray's, which starts elsewhere."""
+        if place:
+            enter(*place)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
             os.environ[name] = "1"
         self.settings, self.device, self.decoder = settings, device, decoder
