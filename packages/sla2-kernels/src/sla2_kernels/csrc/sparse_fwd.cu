@@ -57,13 +57,14 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
         const unsigned char* k_tile = k_ring + (step & 1) * KEY_BYTES;
         const unsigned char* v_tile = v_ring + (step & 1) * KEY_BYTES;
         const int other = ((step + 1) & 1) * KEY_BYTES;
-        const long long next_at = static_cast<long long>(next) * BLOCK_K;
-        const int next_valid = length - next * BLOCK_K;
+        const int next_at = next * BLOCK_K, next_valid = length - next_at;
         const bool more = step + 1 < steps;
 
         cp_async_wait<1>();  // K of this step is here; V may still travel
         __syncthreads();
-        if (more) load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(k_ring + other, k + next_at * HEAD_DIM, HALF_ROW, next_valid);
+        if (more)
+            load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(k_ring + other, k + static_cast<long long>(next_at) * HEAD_DIM,
+                                                      HALF_ROW, next_valid);
         cp_async_commit();
 
         float s[FWD_M_TILES][KEY_TILES][4];
@@ -91,7 +92,9 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
 
         cp_async_wait<1>();  // V of this step is here; K of the next may still travel
         __syncthreads();
-        if (more) load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(v_ring + other, v + next_at * v_step, 2 * v_step, next_valid);
+        if (more)
+            load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(v_ring + other, v + static_cast<long long>(next_at) * v_step,
+                                                      2 * v_step, next_valid);
         cp_async_commit();
         next = step + 2 < steps ? list[step + 2] : 0;
 
