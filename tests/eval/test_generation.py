@@ -1,10 +1,12 @@
 """Generation: noise that depends on prompt, index and seed alone, files that are not done twice, folders held to one setting."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from sla2_eval.generation import (
+    PipelineGenerator,
     Request,
     SamplingConfig,
     TinyGenerator,
@@ -159,6 +161,27 @@ def test_guidance_moves_away_from_the_empty_caption(tmp_path):
     ]
     assert np.abs(videos[1] - videos[0]).max() > 1
     assert np.abs((videos[2] - videos[1]) - (videos[1] - videos[0])).mean() < 0.5  # linear in the guidance scale
+
+
+def test_pixels_that_are_not_finite_are_no_black_video(tmp_path):
+    import torch
+
+    _save_random_model(tmp_path)
+    generator, request = load_generator(tmp_path), [Request(PROMPTS[0], 0, 0)]
+    with torch.no_grad():
+        generator.transformer.proj_out.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="expected finite pixels, got NaN"):
+        generator.sample(request, SamplingConfig(steps=1, dtype="float32"))
+
+    class Pipeline:
+        transformer, device = None, torch.device("cpu")
+        set_progress_bar_config = staticmethod(lambda **_: None)
+
+        def __call__(self, **_):
+            return SimpleNamespace(frames=np.full((1, 2, 4, 4, 3), np.nan))
+
+    with pytest.raises(FloatingPointError, match=f"beside '{PROMPTS[0]}'"):
+        PipelineGenerator(Pipeline()).sample(request, SamplingConfig())
 
 
 def test_the_fingerprint_follows_the_weights(tmp_path):

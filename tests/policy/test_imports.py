@@ -55,6 +55,7 @@ ORDER = {
         intervals
         progress
         store
+        folders
         manifest
         video
         dataset

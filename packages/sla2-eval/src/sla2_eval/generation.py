@@ -13,9 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
+from sla2_eval.folders import note_settings
 from sla2_eval.manifest import read_manifest, video_name
 from sla2_eval.progress import Report, noted, silent
-from sla2_eval.store import canonical, digest, file_digest, write_atomic
+from sla2_eval.store import digest, file_digest, write_atomic
 from sla2_eval.video import write_video
 
 MANIFEST = "manifest.jsonl"
@@ -139,6 +140,7 @@ class TinyGenerator:
                 conditional, empty = velocity.chunk(2)
                 velocity = empty + config.guidance * (conditional - empty)
             latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+        _check_finite(bool(torch.isfinite(latents).all()), requests)
         return to_frames(latents)
 
 
@@ -168,8 +170,17 @@ class PipelineGenerator:
                 prompt=[r.prompt for r in requests], num_inference_steps=config.steps, generator=generators,
                 output_type="np", **given,
             )  # fmt: skip
-        frames = out.frames if hasattr(out, "frames") else np.asarray(out.images)[:, None]  # an image is one frame
-        return np.uint8((np.asarray(frames) * 255).round())
+        frames = np.asarray(
+            out.frames if hasattr(out, "frames") else np.asarray(out.images)[:, None]
+        )  # an image: one frame
+        _check_finite(bool(np.isfinite(frames).all()), requests)
+        return np.uint8((frames * 255).round())
+
+
+def _check_finite(finite: bool, requests: Sequence[Request]) -> None:
+    """Raise FloatingPointError where pixels are NaN or infinite, which as uint8 would look like a black video."""
+    if not finite:
+        raise FloatingPointError(f"model: expected finite pixels, got NaN or infinity beside {requests[0].prompt!r}")
 
 
 def load_generator(model: str | Path, adapter: str | Path | None = None) -> Generator:
@@ -276,27 +287,6 @@ def plan(prompts: Sequence[str], indices: Sequence[int], seed: int) -> list[Requ
             f"prompts: expected prompts of different file names, got {max(names, key=names.count)!r} twice"
         )
     return requests
-
-
-def note_settings(path: Path, values: dict, *, replace: bool = False) -> None:
-    """Write to `path` what its folder is made with; `replace` where the folder holds nothing made yet.
-
-    Raises ValueError, naming folder and key, if it was made with something else, or the file if it cannot be read.
-    """
-    settings, folder = json.loads(canonical(values)), path.parent
-    if path.exists() and not replace:
-        try:
-            before = dict(json.loads(path.read_text()))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: expected a JSON object of settings, got: {error}") from None
-        for key in sorted(before.keys() | settings.keys()):
-            if before.get(key) != settings.get(key):
-                raise ValueError(
-                    f"{folder}: expected a new folder or one generated with the same settings, but {key} was "
-                    f"{canonical(before.get(key))[:120]} and is {canonical(settings.get(key))[:120]}"
-                )
-    else:
-        write_atomic(path, json.dumps(settings, indent=2) + "\n")
 
 
 def open_folder(folder: Path, config: SamplingConfig, fingerprint: dict) -> None:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sla2_eval.generation import Generator, TinyGenerator, autocast_dtype, note_settings
+from sla2_eval.folders import note_settings
+from sla2_eval.generation import Generator, TinyGenerator, autocast_dtype
 from sla2_eval.progress import Report, silent
 from sla2_eval.store import write_atomic
 

@@ -86,7 +86,8 @@ def finetune(config, out):
 def _train(config: str, out: str, *, tune: bool) -> dict:
     """Data, capture, stage 1, and stage 2 if `tune`; the last one's report. Refuses a folder made with other settings."""
     from sla2_eval import pipeline
-    from sla2_eval.generation import can_write, load_generator, model_fingerprint, note_settings
+    from sla2_eval.folders import note_settings
+    from sla2_eval.generation import can_write, load_generator, model_fingerprint
     from sla2_eval.progress import ProgressDisplay
     from sla2_eval.settings import TrainSettings, load_settings
 

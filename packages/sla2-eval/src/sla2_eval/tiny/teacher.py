@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sla2_eval.dataset import read_folder, write_folder
-from sla2_eval.store import write_atomic
+from sla2_eval.folders import note_settings
 from sla2_eval.tiny import model as tiny
 from sla2_eval.tiny.shapes import FPS, NUM_FRAMES, SIZE, sample
 
@@ -112,21 +112,6 @@ def write_dataset(folder: Path, config: TeacherConfig) -> None:
     write_folder(folder, ((np.uint8((v * 255).round()), c) for v, c in scenes), fps=FPS, upscale=4)
 
 
-def _note_settings(out: Path, config: TeacherConfig, videos: Path | None) -> None:
-    """Write training.json, or check it where something was made with it."""
-    path, made = out / "training.json", any((out / name).exists() for name in ("data", "checkpoint.safetensors"))
-    settings = {**asdict(config), "videos": None if videos is None else str(videos.resolve())}
-    if path.exists() and made:
-        before = json.loads(path.read_text())
-        for name in sorted(settings.keys() - {"checkpoint_every"}):
-            if before.get(name) != settings[name]:
-                raise ValueError(
-                    f"{path}: expected {name}={before.get(name)!r} as when {out} was begun, got {settings[name]!r}"
-                )
-    else:
-        write_atomic(path, json.dumps(settings, indent=2) + "\n")
-
-
 def train_teacher(
     config: TeacherConfig,
     out: Path,
@@ -143,7 +128,10 @@ def train_teacher(
     from sla2_core.integrations.wan import WanSelfAttnProcessor
 
     out.mkdir(parents=True, exist_ok=True)
-    _note_settings(out, config, videos)
+    settings = {**asdict(config), "videos": None if videos is None else str(videos.resolve())}
+    del settings["checkpoint_every"]  # which may change
+    made = any((out / name).exists() for name in ("data", "checkpoint.safetensors"))
+    note_settings(out / "training.json", settings, replace=not made)
     if videos is None:
         videos = out / "data"
         write_dataset(videos, config)
