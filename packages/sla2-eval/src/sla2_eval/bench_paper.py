@@ -184,7 +184,7 @@ class _Kernels:
 
     @staticmethod
     def pointer(tensor):
-        from sla2_kernels.launch import Pointer
+        from sla2_kernels.problem import Pointer
 
         return Pointer(tensor.data_ptr(), tensor)
 
