@@ -18,6 +18,7 @@ ORDER = {
         compile
         emulator
         launch
+        problem
         operator
         operator_backward
         cpu
