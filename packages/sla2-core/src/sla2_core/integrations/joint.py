@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sla2_core.attention import pooled_means
 from sla2_core.block_map import BlockMap, Rows
 from sla2_core.checks import autocast_qkv
-from sla2_core.functional import sla2_attention, sla_attention
+from sla2_core.functional import CUDA_BACKENDS, sla2_attention, sla_attention
 from sla2_core.integrations.heads import for_heads
 from sla2_core.router import top_k_map
 
@@ -81,13 +81,14 @@ def routed_attention(
         (B, H, N, d), and of the video queries the block map and alpha (B|1, H|1, T_m|1; None for SLA).
     """
     q, k, v = autocast_qkv(q, k, v)
-    k, v = k.contiguous(), v.contiguous()
     config = attention.config
     n_video = q.shape[2] - text_tokens
-    video = q[:, :, :n_video].contiguous()
+    video = q[:, :, :n_video]
     learned = config.method == "sla2"
     router = for_heads(attention.router, heads)
     backend = attention.backend_of(q)
+    if backend not in CUDA_BACKENDS:  # as in the modules
+        video, k, v = (x.contiguous() for x in (video, k, v))
     with torch.autocast(q.device.type, enabled=False):
         with torch.set_grad_enabled(torch.is_grad_enabled() and learned and config.alpha == "mass"):
             scores, block_map = _route(attention, router, video, k, text_tokens, kv_lengths, backend)
