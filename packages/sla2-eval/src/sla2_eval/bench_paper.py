@@ -197,10 +197,9 @@ class _Kernels:
     def device(self):
         """On the current stream, which is another one while a graph is captured."""
         import torch
-
-        stream = torch.cuda.current_stream().cuda_stream
         from sla2_kernels.problem import Device
 
+        stream = torch.cuda.current_stream().cuda_stream
         return Device(allocate=self.allocate, target="cuda", arch=self.arch, stream=stream)
 
     def allocate(self, shape, dtype):
@@ -286,12 +285,16 @@ def _both(function: Callable, q, k, v, grad, name: str) -> dict[str, Callable[[]
 
 
 def _module(q, k, v, grad, topk: float) -> dict[str, Callable[[], object]]:
-    """What users call: SLA2Attention through torch's custom ops and autograd, launched one by one."""
+    """What users call: SLA2Attention through torch's custom ops and autograd, launched one by one; also on tensors whose
+    tokens come before their heads, as models hold them."""
     from sla2_core import SLA2Attention, SLA2Config
 
     sizes = dict(block_q=BLOCK_Q, block_k=BLOCK_K, backend="cuda")
     attention = SLA2Attention(SLA2Config(head_dim=q.shape[3], num_heads=q.shape[1], topk=topk, **sizes)).to(q.device)
-    return _both(attention, q, k, v, grad, "SLA2Attention")
+    tokens_first = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, grad))
+    return _both(attention, q, k, v, grad, "SLA2Attention") | _both(
+        attention, *tokens_first, "SLA2Attention (B, N, H, d)"
+    )
 
 
 def _dense(q, k, v, grad) -> dict[str, Callable[[], object]]:
