@@ -125,3 +125,18 @@ def test_a_model_compiled_before_has_the_adapter_of_a_plain_one(wan, inputs, sla
     apply_adapter(plain, tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(compiled(**inputs())[0], plain(**inputs())[0], atol=2e-6, rtol=1e-5)
+
+
+def test_dense_steps_go_with_compiled_blocks(wan, inputs, sla2_config):
+    torch._dynamo.reset()
+    plain, compiled = wan(), wan()
+    for transformer in (plain, compiled):
+        apply_sla2(transformer, sla2_config(), dense_steps=1)
+    compiled.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    outputs = []
+    with torch.no_grad():
+        for timestep in (900.0, 500.0, 900.0):
+            given = inputs() | {"timestep": torch.full((2,), timestep)}
+            outputs.append(compiled(**given)[0])
+            torch.testing.assert_close(outputs[-1], plain(**given)[0], atol=2e-6, rtol=1e-5)
+    assert torch.equal(outputs[0], outputs[2])

@@ -124,7 +124,8 @@ def train_stage2(
     """Fine-tune; started again with the same folder, it goes on from its last checkpoint, to the bit in one process.
 
     Args:
-        handle: SLA2 on the model to train, its k% and precision in force. The router is frozen meanwhile.
+        handle: SLA2 on the model to train, its k% and precision in force. The router is frozen meanwhile. The weights are
+            best held in fp32, with `autocast` for the forward: in bf16 small updates round away.
         data: (latents, text embeddings) tensors, or a data set with len() whose items are {"latents": ..., condition: ...};
             an attribute `unconditional` = {condition: ...} replaces dropped conditions (zeros without it).
         folder: checkpoints, metrics, and in the end adapter/ with the model's weights.
