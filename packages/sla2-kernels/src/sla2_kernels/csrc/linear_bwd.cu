@@ -81,7 +81,7 @@ sla2_linear_bwd_q(const half_bits* __restrict__ phi_q, const half_bits* __restri
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, row0 = warp * 16, g = lane >> 2, column = (lane & 3) * 2;
     float acc[D_TILES][4];
     clear(acc);
-    product_over_channels(acc, grad_tile, row0, state_tile);
+    product_over_channels<4>(acc, grad_tile, row0, state_tile);  // whole, it takes registers that a second block needs
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int row = row0 + 8 * r + g;
