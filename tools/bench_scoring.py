@@ -1,6 +1,6 @@
 """Measures scoring on this machine: overhead over bare decoding and arithmetic, one worker against more, memory over many videos.
 
-Example: python tools/bench_scoring.py --json scoring.json        (about ten minutes on two cores; --quick for a try)
+Example: python tools/bench_scoring.py --json scoring.json        (about forty minutes on two cores; --quick for a try)
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import numpy as np
 
 METRICS = ["psnr", "ssim", "temporal_flickering"]
 SIZE = (480, 720)
+PAIRS = [10, 100, 1000]  # over which memory must not grow
+LOADED = 200  # megabytes: a worker with less has not imported torch yet
 
 
 def note(text: str) -> None:
@@ -132,11 +134,11 @@ def overhead(root: Path, count: int, repeats: int) -> dict:
 
 def throughput(root: Path, count: int, repeats: int, workers: list[int]) -> dict:
     """One worker against more, in turn: with their start (Ray's, for more than one), and once each has done a pair."""
-    videos, reference = pair(root, "throughput", count, 17)
+    videos, reference = pair(root, f"throughput {count}", count, 17)
     runs: dict[int, list[dict]] = {number: [] for number in workers}
     for repeat in range(repeats):
         for number in workers:
-            note(f"throughput of {number}, {repeat + 1} of {repeats}")
+            note(f"throughput of {number} with {count} pairs, {repeat + 1} of {repeats}")
             runs[number].append(timed(videos, reference, METRICS, number))
     one = runs[workers[0]]
     found = {"pairs": count, "frames": 17, "workers": {number: spread(of) for number, of in runs.items()}}
@@ -162,44 +164,86 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def proportional(pid: int) -> int:
-    """The kilobytes of a process, shared pages divided among those that share them; 0 once it has ended."""
+def proportional(pid: int) -> tuple[float, float]:
+    """The megabytes of a process, shared pages divided among those that share them, and those of no file; 0 once it ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+        return 0.0, 0.0
+    found = {line.partition(":")[0]: int(line.split()[1]) / 1024 for line in lines[1:]}
+    return found.get("Pss", 0.0), found.get("Pss_Anon", 0.0)
 
 
-def peak(videos: Path, reference: Path, workers: int, out: Path) -> dict:
-    """The most megabytes that a run of `sla2 score` and all it starts held at once."""
+def is_worker(pid: int) -> bool:
+    """Whether a process decodes and scores: a child of sla2_eval's or one of Ray's, before and after it has its actor."""
+    try:
+        title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return False
+    return any(part in title for part in ("sla2_eval.worker", "default_worker.py", "ray::IDLE", "ray::Worker"))
+
+
+def held(videos: Path, reference: Path, workers: int, out: Path) -> dict:
+    """The megabytes that a run of `sla2 score` and all it starts hold: median and most, in all and by what holds them.
+
+    Medians are over the time from when each worker holds its libraries to when the first ends. "ray": all that Ray
+    starts beside the workers; "anonymous": what of all is no file's, which other programs with the same libraries do not
+    make less.
+    """
     names = ["psnr", "temporal_flickering"]  # SSIM takes long, and its memory does not depend on the number of videos
     command = [
         str(Path(sys.executable).with_name("sla2")), "score", "--videos", str(videos), "--reference", str(reference),
         "--metrics", ",".join(names), "--out", str(out), "--num-workers", str(workers),
     ]  # fmt: skip
-    most = processes = 0
+    samples: list[dict[str, float]] = []
+    full: list[dict[str, float]] = []  # of the samples, those with every worker at work
+    seen: set[int] = set()  # workers; a title is empty for the moment in which it changes
+    processes = 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
-            found = [kilobytes for pid in family(process.pid) if (kilobytes := proportional(pid))]
-            most, processes = max(most, sum(found)), max(processes, len(found))
+            sample, working, count = dict.fromkeys(("all", "driver", "workers", "ray", "anonymous"), 0.0), 0, 0
+            for pid in family(process.pid):
+                if pid != process.pid and is_worker(pid):
+                    seen.add(pid)
+                megabytes, anonymous = proportional(pid)
+                part = "driver" if pid == process.pid else "workers" if pid in seen else "ray"
+                sample["all"] += megabytes
+                sample[part] += megabytes
+                sample["anonymous"] += anonymous
+                working += part == "workers" and megabytes > LOADED
+                count += megabytes > 0
+            samples.append(sample)
+            full += [sample] * (working == workers)
+            processes = max(processes, count)
             time.sleep(0.2)
         if process.returncode:
             raise RuntimeError(process.stderr.read().strip())
-    return {"megabytes": most / 1024, "processes": processes}
+    found = {
+        part: {
+            "median": round(statistics.median(sample[part] for sample in full or samples)),
+            "most": round(max(sample[part] for sample in samples)),
+        }
+        for part in samples[0]
+    }
+    return {"megabytes": found, "samples": len(full), "processes": processes}
 
 
 def memory(root: Path, counts: list[int], workers: list[int]) -> dict:
-    """Peaks of the sum over processes, for few and many videos."""
+    """What is held for few and for many videos, by role."""
     rows = []
     for count in counts:
         videos, reference = pair(root, f"memory {count}", count, 17)
         for number in workers:
             note(f"memory of {number} with {count} pairs")
-            found = peak(videos, reference, number, root / f"out {count} {number}")
-            rows.append({"pairs": count, "workers": number, **{k: round(v) for k, v in found.items()}})
+            found = held(videos, reference, number, root / f"out {count} {number}")
+            rows.append({"pairs": count, "workers": number, **found})
         shutil.rmtree(videos.parent)
     return {"frames": 17, "metrics": "psnr,temporal_flickering", "rows": rows}
+
+
+def moment() -> dict:
+    """When a part of the measurement begins, in UTC, and how busy the machine is then."""
+    return {"date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "load_before": round(os.getloadavg()[0], 2)}
 
 
 def machine() -> dict:
@@ -209,8 +253,6 @@ def machine() -> dict:
     return {
         "processor": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "torchmetrics", "av", "ray")},
     }
@@ -225,16 +267,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    pairs, many, counts, repeats = (3, 6, [3, 6], 1) if options.quick else (8, 16, [10, 100], options.repeats)
+    pairs, runs, counts, repeats = (3, [6], [3, 6], 1) if options.quick else (8, [16, 128], PAIRS, options.repeats)
     found = {"machine": machine(), "size": list(SIZE), "metrics": METRICS}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         if "overhead" in options.parts:
-            found["overhead"] = overhead(root, pairs, repeats)
+            found["overhead"] = moment() | overhead(root, pairs, repeats)
         if "throughput" in options.parts:
-            found["throughput"] = throughput(root, many, repeats, options.workers)
+            found["throughput"] = [moment() | throughput(root, count, repeats, options.workers) for count in runs]
         if "memory" in options.parts:
-            found["memory"] = memory(root, counts, options.workers)
+            found["memory"] = moment() | memory(root, counts, options.workers)
     text = json.dumps(found, indent=1)
     print(text)
     if options.json:
