@@ -129,6 +129,11 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
     assert read_prompts(tmp_path / "prompts.txt") == ["a red circle", "a blue square"]
 
 
+def test_only_a_line_feed_ends_a_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("a red\u2028circle\r\na blue square".encode())
+    assert read_prompts(tmp_path / "prompts.txt") == ["a red\u2028circle", "a blue square"]
+
+
 def test_the_experiments_prompts_are_those_of_the_quickstart():
     from pathlib import Path
 

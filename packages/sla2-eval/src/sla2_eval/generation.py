@@ -82,7 +82,7 @@ def read_prompts(path: str | Path) -> list[str]:
     """The lines of a UTF-8 text file, without empty ones. Raises ValueError naming the file if there are none or repeated ones."""
     path = Path(path)
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except FileNotFoundError:
         raise ValueError(f"{path}: expected a text file of one prompt a line, got nothing there") from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
