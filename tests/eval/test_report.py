@@ -6,9 +6,11 @@ import re
 import shutil
 
 import pytest
+from sla2_eval.cli import main
 from sla2_eval.report import as_markdown, number, signed, write_report
 from sla2_eval.report_charts import chart, ticks
 from sla2_eval.report_data import gather, paper
+from sla2_eval.scoring import score
 
 
 def test_groups_hold_seeds_intervals_and_paired_differences(run_dir):
@@ -203,3 +205,33 @@ def test_chart_draws_every_point_inside_the_frame():
     assert circles[0][1] < circles[0][3]
     assert ticks(0.0, 1.0) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert ticks(84.2, 97.9) == [85.0, 90.0, 95.0]
+
+
+def test_results_of_score_have_a_report(tmp_path, make_folder):
+    videos, reference = make_folder("a|b", 3), make_folder("full", 3)
+    out = tmp_path / "scores"
+    score(videos, reference, ["psnr", "temporal_flickering"], out)
+    assert main(["report", str(out)]) == 0
+    data = json.loads((out / "report" / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text())
+    rows = {group["label"]: group for group in data["groups"]}
+    assert list(rows) == ["full, the reference", "a|b"]
+    for metric, about in results["metrics"].items():
+        assert rows["a|b"]["metrics"][metric]["mean"] == about["mean"]
+    flickering = results["metrics"]["temporal_flickering"]
+    assert rows["full, the reference"]["metrics"] == {"temporal_flickering": {"mean": flickering["reference_mean"]}}
+    assert rows["a|b"]["metrics"]["temporal_flickering"]["difference"] == flickering["difference"]
+    assert rows["a|b"]["sparsity"] is None
+    page = (out / "report" / "index.html").read_text()
+    assert "Paired: against the reference" in page
+    assert "The sparsity of these videos is not known." in page
+    player = json.loads(re.search(r'id="data-player">(.*?)</script>', page, re.S)[1])
+    assert [variant["label"] for variant in player["variants"]] == ["full, the reference", "a|b"]
+    assert len(player["prompts"]) == 3
+
+
+def test_results_of_score_without_a_reference_have_a_report(tmp_path, make_folder):
+    score(make_folder("alone", 2), None, ["temporal_flickering"], tmp_path / "scores")
+    write_report(tmp_path / "scores")
+    data = json.loads((tmp_path / "scores" / "report" / "results.json").read_text())
+    assert [group["label"] for group in data["groups"]] == ["alone"]

@@ -7,6 +7,10 @@ from pathlib import Path
 
 from sla2_eval.store import canonical, write_atomic
 
+INPUTS = (
+    "inputs.json"  # in the folder of `sla2 score`: {"videos", "reference"?}, the paths that were scored, for the report
+)
+
 
 def note_settings(path: Path, values: dict, *, replace: bool = False) -> None:
     """Write to `path` what its folder is made with; `replace` where the folder holds nothing made yet.

@@ -35,8 +35,10 @@ def signed(value: float) -> str:
     return f"{'' if value < 0 else '+'}{number(value)}"
 
 
-def percent(fraction: float) -> str:
-    """A sparsity as percent, without needless digits."""
+def percent(fraction: float | None) -> str:
+    """A sparsity as percent, without needless digits; a dash where it is not known."""
+    if fraction is None:
+        return "–"
     return f"{100 * fraction:.1f}".removesuffix(".0") + " %"
 
 
@@ -139,7 +141,7 @@ def _glance(data: dict) -> list[dict]:
     """Up to four groups for the top of the page, all of them or the sparsest of each family, with three metrics each."""
     scored = [group for group in data["groups"] if group["metrics"] and not group["reference"]]
     if len(scored) > 4:
-        scored = list({g["family"]: g for g in sorted(scored, key=lambda g: g["sparsity"])}.values())
+        scored = list({g["family"]: g for g in sorted(scored, key=lambda g: g["sparsity"] or 0)}.values())
         order = {id(group): i for i, group in enumerate(data["groups"])}
         scored.sort(key=lambda group: order[id(group)])
     kinds = {name: about["kind"] for name, about in data["metrics"].items()}
@@ -153,7 +155,7 @@ def _glance(data: dict) -> list[dict]:
 
 def _charts(data: dict) -> tuple[list[str], str]:
     """A panel for each metric of this run, and their common legend."""
-    sparse = [group for group in data["groups"] if not group["reference"]]
+    sparse = [group for group in data["groups"] if not group["reference"] and group["sparsity"] is not None]
     numbers = _numbers(dict.fromkeys(group["family"] for group in sparse))
     panels = []
     for metric, about in data["metrics"].items():
@@ -241,7 +243,7 @@ def as_markdown(data: dict) -> str:
     """The figures as one Markdown table per kind of metric; ≈ marks a difference to full attention within noise."""
     parts = [f"# {data['title']}\n"]
     kinds = {
-        "paired": "Paired: against full attention",
+        "paired": f"Paired: against {data['against']}",
         "unpaired": "Unpaired: each video by itself",
         "set": "Sets of videos",
     }
@@ -269,7 +271,7 @@ def as_markdown(data: dict) -> str:
         parts.append(f"## {heading}\n\n" + "\n".join(lines) + "\n")
     parts.append(
         "Intervals are 95 %: Student's t over training seeds where there are several, else a bootstrap over prompts. "
-        "≈: the difference to full attention, paired by prompt, is within noise.\n"
+        f"≈: the difference to {data['against']}, paired by prompt, is within noise.\n"
     )
     parts += [f"{data['metrics'][name]['title']}: {'; '.join(texts)}.\n" for name, texts in data["warnings"].items()]
     missing = [f"- {name}: {why}" for name, why in data["unavailable"].items()]
@@ -283,7 +285,7 @@ def as_markdown(data: dict) -> str:
 def write_report(run_dir: str | Path) -> Path:
     """Write `run_dir`/report/: index.html, results.json, results.csv, results.md; returns the path of the page.
 
-    Reads run.json, and what there is of scores/, videos/ and block_maps/. Raises ValueError naming the file for one of
+    Reads run.json, and what there is of scores/, videos/ and block_maps/; or what `sla2 score` left there. Raises ValueError naming the file for one of
     another form, OSError where the folder cannot be written.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -310,7 +312,7 @@ def write_report(run_dir: str | Path) -> Path:
         paper_charts=_paper_charts(),
         paper_source=paper()["source"],
         player={
-            "variants": [{"label": v["label"], "sparsity": percent(v["sparsity"])} for v in shown],
+            "variants": [{"label": v["label"], "sparsity": percent(v["sparsity"] or 0)} for v in shown],
             "prompts": rows,
         },
         num_prompts_all=num_rows,

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from sla2_eval import metrics
+from sla2_eval.folders import INPUTS
 from sla2_eval.intervals import Interval, over_prompts, over_seeds, paired_difference
 from sla2_eval.manifest import read_manifest
 from sla2_eval.progress import SPEED
@@ -75,7 +76,10 @@ def _cell(metric: str, kind: str, seeds: list[dict], full: dict | None) -> dict 
     cell = {"mean": prompts.mean, "prompts": prompts.to_dict()}
     if len(per_seed) > 1:
         cell["seeds"] = over_seeds([_prompt_interval(values).mean for values in per_seed]).to_dict()
-    if kind == "unpaired" and full:
+    if kind == "unpaired" and not full and len(seeds) == 1:
+        if difference := seeds[0]["metrics"][metric].get("difference"):
+            cell["difference"] = difference
+    elif kind == "unpaired" and full:
         by_name = {name: value for (_, name), value in _values(full, metric).items()}
         difference = paired_difference(together, {key: by_name[key[1]] for key in together if key[1] in by_name})
         if difference:
@@ -83,23 +87,54 @@ def _cell(metric: str, kind: str, seeds: list[dict], full: dict | None) -> dict 
     return cell
 
 
-def gather(run_dir: Path) -> dict:
-    """What the report of a run says, without its videos and block maps.
+def is_run(folder: Path) -> bool:
+    """Whether `gather` finds a run, or the results of `sla2 score`, in a folder."""
+    return (folder / "run.json").is_file() or (folder / INPUTS).is_file()
 
-    Raises ValueError naming the file if run.json is missing or lacks "variants", or a results.json is of another form.
-    """
+
+def _run(run_dir: Path) -> tuple[dict, dict[str, dict]]:
+    """The description of a run and the results of its variants by name."""
     run = read_json(run_dir / "run.json", "the description of a run")
     variants = run.get("variants")
     if not isinstance(variants, list) or not variants or not all(isinstance(v, dict) and "name" in v for v in variants):
         raise ValueError(
             f'{run_dir / "run.json"}: expected "variants", a list of objects with a "name", got another form'
         )
-    reference = run.get("reference", "full")
     scored = {}
     for variant in variants:
         path = run_dir / "scores" / variant["name"] / "results.json"
         if path.is_file():
             scored[variant["name"]] = _checked(read_json(path, "results of scoring"), path)
+    return run, scored
+
+
+def _scores(run_dir: Path) -> tuple[dict, dict[str, dict]]:
+    """The results of `sla2 score` as a run of one variant of unknown sparsity, beside its reference if it had one."""
+    inputs, path = read_json(run_dir / INPUTS, "what was scored"), run_dir / "results.json"
+    results = _checked(read_json(path, "results of scoring"), path)
+    labels = {side: Path(source).stem for side, source in inputs.items()}
+    if "reference" in labels:
+        labels["reference"] += ", the reference"
+        means = {name: about.get("reference_mean") for name, about in results["metrics"].items()}
+        metrics = {
+            name: {**about, "mean": means[name]}
+            for name, about in results["metrics"].items()
+            if means[name] is not None
+        }
+        reference = {**results, "metrics": metrics, "videos": [], "failed": [], "unavailable": {}}
+    variants = [{"name": side, "label": label, "sparsity": None} for side, label in labels.items()]
+    scored = {"videos": results} | ({"reference": reference} if "reference" in labels else {})
+    return {"reference": "reference", "against": "the reference", "variants": variants}, scored
+
+
+def gather(run_dir: Path) -> dict:
+    """What the report of a run, or of the results of `sla2 score`, says, without its videos and block maps.
+
+    Raises ValueError naming the file if run.json is missing or lacks "variants", or a results.json is of another form.
+    """
+    is_scores = (run_dir / INPUTS).is_file() and not (run_dir / "run.json").is_file()
+    run, scored = (_scores if is_scores else _run)(run_dir)
+    variants, reference = run["variants"], run.get("reference", "full")
     kinds = _kinds(scored.values())
     groups: dict[str, dict] = {}
     for variant in variants:
@@ -107,21 +142,27 @@ def gather(run_dir: Path) -> dict:
         group = groups.setdefault(label, {"label": label, "names": [], "metrics": {}})
         group["names"].append(variant["name"])
         group.setdefault("family", variant.get("family", label))
-        group.setdefault("sparsities", []).append(float(variant.get("sparsity", 0.0)))
+        group.setdefault("sparsities", []).append(variant.get("sparsity", 0.0))
     for group in groups.values():
         sparsities = group.pop("sparsities")
-        group["sparsity"] = sum(sparsities) / len(sparsities)
+        group["sparsity"] = None if None in sparsities else sum(map(float, sparsities)) / len(sparsities)
         group["reference"] = reference in group["names"]
         seeds = [scored[name] for name in group["names"] if name in scored]
         for metric, about in kinds.items():
             if about["kind"] != "unpaired" and group["reference"]:
                 continue
-            if cell := _cell(metric, about["kind"], seeds, None if group["reference"] else scored.get(reference)):
+            if is_scores and group["reference"]:
+                cell = next(({"mean": r["metrics"][metric]["mean"]} for r in seeds if metric in r["metrics"]), None)
+            else:
+                full = None if is_scores or group["reference"] else scored.get(reference)
+                cell = _cell(metric, about["kind"], seeds, full)
+            if cell:
                 group["metrics"][metric] = cell
     return {
         "format": 1,
         "title": run.get("title", run_dir.name),
         "reference": reference,
+        "against": run.get("against", "full attention"),
         "num_prompts": max((len({row["prompt"] for row in r["videos"]}) for r in scored.values()), default=0),
         "num_videos": sum(_num_scored(results) for results in scored.values()),
         "metrics": kinds,
@@ -164,7 +205,7 @@ def _kinds(scored) -> dict[str, dict]:
 def _ordered(groups: dict[str, dict]) -> list[dict]:
     """Full attention first, then the families as they appear, each by sparsity."""
     families = list(dict.fromkeys(group["family"] for group in groups.values()))
-    return sorted(groups.values(), key=lambda g: (not g["reference"], families.index(g["family"]), g["sparsity"]))
+    return sorted(groups.values(), key=lambda g: (not g["reference"], families.index(g["family"]), g["sparsity"] or 0))
 
 
 def _num_scored(results: dict) -> int:
@@ -241,8 +282,10 @@ def paper() -> dict:
 def first_of_each(run_dir: Path, data: dict) -> list[dict]:
     """Variants to show: the first seed of every group whose folder of videos is there, with its entries by file name."""
     shown = []
+    scored = (run_dir / INPUTS).is_file() and not (run_dir / "run.json").is_file()
+    inputs = read_json(run_dir / INPUTS, "what was scored") if scored else {}
     for group in data["groups"]:
-        folder = run_dir / "videos" / group["names"][0]
+        folder = inputs.get(group["names"][0], run_dir / "videos" / group["names"][0])
         try:
             entries = {entry.file_name: entry for entry in read_manifest(folder)}
         except ValueError:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sla2_eval import metrics, pools
 from sla2_eval.cluster import WorkerDied, check_address
+from sla2_eval.folders import INPUTS
 from sla2_eval.manifest import Entry, pair, read_manifest
 from sla2_eval.metrics import MetricSpec
 from sla2_eval.store import ResultStore, digest, file_digest, write_atomic
@@ -325,6 +326,8 @@ def score(
     counter = _Counter(progress, run.specs, len(entries), tasks)
     deaths = _execute(run, tasks, counter, device, num_workers, ray_address) if tasks else 0
     results = document(run, entries, references, names)
+    inputs = {"videos": videos} | ({} if reference is None else {"reference": reference})
+    write_atomic(out / INPUTS, json.dumps({side: str(Path(path).resolve()) for side, path in inputs.items()}) + "\n")
     write_atomic(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     if theirs := as_vbench(results):
         write_atomic(out / "vbench_eval_results.json", json.dumps(theirs, indent=1, ensure_ascii=False) + "\n")

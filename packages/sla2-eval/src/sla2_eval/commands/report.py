@@ -10,6 +10,8 @@ import click
 def command(folder):
     """Write FOLDER/report: one HTML page, results.json, CSV and Markdown tables.
 
+    FOLDER is that of a quickstart, of an ablation or of `sla2 score`.
+
     \b
     Example:
       sla2 report runs/quickstart
@@ -17,7 +19,9 @@ def command(folder):
     from pathlib import Path
 
     from sla2_eval.report import write_report
+    from sla2_eval.report_data import is_run
 
-    if not (Path(folder) / "run.json").is_file():
-        raise click.UsageError(f"FOLDER: expected a folder of quickstart or ablate with run.json, got {folder}")
+    if not is_run(Path(folder)):
+        known = "of quickstart or ablate with run.json, or of score with inputs.json"
+        raise click.UsageError(f"FOLDER: expected a folder {known}, got {folder}")
     click.echo(write_report(Path(folder)))
