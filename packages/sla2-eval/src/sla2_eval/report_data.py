@@ -87,9 +87,14 @@ def _cell(metric: str, kind: str, seeds: list[dict], full: dict | None) -> dict 
     return cell
 
 
+def _holds_scores(folder: Path) -> bool:
+    """Whether a folder holds what `sla2 score` leaves, and not a run."""
+    return (folder / INPUTS).is_file() and not (folder / "run.json").is_file()
+
+
 def is_run(folder: Path) -> bool:
     """Whether `gather` finds a run, or the results of `sla2 score`, in a folder."""
-    return (folder / "run.json").is_file() or (folder / INPUTS).is_file()
+    return (folder / "run.json").is_file() or _holds_scores(folder)
 
 
 def _run(run_dir: Path) -> tuple[dict, dict[str, dict]]:
@@ -132,7 +137,7 @@ def gather(run_dir: Path) -> dict:
 
     Raises ValueError naming the file if run.json is missing or lacks "variants", or a results.json is of another form.
     """
-    is_scores = (run_dir / INPUTS).is_file() and not (run_dir / "run.json").is_file()
+    is_scores = _holds_scores(run_dir)
     run, scored = (_scores if is_scores else _run)(run_dir)
     variants, reference = run["variants"], run.get("reference", "full")
     kinds = _kinds(scored.values())
@@ -282,8 +287,7 @@ def paper() -> dict:
 def first_of_each(run_dir: Path, data: dict) -> list[dict]:
     """Variants to show: the first seed of every group whose folder of videos is there, with its entries by file name."""
     shown = []
-    scored = (run_dir / INPUTS).is_file() and not (run_dir / "run.json").is_file()
-    inputs = read_json(run_dir / INPUTS, "what was scored") if scored else {}
+    inputs = read_json(run_dir / INPUTS, "what was scored") if _holds_scores(run_dir) else {}
     for group in data["groups"]:
         folder = inputs.get(group["names"][0], run_dir / "videos" / group["names"][0])
         try:
