@@ -1,8 +1,10 @@
-"""Times what the CPU operator is made of in torch and in numba, interleaved, and prints the table of cpu/README.md.
+"""Times what the CPU operator is made of in torch and in numba, interleaved, and prints the table
+of cpu/README.md.
 
     python tools/bench_cpu_choices.py [--threads 1]
 
-N = 32,760, d = 128, one head, blocks 128 x 64, 97 %. Milliseconds of CPU time of the process, median and quartiles of 9.
+N = 32,760, d = 128, one head, blocks 128 x 64, 97 %. Milliseconds of CPU time of the process,
+median and quartiles of 9.
 """
 
 from __future__ import annotations
@@ -27,7 +29,22 @@ BATCH = 16  # products at once
 @build.kernel
 def _products(a, b, c, lo, hi):
     for i in range(lo, hi):
-        gemm(a[i], 0, a.shape[2], 1, b[i], 0, b.shape[2], c[i], 0, c.shape[2], c.shape[1], c.shape[2], b.shape[1], 0)
+        gemm(
+            a[i],
+            0,
+            a.shape[2],
+            1,
+            b[i],
+            0,
+            b.shape[2],
+            c[i],
+            0,
+            c.shape[2],
+            c.shape[1],
+            c.shape[2],
+            b.shape[1],
+            0,
+        )
 
 
 def cases(threads: int) -> dict[str, tuple[Callable, Callable]]:
@@ -42,18 +59,31 @@ def cases(threads: int) -> dict[str, tuple[Callable, Callable]]:
     c = torch.empty(BATCH, BLOCK_Q, SELECTED * BLOCK_K)
 
     def plain_means():
-        return torch.nn.functional.pad(x, (0, 0, 0, -N % BLOCK_K)).unflatten(2, (-1, BLOCK_K)).mean(3)
+        return (
+            torch.nn.functional.pad(x, (0, 0, 0, -N % BLOCK_K)).unflatten(2, (-1, BLOCK_K)).mean(3)
+        )
 
     def plain_top():
-        return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :SELECTED].sort(-1).values
+        return (
+            torch.sort(scores, dim=-1, descending=True, stable=True)
+            .indices[..., :SELECTED]
+            .sort(-1)
+            .values
+        )
 
     found = {
         f"fp32 product {BLOCK_Q} x {D} x {SELECTED * BLOCK_K}, {BATCH} of them": (
             lambda: torch.bmm(a, b, out=c),
             lambda: build.run(_products, BATCH, threads, a.numpy(), b.numpy(), c.numpy()),
         ),
-        "block means of K, fp32": (plain_means, lambda: pool.block_means(heads, lengths, BLOCK_K, threads)),
-        f"top-k of {t_m} x {t_n} scores": (plain_top, lambda: route.top_k(scores.numpy(), SELECTED, threads)),
+        "block means of K, fp32": (
+            plain_means,
+            lambda: pool.block_means(heads, lengths, BLOCK_K, threads),
+        ),
+        f"top-k of {t_m} x {t_n} scores": (
+            plain_top,
+            lambda: route.top_k(scores.numpy(), SELECTED, threads),
+        ),
         f"SoftTop-k of {len(logits)} x {t_n} scores": (
             lambda: _bisect(logits, k),
             lambda: softtopk.soft_top_k(logits.numpy(), k[:, 0].numpy(), threads),
@@ -78,7 +108,9 @@ def _clock(function: Callable) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     threads = parser.parse_args().threads
     torch.set_num_threads(threads)

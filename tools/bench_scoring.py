@@ -1,6 +1,8 @@
-"""Measures scoring on this machine: overhead over bare decoding and arithmetic, one worker against more, memory over many videos.
+"""Measures scoring on this machine: overhead over bare decoding and arithmetic, one worker against
+more, memory over many videos.
 
-Example: python tools/bench_scoring.py --json scoring.json        (about forty minutes on two cores; --quick for a try)
+Example: python tools/bench_scoring.py --json scoring.json        (about forty minutes on two cores;
+--quick for a try)
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def note(text: str) -> None:
 
 
 def make(folder: Path, count: int, noise: float, frames: int, size: tuple[int, int]) -> Path:
-    """`count` videos of a drifting pattern with noise, ten at most of different content; each file is different."""
+    """`count` videos of a drifting pattern with noise, ten at most of different content; each file
+    is different.
+    """
     from sla2_eval.video import write_video
 
     folder.mkdir(parents=True)
@@ -40,7 +44,9 @@ def make(folder: Path, count: int, noise: float, frames: int, size: tuple[int, i
     y, x = np.mgrid[:height, :width]
     for i in range(count):
         path = folder / f"clip {i:03d}-0.mp4"
-        if i >= 10:  # the same video with a box that players skip, which is all it takes to be another file
+        if (
+            i >= 10
+        ):  # the same video with a box that players skip, which is all it takes to be another file
             shutil.copyfile(folder / f"clip {i % 10:03d}-0.mp4", path)
             with path.open("ab") as file:
                 file.write((12).to_bytes(4, "big") + b"free" + i.to_bytes(4, "big"))
@@ -49,7 +55,9 @@ def make(folder: Path, count: int, noise: float, frames: int, size: tuple[int, i
         clip = np.empty((frames, height, width, 3), dtype=np.uint8)
         for t in range(frames):
             wave = 127 + 80 * np.sin((x + 3 * t + 40 * i) / 37) * np.cos((y - 2 * t) / 29)
-            clip[t] = np.clip(wave[..., None] + rng.normal(0, 2 + noise, (height, width, 1)), 0, 255)
+            clip[t] = np.clip(
+                wave[..., None] + rng.normal(0, 2 + noise, (height, width, 1)), 0, 255
+            )
         write_video(path, clip, 16)
     return folder
 
@@ -57,7 +65,9 @@ def make(folder: Path, count: int, noise: float, frames: int, size: tuple[int, i
 def pair(root: Path, name: str, count: int, frames: int) -> tuple[Path, Path]:
     """A folder of videos and one of their references."""
     note(f"writing {count} pairs of {frames} frames of {SIZE[0]} x {SIZE[1]}")
-    return make(root / name / "a", count, 6.0, frames, SIZE), make(root / name / "b", count, 0.0, frames, SIZE)
+    return make(root / name / "a", count, 6.0, frames, SIZE), make(
+        root / name / "b", count, 0.0, frames, SIZE
+    )
 
 
 def spread(runs: list[dict]) -> dict:
@@ -74,7 +84,9 @@ def spread(runs: list[dict]) -> dict:
 
 
 def bare(videos: Path, reference: Path, scorers: dict, unpaired: set[str]) -> dict:
-    """Seconds of decoding every pair, and of the metrics' arithmetic on it, on one thread in this process."""
+    """Seconds of decoding every pair, and of the metrics' arithmetic on it, on one thread in this
+    process.
+    """
     from sla2_eval.metrics.base import Sample
     from sla2_eval.video import read_video
 
@@ -93,7 +105,9 @@ def bare(videos: Path, reference: Path, scorers: dict, unpaired: set[str]) -> di
 
 
 def timed(videos: Path, reference: Path, names: list[str], workers: int) -> dict:
-    """Seconds of one run of `score`: in all, until each worker did one pair, and a pair after that."""
+    """Seconds of one run of `score`: in all, until each worker did one pair, and a pair
+    after that.
+    """
     from sla2_eval.scoring import score
 
     moments = []
@@ -126,14 +140,20 @@ def overhead(root: Path, count: int, repeats: int) -> dict:
         scored = timed(videos, reference, METRICS, 1)
         least = alone["decoding"] + alone["arithmetic"]
         runs.append(
-            {**alone, "scored": scored["total"], "ratio": scored["total"] / least,
-             "ratio_once_started": scored["a_pair"] * count / least}
-        )  # fmt: skip
+            {
+                **alone,
+                "scored": scored["total"],
+                "ratio": scored["total"] / least,
+                "ratio_once_started": scored["a_pair"] * count / least,
+            }
+        )
     return {"pairs": count, "frames": 49, **spread(runs)}
 
 
 def throughput(root: Path, count: int, repeats: int, workers: list[int]) -> dict:
-    """One worker against more, in turn: with their start (Ray's, for more than one), and once each has done a pair."""
+    """One worker against more, in turn: with their start (Ray's, for more than one), and once each
+    has done a pair.
+    """
     videos, reference = pair(root, f"throughput {count}", count, 17)
     runs: dict[int, list[dict]] = {number: [] for number in workers}
     for repeat in range(repeats):
@@ -141,7 +161,11 @@ def throughput(root: Path, count: int, repeats: int, workers: list[int]) -> dict
             note(f"throughput of {number} with {count} pairs, {repeat + 1} of {repeats}")
             runs[number].append(timed(videos, reference, METRICS, number))
     one = runs[workers[0]]
-    found = {"pairs": count, "frames": 17, "workers": {number: spread(of) for number, of in runs.items()}}
+    found = {
+        "pairs": count,
+        "frames": 17,
+        "workers": {number: spread(of) for number, of in runs.items()},
+    }
     for number in workers[1:]:
         ratios = [
             {"with_start": a["total"] / b["total"], "once_started": a["a_pair"] / b["a_pair"]}
@@ -165,7 +189,9 @@ def family(pid: int) -> list[int]:
 
 
 def proportional(pid: int) -> tuple[float, float]:
-    """The megabytes of a process, shared pages divided among those that share them, and those of no file; 0 once it ended."""
+    """The megabytes of a process, shared pages divided among those that share them, and those of no
+    file; 0 once it ended.
+    """
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -175,33 +201,58 @@ def proportional(pid: int) -> tuple[float, float]:
 
 
 def is_worker(pid: int) -> bool:
-    """Whether a process decodes and scores: a child of sla2_eval's or one of Ray's, before and after it has its actor."""
+    """Whether a process decodes and scores: a child of sla2_eval's or one of Ray's, before and
+    after it has its actor.
+    """
     try:
         title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
         return False
-    return any(part in title for part in ("sla2_eval.worker", "default_worker.py", "ray::IDLE", "ray::Worker"))
+    return any(
+        part in title
+        for part in ("sla2_eval.worker", "default_worker.py", "ray::IDLE", "ray::Worker")
+    )
 
 
 def held(videos: Path, reference: Path, workers: int, out: Path) -> dict:
-    """The megabytes that a run of `sla2 score` and all it starts hold: median and most, in all and by what holds them.
+    """The megabytes that a run of `sla2 score` and all it starts hold: median and most, in all and
+    by what holds them.
 
-    Medians are over the time from when each worker holds its libraries to when the first ends. "ray": all that Ray
-    starts beside the workers; "anonymous": what of all is no file's, which other programs with the same libraries do not
-    make less.
+    Medians are over the time from when each worker holds its libraries to when the first ends.
+    "ray": all that Ray starts beside the workers; "anonymous": what of all is no file's, which
+    other programs with the same libraries do not make less.
     """
-    names = ["psnr", "temporal_flickering"]  # SSIM takes long, and its memory does not depend on the number of videos
+    names = [
+        "psnr",
+        "temporal_flickering",
+    ]  # SSIM takes long, and its memory does not depend on the number of videos
     command = [
-        str(Path(sys.executable).with_name("sla2")), "score", "--videos", str(videos), "--reference", str(reference),
-        "--metrics", ",".join(names), "--out", str(out), "--num-workers", str(workers),
-    ]  # fmt: skip
+        str(Path(sys.executable).with_name("sla2")),
+        "score",
+        "--videos",
+        str(videos),
+        "--reference",
+        str(reference),
+        "--metrics",
+        ",".join(names),
+        "--out",
+        str(out),
+        "--num-workers",
+        str(workers),
+    ]
     samples: list[dict[str, float]] = []
     full: list[dict[str, float]] = []  # of the samples, those with every worker at work
     seen: set[int] = set()  # workers; a title is empty for the moment in which it changes
     processes = 0
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         while process.poll() is None:
-            sample, working, count = dict.fromkeys(("all", "driver", "workers", "ray", "anonymous"), 0.0), 0, 0
+            sample, working, count = (
+                dict.fromkeys(("all", "driver", "workers", "ray", "anonymous"), 0.0),
+                0,
+                0,
+            )
             for pid in family(process.pid):
                 if pid != process.pid and is_worker(pid):
                     seen.add(pid)
@@ -243,7 +294,10 @@ def memory(root: Path, counts: list[int], workers: list[int]) -> dict:
 
 def moment() -> dict:
     """When a part of the measurement begins, in UTC, and how busy the machine is then."""
-    return {"date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "load_before": round(os.getloadavg()[0], 2)}
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
 
 
 def machine() -> dict:
@@ -259,22 +313,33 @@ def machine() -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["overhead", "throughput", "memory"], help="of the measurement")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=["overhead", "throughput", "memory"],
+        help="of the measurement",
+    )
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="few videos, once: whether it runs")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    pairs, runs, counts, repeats = (3, [6], [3, 6], 1) if options.quick else (8, [16, 128], PAIRS, options.repeats)
+    pairs, runs, counts, repeats = (
+        (3, [6], [3, 6], 1) if options.quick else (8, [16, 128], PAIRS, options.repeats)
+    )
     found = {"machine": machine(), "size": list(SIZE), "metrics": METRICS}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         if "overhead" in options.parts:
             found["overhead"] = moment() | overhead(root, pairs, repeats)
         if "throughput" in options.parts:
-            found["throughput"] = [moment() | throughput(root, count, repeats, options.workers) for count in runs]
+            found["throughput"] = [
+                moment() | throughput(root, count, repeats, options.workers) for count in runs
+            ]
         if "memory" in options.parts:
             found["memory"] = moment() | memory(root, counts, options.workers)
     text = json.dumps(found, indent=1)

@@ -1,7 +1,8 @@
-"""Checks and times the kernels on this machine's GPU: tests marked gpu, compute-sanitizer on tiny shapes, the paper's bench.
+"""Checks and times the kernels on this machine's GPU: tests marked gpu, compute-sanitizer on tiny
+shapes, the paper's bench.
 
-Runs under a plain python3 with torch, numpy, click and CuPy, from the checkout, without installing anything. Writes one JSON
-file and ends with 0 only if everything passed.
+Runs under a plain python3 with torch, numpy, click and CuPy, from the checkout, without installing
+anything. Writes one JSON file and ends with 0 only if everything passed.
 """
 
 from __future__ import annotations
@@ -49,17 +50,29 @@ def missing() -> str | None:
 
 
 def call(command: list[str], minutes: float, **more: str) -> tuple[int, str, float]:
-    """Exit code (124 after the time limit), output and seconds of a command run in the checkout, `more` in its environment."""
+    """Exit code (124 after the time limit), output and seconds of a command run in the checkout,
+    `more` in its environment.
+    """
     start = time.monotonic()
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=environment() | more, timeout=60 * minutes, text=True, check=False,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            env=environment() | more,
+            timeout=60 * minutes,
+            text=True,
+            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         return done.returncode, done.stdout, time.monotonic() - start
     except subprocess.TimeoutExpired as error:
         output = error.stdout or b""
-        return 124, output if isinstance(output, str) else output.decode(errors="replace"), time.monotonic() - start
+        return (
+            124,
+            output if isinstance(output, str) else output.decode(errors="replace"),
+            time.monotonic() - start,
+        )
 
 
 def outcome(code: int, output: str, seconds: float, **more) -> dict:
@@ -69,46 +82,87 @@ def outcome(code: int, output: str, seconds: float, **more) -> dict:
 
 
 def kernel_tests() -> dict:
-    """The emulator's kernel tests on the GPU, over pinned memory that both sides read, so that each launch is waited for."""
+    """The emulator's kernel tests on the GPU, over pinned memory that both sides read, so that each
+    launch is waited for.
+    """
     return run_tests(sorted(ROOT.glob("tests/kernels/test_kernels_*.py")), CUDA_LAUNCH_BLOCKING="1")
 
 
 def operator_tests() -> dict:
     """The GPU's own tests, and the custom ops' on CUDA."""
-    return run_tests([ROOT / "tests" / "kernels" / "test_gpu.py", ROOT / "tests" / "core" / "test_cuda_ops.py"])
+    return run_tests(
+        [ROOT / "tests" / "kernels" / "test_gpu.py", ROOT / "tests" / "core" / "test_cuda_ops.py"]
+    )
 
 
 def run_tests(files: list[Path], **more: str) -> dict:
-    """What is marked gpu in these files, `more` in the environment. Fetches pytest into .cache/gpu-check if this Python has none.
+    """What is marked gpu in these files, `more` in the environment. Fetches pytest into
+    .cache/gpu-check if this Python has none.
 
-    Files go by name, so that none is imported that needs more than torch: an error there would end the whole run.
+    Files go by name, so that none is imported that needs more than torch: an error there would end
+    the whole run.
     """
-    if importlib.util.find_spec("pytest") is None and not (ROOT / ".cache" / "gpu-check" / "pytest").is_dir():
+    if (
+        importlib.util.find_spec("pytest") is None
+        and not (ROOT / ".cache" / "gpu-check" / "pytest").is_dir()
+    ):
         target = str(ROOT / ".cache" / "gpu-check")
-        code, output, seconds = call([sys.executable, "-m", "pip", "install", "-q", "--target", target, "pytest"], 5)
+        code, output, seconds = call(
+            [sys.executable, "-m", "pip", "install", "-q", "--target", target, "pytest"], 5
+        )
         if code:
-            return outcome(code, output, seconds, what="pytest is not installed and could not be fetched")
+            return outcome(
+                code, output, seconds, what="pytest is not installed and could not be fetched"
+            )
     names = [str(path.relative_to(ROOT)) for path in files]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", *names]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        *names,
+    ]
     code, output, seconds = call(command, 60, SLA2_TEST_TARGET="cuda", **more)
-    counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
+    counts = {
+        name: int(number)
+        for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", output)
+    }
     if code == 0 and not counts.get("passed"):
         code = 5
     return outcome(code, output, seconds, counts=counts)
 
 
 def run_sanitizer(tool: str) -> dict:
-    """compute-sanitizer's memcheck or racecheck over the tiny shapes; "skipped" where it is not installed."""
-    folders = [f for f in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda") if f]
-    places = [os.environ.get("PATH", "")] + [f"{f}/{sub}" for f in folders for sub in ("bin", "compute-sanitizer")]
+    """compute-sanitizer's memcheck or racecheck over the tiny shapes; "skipped" where it is not
+    installed.
+    """
+    folders = [
+        f
+        for f in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+        if f
+    ]
+    places = [os.environ.get("PATH", "")] + [
+        f"{f}/{sub}" for f in folders for sub in ("bin", "compute-sanitizer")
+    ]
     path = shutil.which("compute-sanitizer", path=os.pathsep.join(places))
     if path is None:
         return {"passed": True, "skipped": "compute-sanitizer is not installed"}
     command = [path, "--tool", tool, "--error-exitcode", "9"]
-    if tool == "memcheck":  # errors that libraries ask for and handle, such as an attribute nobody has, are not ours
+    if (
+        tool == "memcheck"
+    ):  # errors that libraries ask for and handle, such as an attribute nobody has, are not ours
         command += ["--report-api-errors", "no"]
-    # Without torch's pool each tensor is an allocation of its own, so that one past its end is outside.
-    return outcome(*call([*command, sys.executable, __file__, "--tiny"], 30, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
+    # Without torch's pool each tensor is an allocation of its own, so that one past its end is
+    # outside.
+    return outcome(
+        *call(
+            [*command, sys.executable, __file__, "--tiny"], 30, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+        )
+    )
 
 
 def run_bench(quick: bool) -> dict:
@@ -116,13 +170,26 @@ def run_bench(quick: bool) -> dict:
     file = ROOT / ".cache" / "gpu-check-bench.json"
     file.parent.mkdir(exist_ok=True)
     file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "sla2_eval.cli", "bench", "--suite", "paper", "--json", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "sla2_eval.cli",
+        "bench",
+        "--suite",
+        "paper",
+        "--json",
+        str(file),
+    ]
     code, output, seconds = call(command + ["--quick"] * quick, 60)
-    return outcome(code, output, seconds, result=json.loads(file.read_text()) if file.is_file() else None)
+    return outcome(
+        code, output, seconds, result=json.loads(file.read_text()) if file.is_file() else None
+    )
 
 
 def tiny() -> None:
-    """Every kernel, forward and backward, on shapes of a few blocks; fails if an output is not finite."""
+    """Every kernel, forward and backward, on shapes of a few blocks; fails if an output is not
+    finite.
+    """
     sys.path[:0] = SOURCES
     import torch
     from sla2_kernels.kernels import supports
@@ -144,9 +211,14 @@ def tiny() -> None:
         if not supports(arch, precision):
             continue
         torch.manual_seed(0)
-        tensors = (torch.randn(1, heads, n, d, device="cuda").to(getattr(torch, dtype)) for n in (n_q, n_k, n_k, n_q))
+        tensors = (
+            torch.randn(1, heads, n, d, device="cuda").to(getattr(torch, dtype))
+            for n in (n_q, n_k, n_k, n_q)
+        )
         q, k, v, grad = (Strided(pointer(x), x.stride()[:3]) for x in tensors)
-        problem = Problem(batch=1, heads=heads, n_q=n_q, n_k=n_k, head_dim=d, dtype=dtype, precision=precision)
+        problem = Problem(
+            batch=1, heads=heads, n_q=n_q, n_k=n_k, head_dim=d, dtype=dtype, precision=precision
+        )
         weight = pointer(torch.eye(d, device="cuda")[None].contiguous())
         made = prologue(device, problem, q, k, v, pool=True)
         block_map, _ = route(device, problem, made.pooled_q, made.pooled_k, weight, weight, 1, 0.5)
@@ -154,9 +226,16 @@ def tiny() -> None:
         saved = forward(device, problem, q, k, v, block_map, alpha, made=made, save=True)
         found = backward(device, problem, saved, grad)
         torch.cuda.synchronize()
-        for name, tensor in {"O": saved.out, "dQ": found.d_q, "dK": found.d_k, "dV": found.d_v}.items():
+        for name, tensor in {
+            "O": saved.out,
+            "dQ": found.d_q,
+            "dK": found.d_k,
+            "dV": found.d_v,
+        }.items():
             if not tensor.owner.isfinite().all():
-                raise SystemExit(f"{name} is not finite for {n_q} x {n_k}, d {d}, {dtype}, {precision}")
+                raise SystemExit(
+                    f"{name} is not finite for {n_q} x {n_k}, d {d}, {dtype}, {precision}"
+                )
 
 
 def machine() -> dict:
@@ -170,13 +249,22 @@ def machine() -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/<gpu>-<date>.json")
-    parser.add_argument("--quick", action="store_true", help="fewer settings and repetitions of the benchmark")
     parser.add_argument(
-        "--skip", action="append", default=[], choices=["kernels", "operator", "memcheck", "racecheck", "bench"]
+        "--out", type=Path, help="JSON file; default benchmarks/results/<gpu>-<date>.json"
     )
     parser.add_argument(
-        "--tiny", action="store_true", help="only run every kernel once (what compute-sanitizer watches)"
+        "--quick", action="store_true", help="fewer settings and repetitions of the benchmark"
+    )
+    parser.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        choices=["kernels", "operator", "memcheck", "racecheck", "bench"],
+    )
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="only run every kernel once (what compute-sanitizer watches)",
     )
     arguments = parser.parse_args()
     if lacks := missing():
@@ -200,8 +288,13 @@ def main() -> int:
 
 
 def check(about: dict, parts: dict[str, Callable[[], dict]], out: Path) -> bool:
-    """Run the parts in turn; what is done is in `out` after each, and a failed part's output in a log beside it."""
-    results = {"machine": about, "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    """Run the parts in turn; what is done is in `out` after each, and a failed part's output in a
+    log beside it.
+    """
+    results = {
+        "machine": about,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         found = part()
@@ -210,7 +303,10 @@ def check(about: dict, parts: dict[str, Callable[[], dict]], out: Path) -> bool:
             found["output"] = found["output"][-4000:]
         results[name] = found
         out.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"{name}: {found.get('skipped') or ('passed' if found['passed'] else 'FAILED')}", flush=True)
+        print(
+            f"{name}: {found.get('skipped') or ('passed' if found['passed'] else 'FAILED')}",
+            flush=True,
+        )
     print(out)
     return all(results[name]["passed"] for name in parts)
 

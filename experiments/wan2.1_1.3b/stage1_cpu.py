@@ -1,8 +1,10 @@
-"""Stage 1 of one layer at the shape of Wan2.1-1.3B on this machine's CPU: seconds a step, and memory above the inputs.
+"""Stage 1 of one layer at the shape of Wan2.1-1.3B on this machine's CPU: seconds a step, and
+memory above the inputs.
 
 python experiments/wan2.1_1.3b/stage1_cpu.py --json stage1_cpu.json
-Router and alpha learn as in train.yaml, by the ordinary train_stage1, from random Q, K, V written as captures. The peak counts
-everything that stage 1 holds, its held-out measurement and report too. Linux.
+Router and alpha learn as in train.yaml, by the ordinary train_stage1, from random Q, K, V written
+as captures. The peak counts everything that stage 1 holds, its held-out measurement and report too.
+Linux.
 """
 
 from __future__ import annotations
@@ -29,13 +31,18 @@ SETTINGS = Path(__file__).with_name("train.yaml")
 
 
 def one_layer(attention: dict) -> SLA2Handle:
-    """A Wan transformer of one layer with the heads of the real one; its other weights play no part here."""
+    """A Wan transformer of one layer with the heads of the real one; its other weights play no part
+    here.
+    """
     from diffusers import WanTransformer3DModel
 
     transformer = WanTransformer3DModel(
-        num_attention_heads=attention["num_heads"], attention_head_dim=attention["head_dim"], num_layers=1, text_dim=8,
+        num_attention_heads=attention["num_heads"],
+        attention_head_dim=attention["head_dim"],
+        num_layers=1,
+        text_dim=8,
         ffn_dim=8,
-    )  # fmt: skip
+    )
     return apply_sla2(transformer, SLA2Config(**attention | {"precision": "full"}))
 
 
@@ -44,15 +51,25 @@ def write_captures(handle: SLA2Handle, tokens: int, dtype: torch.dtype, folder: 
     config, rng = handle.config, torch.Generator().manual_seed(0)
     shape = (1, config.num_heads, tokens, config.head_dim)
     write_tensors(
-        folder / "capture-00000.safetensors", {f"0.{x}": torch.randn(shape, generator=rng).to(dtype) for x in "qkv"}
+        folder / "capture-00000.safetensors",
+        {f"0.{x}": torch.randn(shape, generator=rng).to(dtype) for x in "qkv"},
     )
     size = 3 * config.num_heads * tokens * config.head_dim * dtype.itemsize
     call = {
-        "shard": "capture-00000.safetensors", "key": "0", "layer": 0, "sample": 0, "timestep": 500.0,
-        "heads": list(range(config.num_heads)), "shape": list(shape), "text_tokens": 0, "kv_lengths": None,
-    }  # fmt: skip
+        "shard": "capture-00000.safetensors",
+        "key": "0",
+        "layer": 0,
+        "sample": 0,
+        "timestep": 500.0,
+        "heads": list(range(config.num_heads)),
+        "shape": list(shape),
+        "text_tokens": 0,
+        "kv_lengths": None,
+    }
     content = {"format_version": 1, "settings": {"model": handle.model_identity()}, "full": False}
-    write_json(folder / INDEX_NAME, content | {"samples": [{"sample": 0, "bytes": size, "calls": [call]}]})
+    write_json(
+        folder / INDEX_NAME, content | {"samples": [{"sample": 0, "bytes": size, "calls": [call]}]}
+    )
     return size
 
 
@@ -67,9 +84,13 @@ def run(settings: dict, tokens: int, rows: int, steps: int, dtype: str, folder: 
     folder.mkdir()
     size = write_captures(handle, tokens, getattr(torch, dtype), folder)
     config = Stage1Config(
-        topk=(settings["attention"]["topk"],), steps=steps, rows=rows, eval_rows=rows,
-        router_lr=settings["stage1"]["router_lr"], alpha_lr=settings["stage1"]["alpha_lr"],
-    )  # fmt: skip
+        topk=(settings["attention"]["topk"],),
+        steps=steps,
+        rows=rows,
+        eval_rows=rows,
+        router_lr=settings["stage1"]["router_lr"],
+        alpha_lr=settings["stage1"]["alpha_lr"],
+    )
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before, last = memory("VmRSS"), time.perf_counter()
 
@@ -81,19 +102,33 @@ def run(settings: dict, tokens: int, rows: int, steps: int, dtype: str, folder: 
 
     report = train_stage1(handle, Captures(folder), config, folder / "stage1", progress=progress)
     return {
-        "tokens": tokens, "heads": handle.config.num_heads, "head_dim": handle.config.head_dim, "rows": rows,
-        "steps": steps, "dtype": dtype, "topk": config.topk[0], "input_bytes": size, "seconds": seconds,
-        "seconds_per_step": statistics.median(seconds), "bytes_above_inputs": memory("VmHWM") - before - size,
+        "tokens": tokens,
+        "heads": handle.config.num_heads,
+        "head_dim": handle.config.head_dim,
+        "rows": rows,
+        "steps": steps,
+        "dtype": dtype,
+        "topk": config.topk[0],
+        "input_bytes": size,
+        "seconds": seconds,
+        "seconds_per_step": statistics.median(seconds),
+        "bytes_above_inputs": memory("VmHWM") - before - size,
         "loss": report.loss,
-    }  # fmt: skip
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--rows", type=int, help="query blocks a step; those of train.yaml if not given")
+    parser.add_argument(
+        "--rows", type=int, help="query blocks a step; those of train.yaml if not given"
+    )
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the captures")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the captures"
+    )
     parser.add_argument("--json", type=Path, help="where to write the result")
     given = parser.parse_args(arguments)
     settings = yaml.safe_load(SETTINGS.read_text())
@@ -108,10 +143,11 @@ def main(arguments: list[str] | None = None) -> int:
     found["hardware"] = hardware() | {"threads": torch.get_num_threads()}
     found["versions"] = {name: version(name) for name in ("sla2-core", "torch", "diffusers")}
     print(
-        f"{found['tokens']} tokens, {found['heads']} heads of {found['head_dim']}, {rows} query blocks a step: "
-        f"{found['seconds_per_step']:.1f} s a step, {found['bytes_above_inputs'] / 2**30:.2f} GiB above the "
-        f"{found['input_bytes'] / 2**30:.2f} GiB of inputs; {found['hardware']['processor']}, "
-        f"{found['hardware']['threads']} threads, torch {found['versions']['torch']}"
+        f"{found['tokens']} tokens, {found['heads']} heads of {found['head_dim']}, {rows} query"
+        f" blocks a step: {found['seconds_per_step']:.1f} s a step,"
+        f" {found['bytes_above_inputs'] / 2**30:.2f} GiB above the"
+        f" {found['input_bytes'] / 2**30:.2f} GiB of inputs; {found['hardware']['processor']},"
+        f" {found['hardware']['threads']} threads, torch {found['versions']['torch']}"
     )
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")

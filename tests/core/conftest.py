@@ -1,4 +1,6 @@
-"""A tiny random Wan for the tests of integrations and training: 2 layers, 2 heads of 12, 45 tokens."""
+"""A tiny random Wan for the tests of integrations and training: 2 layers, 2 heads of
+12, 45 tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,18 @@ def make_wan(seed: int = 0, **changes):
 
     torch.manual_seed(seed)
     settings = dict(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=TEXT,
-        freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
-    )  # fmt: skip
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=TEXT,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        rope_max_seq_len=32,
+    )
     return WanTransformer3DModel(**(settings | changes)).eval()
 
 
@@ -30,7 +41,9 @@ def make_inputs(batch: int = 2, seed: int = 1) -> dict[str, torch.Tensor]:
 
 
 def make_config(**changes) -> SLA2Config:
-    return SLA2Config(**(dict(head_dim=12, num_heads=2, topk=0.3, block_q=8, block_k=5, alpha_knots=3) | changes))
+    return SLA2Config(
+        **(dict(head_dim=12, num_heads=2, topk=0.3, block_q=8, block_k=5, alpha_knots=3) | changes)
+    )
 
 
 @pytest.fixture

@@ -54,7 +54,9 @@ def test_gradcheck(config):
     with torch.no_grad():
         for parameter in attn.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    q, k, v = (torch.randn(1, 1, n, 3, dtype=torch.float64, requires_grad=True) for n in (11, 13, 13))
+    q, k, v = (
+        torch.randn(1, 1, n, 3, dtype=torch.float64, requires_grad=True) for n in (11, 13, 13)
+    )
     learned = [p for n, p in attn.named_parameters() if "router" not in n or config.alpha == "mass"]
 
     def run(q, k, v, *_):
@@ -83,7 +85,9 @@ def test_kv_lengths_equal_a_shorter_sequence():
     for config in (CONFIG, dataclasses.replace(CONFIG, alpha="mass"), published_sla(CONFIG)):
         attn = build_attention(config)
         out = attn(q, k, v, kv_lengths=[50, 111])
-        torch.testing.assert_close(out[:1], attn(q[:1], k[:1, :, :50], v[:1, :, :50]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            out[:1], attn(q[:1], k[:1, :, :50], v[:1, :, :50]), rtol=1e-4, atol=1e-5
+        )
         torch.testing.assert_close(out[1:], attn(q[1:], k[1:], v[1:]), rtol=1e-4, atol=1e-5)
 
 
@@ -94,7 +98,10 @@ def test_topk_and_precision_can_be_replaced_between_calls():
     out, info = attn(q, k, v, return_info=True)
     assert info.block_map.counts.unique().tolist() == [round(0.6 * 14)]
     torch.testing.assert_close(
-        out, sla2_reference(q, k, v, info.block_map, info.alpha, precision="int8"), rtol=1e-4, atol=1e-5
+        out,
+        sla2_reference(q, k, v, info.block_map, info.alpha, precision="int8"),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -104,7 +111,11 @@ def test_autocast_takes_the_inputs_in_its_dtype_as_sdpa_does_and_lowers_nothing_
     expected = attn(*(x.to(torch.bfloat16) for x in (q, k, v)))
     with torch.autocast("cpu", torch.bfloat16):
         found = attn(q, k, v.to(torch.bfloat16))  # as after rotary positions in fp32
-        assert found.dtype == torch.nn.functional.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
+        assert (
+            found.dtype
+            == torch.nn.functional.scaled_dot_product_attention(q, k, v).dtype
+            == torch.bfloat16
+        )
         assert attn(*(x.double() for x in (q, k, v))).dtype == torch.float64
     assert torch.equal(found, expected)
 
@@ -134,15 +145,25 @@ def test_sla_takes_the_backward_of_its_configuration():
     leaves = [x.requires_grad_() for x in qkv()]
     found = []
     for qat_backward in ("paper", "matched"):
-        config = dataclasses.replace(published_sla(CONFIG), precision="int4", qat_backward=qat_backward)
+        config = dataclasses.replace(
+            published_sla(CONFIG), precision="int4", qat_backward=qat_backward
+        )
         found.append(torch.autograd.grad(SLAAttention(config)(*leaves).sin().sum(), leaves[0])[0])
     assert (found[0] - found[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
-    [({"topk": 0.0}, "topk"), ({"topk": 1.2}, "topk"), ({"block_q": 0}, "block_q"), ({"alpha": "learned"}, "alpha"), ({"alpha_init": 1.0}, "alpha_init"), ({"smooth_k": 1}, "smooth_k"), ({"tau": 0}, "tau")],
-)  # fmt: skip
+    [
+        ({"topk": 0.0}, "topk"),
+        ({"topk": 1.2}, "topk"),
+        ({"block_q": 0}, "block_q"),
+        ({"alpha": "learned"}, "alpha"),
+        ({"alpha_init": 1.0}, "alpha_init"),
+        ({"smooth_k": 1}, "smooth_k"),
+        ({"tau": 0}, "tau"),
+    ],
+)
 def test_bad_configuration_is_named(change, match):
     with pytest.raises(ValueError, match=f"^{match}: expected"):
         dataclasses.replace(CONFIG, **change)

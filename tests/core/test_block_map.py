@@ -23,7 +23,9 @@ def test_rows_are_the_set_columns_ascending(mask):
     bm = make(mask)
     assert bm.indices.dtype == bm.counts.dtype == torch.int32
     assert bm.indices.shape == (2, 3, 4, 5)
-    for b, h, row in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(4)).tolist():
+    for b, h, row in torch.cartesian_prod(
+        torch.arange(2), torch.arange(3), torch.arange(4)
+    ).tolist():
         expected = mask[b, h, row].nonzero().flatten().tolist()
         assert bm.counts[b, h, row] == len(expected)
         assert bm.indices[b, h, row].tolist() == expected + [-1] * (5 - len(expected))
@@ -40,8 +42,15 @@ def test_transposed_lists_the_query_blocks_of_each_key_block(mask):
 
 
 @pytest.mark.parametrize(
-    ("row", "count", "why"), [([0, 0, 2], 3, "repeat"), ([2, 1, 4], 3, "descend"), ([0, 1, 5], 3, "outside"), ([-1, 1, 2], 3, "negative"), ([0, 1, 2], 4, "count")]
-)  # fmt: skip
+    ("row", "count", "why"),
+    [
+        ([0, 0, 2], 3, "repeat"),
+        ([2, 1, 4], 3, "descend"),
+        ([0, 1, 5], 3, "outside"),
+        ([-1, 1, 2], 3, "negative"),
+        ([0, 1, 2], 4, "count"),
+    ],
+)
 def test_bad_indices_are_refused_with_their_place(row, count, why):
     indices = torch.arange(3).repeat(1, 2, 4, 1)
     counts = torch.full((1, 2, 4), 3)
@@ -76,7 +85,11 @@ def test_entries_past_the_count_are_ignored():
 
 @pytest.mark.parametrize(
     ("kw", "match"),
-    [({"n_k": 48}, "mask: expected shape"), ({"block_q": 0}, "block_q: expected"), ({"n_q": 1.5}, "n_q: expected")],
+    [
+        ({"n_k": 48}, "mask: expected shape"),
+        ({"block_q": 0}, "block_q: expected"),
+        ({"n_q": 1.5}, "n_q: expected"),
+    ],
 )
 def test_wrong_geometry_is_named(mask, kw, match):
     with pytest.raises(ValueError, match=match):

@@ -14,7 +14,9 @@ from sla2_core.cost import sla2_cost
     ],
 )
 def test_ratios_of_the_paper(n, heads, topk, tera, full):
-    cost = sla2_cost(n_q=n, n_k=n, num_heads=heads, head_dim=128, topk=topk, block_q=128, block_k=64)
+    cost = sla2_cost(
+        n_q=n, n_k=n, num_heads=heads, head_dim=128, topk=topk, block_q=128, block_k=64
+    )
     assert cost.flops / cost.full_flops == pytest.approx(tera / full, rel=0.02)
     assert cost.sparsity == pytest.approx(1 - topk)
 

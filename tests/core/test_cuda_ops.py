@@ -1,4 +1,5 @@
-"""The custom ops over the CUDA kernels: values, gradients, opcheck, torch.compile, what they refuse.
+"""The custom ops over the CUDA kernels: values, gradients, opcheck, torch.compile, what they
+refuse.
 
 On the emulator, or with SLA2_TEST_TARGET=cuda (`make gpu-check` sets it) on the GPU.
 """
@@ -25,7 +26,9 @@ pytestmark = [pytest.mark.gpu] if TARGET == "cuda" else []
 def inputs(n_q=63, n_k=111, d=64, dtype=torch.bfloat16, b=1, h=2):
     """q, k, v, dO, alpha, and a map with a row of every block and a row of none."""
     generator = torch.Generator().manual_seed(5)
-    q, k, v, grad = (torch.randn(b, h, n, d, generator=generator).to(DEVICE, dtype) for n in (n_q, n_k, n_k, n_q))
+    q, k, v, grad = (
+        torch.randn(b, h, n, d, generator=generator).to(DEVICE, dtype) for n in (n_q, n_k, n_k, n_q)
+    )
     t_m, t_n = -(-n_q // 32), -(-n_k // 16)
     mask = torch.rand(b, h, t_m, t_n, generator=generator) < 0.4
     mask[0, 0, 0], mask[-1, -1, -1] = True, False
@@ -45,7 +48,9 @@ def assert_as_good(found, exact, plain):
         factor, floor = (3 if index else 2), 1e-3 * right.abs().max()
         error, allowed = x.double() - right, rounded.double() - right
         assert error.abs().max() <= factor * allowed.abs().max() + floor, index
-        assert error.square().mean().sqrt() <= factor * allowed.square().mean().sqrt() + floor / 5, index
+        assert (
+            error.square().mean().sqrt() <= factor * allowed.square().mean().sqrt() + floor / 5
+        ), index
 
 
 @pytest.mark.parametrize(("n_q", "n_k", "d"), [(63, 111, 64), (33, 17, 40), (100, 95, 128)])
@@ -70,12 +75,19 @@ def test_the_sparse_branch_alone_and_its_lse(lengths):
     *leaves, grad, _, block_map = inputs()
 
     def call(backend):
-        return lambda q, k, v: block_sparse_attention(q, k, v, block_map, backend=backend, kv_lengths=lengths)[0]
+        return lambda q, k, v: block_sparse_attention(
+            q, k, v, block_map, backend=backend, kv_lengths=lengths
+        )[0]
 
     wide = [x.double() for x in leaves]
     found = gradients(call(TARGET), leaves, grad)
-    assert_as_good(found, gradients(call("reference"), wide, grad), gradients(call("reference"), leaves, grad))
-    lse = [block_sparse_attention(*x, block_map, backend=b, kv_lengths=lengths)[1] for x, b in ((leaves, TARGET), (wide, "reference"))]  # fmt: skip
+    assert_as_good(
+        found, gradients(call("reference"), wide, grad), gradients(call("reference"), leaves, grad)
+    )
+    lse = [
+        block_sparse_attention(*x, block_map, backend=b, kv_lengths=lengths)[1]
+        for x, b in ((leaves, TARGET), (wide, "reference"))
+    ]
     torch.testing.assert_close(lse[0].double(), lse[1], atol=1e-2, rtol=1e-3)
 
 
@@ -88,13 +100,19 @@ def test_low_bit_forward_and_its_backward(precision, qat_backward):
 
     def run(precision, backend, device):
         def call(q, k, v, a):
-            options = dict(precision=precision, qat_backward=qat_backward, smooth_k=False, backend=backend)
+            options = dict(
+                precision=precision, qat_backward=qat_backward, smooth_k=False, backend=backend
+            )
             return sla2_attention(q, k, v, block_map.to(device), a, **options)
 
         found = gradients(call, [x.to(device) for x in (*leaves, alpha)], grad.to(device))
         return [x.double().cpu() for x in found]
 
-    low, numba, full = run(precision, TARGET, DEVICE), run(precision, "cpu", "cpu"), run("full", TARGET, DEVICE)
+    low, numba, full = (
+        run(precision, TARGET, DEVICE),
+        run(precision, "cpu", "cpu"),
+        run("full", TARGET, DEVICE),
+    )
     assert 1e-3 < (low[0] - full[0]).norm() / full[0].norm() < 0.1
     for x, y in zip(low, numba, strict=True):  # the same formulas, rounding apart
         assert (x - y).norm() <= 0.02 * y.norm()
@@ -110,7 +128,9 @@ def test_the_modules_agree_with_the_cpu_kernels_in_every_gradient(alpha, lengths
         torch.nn.init.normal_(module.proj.weight, std=0.1)
     else:
         per_head = alpha == "mass"
-        base = SLA2Config(head_dim=64, num_heads=2, topk=0.3, alpha=alpha, per_head_router=per_head, **BLOCKS)
+        base = SLA2Config(
+            head_dim=64, num_heads=2, topk=0.3, alpha=alpha, per_head_router=per_head, **BLOCKS
+        )
         module = SLA2Attention(base)
         torch.nn.init.normal_(module.router.weight_q, std=0.1)
     found = []
@@ -134,7 +154,9 @@ def test_pool_and_route_are_the_plain_ones():
     torch.testing.assert_close(pooled[0], pool(q, 32), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(pooled[1], pool(k, 16, lengths), atol=1e-5, rtol=1e-5)
     weight = torch.randn(1, 40, 40, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    scores, indices, counts = cuda_ops.route(*pooled, weight, weight, lengths, *SIZES, 63, 111, 0.5, TARGET)
+    scores, indices, counts = cuda_ops.route(
+        *pooled, weight, weight, lengths, *SIZES, 63, 111, 0.5, TARGET
+    )
     expected = (pooled[0] @ weight) @ (pooled[1] @ weight).transpose(-1, -2) * 40**-0.5
     torch.testing.assert_close(scores[..., :5], expected[..., :5], atol=1e-4, rtol=1e-4)
     assert (scores[..., 5:] == -torch.inf).all()
@@ -151,7 +173,9 @@ def test_opcheck(weights):
     torch.library.opcheck(cuda_ops.pool, (q, k, torch.tensor([90], device=DEVICE), *SIZES, TARGET))
     pooled = [x.detach().requires_grad_() for x in cuda_ops.pool(q, k, None, *SIZES, TARGET)]
     weight = torch.eye(64, device=DEVICE).repeat(weights, 1, 1).requires_grad_()
-    torch.library.opcheck(cuda_ops.route, (*pooled, weight, weight, None, *SIZES, 63, 111, 0.3, TARGET))
+    torch.library.opcheck(
+        cuda_ops.route, (*pooled, weight, weight, None, *SIZES, 63, 111, 0.3, TARGET)
+    )
     for mixed in (alpha.expand(1, 2, 2).clone().requires_grad_(), None):
         options = (mixed, None, *SIZES, "full", "paper", mixed is not None, True, TARGET)
         torch.library.opcheck(cuda_ops.attention, (q, k, v, *rows, *options))
@@ -169,18 +193,22 @@ def test_gradients_of_the_scores_are_the_matrix_products():
     leaves, grad = (q, k, *weights), torch.randn(1, 2, 2, 7, device=DEVICE)
     scores = cuda_ops.route(*leaves, None, *SIZES, 63, 111, 0.3, TARGET)[0]
     plain = (q @ weights[0]) @ (k @ weights[1]).transpose(-1, -2) / 8
-    for found, right in zip(torch.autograd.grad(scores, leaves, grad), torch.autograd.grad(plain, leaves, grad)):
+    for found, right in zip(
+        torch.autograd.grad(scores, leaves, grad), torch.autograd.grad(plain, leaves, grad)
+    ):
         torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("alpha", ["position", "mass"])
 def test_a_compiled_module_equals_the_eager_one(alpha):
     *qkv, grad, _, _ = inputs()
-    attn = SLA2Attention(SLA2Config(head_dim=64, num_heads=2, topk=0.3, alpha=alpha, backend=TARGET, **BLOCKS)).to(
-        DEVICE
-    )
+    attn = SLA2Attention(
+        SLA2Config(head_dim=64, num_heads=2, topk=0.3, alpha=alpha, backend=TARGET, **BLOCKS)
+    ).to(DEVICE)
     compiled = torch.compile(attn, fullgraph=True, backend="aot_eager")
-    for found, right in zip(gradients(compiled, qkv, grad), gradients(attn, qkv, grad), strict=True):
+    for found, right in zip(
+        gradients(compiled, qkv, grad), gradients(attn, qkv, grad), strict=True
+    ):
         assert torch.equal(found, right)
 
 
@@ -205,7 +233,9 @@ def at_an_odd_address(x):
     return flat[1:].view(x.shape)
 
 
-@pytest.mark.parametrize("layout", [tokens_first, part_of_one_projection, channels_apart, at_an_odd_address])
+@pytest.mark.parametrize(
+    "layout", [tokens_first, part_of_one_projection, channels_apart, at_an_odd_address]
+)
 @pytest.mark.parametrize(("d", "smooth_k"), [(64, True), (64, False), (40, True)])
 def test_every_layout_gives_the_same_bits(layout, d, smooth_k):
     *qkv, grad, alpha, block_map = inputs(d=d)
@@ -222,9 +252,13 @@ def test_a_model_s_own_layout_is_neither_copied_nor_changed(monkeypatch):
     from sla2_kernels import operator
 
     launched, real = [], operator.run_kernel
-    monkeypatch.setattr(operator, "run_kernel", lambda *args: launched.append(args[2]) or real(*args))
+    monkeypatch.setattr(
+        operator, "run_kernel", lambda *args: launched.append(args[2]) or real(*args)
+    )
     qkv = [tokens_first(x) for x in inputs(b=2)[:3]]
-    attn = SLA2Attention(SLA2Config(head_dim=64, num_heads=2, topk=0.3, backend=TARGET, **BLOCKS)).to(DEVICE)
+    attn = SLA2Attention(
+        SLA2Config(head_dim=64, num_heads=2, topk=0.3, backend=TARGET, **BLOCKS)
+    ).to(DEVICE)
     for precision in ("full", "int8"):
         attn.config = dataclasses.replace(attn.config, precision=precision, block_k=32)
         out = attn(*qkv)
@@ -238,9 +272,13 @@ def test_opcheck_and_compile_with_tokens_first():
     qkv = [tokens_first(x).requires_grad_() for x in qkv]
     options = (alpha.expand(1, 2, 2).clone(), None, *SIZES, "full", "paper", True, True, TARGET)
     torch.library.opcheck(cuda_ops.attention, (*qkv, block_map.indices, block_map.counts, *options))
-    attn = SLA2Attention(SLA2Config(head_dim=64, num_heads=2, topk=0.3, backend=TARGET, **BLOCKS)).to(DEVICE)
+    attn = SLA2Attention(
+        SLA2Config(head_dim=64, num_heads=2, topk=0.3, backend=TARGET, **BLOCKS)
+    ).to(DEVICE)
     compiled = torch.compile(attn, fullgraph=True, backend="aot_eager")
-    for found, right in zip(gradients(compiled, qkv, grad), gradients(attn, qkv, grad), strict=True):
+    for found, right in zip(
+        gradients(compiled, qkv, grad), gradients(attn, qkv, grad), strict=True
+    ):
         assert torch.equal(found, right)
 
 
@@ -252,7 +290,16 @@ def test_nan_is_not_hidden():
 
 def test_without_gradients_nothing_is_kept():
     *qkv, _, alpha, block_map = inputs()
-    rows = (block_map.indices, block_map.counts, alpha.expand(1, 2, 2), None, *SIZES, "full", "paper", True)
+    rows = (
+        block_map.indices,
+        block_map.counts,
+        alpha.expand(1, 2, 2),
+        None,
+        *SIZES,
+        "full",
+        "paper",
+        True,
+    )
     assert len(cuda_ops.attention(*qkv, *rows, False, TARGET)) == 2
     qkv[0].requires_grad_()
     with pytest.raises(RuntimeError, match="expected save=True"):
@@ -262,7 +309,11 @@ def test_without_gradients_nothing_is_kept():
 @pytest.mark.parametrize(
     ("change", "options", "match"),
     [
-        (dict(dtype=torch.float32), {}, "^q: expected bfloat16 or float16 for the CUDA kernels, got torch.float32$"),
+        (
+            dict(dtype=torch.float32),
+            {},
+            "^q: expected bfloat16 or float16 for the CUDA kernels, got torch.float32$",
+        ),
         (dict(d=160), {}, "^head_dim: expected at most 128, got 160$"),
         ({}, dict(precision="int4"), "^precision: expected one of .*, got 'int4'$"),
         ({}, dict(precision="int8"), r"^block_k: expected a multiple of 32 in \[32, 64\], got 16$"),
@@ -279,8 +330,13 @@ def test_auto_takes_the_kernels_for_cuda_tensors_and_warns_once_where_it_cannot(
     functional._warn_fallback.cache_clear()
     monkeypatch.setattr(cuda_ops, "missing", lambda: None)
     assert functional.resolve_backend("auto", device) == "cuda"
-    with pytest.warns(RuntimeWarning, match="dense reference runs, with N x N memory: q: expected bfloat16"):
-        assert functional.resolve_backend("auto", device, lambda _: "q: expected bfloat16") == "reference"
+    with pytest.warns(
+        RuntimeWarning, match="dense reference runs, with N x N memory: q: expected bfloat16"
+    ):
+        assert (
+            functional.resolve_backend("auto", device, lambda _: "q: expected bfloat16")
+            == "reference"
+        )
     monkeypatch.setattr(cuda_ops, "missing", lambda: "no GPU")
     with pytest.warns(RuntimeWarning, match="no GPU"):
         assert functional.resolve_backend("auto", device) == "reference"
@@ -303,7 +359,9 @@ def test_sla_on_the_kernels_has_the_linear_branch_over_all_blocks():
 @pytest.mark.parametrize("alpha", ["position", "mass"])
 def test_the_module_never_waits_for_the_device(alpha):
     *qkv, grad, _, _ = inputs()
-    attn = SLA2Attention(SLA2Config(head_dim=64, num_heads=2, topk=0.3, alpha=alpha, **BLOCKS)).to(DEVICE)
+    attn = SLA2Attention(SLA2Config(head_dim=64, num_heads=2, topk=0.3, alpha=alpha, **BLOCKS)).to(
+        DEVICE
+    )
     gradients(attn, qkv, grad)  # compiles and loads
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -1,4 +1,6 @@
-"""sla2_attention and block_sparse_attention: the streamed path against the dense reference, exactness, edges, bad input."""
+"""sla2_attention and block_sparse_attention: the streamed path against the dense reference,
+exactness, edges, bad input.
+"""
 
 import warnings
 
@@ -6,7 +8,13 @@ import pytest
 import torch
 from sla2_core import BlockMap, block_sparse_attention, functional, sla2_attention, sla_attention
 from sla2_core.config import PRECISIONS
-from sla2_core.reference import full_attention, linear_branch, routed_mass, sla2_reference, soft_attention
+from sla2_core.reference import (
+    full_attention,
+    linear_branch,
+    routed_mass,
+    sla2_reference,
+    soft_attention,
+)
 from sla2_core.router import smooth_keys
 
 BLOCKS = {"block_q": 16, "block_k": 8}
@@ -14,7 +22,9 @@ BLOCKS = {"block_q": 16, "block_k": 8}
 
 def inputs(n_q=63, n_k=111, d=8, dtype=torch.float32, seed=0, b=2, h=2):
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(b, h, n, d, generator=generator, dtype=torch.float64) for n in (n_q, n_k, n_k))
+    q, k, v = (
+        torch.randn(b, h, n, d, generator=generator, dtype=torch.float64) for n in (n_q, n_k, n_k)
+    )
     t_m, t_n = -(-n_q // 16), -(-n_k // 8)
     mask = torch.rand(b, h, t_m, t_n, generator=generator) < 0.3
     mask[..., 0] = True
@@ -35,7 +45,13 @@ def test_streamed_equals_reference_with_every_gradient(n_q, n_k, smooth, monkeyp
     monkeypatch.setattr("sla2_core.streamed._CHUNK_ELEMENTS", 5000)  # several chunks of uneven size
     q, k, v, alpha, _, bm = inputs(n_q, n_k, dtype=torch.float64)
     pair = [
-        with_gradients(lambda b=b: sla2_attention(q, k, v, bm, alpha, smooth_k=smooth, backend=b), q, k, v, alpha)
+        with_gradients(
+            lambda b=b: sla2_attention(q, k, v, bm, alpha, smooth_k=smooth, backend=b),
+            q,
+            k,
+            v,
+            alpha,
+        )
         for b in ("cpu", "reference")
     ]
     for fast, plain in zip(*pair):
@@ -52,7 +68,8 @@ def test_error_is_within_twice_that_of_dense_attention_in_the_same_dtype(dtype):
     fast = with_gradients(lambda: sla2_attention(*low, bm, alpha.detach(), backend="cpu"), *low)
     plain = with_gradients(lambda: torch.nn.functional.scaled_dot_product_attention(*low), *low)
     for i, (a, e, p, f) in enumerate(zip(fast, exact, plain, dense)):
-        # smoothing sums over all keys, so dK's error is compared with the error of the dense gradient plus one rounding
+        # smoothing sums over all keys, so dK's error is compared with the error of the dense
+        # gradient plus one rounding
         floor = 2 * torch.finfo(dtype).eps * e.abs().max()
         assert (a - e).abs().max() <= (3 if i else 2) * (p - f).abs().max() + floor
 
@@ -62,12 +79,16 @@ def test_error_is_within_twice_that_of_dense_attention_in_the_same_dtype(dtype):
 def test_low_bit_forward_matches_its_plain_definition(precision, qat_backward):
     q, k, v, alpha, _, bm = inputs(dtype=torch.float64, d=16)
     options = {"precision": precision, "qat_backward": qat_backward, "kv_lengths": [111, 50]}
-    fast = with_gradients(lambda: sla2_attention(q, k, v, bm, alpha, backend="cpu", **options), q, k, v, alpha)
+    fast = with_gradients(
+        lambda: sla2_attention(q, k, v, bm, alpha, backend="cpu", **options), q, k, v, alpha
+    )
     plain = with_gradients(lambda: sla2_reference(q, k, v, bm, alpha, **options), q, k, v, alpha)
     for a, b in zip(fast, plain):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     if qat_backward == "paper":  # the 16-bit gradient is near the full-precision one
-        full = with_gradients(lambda: sla2_reference(q, k, v, bm, alpha, kv_lengths=[111, 50]), q, k, v, alpha)
+        full = with_gradients(
+            lambda: sla2_reference(q, k, v, bm, alpha, kv_lengths=[111, 50]), q, k, v, alpha
+        )
         for a, b in zip(fast[1:4], full[1:4]):
             cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
             assert cosine > (0.9 if precision in ("int4", "nvfp4") else 0.998)
@@ -91,7 +112,9 @@ def test_exact_mass_and_exact_complement_give_full_attention_in_fp32():
     q, k, v, _, _, bm = inputs(64, 111, dtype=torch.float32)
     mass = routed_mass(q, k, bm)
     # alpha is one value per query block: with blocks of one token it is exact for every token
-    fine = BlockMap.from_mask(bm.mask().repeat_interleave(16, 2), block_q=1, block_k=8, n_q=64, n_k=111)
+    fine = BlockMap.from_mask(
+        bm.mask().repeat_interleave(16, 2), block_q=1, block_k=8, n_q=64, n_k=111
+    )
     out = sla2_reference(q, k, v, fine, mass, complement="exact")
     assert (out - full_attention(q, k, v)).abs().max() < 1e-5
 
@@ -110,11 +133,15 @@ def test_no_block_selected_is_linear_attention(backend):
     q, k, v, alpha, mask, _ = inputs(dtype=torch.float32)
     bm = BlockMap.from_mask(torch.zeros_like(mask), n_q=63, n_k=111, **BLOCKS)
     out = sla2_attention(q, k, v, bm, alpha, backend=backend)
-    torch.testing.assert_close(out, linear_branch(q, smooth_keys(k), v, torch.ones(())), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        out, linear_branch(q, smooth_keys(k), v, torch.ones(())), rtol=1e-4, atol=1e-5
+    )
     o_s, lse = block_sparse_attention(q, k, v, bm, backend=backend)
     assert (o_s == 0).all()
     assert (lse == -torch.inf).all()
-    assert torch.isfinite(torch.cat([g.flatten() for g in torch.autograd.grad(out.sum(), (q, k, v, alpha))])).all()
+    assert torch.isfinite(
+        torch.cat([g.flatten() for g in torch.autograd.grad(out.sum(), (q, k, v, alpha))])
+    ).all()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -124,7 +151,9 @@ def test_kv_lengths_equal_a_shorter_sequence(backend):
     short = BlockMap.from_mask(mask[:1, :, :, :7], n_q=63, n_k=50, **BLOCKS)
     alone = sla2_attention(q[:1], k[:1, :, :50], v[:1, :, :50], short, alpha, backend=backend)
     torch.testing.assert_close(out[:1], alone, rtol=1e-10, atol=1e-11)
-    torch.testing.assert_close(out[1:], sla2_attention(q, k, v, bm, alpha, backend=backend)[1:], rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(
+        out[1:], sla2_attention(q, k, v, bm, alpha, backend=backend)[1:], rtol=1e-10, atol=1e-11
+    )
     padded = k.detach().clone()
     padded[0, :, 50:] = float("nan")  # padding never counts, whatever it holds
     again = sla2_attention(q, padded, v, bm, alpha, kv_lengths=[50, 111], backend=backend)
@@ -147,7 +176,9 @@ def test_nan_and_inf_are_never_hidden(backend, which, bad):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("precision", ["full", "nvfp4"])
-@pytest.mark.parametrize(("of_q", "of_k"), [(-torch.inf, 1.0), (1e30, -1e30)], ids=["infinite", "overflow"])
+@pytest.mark.parametrize(
+    ("of_q", "of_k"), [(-torch.inf, 1.0), (1e30, -1e30)], ids=["infinite", "overflow"]
+)
 def test_a_row_whose_selected_scores_are_all_minus_infinity_is_not_taken_for_an_empty_one(
     backend, precision, of_q, of_k
 ):
@@ -162,7 +193,8 @@ def test_a_row_whose_selected_scores_are_all_minus_infinity_is_not_taken_for_an_
 def test_repeated_runs_are_bit_equal():
     q, k, v, alpha, _, bm = inputs()
     first, second = (
-        with_gradients(lambda: sla2_attention(q, k, v, bm, alpha, precision="int8"), q, k, v, alpha) for _ in range(2)
+        with_gradients(lambda: sla2_attention(q, k, v, bm, alpha, precision="int8"), q, k, v, alpha)
+        for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
@@ -203,7 +235,10 @@ def test_backends_agree_on_the_backward_of_a_low_bit_forward(qat_backward):
         lambda backend: sla_attention(q, k, v, bm, backend=backend, **options),
     )
     for call in calls:
-        fast, plain = (torch.autograd.grad(call(backend).sin().sum(), (q, k, v)) for backend in ("cpu", "reference"))
+        fast, plain = (
+            torch.autograd.grad(call(backend).sin().sum(), (q, k, v))
+            for backend in ("cpu", "reference")
+        )
         for a, b in zip(fast, plain):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
@@ -243,8 +278,12 @@ def test_a_number_as_alpha_is_exact_in_fp64():
 def test_the_reference_backend_needs_no_kernel(monkeypatch):
     q, k, v, alpha, _, bm = inputs(dtype=torch.float64)
     calls = (
-        lambda backend: sla2_attention(q, k, v, bm, alpha, smooth_k=False, kv_lengths=[111, 50], backend=backend),
-        lambda backend: sla_attention(q, k, v, bm, torch.eye(8), kv_lengths=[111, 50], backend=backend),
+        lambda backend: sla2_attention(
+            q, k, v, bm, alpha, smooth_k=False, kv_lengths=[111, 50], backend=backend
+        ),
+        lambda backend: sla_attention(
+            q, k, v, bm, torch.eye(8), kv_lengths=[111, 50], backend=backend
+        ),
     )
     expected = [call("cpu") for call in calls]
     monkeypatch.setattr(functional.ops, "attention", None)
@@ -259,7 +298,9 @@ def test_sla_adds_the_projected_linear_branch_over_all_blocks():
     weight, bias = torch.randn(8, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
     o_l = linear_branch(q, k, v, torch.ones((), dtype=torch.float64))
     expected = o_s + torch.nn.functional.linear(o_l, weight, bias)
-    torch.testing.assert_close(sla_attention(q, k, v, bm, weight, bias), expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(
+        sla_attention(q, k, v, bm, weight, bias), expected, rtol=1e-9, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize(
@@ -281,7 +322,11 @@ def test_sla_adds_the_projected_linear_branch_over_all_blocks():
         ({"kv_lengths": ["a", "b"]}, TypeError, "kv_lengths: expected integers"),
         ({"kv_lengths": [None, 5]}, TypeError, "kv_lengths: expected integers"),
         ({"block_map": "map"}, TypeError, "block_map: expected a"),
-        ({"block_map": torch.ones(2, 2, 4, 14, dtype=torch.bool)}, TypeError, "block_map: expected a"),
+        (
+            {"block_map": torch.ones(2, 2, 4, 14, dtype=torch.bool)},
+            TypeError,
+            "block_map: expected a",
+        ),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_argument(change, error, match):

@@ -17,14 +17,20 @@ def test_knots_equal_to_rows_give_one_value_per_query_block():
 
 def test_knots_interpolate_linearly_between_first_and_last_block():
     values = torch.tensor([[0.0, 1.0]])
-    torch.testing.assert_close(interpolate_knots(values, torch.arange(5), 5), torch.linspace(0, 1, 5)[None])
-    torch.testing.assert_close(interpolate_knots(values, torch.tensor([3]), 5), torch.tensor([[0.75]]))
+    torch.testing.assert_close(
+        interpolate_knots(values, torch.arange(5), 5), torch.linspace(0, 1, 5)[None]
+    )
+    torch.testing.assert_close(
+        interpolate_knots(values, torch.tensor([3]), 5), torch.tensor([[0.75]])
+    )
     assert interpolate_knots(values, torch.arange(1), 1).shape == (1, 1)
 
 
 def test_position_starts_at_alpha_init_for_every_length():
     for rows in (1, 7, 40):
-        alpha = mixing(alpha_init=0.6)(torch.zeros(1, 2, rows, 3), torch.zeros(1, 2, rows, 3, dtype=torch.bool))
+        alpha = mixing(alpha_init=0.6)(
+            torch.zeros(1, 2, rows, 3), torch.zeros(1, 2, rows, 3, dtype=torch.bool)
+        )
         torch.testing.assert_close(alpha, torch.full((1, 2, rows), 0.6))
     assert mixing(alpha_per_head=False).logit.shape == (1, 16)
 
@@ -35,7 +41,9 @@ def test_mass_starts_as_the_routed_share_of_the_pooled_mass():
     mask[..., 0], mask[..., 1] = True, False
     expected = (torch.softmax(scores, -1) * mask).sum(-1)
     torch.testing.assert_close(mixing(alpha="mass")(scores, mask), expected)
-    torch.testing.assert_close(mass_log_odds(scores, mask.float()), mass_log_odds(scores, mask), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        mass_log_odds(scores, mask.float()), mass_log_odds(scores, mask), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_mass_is_finite_where_all_or_nothing_is_selected():

@@ -1,4 +1,6 @@
-"""The custom ops: opcheck, torch.compile equals eager, the same with one and two threads, dtypes and what is returned."""
+"""The custom ops: opcheck, torch.compile equals eager, the same with one and two threads, dtypes
+and what is returned.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ BLOCKS = {"block_q": 16, "block_k": 8}
 
 def inputs(n_q=63, n_k=111, d=8, dtype=torch.float32, b=2, h=2):
     generator = torch.Generator().manual_seed(3)
-    q, k, v = (torch.randn(b, h, n, d, generator=generator, dtype=torch.float64).to(dtype) for n in (n_q, n_k, n_k))
+    q, k, v = (
+        torch.randn(b, h, n, d, generator=generator, dtype=torch.float64).to(dtype)
+        for n in (n_q, n_k, n_k)
+    )
     t_m, t_n = -(-n_q // 16), -(-n_k // 8)
     mask = torch.rand(b, h, t_m, t_n, generator=generator) < 0.3
     mask[0, 0, 0], mask[-1, -1, -1] = True, False  # every block, and none
@@ -26,20 +31,39 @@ def test_opcheck(precision, mixed, lengths):
     for x in (q, k, v, alpha):
         x.requires_grad_()
     alpha = alpha if mixed else None
-    torch.library.opcheck(ops.attention, (q, k, v, bm.indices, bm.counts, alpha, lengths, 16, 8, precision))
+    torch.library.opcheck(
+        ops.attention, (q, k, v, bm.indices, bm.counts, alpha, lengths, 16, 8, precision)
+    )
     with torch.no_grad():
-        out, o_s, lse = ops.attention(q, k, v, bm.indices, bm.counts, alpha, lengths, 16, 8, precision)
+        out, o_s, lse = ops.attention(
+            q, k, v, bm.indices, bm.counts, alpha, lengths, 16, 8, precision
+        )
         q, k, v = q.detach(), k.detach(), v.detach()
         alpha = alpha if alpha is None else alpha.detach()
         saved = o_s if mixed else out
-        arguments = (torch.ones_like(out), q, k, v, bm.indices, bm.counts, alpha, lengths, saved, lse, 16, 8)
+        arguments = (
+            torch.ones_like(out),
+            q,
+            k,
+            v,
+            bm.indices,
+            bm.counts,
+            alpha,
+            lengths,
+            saved,
+            lse,
+            16,
+            8,
+        )
         torch.library.opcheck(ops.attention_backward, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_opcheck_of_other_dtypes(dtype):
     q, k, v, alpha, bm = inputs(dtype=dtype)
-    torch.library.opcheck(ops.attention, (q, k, v, bm.indices, bm.counts, alpha, None, 16, 8, "full"))
+    torch.library.opcheck(
+        ops.attention, (q, k, v, bm.indices, bm.counts, alpha, None, 16, 8, "full")
+    )
 
 
 def test_opcheck_of_soft_top_k():
@@ -47,7 +71,9 @@ def test_opcheck_of_soft_top_k():
 
 
 def test_gradcheck():
-    q, k, v, alpha = (x.requires_grad_() for x in inputs(5, 9, d=2, dtype=torch.float64, b=1, h=1)[:4])
+    q, k, v, alpha = (
+        x.requires_grad_() for x in inputs(5, 9, d=2, dtype=torch.float64, b=1, h=1)[:4]
+    )
     mask = torch.tensor([[[[True, False]]]])
     bm = BlockMap.from_mask(mask, n_q=5, n_k=9, **BLOCKS)
 
@@ -100,7 +126,9 @@ def test_inductor_equals_eager_with_every_gradient():
 
 def test_a_compiled_function_equals_the_eager_one():
     q, k, v, alpha, bm = inputs()
-    compiled = torch.compile(lambda *x: sla2_attention(*x[:3], bm, x[3]), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *x: sla2_attention(*x[:3], bm, x[3]), fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(q, k, v, alpha), sla2_attention(q, k, v, bm, alpha))
 
 
@@ -112,7 +140,9 @@ def test_one_and_two_threads_agree_to_the_bit(monkeypatch):
     try:
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
-            out = ops.attention(*leaves[:3], bm.indices, bm.counts, leaves[3], None, 16, 8, "full")[0]
+            out = ops.attention(*leaves[:3], bm.indices, bm.counts, leaves[3], None, 16, 8, "full")[
+                0
+            ]
             found.append((out, *torch.autograd.grad(torch.sin(out).sum(), leaves)))
     finally:
         torch.set_num_threads(before)
@@ -121,7 +151,9 @@ def test_one_and_two_threads_agree_to_the_bit(monkeypatch):
         assert torch.equal(two, again)
 
 
-@pytest.mark.parametrize(("n_q", "n_k", "d"), [(63, 111, 64), (200, 63, 128), (111, 200, 48), (1, 1, 16)])
+@pytest.mark.parametrize(
+    ("n_q", "n_k", "d"), [(63, 111, 64), (200, 63, 128), (111, 200, 48), (1, 1, 16)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tolerance_rule_with_blocks_of_128_x_64(n_q, n_k, d, dtype):
     generator = torch.Generator().manual_seed(1)

@@ -14,10 +14,14 @@ def test_e4m3_values_ties_and_saturation():
 
 def test_e4m3_rounds_fp64_once():
     above = 1.0625 + 1e-12  # 1.0625 is half-way from 1 to 1.125; in fp32 the two are one number
-    x = torch.tensor([above, -above, 1.0625, 2.0**-9 * 0.5 + 1e-14, float("nan"), float("inf")], dtype=torch.float64)
+    x = torch.tensor(
+        [above, -above, 1.0625, 2.0**-9 * 0.5 + 1e-14, float("nan"), float("inf")],
+        dtype=torch.float64,
+    )
     expected = [1.125, -1.125, 1.0, 2.0**-9, float("nan"), 448.0]
     assert torch.equal(
-        quantize.round_e4m3(x).nan_to_num(7.0), torch.tensor(expected, dtype=torch.float64).nan_to_num(7.0)
+        quantize.round_e4m3(x).nan_to_num(7.0),
+        torch.tensor(expected, dtype=torch.float64).nan_to_num(7.0),
     )
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
     assert torch.equal(quantize.round_e4m3(every).nan_to_num(7.0), every.nan_to_num(7.0))
@@ -39,11 +43,17 @@ def test_int8_blocks_use_one_scale_each_and_a_short_last_block():
 
 def test_probabilities_have_fixed_scales():
     p = torch.tensor([0.0, 1.0, 0.5])
-    torch.testing.assert_close(quantize.quantize_probabilities(p, "int8", 8), torch.tensor([0.0, 1.0, 64 / 127]))
-    torch.testing.assert_close(quantize.quantize_probabilities(p, "fp8", 8), torch.tensor([0.0, 1.0, 224 / 448]))
+    torch.testing.assert_close(
+        quantize.quantize_probabilities(p, "int8", 8), torch.tensor([0.0, 1.0, 64 / 127])
+    )
+    torch.testing.assert_close(
+        quantize.quantize_probabilities(p, "fp8", 8), torch.tensor([0.0, 1.0, 224 / 448])
+    )
 
 
-@pytest.mark.parametrize(("fmt", "bound"), [("int8", 0.5 / 127), ("int4", 0.5 / 7), ("fp8", 1 / 16), ("nvfp4", 1 / 4)])
+@pytest.mark.parametrize(
+    ("fmt", "bound"), [("int8", 0.5 / 127), ("int4", 0.5 / 7), ("fp8", 1 / 16), ("nvfp4", 1 / 4)]
+)
 def test_values_error_is_bounded_by_the_format(fmt, bound):
     torch.manual_seed(0)
     v = torch.randn(2, 3, 63, 8, dtype=torch.float64)

@@ -44,7 +44,9 @@ def test_kv_lengths_limit_each_item_to_its_own_blocks():
 
 
 def test_kv_lengths_route_each_item_as_its_own_sequence():
-    scores = torch.randn(4, 2, 5, 29, generator=torch.Generator().manual_seed(0)).mul(4).round()  # with ties
+    scores = (
+        torch.randn(4, 2, 5, 29, generator=torch.Generator().manual_seed(0)).mul(4).round()
+    )  # with ties
     lengths = [1, 40, 97, 113]
     sizes = dict(block_q=16, block_k=4, n_q=65)
     for topk in (0.01, 0.25, 0.5, 1.0):

@@ -12,7 +12,9 @@ def test_rows_sum_to_k_within_zero_and_one(t_n, k, dtype):
     m = soft_topk(torch.randn(2, 3, t_n, dtype=dtype) * 3, k)
     assert m.shape == (2, 3, t_n)
     assert ((m >= 0) & (m <= 1)).all()
-    torch.testing.assert_close(m.sum(-1), torch.full((2, 3), float(k), dtype=dtype), rtol=0, atol=2e-4)
+    torch.testing.assert_close(
+        m.sum(-1), torch.full((2, 3), float(k), dtype=dtype), rtol=0, atol=2e-4
+    )
 
 
 def test_gradcheck_through_the_constraint():
@@ -24,7 +26,9 @@ def test_gradcheck_through_the_constraint():
 
 def test_small_tau_is_hard_top_k():
     scores = torch.tensor([[0.3, 2.0, -1.0, 1.0]])
-    torch.testing.assert_close(soft_topk(scores, 2, 1e-3), torch.tensor([[0.0, 1.0, 0.0, 1.0]]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        soft_topk(scores, 2, 1e-3), torch.tensor([[0.0, 1.0, 0.0, 1.0]]), rtol=0, atol=1e-5
+    )
 
 
 def test_saturated_row_has_a_finite_gradient():
@@ -34,7 +38,9 @@ def test_saturated_row_has_a_finite_gradient():
 
 
 def test_blocks_at_minus_infinity_are_never_chosen():
-    scores = torch.tensor([[0.1, -torch.inf, 0.5, 0.2], [0.3, -torch.inf, -torch.inf, 0.1]], requires_grad=True)
+    scores = torch.tensor(
+        [[0.1, -torch.inf, 0.5, 0.2], [0.3, -torch.inf, -torch.inf, 0.1]], requires_grad=True
+    )
     m = soft_topk(scores, 2)
     assert (m[scores.isinf()] == 0).all()
     torch.testing.assert_close(m.sum(-1), torch.tensor([2.0, 2.0]), rtol=0, atol=1e-4)
@@ -43,7 +49,8 @@ def test_blocks_at_minus_infinity_are_never_chosen():
 
 
 @pytest.mark.parametrize(
-    ("scores", "error"), [([1.0, 2.0], TypeError), (torch.arange(3), TypeError), (torch.tensor(1.0), ValueError)]
+    ("scores", "error"),
+    [([1.0, 2.0], TypeError), (torch.arange(3), TypeError), (torch.tensor(1.0), ValueError)],
 )
 def test_bad_scores_are_named(scores, error):
     with pytest.raises(error, match="scores: expected"):
@@ -54,7 +61,10 @@ def test_nan_scores_come_out_as_nan():
     assert soft_topk(torch.tensor([[1.0, float("nan"), 2.0]]), 1).isnan().all()
 
 
-@pytest.mark.parametrize(("k", "tau", "match"), [(0, 0.1, "k: expected"), (4, 0.1, "k: expected"), (1, 0.0, "tau: expected")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("k", "tau", "match"),
+    [(0, 0.1, "k: expected"), (4, 0.1, "k: expected"), (1, 0.0, "tau: expected")],
+)
 def test_bad_arguments(k, tau, match):
     with pytest.raises(ValueError, match=match):
         soft_topk(torch.zeros(1, 3), k, tau)

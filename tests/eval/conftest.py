@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 
 
-def clip(seed: int, frames: int = 5, height: int = 48, width: int = 64, noise: float = 0.0) -> np.ndarray:
+def clip(
+    seed: int, frames: int = 5, height: int = 48, width: int = 64, noise: float = 0.0
+) -> np.ndarray:
     """A moving pattern, uint8 (frames, height, width, 3), with noise on top if asked."""
     y, x = np.mgrid[:height, :width]
     rng = np.random.default_rng(seed)
     phase = rng.uniform(0, 6, 3)
     video = np.stack(
-        [[np.sin((x + 2 * t) / 7 + p) * np.cos((y + seed) / 5 - p) for p in phase] for t in range(frames)]
+        [
+            [np.sin((x + 2 * t) / 7 + p) * np.cos((y + seed) / 5 - p) for p in phase]
+            for t in range(frames)
+        ]
     ).transpose(0, 2, 3, 1)
     video = 127 + 90 * video + noise * rng.normal(size=video.shape)
     return np.clip(video, 0, 255).astype(np.uint8)
@@ -20,7 +25,9 @@ def clip(seed: int, frames: int = 5, height: int = 48, width: int = 64, noise: f
 
 @pytest.fixture
 def make_folder(tmp_path):
-    """make_folder(name, count, noise=0, ...) writes {prompt}-0.mp4 files and a manifest, and returns the folder."""
+    """make_folder(name, count, noise=0, ...) writes {prompt}-0.mp4 files and a manifest, and
+    returns the folder.
+    """
     from sla2_eval.manifest import video_name
     from sla2_eval.video import write_video
 
@@ -31,7 +38,11 @@ def make_folder(tmp_path):
         for i in range(count):
             file_name = video_name(f"pattern {i:03d}", 0)
             write_video(folder / file_name, clip(i, noise=noise, **size), fps)
-            rows.append(json.dumps({"file_name": file_name, "prompt": f"pattern {i:03d}", "index": 0, "seed": i}))
+            rows.append(
+                json.dumps(
+                    {"file_name": file_name, "prompt": f"pattern {i:03d}", "index": 0, "seed": i}
+                )
+            )
         (folder / "manifest.jsonl").write_text("\n".join(rows) + "\n")
         return folder
 
@@ -40,7 +51,9 @@ def make_folder(tmp_path):
 
 @pytest.fixture
 def small_grid() -> dict:
-    """Settings of a grid of two variants that trains and samples next to nothing; the model is to be added."""
+    """Settings of a grid of two variants that trains and samples next to nothing; the model is to
+    be added.
+    """
     return {
         "seeds": [0],
         "data": {"num_videos": 6},
@@ -50,7 +63,12 @@ def small_grid() -> dict:
         "generate": {"num_prompts": 2, "steps": 1, "dtype": "float32"},
         "metrics": ["psnr", "temporal_flickering"],
         "variants": [
-            {"name": "a", "label": "A", "family": "F", "attention": {"topk": 0.1, "precision": "int8"}},
+            {
+                "name": "a",
+                "label": "A",
+                "family": "F",
+                "attention": {"topk": 0.1, "precision": "int8"},
+            },
             {"name": "b", "label": "B", "family": "F", "attention": {"topk": 0.1}},
         ],
     }
@@ -69,14 +87,26 @@ def results(values: dict[str, list[float]], failed: tuple = ()) -> dict:
     """The part of a results.json that the report reads, one prompt per value."""
     about = {
         "psnr": {"kind": "paired", "title": "PSNR (dB)", "higher_is_better": True},
-        "temporal_flickering": {"kind": "unpaired", "title": "Temporal flickering", "higher_is_better": True},
+        "temporal_flickering": {
+            "kind": "unpaired",
+            "title": "Temporal flickering",
+            "higher_is_better": True,
+        },
     }
     count = len(next(iter(values.values())))
     return {
         "format": 1,
-        "metrics": {n: {**about[n], "definition": "of it", "source": "somewhere", "mean": 0.0} for n in values},
+        "metrics": {
+            n: {**about[n], "definition": "of it", "source": "somewhere", "mean": 0.0}
+            for n in values
+        },
         "videos": [
-            {"file_name": f"p{i}-0.mp4", "prompt": f"p{i}", "index": 0, "scores": {n: v[i] for n, v in values.items()}}
+            {
+                "file_name": f"p{i}-0.mp4",
+                "prompt": f"p{i}",
+                "index": 0,
+                "scores": {n: v[i] for n, v in values.items()},
+            }
             for i in range(count)
         ],
         "failed": list(failed),
@@ -99,11 +129,27 @@ def run_dir(make_folder, tmp_path):
         make_folder(f"run/videos/{variant['name']}", 2, noise=4.0 * number, fps=10)
         folder = root / "scores" / variant["name"]
         folder.mkdir(parents=True)
-        failed = [{"file_name": "p9-0.mp4", "metric": None, "error": "p9: broken <mp4>"}] if number == 1 else []
+        failed = (
+            [{"file_name": "p9-0.mp4", "metric": None, "error": "p9: broken <mp4>"}]
+            if number == 1
+            else []
+        )
         (folder / "results.json").write_text(json.dumps(results(scores[variant["name"]], failed)))
     (root / "block_maps").mkdir()
-    maps = {"grid": [4, 2, 2], "block_q": 8, "block_k": 4, "layers": [{"layer": 0, "head": 1, "map": [[0], [1, 3]]}]}
+    maps = {
+        "grid": [4, 2, 2],
+        "block_q": 8,
+        "block_k": 4,
+        "layers": [{"layer": 0, "head": 1, "map": [[0], [1, 3]]}],
+    }
     (root / "block_maps" / "sla2-97-s0.json").write_text(json.dumps(maps))
-    run = {"title": "A run & its <title>", "variants": VARIANTS, "reference": "full", "settings": {"a": {"b": [1, 2]}}}
-    (root / "run.json").write_text(json.dumps({**run, "hardware": {"cpu": "two"}, "notes": ["mind this"]}))
+    run = {
+        "title": "A run & its <title>",
+        "variants": VARIANTS,
+        "reference": "full",
+        "settings": {"a": {"b": [1, 2]}},
+    }
+    (root / "run.json").write_text(
+        json.dumps({**run, "hardware": {"cpu": "two"}, "notes": ["mind this"]})
+    )
     return root

@@ -1,4 +1,6 @@
-"""The benchmark without a GPU: interleaving, floors, rows, and the one line that says what is missing."""
+"""The benchmark without a GPU: interleaving, floors, rows, and the one line that says what is
+missing.
+"""
 
 import pytest
 import torch
@@ -28,12 +30,16 @@ def test_cases_take_turns_and_a_failing_one_is_named():
 
 
 def test_one_repetition_has_no_spread():
-    assert interleave({"a": int}, lambda f: 2.0, 1, warmups=0) == {"a": {"median": 2.0, "low": 2.0, "high": 2.0}}
+    assert interleave({"a": int}, lambda f: 2.0, 1, warmups=0) == {
+        "a": {"median": 2.0, "low": 2.0, "high": 2.0}
+    }
 
 
 def test_floors_are_those_of_the_design():
     least = bench_paper.floors(32760, 12, 15)
-    assert least["sparse forward"].flops == pytest.approx(0.2e12, rel=0.1)  # chapter 3: 0.19-0.2 TFLOP
+    assert least["sparse forward"].flops == pytest.approx(
+        0.2e12, rel=0.1
+    )  # chapter 3: 0.19-0.2 TFLOP
     assert least["linear states"].flops == pytest.approx(13e9 + 52e9, rel=0.1)  # h_j 13 GFLOP, H 52
     assert least["prologue"].bytes == pytest.approx(0.5e9, rel=0.1)
     assert least["linear states"].milliseconds(788e12, 4.3e12) == pytest.approx(0.2, rel=0.6)
@@ -52,8 +58,12 @@ def test_rows_hold_speedup_paper_measure_and_floor():
     full = 4 * 32760**2 * 128 * 12
     assert rows["SLA2 forward"]["speedup"] == 12
     assert rows["SLA2 forward"]["c_over_t"] == pytest.approx(full / 2e-3 / 1e12)
-    assert rows["SLA2 sparse forward"]["effective_tflops"] == pytest.approx(full * 15 * 64 / 32760 / 1e-3 / 1e12)
-    assert rows["SLA2 sparse forward"]["times_floor"] == pytest.approx(1.0 / rows["SLA2 sparse forward"]["floor"])
+    assert rows["SLA2 sparse forward"]["effective_tflops"] == pytest.approx(
+        full * 15 * 64 / 32760 / 1e-3 / 1e12
+    )
+    assert rows["SLA2 sparse forward"]["times_floor"] == pytest.approx(
+        1.0 / rows["SLA2 sparse forward"]["floor"]
+    )
     assert rows["SDPA flash forward"]["speedup"] == 1
     assert rows["SDPA cuDNN forward"]["error"] == "RuntimeError: no"
 
@@ -63,12 +73,16 @@ def test_without_a_gpu_one_line_says_so(capsys):
     assert main(["bench", "--suite", "paper"]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == (
-        "sla2: error: suite 'paper': needs a CUDA GPU, and torch sees none; --suite cpu runs here\n"
+    assert (
+        captured.err
+        == "sla2: error: suite 'paper': needs a CUDA GPU, and torch sees none; --suite cpu runs"
+        " here\n"
     )
 
 
 @pytest.mark.gpu
 def test_the_paper_suite_runs_quickly(capsys, tmp_path):
-    assert main(["bench", "--suite", "paper", "--quick", "--json", str(tmp_path / "paper.json")]) == 0
+    assert (
+        main(["bench", "--suite", "paper", "--quick", "--json", str(tmp_path / "paper.json")]) == 0
+    )
     assert "SLA2 forward" in capsys.readouterr().out

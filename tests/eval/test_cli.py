@@ -1,4 +1,6 @@
-"""The sla2 command: help, exit codes, and one-line errors that name the file or option and what was expected."""
+"""The sla2 command: help, exit codes, and one-line errors that name the file or option and what was
+expected.
+"""
 
 import json
 
@@ -8,8 +10,12 @@ from sla2_eval.cli import COMMANDS, main
 from sla2_eval.video import write_video
 
 SUBCOMMANDS = [[name] for name in COMMANDS] + [
-    ["train", "teacher"], ["train", "router"], ["train", "finetune"], ["weights", "list"], ["weights", "fetch"],
-]  # fmt: skip
+    ["train", "teacher"],
+    ["train", "router"],
+    ["train", "finetune"],
+    ["weights", "list"],
+    ["weights", "fetch"],
+]
 
 
 def fails(capsys, arguments: list[str], code: int = 2) -> str:
@@ -48,12 +54,24 @@ def test_the_group_lists_every_command(capsys):
         (["train", "teacher"], ["--config"]),
         (["train", "teacher", "--config", "x.yaml", "--stepz", "3"], ["--stepz"]),
         (["generate", "--prompts", "p.txt", "--out", "o", "--steps", "0"], ["--steps", "0"]),
-        (["generate", "--prompts", "p.txt", "--out", "o"], ["p.txt", "one prompt a line", "nothing there"]),
+        (
+            ["generate", "--prompts", "p.txt", "--out", "o"],
+            ["p.txt", "one prompt a line", "nothing there"],
+        ),
         (["score", "--videos", "v", "--out", "o"], ["--metrics"]),
-        (["score", "--videos", "v", "--metrics", "psnr", "--out", "o", "--num-workers", "0"], ["--num-workers", "0"]),
-        (["score", "--videos", "v", "--metrics", "psnrr", "--out", "o"], ["--metrics", "psnr", "'psnrr'"]),
+        (
+            ["score", "--videos", "v", "--metrics", "psnr", "--out", "o", "--num-workers", "0"],
+            ["--num-workers", "0"],
+        ),
+        (
+            ["score", "--videos", "v", "--metrics", "psnrr", "--out", "o"],
+            ["--metrics", "psnr", "'psnrr'"],
+        ),
         (["score", "--videos", "v", "--metrics", "psnr", "--out", "o"], ["reference", "psnr"]),
-        (["score", "--videos", "v", "--metrics", "temporal_flickering", "--out", "o"], ["v:", "nothing there"]),
+        (
+            ["score", "--videos", "v", "--metrics", "temporal_flickering", "--out", "o"],
+            ["v:", "nothing there"],
+        ),
         (["report", "nowhere"], ["FOLDER", "run.json", "nowhere"]),
         (["weights", "fetch", "alexnett"], ["alexnet", "'alexnett'"]),
         (["ablate", "--config", "none.yaml", "--out", "o"], ["none.yaml", "YAML", "nothing there"]),
@@ -81,7 +99,9 @@ def test_bad_arguments(arguments, parts, tmp_path, monkeypatch, capsys):
 def test_broken_settings_name_file_and_key(text, parts, tmp_path, capsys):
     path = tmp_path / "teacher.yaml"
     path.write_text(text)
-    message = fails(capsys, ["train", "teacher", "--config", str(path), "--out", str(tmp_path / "out")])
+    message = fails(
+        capsys, ["train", "teacher", "--config", str(path), "--out", str(tmp_path / "out")]
+    )
     assert all(part in message for part in ["teacher.yaml", *parts]), message
     assert not (tmp_path / "out").exists()
 
@@ -89,13 +109,25 @@ def test_broken_settings_name_file_and_key(text, parts, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("variants: [{name: a, label: A, family: F, topk: 0.1}]", ["variants.0.topk: unknown key", "attention"]),
-        ("variants: [{name: a, label: A, family: F, attention: {topkk: 0.1}}]", ["(a)", "topkk: unknown key", "topk,"]),
-        ("variants: [{name: a, label: A, family: F, attention: {topk: 2}}]", ["topk: input should be less"]),
+        (
+            "variants: [{name: a, label: A, family: F, topk: 0.1}]",
+            ["variants.0.topk: unknown key", "attention"],
+        ),
+        (
+            "variants: [{name: a, label: A, family: F, attention: {topkk: 0.1}}]",
+            ["(a)", "topkk: unknown key", "topk,"],
+        ),
+        (
+            "variants: [{name: a, label: A, family: F, attention: {topk: 2}}]",
+            ["topk: input should be less"],
+        ),
         ("variants: [{name: full, label: A, family: F}]", ["none called 'full'"]),
         ("variants: []", ["variants:", "at least 1"]),
         ("seeds: [0]", ["variants: expected a value"]),
-        ("stage2: {lr: 1}\nvariants: [{name: a, label: A, family: F}]", ["stage2.lr: unknown key", "learning_rate"]),
+        (
+            "stage2: {lr: 1}\nvariants: [{name: a, label: A, family: F}]",
+            ["stage2.lr: unknown key", "learning_rate"],
+        ),
     ],
 )
 def test_broken_grids_name_the_variant(text, parts, tmp_path, capsys):
@@ -114,7 +146,15 @@ def test_an_out_that_is_no_folder(command, tmp_path, capsys):
     arguments = {
         "quickstart": ["quickstart", "--out", out],
         "generate": ["generate", "--prompts", str(tmp_path / "prompts.txt"), "--out", out],
-        "score": ["score", "--videos", str(tmp_path), "--metrics", "temporal_flickering", "--out", out],
+        "score": [
+            "score",
+            "--videos",
+            str(tmp_path),
+            "--metrics",
+            "temporal_flickering",
+            "--out",
+            out,
+        ],
     }[command]
     message = fails(capsys, arguments)
     assert "--out: expected a folder that can be written" in message
@@ -125,18 +165,35 @@ def test_an_out_that_is_no_folder(command, tmp_path, capsys):
 def test_generate_names_a_foreign_model(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a red circle moving left\n")
     (tmp_path / "empty").mkdir()
-    arguments = ["generate", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
+    arguments = [
+        "generate",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     message = fails(capsys, [*arguments, "--model", str(tmp_path / "empty")])
     assert "model: expected" in message
     assert "empty" in message
     assert "hub id" in fails(capsys, [*arguments, "--model", "a/b/c"])
-    assert "adapter: expected a folder" in fails(capsys, [*arguments, "--model", "a/b", "--adapter", "none"])
+    assert "adapter: expected a folder" in fails(
+        capsys, [*arguments, "--model", "a/b", "--adapter", "none"]
+    )
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(ValueError, match="nothing there"):
-        main(["generate", "--debug", "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "o")])
+        main(
+            [
+                "generate",
+                "--debug",
+                "--prompts",
+                str(tmp_path / "p.txt"),
+                "--out",
+                str(tmp_path / "o"),
+            ]
+        )
 
 
 def test_json_tables_are_json(capsys):
@@ -155,7 +212,10 @@ def test_score_list_says_what_each_metric_is_and_how_to_get_it(tmp_path, monkeyp
     rows = {row["metric"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows.keys() == metrics.specs().keys()
     for name, row in rows.items():
-        assert all(row[key] for key in ("kind", "title", "better", "range", "definition", "source", "licence")), name
+        assert all(
+            row[key]
+            for key in ("kind", "title", "better", "range", "definition", "source", "licence")
+        ), name
         spec = metrics.specs()[name]
         if spec.weights and "needs the Python package" not in row["here"]:
             fetch = " && ".join(f"sla2 weights fetch {weight}" for weight in spec.weights)
@@ -174,7 +234,15 @@ def test_score_prints_a_table_and_names_broken_videos(tmp_path, capsys):
     folder.mkdir()
     for index in range(2):
         write_video(folder / f"a square-{index}.mp4", moving_square(index), 8)
-    arguments = ["score", "--videos", str(folder), "--metrics", "temporal_flickering", "--out", str(tmp_path / "out")]
+    arguments = [
+        "score",
+        "--videos",
+        str(folder),
+        "--metrics",
+        "temporal_flickering",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main([*arguments, "--json"]) == 0
     row = json.loads(capsys.readouterr().out)[0]
     assert row["metric"] == "temporal_flickering"
@@ -193,7 +261,15 @@ def test_score_prints_a_table_and_names_broken_videos(tmp_path, capsys):
 def test_score_that_could_compute_nothing_did_not_go_well(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLA2_WEIGHTS", str(tmp_path / "none"))
     write_video(tmp_path / "a square-0.mp4", moving_square(1), 8)
-    arguments = ["score", "--videos", str(tmp_path), "--reference", str(tmp_path), "--out", str(tmp_path / "out")]
+    arguments = [
+        "score",
+        "--videos",
+        str(tmp_path),
+        "--reference",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main([*arguments, "--metrics", "lpips"]) == 1
     assert "unavailable: run sla2 weights fetch alexnet" in capsys.readouterr().out
     assert main([*arguments, "--metrics", "lpips,temporal_flickering"]) == 0

@@ -7,7 +7,10 @@ from sla2_eval.cli import main
 from sla2_kernels import kernels
 from sla2_kernels.specs import KernelSpec
 
-KERNEL = 'extern "C" __global__ void __launch_bounds__(64) copy(const float* a, float* b) { b[threadIdx.x] = a[threadIdx.x]; }'
+KERNEL = (
+    'extern "C" __global__ void __launch_bounds__(64) copy(const float* a, float* b) {'
+    " b[threadIdx.x] = a[threadIdx.x]; }"
+)
 
 
 @pytest.fixture

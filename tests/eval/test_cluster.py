@@ -1,4 +1,6 @@
-"""Starting and joining Ray, with a stand-in for Ray: a start that fails once, one that fails for good, and whose end it is."""
+"""Starting and joining Ray, with a stand-in for Ray: a start that fails once, one that fails for
+good, and whose end it is.
+"""
 
 import os
 import sys
@@ -49,8 +51,11 @@ def test_a_local_cluster_is_started_ended_and_tells_nobody(ray, monkeypatch):
     assert (cluster.cpus, cluster.gpus) == (4.0, 2.0)
     (options,) = found.calls
     assert {k: options[k] for k in ("address", "num_cpus", "num_gpus", "include_dashboard")} == {
-        "address": "local", "num_cpus": 3, "num_gpus": 2, "include_dashboard": False,
-    }  # fmt: skip
+        "address": "local",
+        "num_cpus": 3,
+        "num_gpus": 2,
+        "include_dashboard": False,
+    }
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     cluster.close()
     assert found.calls[1:] == ["shutdown"]
@@ -59,12 +64,18 @@ def test_a_local_cluster_is_started_ended_and_tells_nobody(ray, monkeypatch):
 def test_a_local_start_that_fails_is_tried_once_more(ray):
     found = ray(failures=1)
     Cluster(None, num_cpus=1)
-    assert [call if call == "shutdown" else "init" for call in found.calls] == ["init", "shutdown", "init"]
+    assert [call if call == "shutdown" else "init" for call in found.calls] == [
+        "init",
+        "shutdown",
+        "init",
+    ]
 
 
 def test_a_start_that_fails_for_good_is_one_line(ray):
     ray(failures=9)
-    with pytest.raises(RuntimeError, match=r"^ray: expected a cluster at 'local', got: The node timed out$"):
+    with pytest.raises(
+        RuntimeError, match=r"^ray: expected a cluster at 'local', got: The node timed out$"
+    ):
         Cluster(None, num_cpus=1)
     found = ray(failures=9)
     with pytest.raises(RuntimeError, match="expected a cluster at 'auto', got: The node timed out"):
@@ -81,7 +92,8 @@ def test_a_cluster_joined_before_is_left_as_it_is(ray):
 @pytest.mark.parametrize("address", ["nowhere", "host:", ":1", "host:port", ""])
 def test_addresses_of_no_known_form(address):
     with pytest.raises(
-        ValueError, match=f"ray_address: expected 'auto', host:port or ray://host:port, got '{address}'"
+        ValueError,
+        match=f"ray_address: expected 'auto', host:port or ray://host:port, got '{address}'",
     ):
         check_address(address)
     check_address("auto")

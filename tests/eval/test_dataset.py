@@ -1,4 +1,6 @@
-"""A user's own folder of videos: manifest or text files, resizing, and each bad input as one line naming the file."""
+"""A user's own folder of videos: manifest or text files, resizing, and each bad input as one line
+naming the file.
+"""
 
 import json
 
@@ -36,7 +38,9 @@ def test_text_files_beside_the_videos_are_captions(folder):
 
 
 def test_captions_as_editors_leave_them(folder):
-    """A byte order mark, Windows line ends, an empty line, a line separator inside a caption, a name in capitals."""
+    """A byte order mark, Windows line ends, an empty line, a line separator inside a caption, a
+    name in capitals.
+    """
     rows = [{"file_name": f"{i:05d}.mp4", "caption": f"caption\u2028{i}"} for i in range(2)]
     lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\r\n\r\n")
@@ -73,7 +77,11 @@ def test_bad_folders_and_short_videos(folder, tmp_path):
 
 def test_unreadable_videos_are_named(folder, tmp_path):
     whole = (folder / "00000.mp4").read_bytes()
-    cases = {"empty.mp4": b"", "text.mp4": b"not a video at all", "cut.mp4": whole[: len(whole) // 2]}
+    cases = {
+        "empty.mp4": b"",
+        "text.mp4": b"not a video at all",
+        "cut.mp4": whole[: len(whole) // 2],
+    }
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(VideoError, match=name) as caught:

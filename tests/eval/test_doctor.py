@@ -1,4 +1,6 @@
-"""sla2 doctor: what is missing is named with the way to get it, what is broken makes the exit code 1."""
+"""sla2 doctor: what is missing is named with the way to get it, what is broken makes the exit code
+1.
+"""
 
 import json
 
@@ -8,17 +10,30 @@ from sla2_eval.cli import main
 
 def test_every_finding_says_what_and_how():
     found = {finding.what: finding for finding in doctor.examine()}
-    assert {"python", "torch", "driver", "GPU", "NVRTC", "CuPy", "cache folder", "backend auto"} <= set(found) | {"GPU"}
+    assert {
+        "python",
+        "torch",
+        "driver",
+        "GPU",
+        "NVRTC",
+        "CuPy",
+        "cache folder",
+        "backend auto",
+    } <= set(found) | {"GPU"}
     assert {found["backend reference"].status, found["backend cpu"].status} == {"works"}
     assert {finding.status for finding in found.values()} <= {"works", "missing", "broken"}
     assert all(
-        finding.get for finding in found.values() if finding.status == "missing" and "backend" not in finding.what
+        finding.get
+        for finding in found.values()
+        if finding.status == "missing" and "backend" not in finding.what
     )
 
 
 def test_a_missing_package_is_found(monkeypatch):
     real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("ray", "timm") else real(name))
+    monkeypatch.setattr(
+        doctor, "_version", lambda name: None if name in ("ray", "timm") else real(name)
+    )
     found = {finding.what: finding for finding in doctor._packages()}
     assert (found["ray"].status, found["timm"].status) == ("broken", "missing")
     assert found["timm"].get == "uv pip install timm"
@@ -45,8 +60,12 @@ def test_exit_code_and_json(monkeypatch, capsys):
     good = doctor.Finding("torch", "works", "2")
     monkeypatch.setattr(doctor, "examine", lambda: [good])
     assert main(["doctor", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [{"what": "torch", "status": "works", "detail": "2", "get": ""}]
-    monkeypatch.setattr(doctor, "examine", lambda: [good, doctor.Finding("av", "broken", "not installed", "make")])
+    assert json.loads(capsys.readouterr().out) == [
+        {"what": "torch", "status": "works", "detail": "2", "get": ""}
+    ]
+    monkeypatch.setattr(
+        doctor, "examine", lambda: [good, doctor.Finding("av", "broken", "not installed", "make")]
+    )
     assert main(["doctor"]) == 1
 
 
@@ -57,7 +76,9 @@ def test_the_kernel_cache_and_nvrtc_are_shown(monkeypatch, tmp_path):
         (tmp_path / "kernels" / name).write_bytes(b"x" * 2**19)
     found = doctor._kernel_cache()
     assert found.status == "works"
-    assert found.detail == f"{tmp_path / 'kernels'}: 1 built kernels, 2.0 MB, 1 damaged ones set aside"
+    assert (
+        found.detail == f"{tmp_path / 'kernels'}: 1 built kernels, 2.0 MB, 1 damaged ones set aside"
+    )
     monkeypatch.setattr("os.access", lambda *_: False)
     assert doctor._kernel_cache().get == "set SLA2_CACHE"
     monkeypatch.setenv("SLA2_NVRTC", str(tmp_path / "no.so"))

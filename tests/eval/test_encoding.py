@@ -1,4 +1,6 @@
-"""A folder of mp4 files through tiny random pipelines: cached latents and conditions, resuming, broken videos, refusals."""
+"""A folder of mp4 files through tiny random pipelines: cached latents and conditions, resuming,
+broken videos, refusals.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from sla2_core.training.stage2 import Stage2Config, train_stage2
 from sla2_eval.dataset import captioned_files, read_frames, write_folder
 from sla2_eval.encoding import encode_folder
 
-_SPEC = importlib.util.spec_from_file_location("tiny_pipelines", Path(__file__).with_name("tiny_pipelines.py"))
+_SPEC = importlib.util.spec_from_file_location(
+    "tiny_pipelines", Path(__file__).with_name("tiny_pipelines.py")
+)
 tiny = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(tiny)
 CAPTIONS = ["a red circle", "a blue square moving"]
@@ -36,18 +40,22 @@ def mode(pipe, folder, size):
     frames = read_frames(captioned_files(folder)[0][0], **size)
     pixels = torch.as_tensor(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     with torch.no_grad():
-        return pipe.vae.encode(pixels[:, :, 0] if type(pipe).__name__ == "FluxPipeline" else pixels).latent_dist.mode()
+        return pipe.vae.encode(
+            pixels[:, :, 0] if type(pipe).__name__ == "FluxPipeline" else pixels
+        ).latent_dist.mode()
 
 
 def raw(pipe, latents, size):
     """Latents as the pipeline hands them to its VAE's decoder."""
     config, name = pipe.vae.config, type(pipe).__name__
     if name == "WanPipeline":
-        return latents * torch.tensor(config.latents_std).view(-1, 1, 1, 1) + torch.tensor(config.latents_mean).view(
-            -1, 1, 1, 1
-        )
+        return latents * torch.tensor(config.latents_std).view(-1, 1, 1, 1) + torch.tensor(
+            config.latents_mean
+        ).view(-1, 1, 1, 1)
     if name == "FluxPipeline":
-        whole = pipe._unpack_latents(latents[None], size["height"], size["width"], pipe.vae_scale_factor)[0]
+        whole = pipe._unpack_latents(
+            latents[None], size["height"], size["width"], pipe.vae_scale_factor
+        )[0]
         return whole / config.scaling_factor + config.shift_factor
     latents = latents.transpose(0, 1) if name == "CogVideoXPipeline" else latents
     return latents / config.scaling_factor
@@ -58,24 +66,38 @@ def raw(pipe, latents, size):
     [
         ("wan", SIZE, (16, 2, 4, 6), {"encoder_hidden_states": (512, 8)}),
         (
-            "hunyuan_video", SIZE, (4, 2, 4, 6),
-            {"encoder_hidden_states": (256, 8), "pooled_projections": (6,), "encoder_attention_mask": (256,)},
+            "hunyuan_video",
+            SIZE,
+            (4, 2, 4, 6),
+            {
+                "encoder_hidden_states": (256, 8),
+                "pooled_projections": (6,),
+                "encoder_attention_mask": (256,),
+            },
         ),
         (
-            "hunyuan_video15", SIZE | {"height": 64, "width": 96}, (4, 2, 4, 6),
+            "hunyuan_video15",
+            SIZE | {"height": 64, "width": 96},
+            (4, 2, 4, 6),
             {
-                "encoder_hidden_states": (7, 8), "encoder_attention_mask": (7,), "encoder_hidden_states_2": (4, 8),
+                "encoder_hidden_states": (7, 8),
+                "encoder_attention_mask": (7,),
+                "encoder_hidden_states_2": (4, 8),
                 "encoder_attention_mask_2": (4,),
             },
         ),
         ("cogvideox", SIZE, (2, 4, 4, 6), {"encoder_hidden_states": (226, 8)}),
         (
-            "flux", {"num_frames": 1, "height": 16, "width": 24}, (24, 8),
+            "flux",
+            {"num_frames": 1, "height": 16, "width": 24},
+            (24, 8),
             {"encoder_hidden_states": (512, 8), "pooled_projections": (6,), "txt_ids": (512, 3)},
         ),
     ],
-)  # fmt: skip
-def test_every_family_trains_on_what_its_pipeline_encodes(folder, tmp_path, name, size, latents, text):
+)
+def test_every_family_trains_on_what_its_pipeline_encodes(
+    folder, tmp_path, name, size, latents, text
+):
     pipe = getattr(tiny, name)()
     data = encode_folder(folder, pipe, tmp_path / "cache", **size)
     sample = data[0]
@@ -83,16 +105,24 @@ def test_every_family_trains_on_what_its_pipeline_encodes(folder, tmp_path, name
     assert {key: tuple(sample[key].shape) for key in text} == text
     assert {key: tuple(value.shape) for key, value in data.unconditional.items()} == text
     assert not torch.equal(sample["encoder_hidden_states"], data[1]["encoder_hidden_states"])
-    torch.testing.assert_close(raw(pipe, sample["latents"], size), mode(pipe, folder, size)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        raw(pipe, sample["latents"], size), mode(pipe, folder, size)[0], atol=1e-5, rtol=1e-5
+    )
     pipe.vae = pipe.text_encoder = None  # nothing is encoded again
-    with pytest.raises(ValueError, match=r"^pipe: expected a \w+ with its (vae|text_encoder), got none$"):
+    with pytest.raises(
+        ValueError, match=r"^pipe: expected a \w+ with its (vae|text_encoder), got none$"
+    ):
         encode_folder(folder, pipe, tmp_path / "other", **size)
     data = encode_folder(folder, pipe, tmp_path / "cache", **size)
     family = family_of(pipe.transformer)
     heads, dim = family.heads(next(iter(family.attention_layers(pipe.transformer).values())))
-    config = SLA2Config(head_dim=dim, num_heads=heads, topk=0.5, block_q=4, block_k=2, precision="int8")
+    config = SLA2Config(
+        head_dim=dim, num_heads=heads, topk=0.5, block_q=4, block_k=2, precision="int8"
+    )
     handle = apply_sla2(pipe.transformer, config)
-    report = train_stage2(handle, data, Stage2Config(steps=1, batch_size=2, caption_dropout=0.5), tmp_path / "run")
+    report = train_stage2(
+        handle, data, Stage2Config(steps=1, batch_size=2, caption_dropout=0.5), tmp_path / "run"
+    )
     assert np.isfinite(report.loss[0])
 
 
@@ -106,7 +136,9 @@ def pipe():
 
 def test_captions_and_the_empty_one_are_kept_apart(folder, tmp_path, pipe):
     data = encode_folder(folder, pipe, tmp_path / "cache", **SIZE)
-    assert [float(data[i]["encoder_hidden_states"][0, 0]) for i in range(2)] == [len(text) for text in CAPTIONS]
+    assert [float(data[i]["encoder_hidden_states"][0, 0]) for i in range(2)] == [
+        len(text) for text in CAPTIONS
+    ]
     assert float(data.unconditional["encoder_hidden_states"].sum()) == 0.0
 
 
@@ -116,7 +148,9 @@ def test_a_broken_video_or_missing_caption_is_named_and_nothing_is_lost(folder, 
         encode_folder(folder, pipe, tmp_path / "cache", **SIZE)
     assert (tmp_path / "cache" / "000000.safetensors").exists()
     (folder / "metadata.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"00000\.mp4: expected a caption in 00000\.txt or metadata.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"00000\.mp4: expected a caption in 00000\.txt or metadata.jsonl"
+    ):
         encode_folder(folder, pipe, tmp_path / "other", **SIZE)
 
 
@@ -128,14 +162,20 @@ def named(name, **parts):
     ("pipe", "message"),
     [
         (object(), "expected one of WanPipeline, .*, got object"),
-        (named("LTX2Pipeline"), ".*, got LTX2Pipeline, whose transformer also takes the latents of a sound track"),
+        (
+            named("LTX2Pipeline"),
+            ".*, got LTX2Pipeline, whose transformer also takes the latents of a sound track",
+        ),
         (
             named("WanImageToVideoPipeline"),
             ".*, got WanImageToVideoPipeline, whose transformer also takes the first frame",
         ),
         (
             named("CogVideoXPipeline", transformer=None),
-            "expected a CogVideoXPipeline with its transformer, whose configuration gives the rotary embedding, got none",
+            (
+                "expected a CogVideoXPipeline with its transformer, whose configuration gives the"
+                " rotary embedding, got none"
+            ),
         ),
     ],
 )
@@ -146,8 +186,12 @@ def test_other_pipelines_are_refused_in_one_line(folder, tmp_path, pipe, message
 
 
 def test_sizes_that_do_not_fit_the_model_are_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match="num_frames: expected 1 for FluxPipeline, a model of images, got 5"):
+    with pytest.raises(
+        ValueError, match="num_frames: expected 1 for FluxPipeline, a model of images, got 5"
+    ):
         encode_folder(folder, tiny.flux(), tmp_path / "flux", **SIZE)
     deep = tiny.cogvideox(patch_size_t=2, patch_bias=False, sample_frames=9)
-    with pytest.raises(ValueError, match=r"num_frames: expected latent frames that 2 divides.* got 3 from 9 frames"):
+    with pytest.raises(
+        ValueError, match=r"num_frames: expected latent frames that 2 divides.* got 3 from 9 frames"
+    ):
         encode_folder(folder, deep, tmp_path / "cog", **SIZE | {"num_frames": 9})

@@ -1,4 +1,6 @@
-"""Generation: noise that depends on prompt, index and seed alone, files that are not done twice, folders held to one setting."""
+"""Generation: noise that depends on prompt, index and seed alone, files that are not done twice,
+folders held to one setting.
+"""
 
 import json
 from types import SimpleNamespace
@@ -53,7 +55,9 @@ def _save_random_model(folder):
 def test_noise_seeds_differ_by_prompt_index_and_seed():
     seeds = {noise_seed(p, i, s) for p in ("a", "b", "a|1") for i in range(3) for s in range(3)}
     assert len(seeds) == 27
-    assert noise_seed("a red circle moving horizontally", 1, 2) == noise_seed("a red circle moving horizontally", 1, 2)
+    assert noise_seed("a red circle moving horizontally", 1, 2) == noise_seed(
+        "a red circle moving horizontally", 1, 2
+    )
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -63,12 +67,25 @@ def test_files_manifest_and_resuming(tmp_path):
     generate(first, PROMPTS, out, config=config, indices=(0, 1))
     assert len(first.asked) == 6
     entries = read_manifest(out)
-    assert {(e.prompt, e.index, e.seed) for e in entries} == {(p, i, 7) for p in PROMPTS for i in (0, 1)}
+    assert {(e.prompt, e.index, e.seed) for e in entries} == {
+        (p, i, 7) for p in PROMPTS for i in (0, 1)
+    }
     assert read_video(entries[0].path).frames.shape == (3, 16, 16, 3)
     entries[3].path.unlink()
-    kept = {entry.file_name: entry.path.stat().st_mtime_ns for entry in entries if entry is not entries[3]}
+    kept = {
+        entry.file_name: entry.path.stat().st_mtime_ns
+        for entry in entries
+        if entry is not entries[3]
+    }
     second, seen = Recorder(), []
-    generate(second, PROMPTS, out, config=config, indices=(0, 1), report=lambda *event: seen.append(event))
+    generate(
+        second,
+        PROMPTS,
+        out,
+        config=config,
+        indices=(0, 1),
+        report=lambda *event: seen.append(event),
+    )
     place = [request.file_name for request in first.asked].index(entries[3].file_name) // 2 * 2
     assert second.asked == first.asked[place : place + 2]  # the batch it was in
     assert seen == [("generate", 5, 6), ("generate", 6, 6)]
@@ -77,11 +94,29 @@ def test_files_manifest_and_resuming(tmp_path):
 
 
 def test_a_folder_takes_one_setting(tmp_path):
-    generate(Recorder(), PROMPTS, tmp_path / "out", config=SamplingConfig(steps=4), fingerprint={"model": "a"})
+    generate(
+        Recorder(),
+        PROMPTS,
+        tmp_path / "out",
+        config=SamplingConfig(steps=4),
+        fingerprint={"model": "a"},
+    )
     with pytest.raises(ValueError, match=r"sampling was .*4.* and is .*5"):
-        generate(Recorder(), PROMPTS, tmp_path / "out", config=SamplingConfig(steps=5), fingerprint={"model": "a"})
+        generate(
+            Recorder(),
+            PROMPTS,
+            tmp_path / "out",
+            config=SamplingConfig(steps=5),
+            fingerprint={"model": "a"},
+        )
     with pytest.raises(ValueError, match='model was "a" and is "b"'):
-        generate(Recorder(), PROMPTS, tmp_path / "out", config=SamplingConfig(steps=4), fingerprint={"model": "b"})
+        generate(
+            Recorder(),
+            PROMPTS,
+            tmp_path / "out",
+            config=SamplingConfig(steps=4),
+            fingerprint={"model": "b"},
+        )
 
 
 def test_a_folder_without_videos_takes_other_settings(tmp_path):
@@ -95,7 +130,9 @@ def test_a_folder_without_videos_takes_other_settings(tmp_path):
     with pytest.raises(ValueError, match="sampling was"):
         generate(Recorder(), PROMPTS, tmp_path)
     (tmp_path / "generation.json").write_text("{")
-    with pytest.raises(ValueError, match=r"generation\.json: expected a JSON object of settings, got"):
+    with pytest.raises(
+        ValueError, match=r"generation\.json: expected a JSON object of settings, got"
+    ):
         generate(Recorder(), PROMPTS, tmp_path)
 
 
@@ -162,10 +199,15 @@ def test_guidance_moves_away_from_the_empty_caption(tmp_path):
     _save_random_model(tmp_path)
     generator, request = load_generator(tmp_path), [Request(PROMPTS[0], 0, 0)]
     videos = [
-        generator.sample(request, SamplingConfig(steps=1, guidance=g, dtype="float32")).astype(float) for g in (1, 2, 3)
+        generator.sample(request, SamplingConfig(steps=1, guidance=g, dtype="float32")).astype(
+            float
+        )
+        for g in (1, 2, 3)
     ]
     assert np.abs(videos[1] - videos[0]).max() > 1
-    assert np.abs((videos[2] - videos[1]) - (videos[1] - videos[0])).mean() < 0.5  # linear in the guidance scale
+    assert (
+        np.abs((videos[2] - videos[1]) - (videos[1] - videos[0])).mean() < 0.5
+    )  # linear in the guidance scale
 
 
 def test_pixels_that_are_not_finite_are_no_black_video(tmp_path):

@@ -1,4 +1,6 @@
-"""The grid of variants: what shares a training, what the run leaves behind, and a quickstart killed half-way."""
+"""The grid of variants: what shares a training, what the run leaves behind, and a quickstart killed
+half-way.
+"""
 
 import json
 import os
@@ -41,15 +43,21 @@ def grid(model, small_grid):
     """grid(**changes) gives the settings of a small grid of the random model."""
 
     def make(**changes) -> AblationSettings:
-        return validate({**small_grid, "model": str(model), "workers": 0, **changes}, AblationSettings, "test")
+        return validate(
+            {**small_grid, "model": str(model), "workers": 0, **changes}, AblationSettings, "test"
+        )
 
     return make
 
 
 def variant(name: str, train_precision: str | None = None, **attention) -> dict:
     return {
-        "name": name, "label": name, "family": name, "attention": attention, "train_precision": train_precision,
-    }  # fmt: skip
+        "name": name,
+        "label": name,
+        "family": name,
+        "attention": attention,
+        "train_precision": train_precision,
+    }
 
 
 def test_variants_share_what_they_train_alike(grid):
@@ -83,7 +91,9 @@ def test_variants_share_what_they_train_alike(grid):
 
 
 def test_the_graph_has_each_training_once(grid, tmp_path):
-    settings = grid(variants=[variant("a", topk=0.1), variant("b", "full", topk=0.1, precision="int8")])
+    settings = grid(
+        variants=[variant("a", topk=0.1), variant("b", "full", topk=0.1, precision="int8")]
+    )
     tasks = graph(settings, tmp_path)
     assert sum(name.startswith("stage1") for name in tasks) == 1
     assert sum(name.startswith("stage2") for name in tasks) == 1
@@ -110,7 +120,9 @@ def test_a_repeated_variant_is_refused(grid):
 
 @pytest.mark.parametrize("seeds", [[], [0, 0], [1, -1]])
 def test_seeds_that_are_no_different_numbers_are_refused(grid, seeds):
-    with pytest.raises(SettingsError, match=r"seeds: expected different integers >= 0, at least one, got \["):
+    with pytest.raises(
+        SettingsError, match=r"seeds: expected different integers >= 0, at least one, got \["
+    ):
         cells(grid(seeds=seeds))
 
 
@@ -155,14 +167,23 @@ def test_a_variant_whose_worker_dies_is_listed_and_the_others_are_done(
     model, small_grid, tmp_path, monkeypatch, capsys
 ):
     untrained = {"topk": 0.1, "router": "heuristic", "alpha": "one"}
-    variants = [{**row, "attention": untrained, "finetune": False} for row in small_grid["variants"]]
-    settings = {**small_grid, "model": str(model), "metrics": ["temporal_flickering"], "variants": variants}
+    variants = [
+        {**row, "attention": untrained, "finetune": False} for row in small_grid["variants"]
+    ]
+    settings = {
+        **small_grid,
+        "model": str(model),
+        "metrics": ["temporal_flickering"],
+        "variants": variants,
+    }
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(settings))
     said = []
     monkeypatch.setattr("sla2_eval.ablation.open_workers", lambda *_, **__: Deadly(said))
     out = tmp_path / "out"
     assert main(["ablate", "--config", str(tmp_path / "grid.yaml"), "--out", str(out)]) == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sla2: error: ")]
+    errors = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("sla2: error: ")
+    ]
     assert errors == [
         "sla2: error: videos b: its worker died 2 times (signal SIGKILL); run again to go on",
         "sla2: error: scores b: needs videos b, whose worker died; run again to go on",
@@ -175,14 +196,30 @@ def test_a_variant_whose_worker_dies_is_listed_and_the_others_are_done(
     assert groups["A"]["temporal_flickering"]["prompts"]["n"] == 2
     assert groups["B"] == {}
     monkeypatch.undo()
-    assert main(["ablate", "--config", str(tmp_path / "grid.yaml"), "--out", str(out), "--workers", "0"]) == 0
+    assert (
+        main(
+            ["ablate", "--config", str(tmp_path / "grid.yaml"), "--out", str(out), "--workers", "0"]
+        )
+        == 0
+    )
     assert json.loads((out / "report" / "results.json").read_text())["lost"] == {}
 
 
 def _ablate(folder: Path, out: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "sla2_eval.cli", "ablate", "--config", "grid.yaml", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "sla2_eval.cli",
+        "ablate",
+        "--config",
+        "grid.yaml",
+        "--out",
+        str(out),
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.slow
@@ -200,7 +237,9 @@ def test_killed_half_way_it_goes_on(model, small_grid, tmp_path):
     first.wait()
     time.sleep(2)  # its workers end with it
     done = [
-        p for p in out.rglob("*") if p.is_file() and p.suffix in (".mp4", ".safetensors") and "stage2" not in p.parts
+        p
+        for p in out.rglob("*")
+        if p.is_file() and p.suffix in (".mp4", ".safetensors") and "stage2" not in p.parts
     ]
     before = {path: path.stat().st_mtime_ns for path in done}
     assert any(path.parent.name == "full" for path in before)
@@ -218,7 +257,9 @@ def test_killed_half_way_it_goes_on(model, small_grid, tmp_path):
     assert len(maps["layers"]) == 16
     assert {len(row) for row in maps["layers"][0]["map"]} == {6}  # round(0.1 * 64)
     assert (out / "videos" / "a" / maps["frame_of"]).is_file()
-    assert not [path for path in out.rglob("*") if "partial" in path.name and "stage" not in str(path)]
+    assert not [
+        path for path in out.rglob("*") if "partial" in path.name and "stage" not in str(path)
+    ]
     third = _ablate(tmp_path, out)
     _, stderr = third.communicate(timeout=800)
     assert third.returncode == 0

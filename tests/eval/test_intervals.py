@@ -63,7 +63,9 @@ def test_pairing_sees_a_small_difference_between_prompts_that_differ_much():
     rng = np.random.default_rng(0)
     prompts = rng.normal(30.0, 5.0, 40)
     reference = {(str(i), 0): x for i, x in enumerate(prompts)}
-    variant = {(str(i), 0): x - 0.2 + e for i, (x, e) in enumerate(zip(prompts, rng.normal(0, 0.2, 40)))}
+    variant = {
+        (str(i), 0): x - 0.2 + e for i, (x, e) in enumerate(zip(prompts, rng.normal(0, 0.2, 40)))
+    }
     difference = paired_difference(variant, reference)
     assert difference.mean == pytest.approx(np.mean([variant[k] - reference[k] for k in variant]))
     assert difference.excludes_zero

@@ -48,7 +48,12 @@ def test_jsonl_wins_over_names(tmp_path):
     row = {"file_name": "x.mp4", "prompt": "a dog", "index": 4, "seed": 9}
     (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n\n")
     (entry,) = read_manifest(tmp_path)
-    assert (entry.prompt, entry.index, entry.seed, entry.path) == ("a dog", 4, 9, tmp_path / "x.mp4")
+    assert (entry.prompt, entry.index, entry.seed, entry.path) == (
+        "a dog",
+        4,
+        9,
+        tmp_path / "x.mp4",
+    )
     assert read_manifest(tmp_path / "manifest.jsonl") == [entry]
 
 
@@ -80,7 +85,9 @@ def test_what_cannot_be_written_as_utf8_is_refused_before_anything_is_scored(tmp
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../outside.mp4", "a/../../b.mp4", "", 7, "nul\0.mp4"])
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../outside.mp4", "a/../../b.mp4", "", 7, "nul\0.mp4"]
+)
 def test_paths_out_of_the_folder_are_refused(tmp_path, name):
     (tmp_path / "manifest.jsonl").write_text(json.dumps({"file_name": name}) + "\n")
     with pytest.raises(ValueError, match=r"manifest\.jsonl line 1: expected a "):
@@ -96,7 +103,9 @@ def test_links_out_of_the_folder_are_refused(tmp_path):
         read_manifest(inside)
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "a"}', '{"file_name": "a.mp4", "index": "x"}'])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"prompt": "a"}', '{"file_name": "a.mp4", "index": "x"}']
+)
 def test_bad_line_is_named(tmp_path, line):
     (tmp_path / "manifest.jsonl").write_text('{"file_name": "ok.mp4"}\n' + line + "\n")
     with pytest.raises(ValueError, match="line 2: expected"):

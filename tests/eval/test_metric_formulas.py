@@ -1,4 +1,6 @@
-"""Metrics without weights against hand-computed values: still, translating and noisy videos, Gaussians, normalisation."""
+"""Metrics without weights against hand-computed values: still, translating and noisy videos,
+Gaussians, normalisation.
+"""
 
 import subprocess
 import sys
@@ -35,7 +37,8 @@ def test_translating_bar_by_hand():
     moving = bar()
     # Two columns of 24 change by 255 in every pair.
     assert metrics.load("temporal_flickering", {})(video(moving)) == pytest.approx(1 - 2 / 24)
-    # The odd frame has a column of 255 where the mean of its neighbours has two of 127.5: 255 + 2 * 127.5 over 24 columns.
+    # The odd frame has a column of 255 where the mean of its neighbours has two of 127.5: 255 + 2 *
+    # 127.5 over 24 columns.
     assert metrics.load("motion_smoothness_linear", {})(video(moving)) == pytest.approx(1 - 2 / 24)
 
 
@@ -48,11 +51,17 @@ def test_linear_ramp_is_smooth_but_flickers():
 def test_uniform_noise_by_expectation():
     noise = np.random.default_rng(0).integers(0, 256, (21, 64, 64, 3))
     # E|x - y| = n / 3 of n = 256 levels; E|x - (y + z) / 2| = 7 n / 24.
-    assert metrics.load("temporal_flickering", {})(video(noise)) == pytest.approx(1 - 256 / 3 / 255, abs=2e-3)
-    assert metrics.load("motion_smoothness_linear", {})(video(noise)) == pytest.approx(1 - 256 * 7 / 24 / 255, abs=2e-3)
+    assert metrics.load("temporal_flickering", {})(video(noise)) == pytest.approx(
+        1 - 256 / 3 / 255, abs=2e-3
+    )
+    assert metrics.load("motion_smoothness_linear", {})(video(noise)) == pytest.approx(
+        1 - 256 * 7 / 24 / 255, abs=2e-3
+    )
 
 
-@pytest.mark.parametrize(("name", "frames"), [("temporal_flickering", 1), ("motion_smoothness_linear", 2)])
+@pytest.mark.parametrize(
+    ("name", "frames"), [("temporal_flickering", 1), ("motion_smoothness_linear", 2)]
+)
 def test_too_short_videos_are_refused(name, frames):
     with pytest.raises(ValueError, match=f"got {frames}"):
         metrics.load(name, {})(video(np.zeros((frames, 4, 4, 3))))
@@ -90,9 +99,12 @@ def test_consistency_by_hand():
     east, north, west = [1.0, 0.0], [0.0, 3.0], [-2.0, 0.0]
     assert consistency(np.array([east, east, east])) == 1.0
     assert consistency(np.array([east, north])) == 0.0
-    # west: 0 to its neighbour, and a negative cosine to the first counts as 0; then east again: 0 and 1.
+    # west: 0 to its neighbour, and a negative cosine to the first counts as 0; then east again: 0
+    # and 1.
     assert consistency(np.array([east, west, east])) == pytest.approx((0 + (0 + 1) / 2) / 2)
-    assert consistency(np.array([east, [1.0, 1.0], north])) == pytest.approx(((0.5**0.5) + (0.5**0.5 + 0) / 2) / 2)
+    assert consistency(np.array([east, [1.0, 1.0], north])) == pytest.approx(
+        ((0.5**0.5) + (0.5**0.5 + 0) / 2) / 2
+    )
 
 
 def test_strongest_flow_is_the_mean_of_the_top_twentieth():
@@ -121,7 +133,9 @@ def test_middle_frames_of_equal_parts():
 
 
 def ms_ssim_by_definition(video, reference) -> float:
-    """Wang et al. 2003 for one frame in [0, 1]: contrast and structure at four scales, all three parts at the fifth."""
+    """Wang et al. 2003 for one frame in [0, 1]: contrast and structure at four scales, all three
+    parts at the fifth.
+    """
     taps = np.exp(-(np.arange(-5, 6) ** 2) / 4.5)
     taps /= taps.sum()
 
@@ -145,7 +159,9 @@ def ms_ssim_by_definition(video, reference) -> float:
 
 def test_ms_ssim_by_its_definition():
     y, x = np.mgrid[:178, :190]
-    waves = np.stack([127 + 80 * np.sin((x + c) / 9) * np.cos(y / 7 + c) for c in range(3)], axis=-1)
+    waves = np.stack(
+        [127 + 80 * np.sin((x + c) / 9) * np.cos(y / 7 + c) for c in range(3)], axis=-1
+    )
     noisy = waves + np.random.default_rng(0).normal(0, 12, waves.shape)
     frames = [np.clip(v, 0, 255).astype(np.uint8) for v in (noisy, waves, waves)]
     score = metrics.load("ms_ssim", {})
@@ -156,7 +172,9 @@ def test_ms_ssim_by_its_definition():
     assert found == pytest.approx(expected, rel=2e-4)
     two = score(video(frames[:2], reference=np.stack(frames[1:])))
     assert two == pytest.approx((found + 1) / 2, rel=1e-6)
-    with pytest.raises(ValueError, match=r"ms_ssim: expected frames of at least 176 x 176 pixels, got 175 x 190"):
+    with pytest.raises(
+        ValueError, match=r"ms_ssim: expected frames of at least 176 x 176 pixels, got 175 x 190"
+    ):
         score(video([frames[0][:175]], reference=frames[1][None, :175]))
 
 
@@ -190,16 +208,24 @@ def test_frechet_is_the_closed_form_of_commuting_gaussians():
     """Sets with exactly diagonal covariances: |m1 - m2|^2 + sum (s1 - s2)^2."""
     corners = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=float)
     unit = corners * np.sqrt(7 / 8)  # unbiased variance 1 in each coordinate
-    first, second = unit * [1.0, 2.0, 3.0] + [1.0, 0.0, 0.0], unit * [2.0, 0.5, 3.0] + [0.0, 2.0, 0.0]
+    first, second = (
+        unit * [1.0, 2.0, 3.0] + [1.0, 0.0, 0.0],
+        unit * [2.0, 0.5, 3.0] + [0.0, 2.0, 0.0],
+    )
     assert frechet(first, second) == pytest.approx(1 + 4 + (1 + 1.5**2 + 0), rel=1e-12)
 
 
 def test_frechet_is_the_closed_form_in_general():
     """Against tr (S1 S2)^(1/2) from the eigenvalues of the product itself, full rank."""
-    first, second = gaussian(60, 5, 0), gaussian(50, 5, 1, 2.0, 0.3) @ np.random.default_rng(2).normal(size=(5, 5))
+    first, second = (
+        gaussian(60, 5, 0),
+        gaussian(50, 5, 1, 2.0, 0.3) @ np.random.default_rng(2).normal(size=(5, 5)),
+    )
     s1, s2 = np.cov(first.T), np.cov(second.T)
     root = np.sqrt(np.linalg.eigvals(s1 @ s2).real).sum()
-    expected = ((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * root
+    expected = (
+        ((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * root
+    )
     assert frechet(first, second) == pytest.approx(expected, rel=1e-10)
 
 
@@ -253,13 +279,16 @@ def test_caption_accuracy_reads_shapes_and_refuses_other_captions():
 
 def printed(code: str) -> str:
     """What a new interpreter prints."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def test_registry_is_light_and_complete():
     code = (
-        "import sys, sla2_eval.metrics as m, sla2_eval.scoring, sla2_eval.weights; m.specs();"
-        "print([n for n in ('torch', 'ray', 'torchmetrics', 'lpips', 'open_clip', 'av', 'jinja2') if n in sys.modules])"
+        "import sys, sla2_eval.metrics as m, sla2_eval.scoring, sla2_eval.weights;"
+        " m.specs();print([n for n in ('torch', 'ray', 'torchmetrics', 'lpips', 'open_clip', 'av',"
+        " 'jinja2') if n in sys.modules])"
     )
     assert printed(code) == "[]"
     for name, spec in metrics.specs().items():
@@ -273,8 +302,9 @@ def test_registry_is_light_and_complete():
 
 def test_psnr_imports_no_model_and_nothing_heavy_beside_torch():
     code = (
-        "import sys; from sla2_eval import metrics; metrics.load('psnr', {}); metrics.load('ssim', {});"
-        "print([n for n in ('scipy', 'transformers', 'torchvision', 'torchmetrics', 'ray') if n in sys.modules])"
+        "import sys; from sla2_eval import metrics; metrics.load('psnr', {}); metrics.load('ssim',"
+        " {});print([n for n in ('scipy', 'transformers', 'torchvision', 'torchmetrics', 'ray') if"
+        " n in sys.modules])"
     )
     assert printed(code) == "[]"
 

@@ -1,4 +1,6 @@
-"""Metrics with models: tiny ones of the same interface, saved to disk and loaded by the path that real weights take."""
+"""Metrics with models: tiny ones of the same interface, saved to disk and loaded by the path that
+real weights take.
+"""
 
 import hashlib
 import sys
@@ -28,7 +30,9 @@ class I3D(nn.Module):
         super().__init__()
         self.project = nn.Linear(3 * 2 * 2, 400)
 
-    def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool
+    ) -> torch.Tensor:
         assert not rescale
         assert not resize
         assert return_features
@@ -67,7 +71,8 @@ def clip_settings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "net", "builder"), [("lpips", "alexnet", "alexnet"), ("lpips_squeeze", "squeezenet", "squeezenet1_1")]
+    ("name", "net", "builder"),
+    [("lpips", "alexnet", "alexnet"), ("lpips_squeeze", "squeezenet", "squeezenet1_1")],
 )
 def test_lpips_is_the_librarys(tmp_path, name, net, builder):
     import lpips
@@ -79,9 +84,15 @@ def test_lpips_is_the_librarys(tmp_path, name, net, builder):
     video, reference = frames(0, 3, 64, 80), frames(1, 3, 64, 80)
     assert scorer(Sample(video, 8, video)) == 0.0
 
-    theirs = lpips.LPIPS(net=metrics.specs()[name].settings["net"], pnet_rand=True, verbose=False).eval()
+    theirs = lpips.LPIPS(
+        net=metrics.specs()[name].settings["net"], pnet_rand=True, verbose=False
+    ).eval()
     sliced = [module for key in sorted(theirs.net._modules) for module in getattr(theirs.net, key)]
-    theirs_state = {k: v for m, b in zip(sliced, backbone.features) for k, v in zip(m.parameters(), b.parameters())}
+    theirs_state = {
+        k: v
+        for m, b in zip(sliced, backbone.features)
+        for k, v in zip(m.parameters(), b.parameters())
+    }
     for mine, original in theirs_state.items():
         mine.data.copy_(original.data)
     x, y = (torch.from_numpy(v).permute(0, 3, 1, 2) / 127.5 - 1 for v in (video, reference))
@@ -100,15 +111,23 @@ def test_clip_metrics_are_cosines_of_open_clips_features(clip_settings):
     normalise = transforms.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     with torch.no_grad():
         a, b = (
-            model.encode_image(normalise(torch.from_numpy(v).permute(0, 3, 1, 2) / 255), normalize=True)
+            model.encode_image(
+                normalise(torch.from_numpy(v).permute(0, 3, 1, 2) / 255), normalize=True
+            )
             for v in (video, reference)
         )
-        text = model.encode_text(open_clip.SimpleTokenizer(context_length=12)(["a red fox"]), normalize=True)
+        text = model.encode_text(
+            open_clip.SimpleTokenizer(context_length=12)(["a red fox"]), normalize=True
+        )
     similarity = metrics.load("clip_similarity", clip_settings)
-    assert similarity(Sample(video, 8, reference)) == pytest.approx((a * b).sum(-1).mean().item(), abs=1e-5)
+    assert similarity(Sample(video, 8, reference)) == pytest.approx(
+        (a * b).sum(-1).mean().item(), abs=1e-5
+    )
     assert similarity(Sample(video, 8, video)) == pytest.approx(1.0, abs=1e-6)
     agreement = metrics.load("clip_score", clip_settings)
-    assert agreement(Sample(video, 8, None, "a red fox")) == pytest.approx((a @ text.T).mean().item(), abs=1e-5)
+    assert agreement(Sample(video, 8, None, "a red fox")) == pytest.approx(
+        (a @ text.T).mean().item(), abs=1e-5
+    )
 
 
 def test_background_consistency_of_a_still_video_is_one(clip_settings):
@@ -138,7 +157,9 @@ def test_openais_torchscript_archives_are_read_for_their_tensors(tmp_path, clip_
     state = torch.load(clip_settings["files"]["clip_b32"], weights_only=True)
     archived = keep(tmp_path / "jit" / "clip_b32.pt", torch.jit.script(Archive(state)), model=CLIP)
     sample = Sample(frames(0), 8, frames(1))
-    direct, through = (metrics.load("clip_similarity", s)(sample) for s in (clip_settings, archived))
+    direct, through = (
+        metrics.load("clip_similarity", s)(sample) for s in (clip_settings, archived)
+    )
     assert through == pytest.approx(direct, abs=5e-3)
 
 
@@ -149,12 +170,18 @@ def test_subject_consistency_is_timms_class_token(tmp_path):
     options = {"num_classes": 0, "dynamic_img_size": True}
     model = timm.create_model("test_vit", **options).eval()
     settings = keep(tmp_path / "dino_b16.pth", model.state_dict(), model="test_vit", size=160)
-    video = frames(2, 3, 160, 160)  # the size of its position embeddings; test_metric_weights.py has others
+    video = frames(
+        2, 3, 160, 160
+    )  # the size of its position embeddings; test_metric_weights.py has others
     scorer = metrics.load("subject_consistency", settings)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     with torch.no_grad():
         features = model((torch.from_numpy(video).permute(0, 3, 1, 2) / 255 - mean) / std)
-    assert scorer(Sample(video, 8)) == pytest.approx(consistency(features.double().numpy()), abs=1e-6)
+    assert scorer(Sample(video, 8)) == pytest.approx(
+        consistency(features.double().numpy()), abs=1e-6
+    )
     wide = np.repeat(frames(3, 1, 160, 250), 3, axis=0)
     assert scorer(Sample(wide, 8)) == pytest.approx(1.0, abs=1e-6)
 
@@ -167,8 +194,13 @@ def test_aesthetic_quality_is_the_head_on_clips_features(tmp_path, clip_settings
     settings["files"]["clip_l14"] = clip_settings["files"]["clip_b32"]
     settings["digests"]["clip_l14"] = clip_settings["digests"]["clip_b32"]
     video = frames(0)
-    expected = head(Clip("clip_b32", clip_settings, "cpu").images(video, antialias=False)).mean().item() / 10
-    assert metrics.load("aesthetic_quality", settings)(Sample(video, 8)) == pytest.approx(expected, abs=1e-6)
+    expected = (
+        head(Clip("clip_b32", clip_settings, "cpu").images(video, antialias=False)).mean().item()
+        / 10
+    )
+    assert metrics.load("aesthetic_quality", settings)(Sample(video, 8)) == pytest.approx(
+        expected, abs=1e-6
+    )
     wrong = keep(tmp_path / "aesthetic_head.pth", nn.Linear(9, 1).state_dict())
     settings["digests"]["aesthetic_head"] = wrong["digests"]["aesthetic_head"]
     with pytest.raises(MetricUnavailable, match=r"expected weight \(1, 8\)"):
@@ -183,7 +215,8 @@ def test_dynamic_degree_runs_torchvisions_raft(tmp_path):
     scorer = metrics.load("dynamic_degree", settings)
     video = np.repeat(frames(0, 1, 130, 128), 3, axis=0)
     assert scorer(Sample(video, 16)) in (0.0, 1.0)
-    # One frame is left of two at sixteen a second: no pair, so nothing moves, though round(4 / 16) = 0 are needed.
+    # One frame is left of two at sixteen a second: no pair, so nothing moves, though round(4 / 16)
+    # = 0 are needed.
     assert scorer(Sample(video[:2], 16)) == 0.0
 
 
@@ -213,11 +246,15 @@ def test_fvd_of_videomae_features(tmp_path):
         "patch_size": 16,
     }
     model = VideoMAEModel(VideoMAEConfig(image_size=32, num_frames=4, **config)).eval()
-    state = {f"videomae.{k}": v for k, v in model.state_dict().items()} | {"classifier.weight": torch.zeros(2, 8)}
+    state = {f"videomae.{k}": v for k, v in model.state_dict().items()} | {
+        "classifier.weight": torch.zeros(2, 8)
+    }
     settings = keep(tmp_path / "videomae.safetensors", state, size=32, clip_frames=4, model=config)
     features = metrics.load("fvd_videomae", settings)(Sample(frames(0, 8, 32, 32), 8))
     assert features.shape == (2, 8)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     with torch.no_grad():
         clip = (torch.from_numpy(frames(0, 8, 32, 32)[4:]).permute(0, 3, 1, 2) / 255 - mean) / std
         expected = model(clip[None]).last_hidden_state[0].mean(0).numpy()
@@ -232,7 +269,10 @@ def modules(monkeypatch, tree):
             parent = ".".join(parts[:length])
             if parent not in sys.modules:
                 module = types.ModuleType(parent)
-                module.__path__, module.__spec__ = [], types.SimpleNamespace(name=parent, submodule_search_locations=[])
+                module.__path__, module.__spec__ = (
+                    [],
+                    types.SimpleNamespace(name=parent, submodule_search_locations=[]),
+                )
                 monkeypatch.setitem(sys.modules, parent, module)
         vars(sys.modules[name]).update(members)
 
@@ -252,7 +292,9 @@ def test_imaging_quality_runs_pyiqas_musiq(tmp_path, monkeypatch):
     modules(monkeypatch, {"pyiqa.archs.musiq_arch": {"MUSIQ": MUSIQ}})
     settings = keep(tmp_path / "musiq.pth", {"gain": torch.tensor(80.0)}, long_side=32)
     grey = np.full((2, 64, 128, 3), 51, dtype=np.uint8)
-    assert metrics.load("imaging_quality", settings)(Sample(grey, 8)) == pytest.approx(80 * 0.2 / 100)
+    assert metrics.load("imaging_quality", settings)(Sample(grey, 8)) == pytest.approx(
+        80 * 0.2 / 100
+    )
 
 
 def test_motion_smoothness_runs_vbenchs_amt(tmp_path, monkeypatch):
@@ -271,7 +313,9 @@ def test_motion_smoothness_runs_vbenchs_amt(tmp_path, monkeypatch):
     video = frames(0, 5) // 2 * 2
     linear = metrics.load("motion_smoothness_linear", {})(Sample(video, 8))
     # The network's picture is cut to whole grey levels; means of even levels are whole.
-    assert metrics.load("motion_smoothness", settings)(Sample(video, 8)) == pytest.approx(linear, abs=1 / 255)
+    assert metrics.load("motion_smoothness", settings)(Sample(video, 8)) == pytest.approx(
+        linear, abs=1 / 255
+    )
 
 
 def test_overall_consistency_runs_vbenchs_viclip(tmp_path, monkeypatch):
@@ -301,7 +345,10 @@ def test_overall_consistency_runs_vbenchs_viclip(tmp_path, monkeypatch):
 
 
 def test_vision_reward_is_the_users_hook(monkeypatch):
-    modules(monkeypatch, {"vision_reward": {"score": lambda frames, fps, prompt: len(frames) + fps + len(prompt)}})
+    modules(
+        monkeypatch,
+        {"vision_reward": {"score": lambda frames, fps, prompt: len(frames) + fps + len(prompt)}},
+    )
     assert metrics.load("vision_reward", {})(Sample(frames(0), 8.0, None, "abc")) == 15.0
 
 
@@ -328,8 +375,12 @@ def test_weights_that_are_not_right_make_the_metric_unavailable(tmp_path, clip_s
         metrics.load("clip_similarity", settings)
 
 
-def test_models_score_through_the_worker_from_the_weights_folder(make_folder, tmp_path, monkeypatch):
-    """The whole path: SLA2_WEIGHTS, digests pinned beside the file, a child process, features reduced by the driver."""
+def test_models_score_through_the_worker_from_the_weights_folder(
+    make_folder, tmp_path, monkeypatch
+):
+    """The whole path: SLA2_WEIGHTS, digests pinned beside the file, a child process, features
+    reduced by the driver.
+    """
     folder = tmp_path / "weights"
     folder.mkdir()
     monkeypatch.setenv("SLA2_WEIGHTS", str(folder))
@@ -378,17 +429,24 @@ def test_fetch_checks_pins_and_leaves_nothing_half_written(tmp_path, monkeypatch
     assert seen == [(7000, 7000)]
     assert weights.verified("i3d") == path
     path.write_bytes(b"other")
-    with pytest.raises(weights.WeightsError, match=r"expected sha256 .*; run sla2 weights fetch i3d again"):
+    with pytest.raises(
+        weights.WeightsError, match=r"expected sha256 .*; run sla2 weights fetch i3d again"
+    ):
         weights.verified("i3d")
     assert weights.weights_fetch("i3d").read_bytes() == content
     path.write_bytes(b"other")
     right, content = content, b"moved by its owner"
     Response.headers = {"Content-Length": str(len(content))}
-    with pytest.raises(weights.WeightsError, match=f"expected sha256 {hashlib.sha256(right).hexdigest()}, got"):
+    with pytest.raises(
+        weights.WeightsError, match=f"expected sha256 {hashlib.sha256(right).hexdigest()}, got"
+    ):
         weights.weights_fetch("i3d")
     content = right
 
     Response.headers = {"Content-Length": "9999"}
     with pytest.raises(weights.WeightsError, match="expected 9999 bytes, got 7000"):
         weights.weights_fetch("viclip")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["i3d_torchscript.pt", "i3d_torchscript.pt.sha256"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "i3d_torchscript.pt",
+        "i3d_torchscript.pt.sha256",
+    ]

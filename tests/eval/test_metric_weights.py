@@ -1,4 +1,6 @@
-"""The published weight files: their names and addresses as the libraries have them, and their tensors' names and shapes."""
+"""The published weight files: their names and addresses as the libraries have them, and their
+tensors' names and shapes.
+"""
 
 import types
 
@@ -66,22 +68,34 @@ def openai_tower(prefix: str, layers: int, width: int) -> dict:
     for layer in range(layers):
         block = f"{prefix}resblocks.{layer}"
         found |= norm(f"{block}.ln_1", width) | norm(f"{block}.ln_2", width)
-        found |= {f"{block}.attn.in_proj_weight": (3 * width, width), f"{block}.attn.in_proj_bias": (3 * width,)}
+        found |= {
+            f"{block}.attn.in_proj_weight": (3 * width, width),
+            f"{block}.attn.in_proj_bias": (3 * width,),
+        }
         found |= linear(f"{block}.attn.out_proj", width, width)
-        found |= linear(f"{block}.mlp.c_fc", width, 4 * width) | linear(f"{block}.mlp.c_proj", 4 * width, width)
+        found |= linear(f"{block}.mlp.c_fc", width, 4 * width) | linear(
+            f"{block}.mlp.c_proj", 4 * width, width
+        )
     return found
 
 
 def openai_clip(patch: int, layers: int, width: int, text: int, embed: int) -> dict:
     """Names and shapes in OpenAI's archives, without the three integers that are no parameters."""
     return {
-        "positional_embedding": (77, text), "text_projection": (text, embed), "logit_scale": (),
-        "token_embedding.weight": (49408, text), **norm("ln_final", text), "visual.class_embedding": (width,),
-        "visual.positional_embedding": ((224 // patch) ** 2 + 1, width), "visual.proj": (width, embed),
-        "visual.conv1.weight": (width, 3, patch, patch), **norm("visual.ln_pre", width),
-        **norm("visual.ln_post", width), **openai_tower("transformer.", 12, text),
+        "positional_embedding": (77, text),
+        "text_projection": (text, embed),
+        "logit_scale": (),
+        "token_embedding.weight": (49408, text),
+        **norm("ln_final", text),
+        "visual.class_embedding": (width,),
+        "visual.positional_embedding": ((224 // patch) ** 2 + 1, width),
+        "visual.proj": (width, embed),
+        "visual.conv1.weight": (width, 3, patch, patch),
+        **norm("visual.ln_pre", width),
+        **norm("visual.ln_post", width),
+        **openai_tower("transformer.", 12, text),
         **openai_tower("visual.transformer.", layers, width),
-    }  # fmt: skip
+    }
 
 
 def dino_vit(layers: int, width: int) -> dict:
@@ -91,8 +105,12 @@ def dino_vit(layers: int, width: int) -> dict:
     for layer in range(layers):
         block = f"blocks.{layer}"
         found |= norm(f"{block}.norm1", width) | norm(f"{block}.norm2", width)
-        found |= linear(f"{block}.attn.qkv", width, 3 * width) | linear(f"{block}.attn.proj", width, width)
-        found |= linear(f"{block}.mlp.fc1", width, 4 * width) | linear(f"{block}.mlp.fc2", 4 * width, width)
+        found |= linear(f"{block}.attn.qkv", width, 3 * width) | linear(
+            f"{block}.attn.proj", width, width
+        )
+        found |= linear(f"{block}.mlp.fc1", width, 4 * width) | linear(
+            f"{block}.mlp.fc2", 4 * width, width
+        )
     return found
 
 
@@ -112,7 +130,9 @@ def test_the_models_have_the_published_names_and_shapes():
             config = open_clip.get_model_config(metrics.specs()[metric].settings["model"])
             assert shapes(open_clip.CLIP(**config)) == published
         name = metrics.specs()["subject_consistency"].settings["model"]
-        assert shapes(timm.create_model(name, num_classes=0, dynamic_img_size=True)) == dino_vit(12, 768)
+        assert shapes(timm.create_model(name, num_classes=0, dynamic_img_size=True)) == dino_vit(
+            12, 768
+        )
 
 
 def test_videomaes_published_biases_find_their_place(tmp_path):
@@ -120,8 +140,12 @@ def test_videomaes_published_biases_find_their_place(tmp_path):
     from transformers import VideoMAEConfig, VideoMAEModel
 
     config = {
-        "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 16,
-    }  # fmt: skip
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "patch_size": 16,
+    }
     torch.manual_seed(0)
     model = VideoMAEModel(VideoMAEConfig(image_size=32, num_frames=4, **config)).eval()
     state = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
@@ -138,8 +162,12 @@ def test_videomaes_published_biases_find_their_place(tmp_path):
     assert sum(name.endswith(("q_bias", "v_bias")) for name in published) == 4
     settings = given(tmp_path / "videomae.safetensors", published)
     video = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    found = metrics.load("fvd_videomae", {**settings, "size": 32, "clip_frames": 4, "model": config})(Sample(video, 8))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    found = metrics.load(
+        "fvd_videomae", {**settings, "size": 32, "clip_frames": 4, "model": config}
+    )(Sample(video, 8))
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     with torch.no_grad():
         clip = (torch.from_numpy(video).permute(0, 3, 1, 2) / 255 - mean) / std
         expected = model(clip[None]).last_hidden_state[0].mean(0).numpy()
@@ -159,7 +187,9 @@ def test_the_wrappings_of_published_state_dicts(tmp_path, wrap):
 
 
 def test_dinos_positions_for_frames_that_are_not_square():
-    """By DINO's rule: cubic of a = -0.75 at (i + 0.5) / scale - 0.5, where scale = (new + 0.1) / old; borders repeated."""
+    """By DINO's rule: cubic of a = -0.75 at (i + 0.5) / scale - 0.5, where scale = (new + 0.1) /
+    old; borders repeated.
+    """
     table = torch.randn(1, 16, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert positions(table, (4, 4)) is table
 
@@ -187,7 +217,9 @@ def test_lpips_of_vgg_takes_torchvisions_file(tmp_path):
     import torchvision
 
     features = torchvision.models.vgg16(weights=None).features.state_dict()
-    settings = given(tmp_path / "vgg16.pth", {f"features.{name}": tensor for name, tensor in features.items()})
+    settings = given(
+        tmp_path / "vgg16.pth", {f"features.{name}": tensor for name, tensor in features.items()}
+    )
     video = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     scorer = metrics.load("lpips_vgg", settings)
     assert scorer(Sample(video, 8, video)) == 0.0
@@ -198,5 +230,7 @@ def test_pickles_of_anything_else_are_refused(tmp_path):
     from sla2_eval.metrics.base import MetricUnavailable
 
     for content in ({"params": {"x": types.SimpleNamespace()}}, {"state_dict": [1]}, [1, 2]):
-        with pytest.raises(MetricUnavailable, match=r"unavailable: .*expected (tensors|a state dict), got"):
+        with pytest.raises(
+            MetricUnavailable, match=r"unavailable: .*expected (tensors|a state dict), got"
+        ):
             load_tensors("musiq", given(tmp_path / "musiq.pth", content))

@@ -1,4 +1,6 @@
-"""Worker processes: order by needs, the first error, a worker that dies once or always, and a parent that dies."""
+"""Worker processes: order by needs, the first error, a worker that dies once or always, and a
+parent that dies.
+"""
 
 import os
 import signal
@@ -87,7 +89,9 @@ def test_a_task_whose_worker_dies_is_tried_twice_and_costs_only_what_needs_it(jo
         "b": Task(f"{jobs}:join", {"path": path, "text": "b"}, ("a",)),
         "c": Task(f"{jobs}:join", {"path": path, "text": "c"}, ("unlucky",)),
     }
-    with pytest.raises(TasksLost, match=r"^poison: its worker died 2 times \(exit code 9\); run again") as caught:
+    with pytest.raises(
+        TasksLost, match=r"^poison: its worker died 2 times \(exit code 9\); run again"
+    ) as caught:
         with Workers(2, say=said.append) as workers:
             workers.run(tasks)
     assert caught.value.results == {"unlucky": "the second time", "c": "c"}
@@ -106,10 +110,9 @@ def test_a_task_whose_worker_dies_is_tried_twice_and_costs_only_what_needs_it(jo
 def test_workers_end_with_their_parent(jobs, tmp_path):
     pid_file = tmp_path / "pid"
     script = (
-        "from sla2_eval.processes import Task, Workers\n"
-        "if __name__ == '__main__':\n"
-        "    with Workers(1) as workers:\n"
-        f"        workers.run({{'a': Task('{jobs}:note_pid_and_sleep', {{'path': {str(pid_file)!r}}})}})\n"
+        "from sla2_eval.processes import Task, Workers\nif __name__ == '__main__':\n    with"
+        f" Workers(1) as workers:\n        workers.run({{'a': Task('{jobs}:note_pid_and_sleep',"
+        f" {{'path': {str(pid_file)!r}}})}})\n"
     )
     (tmp_path / "parent.py").write_text(script)
     parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")])

@@ -1,4 +1,6 @@
-"""Tasks and grids on Ray: a GPU each (pretended ones), workers that die, a driver that dies, and a cluster's address."""
+"""Tasks and grids on Ray: a GPU each (pretended ones), workers that die, a driver that dies, and a
+cluster's address.
+"""
 
 import json
 import os
@@ -57,7 +59,8 @@ def jobs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "address", "kind"), [(0, None, Workers), (1, None, Workers), (2, None, RayTasks), (0, "auto", RayTasks)]
+    ("gpus", "address", "kind"),
+    [(0, None, Workers), (1, None, Workers), (2, None, RayTasks), (0, "auto", RayTasks)],
 )
 def test_ray_runs_where_there_are_several_gpus_or_a_cluster(monkeypatch, gpus, address, kind):
     monkeypatch.setattr(ray_tasks, "local_gpus", lambda: gpus)
@@ -72,7 +75,9 @@ def test_ray_runs_where_there_are_several_gpus_or_a_cluster(monkeypatch, gpus, a
 def test_ray_tasks_have_a_gpu_each_and_survive_their_workers(jobs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen, said = [], []
-    with RayTasks(None, gpus=2, report=lambda *event: seen.append(event), say=said.append) as workers:
+    with RayTasks(
+        None, gpus=2, report=lambda *event: seen.append(event), say=said.append
+    ) as workers:
         assert workers.about == "Ray tasks of one GPU each, 2 at a time"
         arguments = {"folder": str(tmp_path)}
         found = workers.run(
@@ -83,7 +88,9 @@ def test_ray_tasks_have_a_gpu_each_and_survive_their_workers(jobs, tmp_path, mon
             }
         )
         assert sorted(gpu for gpu, _, _ in (found["a"], found["b"])) == ["0", "1"]
-        assert {rest for _, *rest in (found["a"], found["b"]) for rest in [tuple(rest)]} == {("1", str(tmp_path))}
+        assert {rest for _, *rest in (found["a"], found["b"]) for rest in [tuple(rest)]} == {
+            ("1", str(tmp_path))
+        }
         assert found["c"] == "ran"
         assert sorted(seen) == [("x", 1, 1), ("y", 1, 1)]
 
@@ -119,7 +126,9 @@ print(result.failed, result.lost)
 def _start(folder: Path, out: str, gpus: int) -> subprocess.Popen:
     command = [sys.executable, "-c", DRIVER, "grid.yaml", out, str(gpus)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def _finish(process: subprocess.Popen) -> str:
@@ -162,14 +171,29 @@ def cluster(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--port", str(port), "--num-cpus", "2",
-        "--node-ip-address", "127.0.0.1", "--include-dashboard", "false", "--disable-usage-stats",
-    ]  # fmt: skip
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--head",
+        "--block",
+        "--port",
+        str(port),
+        "--num-cpus",
+        "2",
+        "--node-ip-address",
+        "127.0.0.1",
+        "--include-dashboard",
+        "false",
+        "--disable-usage-stats",
+    ]
     with (tmp_path / "ray.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path.parent)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path.parent
+        )
     try:
         end = time.monotonic() + PATIENCE
-        while "runtime started" not in (tmp_path / "ray.log").read_text() and time.monotonic() < end:
+        while (
+            "runtime started" not in (tmp_path / "ray.log").read_text() and time.monotonic() < end
+        ):
             assert process.poll() is None, (tmp_path / "ray.log").read_text()
             time.sleep(0.2)
         yield f"127.0.0.1:{port}"
@@ -180,9 +204,13 @@ def cluster(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3 * PATIENCE)
-def test_score_and_ablate_share_a_cluster_by_its_address(cluster, make_folder, small_grid, tmp_path):
+def test_score_and_ablate_share_a_cluster_by_its_address(
+    cluster, make_folder, small_grid, tmp_path
+):
     make_folder("a", 3, height=32, width=32)
-    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({**small_grid, "variants": small_grid["variants"][:1]}))
+    (tmp_path / "grid.yaml").write_text(
+        yaml.safe_dump({**small_grid, "variants": small_grid["variants"][:1]})
+    )
     sla2 = str(Path(sys.executable).with_name("sla2"))
     score = [sla2, "score", "--videos", "a", "--metrics", "temporal_flickering", "--json"]
     for arguments in (
@@ -190,10 +218,19 @@ def test_score_and_ablate_share_a_cluster_by_its_address(cluster, make_folder, s
         [*score, "--out", "cluster", "--num-workers", "2", "--ray-address", cluster],
         [sla2, "ablate", "--config", "grid.yaml", "--out", "grid", "--ray-address", cluster],
     ):
-        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(
+            arguments, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
+        )
         assert done.returncode == 0, done.stderr
-    assert (tmp_path / "cluster" / "results.json").read_bytes() == (tmp_path / "one" / "results.json").read_bytes()
+    assert (tmp_path / "cluster" / "results.json").read_bytes() == (
+        tmp_path / "one" / "results.json"
+    ).read_bytes()
     run = json.loads((tmp_path / "grid" / "run.json").read_text())
     assert run["notes"][-1].endswith("Ray tasks of one CPU each, 2 at a time")
     assert (tmp_path / "grid" / "report" / "index.html").is_file()
-    assert json.loads((tmp_path / "grid" / "scores" / "a" / "results.json").read_text())["metrics"]["psnr"]["mean"] > 0
+    assert (
+        json.loads((tmp_path / "grid" / "scores" / "a" / "results.json").read_text())["metrics"][
+            "psnr"
+        ]["mean"]
+        > 0
+    )

@@ -54,29 +54,53 @@ def test_page_stands_alone_and_says_everything(run_dir):
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#|results\.(?:csv|md|json)["'])""", page)
     assert not re.search(r"@import|url\(", page)
     for said in (
-        "A run &amp; its &lt;title&gt;", "&lt;b&gt;Not&lt;/b&gt; scored", "p9: broken &lt;mp4&gt;", "mind this",
-        "unavailable: run sla2 weights fetch alexnet", "Paired: against full attention",
-        "Unpaired: each video by itself", "The paper’s own points", "layer", "9.9", "two", "[1, 2]", "pattern 001",
-    ):  # fmt: skip
+        "A run &amp; its &lt;title&gt;",
+        "&lt;b&gt;Not&lt;/b&gt; scored",
+        "p9: broken &lt;mp4&gt;",
+        "mind this",
+        "unavailable: run sla2 weights fetch alexnet",
+        "Paired: against full attention",
+        "Unpaired: each video by itself",
+        "The paper’s own points",
+        "layer",
+        "9.9",
+        "two",
+        "[1, 2]",
+        "pattern 001",
+    ):
         assert said in page, said
     player = json.loads(re.search(r'id="data-player">(.*?)</script>', page, re.S)[1])
-    assert [variant["label"] for variant in player["variants"]] == ["Full attention", "SLA2 90 %", "SLA2 97 %"]
-    assert all(source.startswith("data:video/mp4;base64,") for row in player["prompts"] for source in row["sources"])
+    assert [variant["label"] for variant in player["variants"]] == [
+        "Full attention",
+        "SLA2 90 %",
+        "SLA2 97 %",
+    ]
+    assert all(
+        source.startswith("data:video/mp4;base64,")
+        for row in player["prompts"]
+        for source in row["sources"]
+    )
 
 
 def test_videos_shown_are_those_that_can_be_compared(run_dir, make_folder):
-    """Full attention has the videos of every seed in one folder, a variant's seeds have a folder each."""
+    """Full attention has the videos of every seed in one folder, a variant's seeds have a folder
+    each.
+    """
     for path in sorted((run_dir / "videos" / "full").glob("*.mp4")):
         shutil.copy(path, path.with_name(path.name.replace("-0.mp4", "-1.mp4")))
     (run_dir / "videos" / "full" / "manifest.jsonl").unlink()
-    player = json.loads(re.search(r'id="data-player">(.*?)</script>', write_report(run_dir).read_text(), re.S)[1])
+    player = json.loads(
+        re.search(r'id="data-player">(.*?)</script>', write_report(run_dir).read_text(), re.S)[1]
+    )
     assert [(row["prompt"], row["index"], row["fps"]) for row in player["prompts"]] == [
         ("pattern 000", 0, 10.0),
         ("pattern 001", 0, 10.0),
     ]
     for variant in ("sla2-90", "sla2-97-s0", "sla2-97-s1"):
         shutil.rmtree(run_dir / "videos" / variant)
-    player = json.loads(re.search(r'id="data-player">(.*?)</script>', write_report(run_dir).read_text(), re.S)[1])
+    player = json.loads(
+        re.search(r'id="data-player">(.*?)</script>', write_report(run_dir).read_text(), re.S)[1]
+    )
     assert len(player["prompts"]) == 4
 
 
@@ -109,8 +133,18 @@ def test_what_a_set_metric_warns_of_is_said(run_dir):
     for variant in ("sla2-90", "sla2-97-s0"):
         path = run_dir / "scores" / variant / "results.json"
         scored = json.loads(path.read_text())
-        about = {"kind": "set", "title": "FVD (I3D)", "higher_is_better": False, "definition": "d", "source": "s"}
-        scored["metrics"]["fvd"] = {**about, "mean": 90.0, "warnings": ["12 clips of the videos: under 256"]}
+        about = {
+            "kind": "set",
+            "title": "FVD (I3D)",
+            "higher_is_better": False,
+            "definition": "d",
+            "source": "s",
+        }
+        scored["metrics"]["fvd"] = {
+            **about,
+            "mean": 90.0,
+            "warnings": ["12 clips of the videos: under 256"],
+        }
         path.write_text(json.dumps(scored))
     said = "FVD (I3D): 12 clips of the videos: under 256."
     assert write_report(run_dir).read_text().count(said) == 1
@@ -119,9 +153,19 @@ def test_what_a_set_metric_warns_of_is_said(run_dir):
 
 def test_small_figures_are_not_shown_as_none(run_dir):
     assert [number(v) for v in (None, 0.0, -0.00002, 0.00123, 9.87654, -12.345)] == [
-        "–", "0.0000", "-2.0e-05", "0.0012", "9.8765", "-12.35",
-    ]  # fmt: skip
-    assert [signed(v) for v in (0.0, 0.00002, -0.5, 12.345)] == ["+0.0000", "+2.0e-05", "-0.5000", "+12.35"]
+        "–",
+        "0.0000",
+        "-2.0e-05",
+        "0.0012",
+        "9.8765",
+        "-12.35",
+    ]
+    assert [signed(v) for v in (0.0, 0.00002, -0.5, 12.345)] == [
+        "+0.0000",
+        "+2.0e-05",
+        "-0.5000",
+        "+12.35",
+    ]
 
 
 def test_markdown_cells_hold_any_label(run_dir):
@@ -173,11 +217,22 @@ def test_half_finished_runs_have_a_report(run_dir):
         ("run.json", "{", r"run\.json: expected the description of a run, got"),
         ("run.json", "{}", r'run\.json: expected "variants"'),
         ("run.json", '{"variants": []}', r'run\.json: expected "variants"'),
-        ("scores/full/results.json", '{"format": 2}', r"results\.json: expected results of format 1, got format 2"),
-        ("block_maps/sla2-97-s0.json", '{"grid": [1, 1, 1]}', r"sla2-97-s0\.json: expected block maps with block_q"),
+        (
+            "scores/full/results.json",
+            '{"format": 2}',
+            r"results\.json: expected results of format 1, got format 2",
+        ),
         (
             "block_maps/sla2-97-s0.json",
-            '{"grid": [4, 2, 2], "block_q": 8, "block_k": 4, "layers": [{"layer": 0, "head": 0, "map": [[0], [4]]}]}',
+            '{"grid": [1, 1, 1]}',
+            r"sla2-97-s0\.json: expected block maps with block_q",
+        ),
+        (
+            "block_maps/sla2-97-s0.json",
+            (
+                '{"grid": [4, 2, 2], "block_q": 8, "block_k": 4, "layers": [{"layer": 0, "head": 0,'
+                ' "map": [[0], [4]]}]}'
+            ),
             r"sla2-97-s0\.json: expected 2 rows of key blocks below 4",
         ),
     ],
@@ -197,9 +252,17 @@ def test_papers_points_are_the_papers():
 
 
 def test_chart_draws_every_point_inside_the_frame():
-    families = {"x": [{"sparsity": s, "value": v, "low": v - 1, "high": v + 1} for s, v in ((0.85, 30), (0.97, -4))]}
+    families = {
+        "x": [
+            {"sparsity": s, "value": v, "low": v - 1, "high": v + 1}
+            for s, v in ((0.85, 30), (0.97, -4))
+        ]
+    }
     svg = chart("T", "n", families, {"x": 9}, full=50.0)
-    circles = [tuple(map(float, m)) for m in re.findall(r'points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"', svg)]
+    circles = [
+        tuple(map(float, m))
+        for m in re.findall(r'points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"', svg)
+    ]
     assert len(circles) == 1
     assert all(0 <= value <= 320 for value in circles[0])
     assert circles[0][1] < circles[0][3]
@@ -219,7 +282,9 @@ def test_results_of_score_have_a_report(tmp_path, make_folder):
     for metric, about in results["metrics"].items():
         assert rows["a|b"]["metrics"][metric]["mean"] == about["mean"]
     flickering = results["metrics"]["temporal_flickering"]
-    assert rows["full, the reference"]["metrics"] == {"temporal_flickering": {"mean": flickering["reference_mean"]}}
+    assert rows["full, the reference"]["metrics"] == {
+        "temporal_flickering": {"mean": flickering["reference_mean"]}
+    }
     assert rows["a|b"]["metrics"]["temporal_flickering"]["difference"] == flickering["difference"]
     assert rows["a|b"]["sparsity"] is None
     page = (out / "report" / "index.html").read_text()

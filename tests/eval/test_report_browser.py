@@ -1,4 +1,6 @@
-"""The report in a real browser, headless Chromium: from disk, without the network, in step, sortable, in any light and width."""
+"""The report in a real browser, headless Chromium: from disk, without the network, in step,
+sortable, in any light and width.
+"""
 
 import json
 import os
@@ -11,7 +13,12 @@ import pytest
 from sla2_eval.report import write_report
 
 CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
 )
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
@@ -23,20 +30,40 @@ class Browser:
         to_read, self.to = os.pipe()
         self.answers, to_write = os.pipe()
         command = [
-            CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--mute-audio",
-            "--autoplay-policy=no-user-gesture-required", "--disable-background-networking", "--disable-dev-shm-usage",
-            f"--user-data-dir={profile}", "about:blank",
-        ]  # fmt: skip
-        # Chromium reads commands from descriptor 3 and writes answers to 4; both first move out of the way.
-        wrapped = ["bash", "-c", f'exec 8<&{to_read} 9>&{to_write}; exec "$@" 3<&8 4>&9', "bash", *command]
+            CHROMIUM,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--remote-debugging-pipe",
+            "--mute-audio",
+            "--autoplay-policy=no-user-gesture-required",
+            "--disable-background-networking",
+            "--disable-dev-shm-usage",
+            f"--user-data-dir={profile}",
+            "about:blank",
+        ]
+        # Chromium reads commands from descriptor 3 and writes answers to 4; both first move out of
+        # the way.
+        wrapped = [
+            "bash",
+            "-c",
+            f'exec 8<&{to_read} 9>&{to_write}; exec "$@" 3<&8 4>&9',
+            "bash",
+            *command,
+        ]
         self.process = subprocess.Popen(
-            wrapped, pass_fds=(to_read, to_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            wrapped,
+            pass_fds=(to_read, to_write),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         os.close(to_read)
         os.close(to_write)
         self.buffer, self.number, self.session, self.events = b"", 0, None, []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
 
@@ -61,7 +88,9 @@ class Browser:
 
     def js(self, expression: str):
         """The value of an expression, awaited if it is a promise."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
@@ -72,10 +101,14 @@ class Browser:
             time.sleep(0.05)
 
     def press(self, key: str, text: str = "") -> None:
-        code = {"ArrowRight": 39, "ArrowLeft": 37, "ArrowDown": 40, " ": 32, "Enter": 13, "Tab": 9}[key]
+        code = {"ArrowRight": 39, "ArrowLeft": 37, "ArrowDown": 40, " ": 32, "Enter": 13, "Tab": 9}[
+            key
+        ]
         for kind in ("keyDown", "keyUp"):
             down = {"text": text} if text and kind == "keyDown" else {}
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **down)
+            self.call(
+                "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **down
+            )
 
     def close(self) -> None:
         os.write(self.to, json.dumps({"id": 0, "method": "Browser.close"}).encode() + b"\0")
@@ -120,16 +153,24 @@ def test_report_in_chromium(page):
 
 def asks_for_nothing(page):
     page.js("1")
-    urls = [e["params"]["request"]["url"] for e in page.events if e["method"] == "Network.requestWillBeSent"]
+    urls = [
+        e["params"]["request"]["url"]
+        for e in page.events
+        if e["method"] == "Network.requestWillBeSent"
+    ]
     assert [url for url in urls if not url.startswith(("file://", "data:"))] == []
-    assert [url for url in urls if url.startswith("file://") and not url.endswith("/report/index.html")] == []
+    assert [
+        url for url in urls if url.startswith("file://") and not url.endswith("/report/index.html")
+    ] == []
     wrong = [e for e in page.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
     assert wrong == []
 
 
 def plays_in_step(page):
     assert page.js(TIMES) == [0, 0, 0]
-    page.js("document.getElementById('rate').value = '0.5'; document.getElementById('play').click()")
+    page.js(
+        "document.getElementById('rate').value = '0.5'; document.getElementById('play').click()"
+    )
     page.until(f"{TIMES}[0] > 0.1")
     assert page.js(PAUSED) == [False] * 3
     times = page.js(TIMES)
@@ -139,7 +180,10 @@ def plays_in_step(page):
 
     page.js("scrub.value = 500; scrub.dispatchEvent(new Event('input'))")
     page.until("[...document.querySelectorAll('video')].every(v => !v.seeking)")
-    times, durations = page.js(TIMES), page.js("[...document.querySelectorAll('video')].map(v => v.duration)")
+    times, durations = (
+        page.js(TIMES),
+        page.js("[...document.querySelectorAll('video')].map(v => v.duration)"),
+    )
     assert durations == [pytest.approx(5 / 10, abs=0.01)] * 3
     assert times == [pytest.approx(durations[0] / 2, abs=0.01)] * 3
     assert "/ 0.50 s" in page.js("clock.value")
@@ -167,7 +211,8 @@ def table_sorts(page):
 def keyboard_works(page):
     page.js("document.getElementById('player').focus()")
     page.js(
-        "seekTest = document.getElementById('scrub'); seekTest.value = 0; seekTest.dispatchEvent(new Event('input'))"
+        "seekTest = document.getElementById('scrub'); seekTest.value = 0;"
+        " seekTest.dispatchEvent(new Event('input'))"
     )
     for frame in (1, 2):
         page.press("ArrowRight")
@@ -183,17 +228,28 @@ def keyboard_works(page):
     assert said == "query block 1 keeps 2 of 4 key blocks; this head leaves out 62.5 %"
     page.js("document.getElementById('map-frames').focus()")
     page.press("ArrowLeft")
-    assert page.js("document.getElementById('map-said').value").startswith("query block 0 keeps 1 of 4")
-    colours = "new Set(document.getElementById('map-frames').getContext('2d').getImageData(0, 0, 400, 40).data).size"
+    assert page.js("document.getElementById('map-said').value").startswith(
+        "query block 0 keeps 1 of 4"
+    )
+    colours = (
+        "new Set(document.getElementById('map-frames').getContext('2d').getImageData(0, 0, 400,"
+        " 40).data).size"
+    )
     assert page.js(colours) > 20
 
     page.js("document.querySelector('[role=tab]').focus()")
     page.press("ArrowRight")
-    assert page.js("[...document.querySelectorAll('[role=tabpanel]')].map(p => p.hidden)") == [True, False]
+    assert page.js("[...document.querySelectorAll('[role=tabpanel]')].map(p => p.hidden)") == [
+        True,
+        False,
+    ]
 
     page.js("document.querySelector('#scores thead tr:last-child th:nth-child(2) button').focus()")
     page.press("Enter", "\r")
-    assert page.js("document.querySelector('#scores thead tr:last-child th:nth-child(2)').ariaSort") == "descending"
+    assert (
+        page.js("document.querySelector('#scores thead tr:last-child th:nth-child(2)').ariaSort")
+        == "descending"
+    )
 
 
 def broken_videos_stop_no_other(page):
@@ -204,8 +260,12 @@ def broken_videos_stop_no_other(page):
 
 
 def noise_is_marked(page):
-    head = "[...document.querySelectorAll('#scores thead tr:last-child th')].map(h => h.textContent)"
-    column = next(i for i, title in enumerate(page.js(head)) if title.startswith("Temporal flickering"))
+    head = (
+        "[...document.querySelectorAll('#scores thead tr:last-child th')].map(h => h.textContent)"
+    )
+    column = next(
+        i for i, title in enumerate(page.js(head)) if title.startswith("Temporal flickering")
+    )
     rows = "[...document.querySelectorAll('#scores tbody tr')]"
     cells = page.js(f"{rows}.map(r => [r.cells[0].textContent, r.cells[{column}].textContent])")
     said = {name: cell for name, cell in cells}
@@ -216,7 +276,9 @@ def noise_is_marked(page):
 
 
 def everything_has_a_name(page):
-    """What a screen reader is told: names of all controls and pictures, and an outline without gaps."""
+    """What a screen reader is told: names of all controls and pictures, and an outline without
+    gaps.
+    """
     roles = {"button", "slider", "combobox", "tab", "tablist", "image", "link", "region"}
     found = []
     for node in page.call("Accessibility.getFullAXTree")["nodes"]:
@@ -225,7 +287,9 @@ def everything_has_a_name(page):
             found.append(role)
             assert node.get("name", {}).get("value", "").strip(), node
     assert set(found) >= {"button", "slider", "combobox", "tab", "link", "region", "image"}
-    levels = page.js("[...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))")
+    levels = page.js(
+        "[...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))"
+    )
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(b <= a + 1 for a, b in pairwise(levels))
@@ -233,7 +297,8 @@ def everything_has_a_name(page):
     assert page.js("document.title") == "A run & its <title>"
     assert page.js("document.querySelector('a.skip').hash && !!document.querySelector('main#main')")
     assert page.js(
-        "document.querySelectorAll('[id]').length === new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size"
+        "document.querySelectorAll('[id]').length === new"
+        " Set([...document.querySelectorAll('[id]')].map(e => e.id)).size"
     )
 
 
@@ -244,7 +309,10 @@ def focus_is_seen(page):
     seen = []
     for _ in range(12):
         page.press("Tab")
-        style = "(e => [e.outerHTML.slice(0, 60), getComputedStyle(e).outlineStyle, parseFloat(getComputedStyle(e).outlineWidth)])"
+        style = (
+            "(e => [e.outerHTML.slice(0, 60), getComputedStyle(e).outlineStyle,"
+            " parseFloat(getComputedStyle(e).outlineWidth)])"
+        )
         what, outline, width = page.js(f"{style}(document.activeElement)")
         assert outline != "none", what
         assert width >= 1, what
@@ -270,7 +338,10 @@ def light_and_dark(page):
     background = "getComputedStyle(document.body).backgroundColor"
     seen = {}
     for scheme in ("light", "dark"):
-        page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        page.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
         seen[scheme] = page.js(background)
         assert min(page.js(CONTRAST)) >= 4.5, scheme
     assert seen["light"] != seen["dark"]
@@ -281,12 +352,29 @@ def light_and_dark(page):
 
 def narrow_screens(page):
     for width in (340, 768, 1280):
-        page.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
+        page.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=800,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         page.js("dispatchEvent(new Event('resize'))")
         assert page.js("document.documentElement.scrollWidth") <= width
-        outside = "[...document.querySelectorAll('section > *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
+        outside = (
+            "[...document.querySelectorAll('section > *')].filter(e =>"
+            " e.getBoundingClientRect().right > innerWidth + 1)"
+        )
         assert page.js(f"{outside}.map(e => e.outerHTML.slice(0, 80))") == []
-    words = "document.querySelectorAll('h1, h2, .legend li, .cell b, .pick output, tbody .name, .note')"
+    words = (
+        "document.querySelectorAll('h1, h2, .legend li, .cell b, .pick output, tbody .name, .note')"
+    )
     page.js(f"{words}.forEach(e => {{ e.textContent = 'a_name_without_a_gap_'.repeat(9); }})")
-    page.call("Emulation.setDeviceMetricsOverride", width=340, height=800, deviceScaleFactor=1, mobile=False)
+    page.call(
+        "Emulation.setDeviceMetricsOverride",
+        width=340,
+        height=800,
+        deviceScaleFactor=1,
+        mobile=False,
+    )
     assert page.js("document.documentElement.scrollWidth") <= 340

@@ -17,18 +17,29 @@ from sla2_eval.summary import document
 from sla2_eval.video import read_video, write_video
 
 PIXELS = ["psnr", "ssim", "temporal_flickering"]
-CHEAP = ["temporal_flickering", "motion_smoothness_linear"]  # need no torch, which takes seconds to import
+CHEAP = [
+    "temporal_flickering",
+    "motion_smoothness_linear",
+]  # need no torch, which takes seconds to import
 
 
 def test_psnr_and_ssim_are_scikit_images(make_folder, tmp_path):
     videos, reference = make_folder("a", 2, noise=9.0), make_folder("b", 2)
     results = score(videos, reference, PIXELS, tmp_path / "out")
     for row in results["videos"]:
-        ours, theirs = (read_video(folder / row["file_name"]).frames / 255.0 for folder in (videos, reference))
+        ours, theirs = (
+            read_video(folder / row["file_name"]).frames / 255.0 for folder in (videos, reference)
+        )
         psnr = [peak_signal_noise_ratio(t, o, data_range=1.0) for o, t in zip(ours, theirs)]
         ssim = [
             structural_similarity(
-                t, o, data_range=1.0, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+                t,
+                o,
+                data_range=1.0,
+                channel_axis=-1,
+                gaussian_weights=True,
+                sigma=1.5,
+                use_sample_covariance=False,
             )
             for o, t in zip(ours, theirs)
         ]
@@ -42,8 +53,12 @@ def test_psnr_and_ssim_are_scikit_images(make_folder, tmp_path):
 
 def test_difference_to_the_reference_is_paired(make_folder, tmp_path):
     videos, reference = make_folder("a", 3, noise=9.0), make_folder("b", 3)
-    flicker = score(videos, reference, ["temporal_flickering"], tmp_path / "out")["metrics"]["temporal_flickering"]
-    alone = score(reference, None, ["temporal_flickering"], tmp_path / "ref")["metrics"]["temporal_flickering"]
+    flicker = score(videos, reference, ["temporal_flickering"], tmp_path / "out")["metrics"][
+        "temporal_flickering"
+    ]
+    alone = score(reference, None, ["temporal_flickering"], tmp_path / "ref")["metrics"][
+        "temporal_flickering"
+    ]
     assert flicker["reference_mean"] == alone["mean"]
     assert flicker["difference"]["mean"] == pytest.approx(flicker["mean"] - alone["mean"])
     assert flicker["difference"]["mean"] < 0
@@ -55,7 +70,9 @@ def test_videos_of_one_prompt_without_numbers_all_count(make_folder, tmp_path):
     """A manifest may name one prompt for several files and give none an index."""
     videos, reference = make_folder("a", 4, noise=9.0), make_folder("b", 4)
     names = [f"pattern {i:03d}-0.mp4" for i in range(4)]
-    rows = [{"file_name": name, "prompt": "one" if i < 3 else "other"} for i, name in enumerate(names)]
+    rows = [
+        {"file_name": name, "prompt": "one" if i < 3 else "other"} for i, name in enumerate(names)
+    ]
     (videos / "manifest.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     results = score(videos, reference, ["temporal_flickering"], tmp_path / "out")
     values = [row["scores"]["temporal_flickering"] for row in results["videos"]]
@@ -66,31 +83,45 @@ def test_videos_of_one_prompt_without_numbers_all_count(make_folder, tmp_path):
     found = results["metrics"]["temporal_flickering"]
     assert (found["num_videos"], found["num_prompts"]) == (4, 2)
     assert found["mean"] == pytest.approx((np.mean(values[:3]) + values[3]) / 2)
-    # The references' manifest has other prompts: files pair by name, and the prompts are the videos'.
+    # The references' manifest has other prompts: files pair by name, and the prompts are the
+    # videos'.
     assert found["difference"]["n"] == 2
-    assert found["difference"]["mean"] == pytest.approx(found["mean"] - (np.mean(theirs[:3]) + theirs[3]) / 2)
+    assert found["difference"]["mean"] == pytest.approx(
+        found["mean"] - (np.mean(theirs[:3]) + theirs[3]) / 2
+    )
     assert found["reference_mean"] == pytest.approx((np.mean(theirs[:3]) + theirs[3]) / 2)
 
 
-def test_a_reference_is_scored_and_kept_with_the_prompt_of_its_video(make_folder, tmp_path, monkeypatch):
+def test_a_reference_is_scored_and_kept_with_the_prompt_of_its_video(
+    make_folder, tmp_path, monkeypatch
+):
     hook = tmp_path / "hook"
     hook.mkdir()
-    (hook / "vision_reward.py").write_text("def score(frames, fps, prompt):\n    return len(prompt)\n")
+    (hook / "vision_reward.py").write_text(
+        "def score(frames, fps, prompt):\n    return len(prompt)\n"
+    )
     monkeypatch.syspath_prepend(hook)
     videos, reference = make_folder("a", 1, noise=5.0), make_folder("b", 1)
-    (videos / "manifest.jsonl").write_text('{"file_name": "pattern 000-0.mp4", "prompt": "long, long prompt"}\n')
+    (videos / "manifest.jsonl").write_text(
+        '{"file_name": "pattern 000-0.mp4", "prompt": "long, long prompt"}\n'
+    )
     store = tmp_path / "store"
-    both = score(videos, reference, ["vision_reward"], tmp_path / "out", store=store)["metrics"]["vision_reward"]
+    both = score(videos, reference, ["vision_reward"], tmp_path / "out", store=store)["metrics"][
+        "vision_reward"
+    ]
     assert both["mean"] == both["reference_mean"] == len("long, long prompt")
     alone = score(reference, None, ["vision_reward"], tmp_path / "alone", store=store)
     assert alone["metrics"]["vision_reward"]["mean"] == len("pattern 000")
 
 
 def test_references_of_no_video_do_not_count_for_the_difference():
-    """A shared store may hold their scores, which are read where a set metric takes in every reference."""
+    """A shared store may hold their scores, which are read where a set metric takes in every
+    reference.
+    """
     spec = metrics.specs()["temporal_flickering"]
     videos, references = (
-        [Entry(f"{name}-0.mp4", Path(f"{name}-0.mp4"), name) for name in names] for names in ("ab", "bc")
+        [Entry(f"{name}-0.mp4", Path(f"{name}-0.mp4"), name) for name in names]
+        for names in ("ab", "bc")
     )
     run = SimpleNamespace(
         specs={spec.name: spec},
@@ -100,10 +131,17 @@ def test_references_of_no_video_do_not_count_for_the_difference():
             ("reference", "b-0.mp4", spec.name): {"value": 0.25},
             ("reference", "c-0.mp4", spec.name): {"value": 1.0},
         },
-        failures={}, unavailable={}, digests={}, used_settings=lambda spec: {},
-    )  # fmt: skip
+        failures={},
+        unavailable={},
+        digests={},
+        used_settings=lambda spec: {},
+    )
     found = document(run, videos, references, [spec.name])["metrics"][spec.name]
-    assert (found["mean"], found["reference_mean"], found["difference"]["mean"]) == (0.625, 0.25, 0.5)
+    assert (found["mean"], found["reference_mean"], found["difference"]["mean"]) == (
+        0.625,
+        0.25,
+        0.5,
+    )
 
 
 def test_a_metric_that_cannot_be_loaded_is_tried_once(make_folder, tmp_path, monkeypatch):
@@ -117,13 +155,19 @@ def test_a_metric_that_cannot_be_loaded_is_tried_once(make_folder, tmp_path, mon
     )
     monkeypatch.syspath_prepend(hook)
     videos, calls = make_folder("a", 4), []
-    results = score(videos, None, ["vision_reward"], tmp_path / "out", progress=lambda *call: calls.append(call))
-    assert results["unavailable"] == {"vision_reward": "unavailable: its weights are of another model"}
+    results = score(
+        videos, None, ["vision_reward"], tmp_path / "out", progress=lambda *call: calls.append(call)
+    )
+    assert results["unavailable"] == {
+        "vision_reward": "unavailable: its weights are of another model"
+    }
     assert (hook / "log").read_text() == "x"
     assert calls[-1] == ("vision_reward", 4, 4)
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize(
+    "workers", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+)
 def test_the_current_folder_shadows_no_library(make_folder, tmp_path, monkeypatch, workers):
     videos = make_folder("a", 1)
     for name in ("av", "random", "dataclasses"):
@@ -133,10 +177,14 @@ def test_the_current_folder_shadows_no_library(make_folder, tmp_path, monkeypatc
     assert score(videos, None, ["temporal_flickering"], tmp_path / "out", workers)["failed"] == []
 
 
-def test_a_gpu_that_is_not_there_is_refused_before_anything_is_done(make_folder, tmp_path, monkeypatch):
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_done(
+    make_folder, tmp_path, monkeypatch
+):
     monkeypatch.setattr("sla2_eval.pools.local_gpus", lambda: 0)
     videos = make_folder("a", 1)
-    with pytest.raises(ValueError, match="device: expected a GPU that torch can use for 'cuda', got none"):
+    with pytest.raises(
+        ValueError, match="device: expected a GPU that torch can use for 'cuda', got none"
+    ):
         score(videos, None, ["temporal_flickering"], tmp_path / "out", device="cuda")
 
 
@@ -181,7 +229,10 @@ def test_failures_are_listed_with_their_reasons(make_folder, tmp_path):
     assert sorted(reasons) == names[:3]
     assert "got an empty file" in reasons[names[0]]
     assert "got nothing there" in reasons[names[1]]
-    assert "expected its reference's 5 frames of 48 x 64 at 8 a second, got 4 frames" in reasons[names[2]]
+    assert (
+        "expected its reference's 5 frames of 48 x 64 at 8 a second, got 4 frames"
+        in reasons[names[2]]
+    )
     scored = {row["file_name"]: sorted(row["scores"]) for row in results["videos"]}
     assert scored[names[2]] == ["temporal_flickering"]
     assert scored[names[3]] == sorted(PIXELS)
@@ -205,7 +256,9 @@ def test_what_is_no_file_is_listed_and_waited_for_by_none(make_folder, tmp_path)
 
 
 def test_paths_of_weights_may_be_paths():
-    hello = json.loads(ProcessPool({"lpips": {"files": {"alexnet": Path("a") / "b.pth"}}}, "cpu", "pyav").hello)
+    hello = json.loads(
+        ProcessPool({"lpips": {"files": {"alexnet": Path("a") / "b.pth"}}}, "cpu", "pyav").hello
+    )
     assert hello["settings"] == {"lpips": {"files": {"alexnet": "a/b.pth"}}}
 
 
@@ -234,7 +287,13 @@ def test_a_video_is_decoded_once_for_all_its_metrics(make_folder, monkeypatch):
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr(video, "read_video", counting)
     paths = [str(folder / "pattern 000-0.mp4") for folder in folders]
-    task = {"video": paths[0], "reference": paths[1], "prompt": "x", "metrics": CHEAP, "reference_metrics": CHEAP}
+    task = {
+        "video": paths[0],
+        "reference": paths[1],
+        "prompt": "x",
+        "metrics": CHEAP,
+        "reference_metrics": CHEAP,
+    }
     outcome = Worker({}, "cpu", "pyav").run(task)
     assert decoded == [(path, "pyav") for path in paths]
     assert outcome["results"].keys() == outcome["reference_results"].keys() == set(CHEAP)
@@ -256,7 +315,10 @@ def test_progress_counts_every_metric_to_the_end(make_folder, tmp_path):
         ({"metrics": ["sharpness"]}, "metrics: expected names among psnr"),
         ({"metrics": []}, "metrics: expected at least one name"),
         ({"metrics": ["psnr", "psnr"]}, "each name once"),
-        ({"metrics": ["psnr"], "reference": None}, "reference: expected a folder for psnr, got none"),
+        (
+            {"metrics": ["psnr"], "reference": None},
+            "reference: expected a folder for psnr, got none",
+        ),
         ({"num_workers": 0}, "num_workers: expected a whole number of at least 1, got 0"),
         ({"device": "tpu"}, "device: expected"),
         ({"ray_address": "nowhere"}, "ray_address: expected 'auto', host:port"),
@@ -271,5 +333,8 @@ def test_progress_counts_every_metric_to_the_end(make_folder, tmp_path):
 def test_bad_arguments_are_named_and_leave_nothing(make_folder, tmp_path, arguments, message):
     videos = make_folder("a", 1)
     with pytest.raises(ValueError, match=message):
-        score(**{"videos": videos, "reference": videos, "metrics": PIXELS, "out": tmp_path / "out"} | arguments)
+        score(
+            **{"videos": videos, "reference": videos, "metrics": PIXELS, "out": tmp_path / "out"}
+            | arguments
+        )
     assert not (tmp_path / "out").exists()

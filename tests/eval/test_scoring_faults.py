@@ -1,6 +1,8 @@
-"""Faults that scoring survives: killed workers, poison videos, a killed driver, a full disk, two runs at once, broken files.
+"""Faults that scoring survives: killed workers, poison videos, a killed driver, a full disk, two
+runs at once, broken files.
 
-The faults come from a `vision_reward` module on the Python path, the hook that scoring offers for a user's own metric.
+The faults come from a `vision_reward` module on the Python path, the hook that scoring offers for a
+user's own metric.
 """
 
 import json
@@ -51,7 +53,8 @@ except ScoringError as error:
     sys.exit(1)
 """
 
-PATIENCE = 600  # seconds for one run, which takes some ten where nothing else does; Ray's start is most of it
+# seconds for one run, which takes some ten where nothing else does; Ray's start is most of it
+PATIENCE = 600
 WORKERS = [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.timeout(4 * PATIENCE)])]
 
 
@@ -74,7 +77,12 @@ class Runs:
     def start(self, videos: Path, out: Path, workers: int = 1, **options) -> subprocess.Popen:
         command = [sys.executable, "-c", DRIVER, str(videos), str(out), str(workers)]
         return subprocess.Popen(
-            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+            command,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
         )
 
     def finish(self, process: subprocess.Popen, expected: int = 0) -> str:
@@ -102,14 +110,22 @@ def test_a_killed_worker_costs_nothing_but_its_video_again(make_folder, tmp_path
     kill = runs.fault("kill once")
     runs.score(videos, tmp_path / "out", workers)
     assert not kill.exists()
-    assert (tmp_path / "out" / "results.json").read_bytes() == (tmp_path / "clean" / "results.json").read_bytes()
+    assert (tmp_path / "out" / "results.json").read_bytes() == (
+        tmp_path / "clean" / "results.json"
+    ).read_bytes()
     assert json.loads((tmp_path / "out" / "timing.json").read_text())["deaths"] == 1
 
 
 def test_a_worker_killed_between_two_videos_is_replaced():
     pool = ProcessPool({}, "cpu", "pyav")
     try:
-        task = {"video": "none.mp4", "reference": None, "prompt": "", "metrics": [], "reference_metrics": []}
+        task = {
+            "video": "none.mp4",
+            "reference": None,
+            "prompt": "",
+            "metrics": [],
+            "reference_metrics": [],
+        }
         pool.submit(0, task)
         assert "none.mp4" in pool.wait()[1]["errors"]["*"]
         pool.process.kill()
@@ -126,7 +142,8 @@ def test_a_worker_killed_between_two_videos_is_replaced():
 def test_a_worker_that_cannot_start_says_why(make_folder, tmp_path, runs):
     videos = make_folder("a", 1, height=32, width=32)
     (tmp_path / "hook" / "sitecustomize.py").write_text(
-        "import sys\nif 'sla2_eval.worker' in sys.orig_argv:\n    raise SystemExit('no room for a worker')\n"
+        "import sys\nif 'sla2_eval.worker' in sys.orig_argv:\n    raise SystemExit('no room for a"
+        " worker')\n"
     )
     said = runs.score(videos, tmp_path / "out", expected=1)
     assert "got a worker that died 3 times (exit code 1: SystemExit: no room for a worker)" in said
@@ -159,7 +176,11 @@ def test_a_metric_that_fails_is_tried_three_times_and_costs_its_video_nothing_el
     assert [runs.calls().count(f"pattern {i:03d}") for i in range(4)] == [1, 3, 2, 1]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     (row,) = results["failed"]
-    assert (row["file_name"], row["metric"], row["error"]) == ("pattern 001-0.mp4", "vision_reward", "no score today")
+    assert (row["file_name"], row["metric"], row["error"]) == (
+        "pattern 001-0.mp4",
+        "vision_reward",
+        "no score today",
+    )
     assert sorted(results["videos"][1]["scores"]) == ["temporal_flickering"]
     assert results["metrics"]["vision_reward"]["num_videos"] == 3
 
@@ -181,12 +202,16 @@ def test_a_killed_driver_is_run_again_to_an_identical_report(make_folder, tmp_pa
     kept = len(list(store.rglob("*.json")))
     assert 2 <= kept < 7
     runs.score(videos, tmp_path / "out", workers)
-    assert (tmp_path / "out" / "results.json").read_bytes() == (tmp_path / "clean" / "results.json").read_bytes()
+    assert (tmp_path / "out" / "results.json").read_bytes() == (
+        tmp_path / "clean" / "results.json"
+    ).read_bytes()
     assert json.loads((tmp_path / "out" / "timing.json").read_text())["tasks"] <= 7 - kept
 
 
 def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(make_folder, tmp_path, runs):
-    """A limit on file size stands for the disk: the first result that is too long fails in the middle of its write."""
+    """A limit on file size stands for the disk: the first result that is too long fails in the
+    middle of its write.
+    """
     import resource
 
     videos = make_folder("a", 3, height=32, width=32)
@@ -199,14 +224,20 @@ def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(make_folder, t
     assert "File too large" in said
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
     runs.score(videos, tmp_path / "out")
-    assert (tmp_path / "out" / "results.json").read_bytes() == (tmp_path / "clean" / "results.json").read_bytes()
+    assert (tmp_path / "out" / "results.json").read_bytes() == (
+        tmp_path / "clean" / "results.json"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_full_tmpfs_ends_the_run_and_what_was_written_is_kept(make_folder, tmp_path, runs, workers):
+def test_a_full_tmpfs_ends_the_run_and_what_was_written_is_kept(
+    make_folder, tmp_path, runs, workers
+):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", str(disk)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
@@ -220,7 +251,9 @@ def test_a_full_tmpfs_ends_the_run_and_what_was_written_is_kept(make_folder, tmp
         subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
         runs.score(videos, disk / "out", workers)
         runs.score(videos, tmp_path / "clean")
-        assert (disk / "out" / "results.json").read_bytes() == (tmp_path / "clean" / "results.json").read_bytes()
+        assert (disk / "out" / "results.json").read_bytes() == (
+            tmp_path / "clean" / "results.json"
+        ).read_bytes()
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -233,7 +266,9 @@ def test_two_runs_into_one_folder_at_once(make_folder, tmp_path, runs, workers):
     both = [runs.start(videos, tmp_path / "out", workers) for _ in range(2)]
     for process in both:
         runs.finish(process)
-    assert (tmp_path / "out" / "results.json").read_bytes() == (tmp_path / "clean" / "results.json").read_bytes()
+    assert (tmp_path / "out" / "results.json").read_bytes() == (
+        tmp_path / "clean" / "results.json"
+    ).read_bytes()
     assert partials(tmp_path / "out") == []
 
 
@@ -245,7 +280,9 @@ def broken(folder: Path, names: list[str], good: np.ndarray) -> dict[str, str]:
     paths[2].write_text("not a video at all\n" * 40)
     with av.open(str(paths[3]), "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), dtype=np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 8000), dtype=np.float32), format="fltp", layout="mono"
+        )
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -260,9 +297,17 @@ def broken(folder: Path, names: list[str], good: np.ndarray) -> dict[str, str]:
     write_video(paths[8], good[:2], 8)
     write_video(paths[9], good, 25)
     errors = [
-        "got an empty file", "expected", "decoding error", "got 1 audio stream(s)", "expected",
-        "got nothing there", "got Is a directory", "got 3 frames of 16 x 16", "got 2 frames of 32 x 32", "at 25 a second",
-    ]  # fmt: skip
+        "got an empty file",
+        "expected",
+        "decoding error",
+        "got 1 audio stream(s)",
+        "expected",
+        "got nothing there",
+        "got Is a directory",
+        "got 3 frames of 16 x 16",
+        "got 2 frames of 32 x 32",
+        "at 25 a second",
+    ]
     return dict(zip(names, errors, strict=True))
 
 
@@ -274,9 +319,19 @@ def test_of_200_videos_10_broken_in_ten_ways_190_are_scored(make_folder, tmp_pat
     good = np.full((3, 32, 32, 3), 90, dtype=np.uint8)
     expected = broken(videos, names, good)
     command = [
-        str(Path(sys.executable).with_name("sla2")), "score", "--videos", str(videos), "--reference", str(reference),
-        "--metrics", "psnr,temporal_flickering", "--out", str(tmp_path / "out"), "--num-workers", str(workers),
-    ]  # fmt: skip
+        str(Path(sys.executable).with_name("sla2")),
+        "score",
+        "--videos",
+        str(videos),
+        "--reference",
+        str(reference),
+        "--metrics",
+        "psnr,temporal_flickering",
+        "--out",
+        str(tmp_path / "out"),
+        "--num-workers",
+        str(workers),
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 1, run.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -285,7 +340,10 @@ def test_of_200_videos_10_broken_in_ten_ways_190_are_scored(make_folder, tmp_pat
         assert expected[row["file_name"]] in row["error"], row
         assert "\n" not in row["error"]
         assert row["file_name"] in row["error"]
-    assert sum(sorted(row["scores"]) == ["psnr", "temporal_flickering"] for row in results["videos"]) == 190
+    assert (
+        sum(sorted(row["scores"]) == ["psnr", "temporal_flickering"] for row in results["videos"])
+        == 190
+    )
     assert results["metrics"]["psnr"]["num_videos"] == 190
     again = subprocess.run([*command, "--allow-failures"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
@@ -297,14 +355,17 @@ import resource, sys
 from sla2_eval.scoring import score
 videos, out = sys.argv[1:3]
 score(videos, None, ["temporal_flickering"], out)
-print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+print(*(resource.getrusage(one).ru_maxrss for one in who))
 """
 
 
 def test_memory_does_not_grow_with_the_number_of_videos(make_folder, tmp_path):
     peaks = []
     for count in (20, 200):
-        videos = make_folder(f"videos {count}", count, frames=8, height=128, width=128)  # 180 more are 70 MB of frames
+        videos = make_folder(
+            f"videos {count}", count, frames=8, height=128, width=128
+        )  # 180 more are 70 MB of frames
         command = [sys.executable, "-c", MEASURED, str(videos), str(tmp_path / f"out {count}")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append([int(kilobytes) / 1024 for kilobytes in done.stdout.split()])

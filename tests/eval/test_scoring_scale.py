@@ -17,9 +17,23 @@ SLA2 = str(Path(sys.executable).with_name("sla2"))
 
 @pytest.mark.slow
 def test_psnr_starts_soon(make_folder, tmp_path):
-    """A whole `sla2 score --metrics psnr` of one small pair, in processor time, which a busy machine does not stretch."""
-    videos, reference = make_folder("a", 1, noise=4.0, height=32, width=32), make_folder("b", 1, height=32, width=32)
-    command = [SLA2, "score", "--videos", str(videos), "--reference", str(reference), "--metrics", "psnr"]
+    """A whole `sla2 score --metrics psnr` of one small pair, in processor time, which a busy
+    machine does not stretch.
+    """
+    videos, reference = (
+        make_folder("a", 1, noise=4.0, height=32, width=32),
+        make_folder("b", 1, height=32, width=32),
+    )
+    command = [
+        SLA2,
+        "score",
+        "--videos",
+        str(videos),
+        "--reference",
+        str(reference),
+        "--metrics",
+        "psnr",
+    ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*command, "--out", str(tmp_path / "out")], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -32,8 +46,12 @@ def test_real_size_agrees_with_scikit_image(make_folder, tmp_path):
 
     size = {"frames": 49, "height": 480, "width": 720}
     videos, reference = make_folder("a", 1, noise=12.0, **size), make_folder("b", 1, **size)
-    (row,) = score(videos, reference, ["psnr", "ssim", "temporal_flickering"], tmp_path / "out")["videos"]
-    ours, theirs = (read_video(folder / row["file_name"]).frames / 255.0 for folder in (videos, reference))
+    (row,) = score(videos, reference, ["psnr", "ssim", "temporal_flickering"], tmp_path / "out")[
+        "videos"
+    ]
+    ours, theirs = (
+        read_video(folder / row["file_name"]).frames / 255.0 for folder in (videos, reference)
+    )
     options = {
         "data_range": 1.0,
         "channel_axis": -1,
@@ -54,7 +72,9 @@ class Detector(torch.nn.Module):
         super().__init__()
         self.project = torch.nn.Linear(3 * 4 * 4, 64)
 
-    def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool
+    ) -> torch.Tensor:
         return self.project(torch.nn.functional.adaptive_avg_pool3d(x, [1, 4, 4]).flatten(1))
 
 
@@ -67,12 +87,16 @@ def test_one_two_and_three_workers_give_identical_bytes(make_folder, tmp_path):
     torch.manual_seed(0)
     script = tmp_path / "i3d.pt"
     torch.jit.script(Detector()).save(str(script))
-    settings = {"fvd": {"size": 32, "files": {"i3d": str(script)}, "digests": {"i3d": file_digest(script)}}}
+    settings = {
+        "fvd": {"size": 32, "files": {"i3d": str(script)}, "digests": {"i3d": file_digest(script)}}
+    }
     names = ["psnr", "ssim", "fvd", "temporal_flickering", "motion_smoothness_linear"]
     written = []
     for workers in (1, 2, 3):
         out = tmp_path / f"out {workers}"
-        results = score(videos, reference, names, out, workers, allow_failures=True, settings=settings)
+        results = score(
+            videos, reference, names, out, workers, allow_failures=True, settings=settings
+        )
         assert results["metrics"]["fvd"]["mean"] > 0
         assert results["metrics"]["fvd"]["num_videos"] == 8
         written.append((out / "results.json").read_bytes())

@@ -1,4 +1,6 @@
-"""The tiny model's data: scenes, captions, the exact detector through mp4 files, latents, and the teacher's resume."""
+"""The tiny model's data: scenes, captions, the exact detector through mp4 files, latents, and the
+teacher's resume.
+"""
 
 import dataclasses
 import json
@@ -10,7 +12,16 @@ from safetensors.torch import load_file
 from sla2_eval.dataset import read_folder, write_folder
 from sla2_eval.tiny import model as tiny
 from sla2_eval.tiny.detector import detect
-from sla2_eval.tiny.shapes import COLOURS, FPS, MOTIONS, SHAPES, Scene, parse_caption, render, sample
+from sla2_eval.tiny.shapes import (
+    COLOURS,
+    FPS,
+    MOTIONS,
+    SHAPES,
+    Scene,
+    parse_caption,
+    render,
+    sample,
+)
 from sla2_eval.tiny.teacher import TeacherConfig, per_video_attention, train_teacher
 
 
@@ -22,7 +33,12 @@ def test_captions_round_trip_and_foreign_ones_are_refused():
     for index in range(50):
         _, caption = sample(3, index)
         assert parse_caption(caption).caption == caption
-    for bad in ("a red circle", "a red circle moving up", "a red circle moving vertically behind a blue", ""):
+    for bad in (
+        "a red circle",
+        "a red circle moving up",
+        "a red circle moving vertically behind a blue",
+        "",
+    ):
         with pytest.raises(ValueError, match="caption: expected 'a COLOUR SHAPE"):
             parse_caption(bad)
 
@@ -35,7 +51,10 @@ def test_a_sample_follows_from_seed_and_index():
 def test_detector_reads_true_scenes_back_from_mp4_files(tmp_path):
     write_folder(tmp_path, as_uint8(sample(0, i) for i in range(120)), fps=FPS, upscale=4)
     data = read_folder(tmp_path, num_frames=16, height=32, width=32)
-    found = [detect(video / np.float32(255), caption) for video, caption in zip(data.videos, data.captions)]
+    found = [
+        detect(video / np.float32(255), caption)
+        for video, caption in zip(data.videos, data.captions)
+    ]
     assert all(d.correct and d.other for d in found)
 
 
@@ -54,12 +73,21 @@ def test_detector_refuses_every_wrong_attribute():
     shuffled = video[np.random.default_rng(1).permutation(16)]
     assert not detect(shuffled, scene.caption).motion
     assert not detect(np.zeros_like(video), scene.caption).visible
-    assert not detect(np.random.default_rng(2).random(video.shape, dtype=np.float32), scene.caption).correct
+    assert not detect(
+        np.random.default_rng(2).random(video.shape, dtype=np.float32), scene.caption
+    ).correct
 
 
 def test_detector_wants_the_second_shape_and_the_bounce():
     rng = np.random.default_rng(0)
-    bounce = Scene(colour="red", shape="circle", motion="horizontally", relation="colliding with", other_colour="blue", other_shape="square")  # fmt: skip
+    bounce = Scene(
+        colour="red",
+        shape="circle",
+        motion="horizontally",
+        relation="colliding with",
+        other_colour="blue",
+        other_shape="square",
+    )
     video = render(bounce, rng)
     assert detect(video, bounce.caption).correct
     assert not detect(video, dataclasses.replace(bounce, other_colour="cyan").caption).other
@@ -80,13 +108,21 @@ def test_latents_round_trip_and_captions_encode_words_and_places():
 
 def test_per_video_attention_is_full_attention():
     q, k, v = (torch.randn(2, 40, 3, 8) for _ in range(3))
-    expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v))
+    )
     torch.testing.assert_close(per_video_attention(q, k, v), expected.transpose(1, 2))
 
 
 def test_teacher_training_resumes_to_the_bit(tmp_path, monkeypatch):
     config = TeacherConfig(
-        num_videos=3, steps=4, cooldown=2, warmup=1, batch_size=1, checkpoint_every=2, dtype="float32"
+        num_videos=3,
+        steps=4,
+        cooldown=2,
+        warmup=1,
+        batch_size=1,
+        checkpoint_every=2,
+        dtype="float32",
     )
     whole = train_teacher(config, tmp_path / "whole")
     part = tmp_path / "part"

@@ -1,4 +1,6 @@
-"""sla2 train: both stages on the tiny model, run again, and refused with other settings instead of ignoring them."""
+"""sla2 train: both stages on the tiny model, run again, and refused with other settings instead of
+ignoring them.
+"""
 
 import json
 
@@ -20,7 +22,12 @@ SETTINGS = {
 def train(part, out, **changes) -> int:
     config = out.parent / "train.yaml"
     config.write_text(
-        yaml.safe_dump({k: {**v, **changes.get(k, {})} if isinstance(v, dict) else v for k, v in SETTINGS.items()})
+        yaml.safe_dump(
+            {
+                k: {**v, **changes.get(k, {})} if isinstance(v, dict) else v
+                for k, v in SETTINGS.items()
+            }
+        )
     )
     return main(["train", part, "--config", str(config), "--out", str(out)])
 
@@ -49,7 +56,9 @@ def test_a_finished_folder_is_kept_and_takes_no_other_settings(tmp_path, capsys)
         error = capsys.readouterr().err
         assert f"{out}" in error.splitlines()[-1]
         assert message in error.splitlines()[-1]
-    assert train("router", out, attention={"topk": 0.06}) == 0  # what stage 1 learns does not depend on it
+    assert (
+        train("router", out, attention={"topk": 0.06}) == 0
+    )  # what stage 1 learns does not depend on it
     assert adapter_of(out)["topk"] == 0.06
 
 
@@ -58,11 +67,21 @@ def test_data_that_could_not_be_read_leaves_the_folder_free(tmp_path, capsys):
     assert train("router", tmp_path / "run", data={"videos": "empty"}) == 2
     assert "expected mp4 files with captions, got none" in capsys.readouterr().err
     assert train("router", tmp_path / "run", data={"videos": "missing"}) == 2
-    assert "missing: expected a folder of mp4 files with captions, got nothing there" in capsys.readouterr().err
+    assert (
+        "missing: expected a folder of mp4 files with captions, got nothing there"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_teacher_goes_on_with_its_own_settings_only(tmp_path):
-    values = {"num_videos": 2, "steps": 2, "cooldown": 2, "warmup": 1, "batch_size": 1, "dtype": "float32"}
+    values = {
+        "num_videos": 2,
+        "steps": 2,
+        "cooldown": 2,
+        "warmup": 1,
+        "batch_size": 1,
+        "dtype": "float32",
+    }
     train_teacher(TeacherConfig(**values), tmp_path)
     captions = (tmp_path / "data" / "metadata.jsonl").read_text()
     for changes in ({"seed": 4}, {"steps": 3}, {"num_videos": 3}):

@@ -1,4 +1,6 @@
-"""sla2 generate on a pipeline folder as diffusers saves it: variants from the same noise, resuming, several processes, Ray."""
+"""sla2 generate on a pipeline folder as diffusers saves it: variants from the same noise, resuming,
+several processes, Ray.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,27 @@ from sla2_eval import ray_tasks
 from sla2_eval.cli import main
 from sla2_eval.video import read_video
 
-_SPEC = importlib.util.spec_from_file_location("tiny_pipelines", Path(__file__).with_name("tiny_pipelines.py"))
+_SPEC = importlib.util.spec_from_file_location(
+    "tiny_pipelines", Path(__file__).with_name("tiny_pipelines.py")
+)
 tiny = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(tiny)
-SLA2 = SLA2Config(head_dim=12, num_heads=2, topk=0.3, block_q=4, block_k=2, alpha_knots=3, precision="int8")
+SLA2 = SLA2Config(
+    head_dim=12, num_heads=2, topk=0.3, block_q=4, block_k=2, alpha_knots=3, precision="int8"
+)
 PROMPTS = ("a red circle moving horizontally", "a blue square moving vertically", "a red square")
-SIZE = ["--num-frames", "5", "--height", "32", "--width", "48", "--steps", "2", "--videos-per-prompt", "2"]
+SIZE = [
+    "--num-frames",
+    "5",
+    "--height",
+    "32",
+    "--width",
+    "48",
+    "--steps",
+    "2",
+    "--videos-per-prompt",
+    "2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +53,15 @@ def files(tmp_path_factory):
 
 
 def generate(files, out, *options) -> int:
-    given = ["generate", "--model", str(files / "model"), "--prompts", str(files / "prompts.txt"), "--out", str(out)]
+    given = [
+        "generate",
+        "--model",
+        str(files / "model"),
+        "--prompts",
+        str(files / "prompts.txt"),
+        "--out",
+        str(out),
+    ]
     return main([*given, *SIZE, *options])
 
 
@@ -48,15 +73,23 @@ def test_variants_begin_from_the_same_noise_and_go_on(files, tmp_path, capsys):
     both = ["--variant", "full=full", "--variant", f"sla2={files / 'adapter'}"]
     assert generate(files, tmp_path, *both) == 0
     printed = capsys.readouterr()
-    assert "it/s" not in printed.err  # no bars of diffusers or transformers where there is no terminal
+    assert (
+        "it/s" not in printed.err
+    )  # no bars of diffusers or transformers where there is no terminal
     shown = printed.out.splitlines()
     assert shown == [str(tmp_path / name / "manifest.jsonl") for name in ("full", "sla2")]
     full, sla2 = videos(tmp_path / "full"), videos(tmp_path / "sla2")
-    assert set(full) == set(sla2) == {f"{prompt}-{index}.mp4" for prompt in PROMPTS for index in (0, 1)}
+    assert (
+        set(full)
+        == set(sla2)
+        == {f"{prompt}-{index}.mp4" for prompt in PROMPTS for index in (0, 1)}
+    )
     first, second = f"{PROMPTS[0]}-0.mp4", f"{PROMPTS[0]}-1.mp4"
     assert full[first].shape == (5, 32, 48, 3)
     apart = np.abs(full[first] - full[second]).mean()
-    assert 0 < np.abs(full[first] - sla2[first]).mean() < 0.5 * apart  # the variant matters less than the noise
+    assert (
+        0 < np.abs(full[first] - sla2[first]).mean() < 0.5 * apart
+    )  # the variant matters less than the noise
 
     kept = (tmp_path / "sla2" / second).read_bytes()
     before = (tmp_path / "sla2" / second).stat().st_mtime_ns
@@ -68,7 +101,10 @@ def test_variants_begin_from_the_same_noise_and_go_on(files, tmp_path, capsys):
 
 
 def test_one_adapter_goes_into_the_folder_itself(files, tmp_path):
-    assert generate(files, tmp_path / "a", "--adapter", str(files / "adapter"), "--batch-size", "2") == 0
+    assert (
+        generate(files, tmp_path / "a", "--adapter", str(files / "adapter"), "--batch-size", "2")
+        == 0
+    )
     settings = json.loads((tmp_path / "a" / "generation.json").read_text())
     assert settings["sampling"]["num_frames"] == 5
     assert len(list((tmp_path / "a").glob("*.mp4"))) == 6
@@ -84,11 +120,17 @@ def test_both_transformers_of_wan22_have_their_adapter(files, tmp_path, capsys):
     two = ["--model", str(tmp_path / "model"), "--variant"]
     assert generate(files, tmp_path / "out", *two, f"sla2={files / 'adapter'}") != 0
     assert (
-        "adapter: expected an adapter for each of the model's two transformers, got none in" in capsys.readouterr().err
+        "adapter: expected an adapter for each of the model's two transformers, got none in"
+        in capsys.readouterr().err
     )
     for name in ("transformer", "transformer_2"):
         apply_sla2(getattr(pipe, name), SLA2).save(tmp_path / "adapter" / name)
-    assert generate(files, tmp_path / "both", *two, "full=full", *two[2:], f"sla2={tmp_path / 'adapter'}") == 0
+    assert (
+        generate(
+            files, tmp_path / "both", *two, "full=full", *two[2:], f"sla2={tmp_path / 'adapter'}"
+        )
+        == 0
+    )
     assert len(videos(tmp_path / "both" / "sla2")) == 6
     loaded = load_generator(tmp_path / "model", tmp_path / "adapter").pipe
     for transformer in (loaded.transformer, loaded.transformer_2):
@@ -98,12 +140,27 @@ def test_both_transformers_of_wan22_have_their_adapter(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--variant", "a=full", "--variant", "a=full"], "--variant: expected each name once, got 'a' again"),
+        (
+            ["--variant", "a=full", "--variant", "a=full"],
+            "--variant: expected each name once, got 'a' again",
+        ),
         (["--variant", "full"], "--variant: expected NAME=ADAPTER or NAME=full, got 'full'"),
-        (["--variant", "../a=full"], "--variant: expected NAME=ADAPTER or NAME=full, got '../a=full'"),
-        (["--variant", "a=full", "--adapter", "b"], "--adapter: expected none beside --variant, got one"),
-        (["--variant", "a=nowhere"], "adapter: expected a folder with sla2_config.json, got nowhere"),
-        (["--ray-address", "here"], "ray_address: expected 'auto', host:port or ray://host:port, got 'here'"),
+        (
+            ["--variant", "../a=full"],
+            "--variant: expected NAME=ADAPTER or NAME=full, got '../a=full'",
+        ),
+        (
+            ["--variant", "a=full", "--adapter", "b"],
+            "--adapter: expected none beside --variant, got one",
+        ),
+        (
+            ["--variant", "a=nowhere"],
+            "adapter: expected a folder with sla2_config.json, got nowhere",
+        ),
+        (
+            ["--ray-address", "here"],
+            "ray_address: expected 'auto', host:port or ray://host:port, got 'here'",
+        ),
     ],
 )
 def test_refusals(files, tmp_path, capsys, options, message):
@@ -115,13 +172,23 @@ def test_refusals(files, tmp_path, capsys, options, message):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_gpus_share_the_videos_with_ray(files, tmp_path, monkeypatch):
-    """Two pretended GPUs: Ray gives each task one of them, and the videos are those of one process."""
+    """Two pretended GPUs: Ray gives each task one of them, and the videos are those of
+    one process.
+    """
     monkeypatch.setattr(ray_tasks, "local_gpus", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert generate(files, tmp_path / "ray", "--batch-size", "1", "--adapter", str(files / "adapter")) == 0
+    assert (
+        generate(files, tmp_path / "ray", "--batch-size", "1", "--adapter", str(files / "adapter"))
+        == 0
+    )
     monkeypatch.undo()
-    assert generate(files, tmp_path / "one", "--batch-size", "1", "--adapter", str(files / "adapter")) == 0
+    assert (
+        generate(files, tmp_path / "one", "--batch-size", "1", "--adapter", str(files / "adapter"))
+        == 0
+    )
     spread, alone = videos(tmp_path / "ray"), videos(tmp_path / "one")
     assert set(spread) == set(alone)
     assert all(np.abs(spread[name] - alone[name]).max() <= 2 for name in alone)
-    assert (tmp_path / "ray" / "manifest.jsonl").read_text() == (tmp_path / "one" / "manifest.jsonl").read_text()
+    assert (tmp_path / "ray" / "manifest.jsonl").read_text() == (
+        tmp_path / "one" / "manifest.jsonl"
+    ).read_text()

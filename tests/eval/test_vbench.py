@@ -26,7 +26,8 @@ for entry in info:
         assert Path(path).stat().st_size
         rows.append({{"video_path": path, "video_results": 0.5 + len(rows)}})
 out = Path(options["--output_path"]) / (options["--dimension"] + "_eval_results.json")
-out.write_text(json.dumps({{options["--dimension"]: [sum(r["video_results"] for r in rows) / len(rows), rows]}}))
+mean = sum(r["video_results"] for r in rows) / len(rows)
+out.write_text(json.dumps({{options["--dimension"]: [mean, rows]}}))
 """
 
 
@@ -46,7 +47,9 @@ def test_export_run_and_read_back(folder, tmp_path, monkeypatch):
     info = json.loads(export(folder, out, ["temporal_flickering", "imaging_quality"]).read_text())
     assert [entry["prompt_en"] for entry in info] == ["a fox", "pattern 002"]
     assert sorted(os.listdir(out / "videos")) == ["a fox-0.mp4", "a fox-1.mp4", "pattern 002-0.mp4"]
-    assert (out / "videos" / "a fox-0.mp4").read_bytes() == (folder / "pattern 001-0.mp4").read_bytes()
+    assert (out / "videos" / "a fox-0.mp4").read_bytes() == (
+        folder / "pattern 001-0.mp4"
+    ).read_bytes()
 
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin" / "vbench"
@@ -58,7 +61,11 @@ def test_export_run_and_read_back(folder, tmp_path, monkeypatch):
         "temporal_flickering": {
             "mean": 1.5,
             "normalised": pytest.approx((1.5 - 0.6293) / (1 - 0.6293)),
-            "videos": {"pattern 001-0.mp4": 0.5, "pattern 000-0.mp4": 1.5, "pattern 002-0.mp4": 2.5},
+            "videos": {
+                "pattern 001-0.mp4": 0.5,
+                "pattern 000-0.mp4": 1.5,
+                "pattern 002-0.mp4": 2.5,
+            },
         }
     }
     assert read(out) == found
@@ -67,7 +74,9 @@ def test_export_run_and_read_back(folder, tmp_path, monkeypatch):
 
 
 def test_results_are_written_in_vbenchs_form(folder, tmp_path):
-    results = score(folder, None, ["temporal_flickering", "motion_smoothness_linear"], tmp_path / "out")
+    results = score(
+        folder, None, ["temporal_flickering", "motion_smoothness_linear"], tmp_path / "out"
+    )
     written = json.loads((tmp_path / "out" / "vbench_eval_results.json").read_text())
     assert written == as_vbench(results)
     assert list(written) == ["temporal_flickering"]
@@ -82,8 +91,12 @@ def test_results_are_written_in_vbenchs_form(folder, tmp_path):
 def test_what_vbench_cannot_take_is_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="dimensions: expected names among subject_consistency"):
         export(folder, tmp_path / "out", ["sharpness"])
-    (folder / "manifest.jsonl").write_text('{"file_name": "pattern 000-0.mp4", "prompt": "either/or"}\n')
-    with pytest.raises(ValueError, match="expected a prompt that VBench can use as a file name, got 'either/or'"):
+    (folder / "manifest.jsonl").write_text(
+        '{"file_name": "pattern 000-0.mp4", "prompt": "either/or"}\n'
+    )
+    with pytest.raises(
+        ValueError, match="expected a prompt that VBench can use as a file name, got 'either/or'"
+    ):
         export(folder, tmp_path / "out")
     (folder / "manifest.jsonl").write_text('{"file_name": "absent.mp4", "prompt": "x"}\n')
     with pytest.raises(ValueError, match=r"absent\.mp4: expected a video file"):
@@ -103,7 +116,9 @@ def test_an_export_holds_its_own_videos_alone(folder, tmp_path):
     out = tmp_path / "vbench"
     export(folder, out, ["temporal_flickering"])
     (out / "videos" / "mine.txt").touch()
-    (folder / "manifest.jsonl").write_text('{"file_name": "pattern 000-0.mp4", "prompt": "a fox"}\n')
+    (folder / "manifest.jsonl").write_text(
+        '{"file_name": "pattern 000-0.mp4", "prompt": "a fox"}\n'
+    )
     export(folder, out, ["temporal_flickering"])
     assert sorted(os.listdir(out / "videos")) == ["a fox-0.mp4", "mine.txt"]
 
@@ -112,7 +127,8 @@ def test_an_export_never_touches_the_videos_themselves(make_folder, tmp_path):
     folder = make_folder("run/videos", 2, height=32, width=32)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(
-        ValueError, match=r"run: expected a folder for copies, got one whose videos/ holds .*pattern 000"
+        ValueError,
+        match=r"run: expected a folder for copies, got one whose videos/ holds .*pattern 000",
     ):
         export(folder, tmp_path / "run")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

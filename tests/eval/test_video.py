@@ -1,4 +1,6 @@
-"""Decoding: what is written is read back, by PyAV and by torchcodec alike, and broken files are refused in one line."""
+"""Decoding: what is written is read back, by PyAV and by torchcodec alike, and broken files are
+refused in one line.
+"""
 
 import io
 import struct
@@ -22,13 +24,19 @@ def _why_no_torchcodec() -> str | None:
 
 
 REASON = _why_no_torchcodec()
-TORCHCODEC = pytest.param("torchcodec", marks=pytest.mark.skipif(REASON is not None, reason=str(REASON)))
+TORCHCODEC = pytest.param(
+    "torchcodec", marks=pytest.mark.skipif(REASON is not None, reason=str(REASON))
+)
 BOTH = ["pyav", TORCHCODEC]
 
 
 def moving(frames: int, height: int, width: int) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
-    clip = [127 + 80 * np.sin((x + 3 * t) / 7 + c) * np.cos(y / 5) for t in range(frames) for c in range(3)]
+    clip = [
+        127 + 80 * np.sin((x + 3 * t) / 7 + c) * np.cos(y / 5)
+        for t in range(frames)
+        for c in range(3)
+    ]
     return np.uint8(clip).reshape(frames, 3, height, width).transpose(0, 2, 3, 1)
 
 
@@ -46,12 +54,15 @@ def test_what_is_written_is_read_back(tmp_path, decoder):
 
 @pytest.mark.parametrize("decoder", [TORCHCODEC])
 def test_torchcodec_gives_pyavs_frames(make_folder, tmp_path, decoder):
-    for number, (frames, height, width) in enumerate([(5, 48, 64), (3, 50, 70), (17, 480, 720), (1, 16, 16)]):
+    for number, (frames, height, width) in enumerate(
+        [(5, 48, 64), (3, 50, 70), (17, 480, 720), (1, 16, 16)]
+    ):
         path = tmp_path / f"{number}.mp4"
         write_video(path, moving(frames, height, width), 8)
         mine, theirs = read_video(path, decoder), read_video(path)
         assert mine.fps == theirs.fps
-        # The same FFmpeg gives the same bytes; another version's conversion from YUV may round otherwise.
+        # The same FFmpeg gives the same bytes; another version's conversion from YUV may round
+        # otherwise.
         assert np.abs(mine.frames.astype(int) - theirs.frames).max() <= 1
     videos, reference = make_folder("a", 2, noise=9.0), make_folder("b", 2)
     names = ["psnr", "temporal_flickering"]
@@ -59,13 +70,17 @@ def test_torchcodec_gives_pyavs_frames(make_folder, tmp_path, decoder):
     pyav = score(videos, reference, names, tmp_path / "out")
     for name in names:
         assert torchcodec["metrics"][name]["settings"]["decoder"] == decoder
-        assert torchcodec["metrics"][name]["mean"] == pytest.approx(pyav["metrics"][name]["mean"], rel=1e-3)
+        assert torchcodec["metrics"][name]["mean"] == pytest.approx(
+            pyav["metrics"][name]["mean"], rel=1e-3
+        )
 
 
 def _audio(path) -> None:
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), dtype=np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 8000), dtype=np.float32), format="fltp", layout="mono"
+        )
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -80,7 +95,9 @@ def _audio_with_cover(path) -> None:
     _audio(path)
     picture = io.BytesIO()
     Image.new("RGB", (64, 64), "teal").save(picture, "JPEG")
-    covers = box(b"ilst", box(b"covr", box(b"data", struct.pack(">II", 13, 0) + picture.getvalue())))
+    covers = box(
+        b"ilst", box(b"covr", box(b"data", struct.pack(">II", 13, 0) + picture.getvalue()))
+    )
     handler = box(b"hdlr", struct.pack(">II4sIIIB", 0, 0, b"mdir", 0, 0, 0, 0))
     about = box(b"udta", box(b"meta", struct.pack(">I", 0) + handler + covers))
     data = path.read_bytes()  # which ends with its "moov" box
@@ -99,7 +116,9 @@ def _no_frames(path) -> None:
 
 
 def _between_frames(path) -> None:
-    """Cut where a frame ends, its index in front: nothing is damaged, there is only less than the header says."""
+    """Cut where a frame ends, its index in front: nothing is damaged, there is only less than the
+    header says.
+    """
     with (
         av.open(str(path)) as source,
         av.open(f"{path}.2", "w", format="mp4", options={"movflags": "faststart"}) as sink,
@@ -139,7 +158,9 @@ def test_broken_files_are_refused_in_one_line(tmp_path, decoder, how):
     assert str(caught.value).startswith(f"{path}: expected ")
     assert "\n" not in str(caught.value)
     if how == "between frames" and decoder == "pyav":
-        assert str(caught.value).endswith("expected 9 frames as its header says, got 5 (truncated file)")
+        assert str(caught.value).endswith(
+            "expected 9 frames as its header says, got 5 (truncated file)"
+        )
 
 
 def test_pictures_and_playlists_are_no_videos(tmp_path):
@@ -147,23 +168,31 @@ def test_pictures_and_playlists_are_no_videos(tmp_path):
     Image.fromarray(moving(1, 32, 48)[0]).save(tmp_path / "picture.mp4", "PNG")
     (tmp_path / "playlist.mp4").write_text("ffconcat version 1.0\nfile 'other.mp4'\n")
     for name in ("picture.mp4", "playlist.mp4"):
-        with pytest.raises(VideoError, match=f"{name}: expected a readable video, got another kind of file"):
+        with pytest.raises(
+            VideoError, match=f"{name}: expected a readable video, got another kind of file"
+        ):
             read_video(tmp_path / name)
 
 
 def test_the_cover_of_music_is_no_video(tmp_path):
     _audio_with_cover(tmp_path / "music.mp4")
-    with pytest.raises(VideoError, match=r"music\.mp4: expected a video stream, got 1 audio stream"):
+    with pytest.raises(
+        VideoError, match=r"music\.mp4: expected a video stream, got 1 audio stream"
+    ):
         read_video(tmp_path / "music.mp4")
 
 
 def test_what_an_edit_list_cuts_off_is_not_missing(tmp_path):
-    """As `ffmpeg -ss ... -c copy` leaves it: the file still holds, and its header counts, frames that no player shows."""
+    """As `ffmpeg -ss ... -c copy` leaves it: the file still holds, and its header counts, frames
+    that no player shows.
+    """
     path = tmp_path / "a.mp4"
     write_video(path, moving(9, 32, 48), 8)
     whole = read_video(path).frames
     data = bytearray(path.read_bytes())
-    at = data.index(b"elst") + 12  # version and flags, one entry; then its duration, and where it begins in the media
+    at = (
+        data.index(b"elst") + 12
+    )  # version and flags, one entry; then its duration, and where it begins in the media
     duration, begin = struct.unpack_from(">II", data, at)
     with av.open(str(path)) as container:
         frame = round(1 / 8 / container.streams.video[0].time_base)
@@ -185,16 +214,22 @@ def test_frame_rates_are_not_rounded(tmp_path, fps):
     assert read_video(tmp_path / "a.mp4").fps == pytest.approx(fps, rel=1e-6)
 
 
-def test_a_decoder_that_does_not_work_is_refused_before_anything_is_done(make_folder, tmp_path, monkeypatch):
+def test_a_decoder_that_does_not_work_is_refused_before_anything_is_done(
+    make_folder, tmp_path, monkeypatch
+):
     videos = make_folder("a", 1)
     arguments = {"videos": videos, "metrics": ["temporal_flickering"], "out": tmp_path / "out"}
     with pytest.raises(ValueError, match="decoder: expected pyav or torchcodec, got 'opencv'"):
         score(**arguments, decoder="opencv")
     monkeypatch.setitem(sys.modules, "torchcodec", None)
-    with pytest.raises(ValueError, match=r"decoder: expected the Python package torchcodec, got none"):
+    with pytest.raises(
+        ValueError, match=r"decoder: expected the Python package torchcodec, got none"
+    ):
         score(**arguments, decoder="torchcodec")
     monkeypatch.setitem(sys.modules, "torchcodec", types.SimpleNamespace(ffmpeg_major_version=None))
-    with pytest.raises(ValueError, match="decoder: expected an FFmpeg whose libraries torchcodec finds, got none"):
+    with pytest.raises(
+        ValueError, match="decoder: expected an FFmpeg whose libraries torchcodec finds, got none"
+    ):
         score(**arguments, decoder="torchcodec")
     assert not (tmp_path / "out").exists()
 

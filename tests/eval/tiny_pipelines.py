@@ -1,4 +1,6 @@
-"""Tiny random diffusers pipelines with their VAE, text encoders and tokenizers, as from_pretrained finds them."""
+"""Tiny random diffusers pipelines with their VAE, text encoders and tokenizers, as from_pretrained
+finds them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,11 @@ def tokenizer(length: int = 7):
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="</s>", model_max_length=length
+        tokenizer_object=words,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="</s>",
+        model_max_length=length,
     )
 
 
@@ -25,27 +31,45 @@ def t5(kind: str = "T5"):
     import transformers
 
     settings = dict(vocab_size=16, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    return getattr(transformers, f"{kind}EncoderModel")(getattr(transformers, f"{kind}Config")(**settings)).eval()
+    return getattr(transformers, f"{kind}EncoderModel")(
+        getattr(transformers, f"{kind}Config")(**settings)
+    ).eval()
 
 
 def wan(two: bool = False):
-    """A WanPipeline: videos of 5 x 32 x 48 become latents of 2 x 4 x 6, 2 x 2 x 3 tokens; with two transformers, as Wan2.2's."""
+    """A WanPipeline: videos of 5 x 32 x 48 become latents of 2 x 4 x 6, 2 x 2 x 3 tokens; with two
+    transformers, as Wan2.2's.
+    """
     import diffusers
 
     torch.manual_seed(0)
 
     def transformer():
         return diffusers.WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=8,
-            freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
-        )  # fmt: skip
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=16,
+            out_channels=16,
+            text_dim=8,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+            cross_attn_norm=True,
+            rope_max_seq_len=32,
+        )
 
     return diffusers.WanPipeline(
-        tokenizer=tokenizer(), text_encoder=t5("UMT5"),
-        vae=diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
-        transformer=transformer(), transformer_2=transformer() if two else None, boundary_ratio=0.9 if two else None,
+        tokenizer=tokenizer(),
+        text_encoder=t5("UMT5"),
+        vae=diffusers.AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1
+        ),
+        transformer=transformer(),
+        transformer_2=transformer() if two else None,
+        boundary_ratio=0.9 if two else None,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )  # fmt: skip
+    )
 
 
 def clip():
@@ -53,7 +77,9 @@ def clip():
     from transformers import CLIPTextConfig, CLIPTextModel
 
     settings = dict(hidden_size=6, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    return CLIPTextModel(CLIPTextConfig(**settings, vocab_size=16, max_position_embeddings=77, eos_token_id=2)).eval()
+    return CLIPTextModel(
+        CLIPTextConfig(**settings, vocab_size=16, max_position_embeddings=77, eos_token_id=2)
+    ).eval()
 
 
 def hunyuan_video():
@@ -62,46 +88,93 @@ def hunyuan_video():
     from transformers import LlamaConfig, LlamaModel
 
     torch.manual_seed(0)
-    llama = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2)
+    llama = dict(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+    )
     return diffusers.HunyuanVideoPipeline(
-        text_encoder=LlamaModel(LlamaConfig(**llama, max_position_embeddings=512)).eval(), tokenizer=tokenizer(400),
-        text_encoder_2=clip(), tokenizer_2=tokenizer(77), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder=LlamaModel(LlamaConfig(**llama, max_position_embeddings=512)).eval(),
+        tokenizer=tokenizer(400),
+        text_encoder_2=clip(),
+        tokenizer_2=tokenizer(77),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
         vae=diffusers.AutoencoderKLHunyuanVideo(
-            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
         ),
         transformer=diffusers.HunyuanVideoTransformer3DModel(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1, num_single_layers=1,
-            num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True, text_embed_dim=8,
-            pooled_projection_dim=6, rope_axes_dim=(4, 4, 4),
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            patch_size=2,
+            patch_size_t=1,
+            guidance_embeds=True,
+            text_embed_dim=8,
+            pooled_projection_dim=6,
+            rope_axes_dim=(4, 4, 4),
         ),
-    )  # fmt: skip
+    )
 
 
 def hunyuan_video15():
-    """Latents of 4 channels, a quarter of the frames, a sixteenth of the size. The chat template of the first text
+    """Latents of 4 channels, a quarter of the frames, a sixteenth of the size. The chat template of
+    the first text
     encoder belongs to the published tokenizer; a stand-in takes its place."""
     import diffusers
 
     torch.manual_seed(0)
     pipe = diffusers.HunyuanVideo15Pipeline(
-        text_encoder=t5(), tokenizer=tokenizer(), text_encoder_2=t5(), tokenizer_2=tokenizer(9),
+        text_encoder=t5(),
+        tokenizer=tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=tokenizer(9),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
         guider=diffusers.guiders.ClassifierFreeGuidance(guidance_scale=1.0),
         vae=diffusers.AutoencoderKLHunyuanVideo15(
-            in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1,
-            downsample_match_channel=False, upsample_match_channel=False,
+            in_channels=3,
+            out_channels=3,
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8, 8),
+            layers_per_block=1,
+            downsample_match_channel=False,
+            upsample_match_channel=False,
         ),
         transformer=diffusers.HunyuanVideo15Transformer3DModel(
-            in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, num_refiner_layers=1,
-            patch_size=1, patch_size_t=1, text_embed_dim=8, text_embed_2_dim=8, image_embed_dim=5, rope_axes_dim=(4, 4, 4),
+            in_channels=9,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_layers=2,
+            num_refiner_layers=1,
+            patch_size=1,
+            patch_size_t=1,
+            text_embed_dim=8,
+            text_embed_2_dim=8,
+            image_embed_dim=5,
+            rope_axes_dim=(4, 4, 4),
         ),
-    )  # fmt: skip
+    )
 
     def embed(text_encoder, tokenizer, prompt: list[str], **_):
-        found = tokenizer([f"a {text}" for text in prompt], padding="max_length", return_tensors="pt")  # never empty
+        found = tokenizer(
+            [f"a {text}" for text in prompt], padding="max_length", return_tensors="pt"
+        )  # never empty
         return text_encoder(found.input_ids)[0], found.attention_mask
 
-    pipe._get_mllm_prompt_embeds, pipe.vision_num_semantic_tokens, pipe.tokenizer_2_max_length = embed, 3, 4
+    pipe._get_mllm_prompt_embeds, pipe.vision_num_semantic_tokens, pipe.tokenizer_2_max_length = (
+        embed,
+        3,
+        4,
+    )
     return pipe
 
 
@@ -111,18 +184,35 @@ def cogvideox(**changes):
 
     torch.manual_seed(0)
     settings = dict(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=2, text_embed_dim=8,
-        num_layers=2, sample_width=6, sample_height=4, sample_frames=5, patch_size=2, temporal_compression_ratio=4,
-        max_text_seq_length=226, use_rotary_positional_embeddings=True,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=8,
+        num_layers=2,
+        sample_width=6,
+        sample_height=4,
+        sample_frames=5,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=226,
+        use_rotary_positional_embeddings=True,
+    )
     return diffusers.CogVideoXPipeline(
-        tokenizer=tokenizer(226), text_encoder=t5(), scheduler=diffusers.CogVideoXDDIMScheduler(),
+        tokenizer=tokenizer(226),
+        text_encoder=t5(),
+        scheduler=diffusers.CogVideoXDDIMScheduler(),
         vae=diffusers.AutoencoderKLCogVideoX(
-            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
-            down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
         ),
         transformer=diffusers.CogVideoXTransformer3DModel(**settings | changes),
-    )  # fmt: skip
+    )
 
 
 def flux():
@@ -131,15 +221,32 @@ def flux():
 
     torch.manual_seed(0)
     return diffusers.FluxPipeline(
-        text_encoder=clip(), tokenizer=tokenizer(77), text_encoder_2=t5(), tokenizer_2=tokenizer(512),
+        text_encoder=clip(),
+        tokenizer=tokenizer(77),
+        text_encoder_2=t5(),
+        tokenizer_2=tokenizer(512),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=diffusers.AutoencoderKL(
-            latent_channels=2, block_out_channels=(8, 8), norm_num_groups=4, shift_factor=0.1, scaling_factor=0.4,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            use_quant_conv=False, use_post_quant_conv=False,
+            latent_channels=2,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            shift_factor=0.1,
+            scaling_factor=0.4,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
         ),
         transformer=diffusers.FluxTransformer2DModel(
-            patch_size=1, in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=12, num_attention_heads=2,
-            joint_attention_dim=8, pooled_projection_dim=6, guidance_embeds=True, axes_dims_rope=(4, 4, 4),
+            patch_size=1,
+            in_channels=8,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=12,
+            num_attention_heads=2,
+            joint_attention_dim=8,
+            pooled_projection_dim=6,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 4, 4),
         ),
-    )  # fmt: skip
+    )

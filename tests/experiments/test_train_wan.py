@@ -1,4 +1,6 @@
-"""experiments/train_wan.py on a tiny random Wan: all parts run, and its settings files are valid."""
+"""experiments/train_wan.py on a tiny random Wan: all parts run, and its settings files
+are valid.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ _SPEC.loader.exec_module(train_wan)
 def test_settings_are_valid_and_the_papers(name, batch):
     settings = train_wan.read_settings(ROOT / name / "train.yaml")
     attention, stage2 = settings.attention, settings.stage2
-    assert (attention.block_q, attention.block_k, attention.tau, attention.topk) == (128, 64, 0.1, 0.03)
+    assert (attention.block_q, attention.block_k, attention.tau, attention.topk) == (
+        128,
+        64,
+        0.1,
+        0.03,
+    )
     assert (stage2.steps, stage2.batch_size) == (500, batch)
     assert stage2.batch_size % stage2.accumulate == 0
     assert settings.stage1.topk == [0.05, 0.04, 0.03]
@@ -32,26 +39,47 @@ def test_every_part_runs_on_a_tiny_wan(tmp_path, capsys, monkeypatch):
 
     torch.manual_seed(0)
     settings = dict(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
-        freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
-    )  # fmt: skip
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
     model = WanTransformer3DModel(**settings)
     model.save_pretrained(tmp_path / "model" / "transformer")
     encode_samples(
-        ["a", "b"], lambda i: {"latents": torch.randn(4, 3, 6, 10), "encoder_hidden_states": torch.randn(5, 8)},
+        ["a", "b"],
+        lambda i: {"latents": torch.randn(4, 3, 6, 10), "encoder_hidden_states": torch.randn(5, 8)},
         tmp_path / "out" / "data",
         settings={"model": str(tmp_path / "model"), "num_frames": 9, "height": 48, "width": 80},
-    )  # fmt: skip
+    )
     config = {
         "model": str(tmp_path / "model"),
         "video": {"num_frames": 9, "height": 48, "width": 80},
         "attention": {
-            "head_dim": 12, "num_heads": 2, "topk": 0.3, "block_q": 8, "block_k": 5, "alpha_knots": 3, "precision": "int8",
+            "head_dim": 12,
+            "num_heads": 2,
+            "topk": 0.3,
+            "block_q": 8,
+            "block_k": 5,
+            "alpha_knots": 3,
+            "precision": "int8",
         },
         "capture": {"samples": 2, "layers_per_sample": 2, "heads": 1, "dtype": "bfloat16"},
         "stage1": {"topk": [0.3, 0.5], "steps": 2},
-        "stage2": {"steps": 2, "batch_size": 4, "accumulate": 2, "loss": "distill", "gradient_checkpointing": True},
-    }  # fmt: skip
+        "stage2": {
+            "steps": 2,
+            "batch_size": 4,
+            "accumulate": 2,
+            "loss": "distill",
+            "gradient_checkpointing": True,
+        },
+    }
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
     arguments = ["--config", str(tmp_path / "train.yaml"), "--out", str(tmp_path / "out")]
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -72,7 +100,9 @@ def test_every_part_runs_on_a_tiny_wan(tmp_path, capsys, monkeypatch):
         ("stage1", {"steps": 3}, "stage1/stage1.json: expected steps=3 as given, got 2"),
         ("stage2", {"steps": 3}, "stage2/stage2.json: expected steps=3 as given, got 2"),
     ):
-        (tmp_path / "train.yaml").write_text(yaml.safe_dump(config | {section: config[section] | changes}))
+        (tmp_path / "train.yaml").write_text(
+            yaml.safe_dump(config | {section: config[section] | changes})
+        )
         assert train_wan.main(arguments) == 1
         assert message in capsys.readouterr().err
 
@@ -81,7 +111,11 @@ def test_every_part_runs_on_a_tiny_wan(tmp_path, capsys, monkeypatch):
     ("old", "new", "message"),
     [
         ("1.0e-5", "1e-5", "stage2: learning_rate: expected a number >= 0, got '1e-5'"),
-        ("tau", "taus", "attention: SLA2Config.__init__() got an unexpected keyword argument 'taus'"),
+        (
+            "tau",
+            "taus",
+            "attention: SLA2Config.__init__() got an unexpected keyword argument 'taus'",
+        ),
         ("samples: 64, ", "", "capture: "),
         ("samples: 64", "samples: 0", "capture: samples: expected an integer >= 1, got 0"),
         ("video:", "videos:", "expected the sections model, video, attention"),
@@ -93,7 +127,12 @@ def test_settings_are_checked_before_anything_is_done(tmp_path, capsys, old, new
     text = (ROOT / "wan2.1_1.3b" / "train.yaml").read_text()
     (tmp_path / "train.yaml").write_text(text.replace(old, new))
     out = tmp_path / "out"
-    assert train_wan.main(["--config", str(tmp_path / "train.yaml"), "--videos", "v", "--out", str(out)]) == 1
+    assert (
+        train_wan.main(
+            ["--config", str(tmp_path / "train.yaml"), "--videos", "v", "--out", str(out)]
+        )
+        == 1
+    )
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / 'train.yaml'}: ")
     assert message in error

@@ -1,7 +1,8 @@
-"""Kernel tests keep what they build in the checkout's .cache folder, unless SLA2_CACHE says otherwise.
+"""Kernel tests keep what they build in the checkout's .cache folder, unless SLA2_CACHE says
+otherwise.
 
-With SLA2_TEST_TARGET=cuda (and CUDA_LAUNCH_BLOCKING=1; `make gpu-check` sets both) test_kernels_*.py run on the GPU and are
-marked gpu; otherwise they run on the emulator.
+With SLA2_TEST_TARGET=cuda (and CUDA_LAUNCH_BLOCKING=1; `make gpu-check` sets both)
+test_kernels_*.py run on the GPU and are marked gpu; otherwise they run on the emulator.
 """
 
 import os

@@ -1,4 +1,6 @@
-"""Small attention problems for the kernel tests: inputs, launches over poisoned memory, and the oracle."""
+"""Small attention problems for the kernel tests: inputs, launches over poisoned memory, and the
+oracle.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ DTYPES = {
 
 
 def on_gpu() -> bool:
-    """Whether the kernels run on the GPU: on pinned host memory, which both sides read, each launch waited for."""
+    """Whether the kernels run on the GPU: on pinned host memory, which both sides read, each launch
+    waited for.
+    """
     return os.environ.get("SLA2_TEST_TARGET") == "cuda"
 
 
@@ -84,8 +88,21 @@ class Case(NamedTuple):
         return Map(pointer(indices), pointer(self.block_map.counts), indices.shape[3])
 
 
-def make(n_q, n_k, *, d=64, dtype="bfloat16", blocks=(32, 16), lengths=None, density=0.5, heads=2, precision="full"):
-    """A case with a random map, at least one row of which selects nothing and one everything if density is 0.5."""
+def make(
+    n_q,
+    n_k,
+    *,
+    d=64,
+    dtype="bfloat16",
+    blocks=(32, 16),
+    lengths=None,
+    density=0.5,
+    heads=2,
+    precision="full",
+):
+    """A case with a random map, at least one row of which selects nothing and one everything if
+    density is 0.5.
+    """
     torch.manual_seed(n_q * 1000 + n_k)
     batch = 1 if lengths is None else len(lengths)
     q, grad = (torch.randn(batch, heads, n_q, d).to(DTYPES[dtype]) for _ in range(2))
@@ -97,9 +114,17 @@ def make(n_q, n_k, *, d=64, dtype="bfloat16", blocks=(32, 16), lengths=None, den
     block_map = BlockMap.from_mask(mask, block_q=blocks[0], block_k=blocks[1], n_q=n_q, n_k=n_k)
     lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
     problem = Problem(
-        batch=batch, heads=heads, n_q=n_q, n_k=n_k, head_dim=d, dtype=dtype, block_q=blocks[0], block_k=blocks[1],
-        precision=precision, kv_lengths=pointer(lengths),
-    )  # fmt: skip
+        batch=batch,
+        heads=heads,
+        n_q=n_q,
+        n_k=n_k,
+        head_dim=d,
+        dtype=dtype,
+        block_q=blocks[0],
+        block_k=blocks[1],
+        precision=precision,
+        kv_lengths=pointer(lengths),
+    )
     return Case(q, k, v, grad, block_map, torch.rand(1, heads, t_m), lengths, problem)
 
 
@@ -107,12 +132,17 @@ def run(case: Case, *, smooth_k=True, linear=True, gradients=False, qat_backward
     """O, L and, with `gradients`, (dQ, dK, dV, d alpha) from the kernels."""
     alpha = Alpha.of(pointer(case.alpha), tuple(case.alpha.shape)) if linear else None
     inputs = [strided(x) for x in (case.q, case.k, case.v)]
-    saved = operator.forward(DEVICE, case.problem, *inputs, case.map, alpha, smooth_k=smooth_k, save=gradients)
+    saved = operator.forward(
+        DEVICE, case.problem, *inputs, case.map, alpha, smooth_k=smooth_k, save=gradients
+    )
     out, lse = saved.out.owner.view(case.q.shape), saved.lse.owner
     if not gradients:
         return out, lse
     made = backward(DEVICE, case.problem, saved, strided(case.grad), qat_backward=qat_backward)
-    grads = [p.owner.view(x.shape) for p, x in zip((made.d_q, made.d_k, made.d_v), (case.q, case.k, case.v))]
+    grads = [
+        p.owner.view(x.shape)
+        for p, x in zip((made.d_q, made.d_k, made.d_v), (case.q, case.k, case.v))
+    ]
     if linear:
         grads.append(made.d_alpha.owner.sum(0, keepdim=True))
     return out, lse, grads
@@ -124,7 +154,9 @@ def oracle(case: Case, *, smooth_k=True, linear=True, gradients=False, precision
 
 
 def same_dtype(case: Case, *, smooth_k=True, linear=True, gradients=False, precision="full"):
-    """The reference's formulas in the inputs' own 16-bit dtype, dense torch: what sets the tolerance."""
+    """The reference's formulas in the inputs' own 16-bit dtype, dense torch: what sets the
+    tolerance.
+    """
     return _differentiate(case, case.q.dtype, smooth_k, linear, gradients, precision)
 
 
@@ -132,7 +164,12 @@ def _differentiate(case, dtype, smooth_k, linear, gradients, precision):
     leaves = [x.to(dtype).requires_grad_(gradients) for x in (case.q, case.k, case.v, case.alpha)]
     if dtype == torch.float64 and linear:
         out = sla2_reference(
-            *leaves[:3], case.block_map, leaves[3], kv_lengths=case.lengths, smooth_k=smooth_k, precision=precision
+            *leaves[:3],
+            case.block_map,
+            leaves[3],
+            kv_lengths=case.lengths,
+            smooth_k=smooth_k,
+            precision=precision,
         )
     else:
         out = _dense(case, *leaves, smooth_k, linear, precision)
@@ -163,13 +200,19 @@ def _dense(case, q, k, v, alpha, smooth_k, linear, precision):
 
 
 def low_bit_oracle(case: Case, qat_backward: str = "paper"):
-    """O and [dQ, dK, dV, d alpha] of the plain low-bit definition in fp32, from the smoothed K in 16 bit as the kernels keep it."""
+    """O and [dQ, dK, dV, d alpha] of the plain low-bit definition in fp32, from the smoothed K in
+    16 bit as the kernels keep it.
+    """
     lengths = None if case.lengths is None else case.lengths.long()
-    leaves = [x.detach().float().clone().requires_grad_() for x in (case.q, case.k, case.v, case.alpha)]
+    leaves = [
+        x.detach().float().clone().requires_grad_() for x in (case.q, case.k, case.v, case.alpha)
+    ]
     q, k, v, alpha = leaves
     smooth = smooth_keys(k, lengths)
     keys = smooth + (smooth_keys(case.k, lengths).float() - smooth).detach()
-    o_s, _ = streamed.sparse_branch(q, keys, v, case.block_map, lengths, case.problem.precision, qat_backward)
+    o_s, _ = streamed.sparse_branch(
+        q, keys, v, case.block_map, lengths, case.problem.precision, qat_backward
+    )
     valid = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool)
     if lengths is not None:
         valid = (torch.arange(k.shape[2]) < lengths[:, None])[:, None, None]
@@ -185,9 +228,13 @@ def low_bit_oracle(case: Case, qat_backward: str = "paper"):
 
 
 def assert_as_good(found, exact, plain, factor: float, name: str = "out") -> None:
-    """Largest error <= factor times that of the same-dtype dense computation, and RMS error <= factor times its own."""
+    """Largest error <= factor times that of the same-dtype dense computation, and RMS error <=
+    factor times its own.
+    """
     error, allowed = found.double() - exact, plain.double() - exact
     assert torch.isfinite(found).all(), f"{name}: not finite"
     floor = 1e-3 * exact.abs().max()
     assert error.abs().max() <= factor * allowed.abs().max() + floor, name
-    assert error.square().mean().sqrt() <= factor * allowed.square().mean().sqrt() + 0.2 * floor, name
+    assert error.square().mean().sqrt() <= factor * allowed.square().mean().sqrt() + 0.2 * floor, (
+        name
+    )

@@ -1,7 +1,8 @@
-"""Runs one family of kernels, or one planted fault, for test_sanitizers.py: `python sanitized.py CASE`.
+"""Runs one family of kernels, or one planted fault, for test_sanitizers.py: `python sanitized.py
+CASE`.
 
-In a process of its own and without torch, whose start and memory the sanitizers slow down. Shapes are the smallest that
-have several warps, a short last block on both axes and padding keys.
+In a process of its own and without torch, whose start and memory the sanitizers slow down. Shapes
+are the smallest that have several warps, a short last block on both axes and padding keys.
 """
 
 import sys
@@ -10,12 +11,26 @@ from pathlib import Path
 import numpy as np
 from sla2_kernels.emulator.emulate import EmulatorError, poisoned
 from sla2_kernels.launch import Pointer, launch, load
-from sla2_kernels.operator import Forward, Linear, Prologue, linear_states, prologue, route, sparse_forward
+from sla2_kernels.operator import (
+    Forward,
+    Linear,
+    Prologue,
+    linear_states,
+    prologue,
+    route,
+    sparse_forward,
+)
 from sla2_kernels.operator_backward import backward, transpose_map
 from sla2_kernels.problem import NULL, Alpha, Device, Map, Problem, Strided
 from sla2_kernels.specs import KernelSpec
 
-TYPES = {"float32": np.float32, "int32": np.int32, "uint32": np.uint32, "uint8": np.uint8, "bfloat16": np.uint16}
+TYPES = {
+    "float32": np.float32,
+    "int32": np.int32,
+    "uint32": np.uint32,
+    "uint8": np.uint8,
+    "bfloat16": np.uint16,
+}
 DRAW = np.random.default_rng(0)
 N, LENGTH, WIDTH, BLOCK_Q, BLOCK_K = 70, 66, 64, 64, 32
 T_M, T_N = 2, 3
@@ -48,9 +63,16 @@ def octets(*shape):
 def problem(precision="full", head_dim=WIDTH):
     lengths = Pointer.of(np.array([LENGTH], np.int32))
     return Problem(
-        batch=1, heads=1, n_q=N, n_k=N, head_dim=head_dim, block_q=BLOCK_Q, block_k=BLOCK_K, precision=precision,
+        batch=1,
+        heads=1,
+        n_q=N,
+        n_k=N,
+        head_dim=head_dim,
+        block_q=BLOCK_Q,
+        block_k=BLOCK_K,
+        precision=precision,
         kv_lengths=lengths,
-    )  # fmt: skip
+    )
 
 
 def block_map():
@@ -74,12 +96,23 @@ ALPHA = Alpha(floats(1, 1, T_M), (0, 0, 1))
 def run_prologue():
     inputs = (Strided.of(halves(1, 1, N, 48), 1, N, 48) for _ in range(3))
     made = prologue(DEVICE, problem("int8", 48), *inputs, pool=True)
-    written(made.k, made.phi_q, made.phi_k, made.pooled_q, made.pooled_k, made.q_scale, made.k_scale, made.v_scale)
+    written(
+        made.k,
+        made.phi_q,
+        made.phi_k,
+        made.pooled_q,
+        made.pooled_k,
+        made.q_scale,
+        made.k_scale,
+        made.v_scale,
+    )
 
 
 def run_route():
     weight = floats(1, WIDTH, WIDTH)
-    found, scores = route(DEVICE, problem(), floats(1, T_M, WIDTH), floats(1, T_N, WIDTH), weight, weight, 1, 0.5)
+    found, scores = route(
+        DEVICE, problem(), floats(1, T_M, WIDTH), floats(1, T_N, WIDTH), weight, weight, 1, 0.5
+    )
     written(scores)
     assert found.counts.owner.tolist() == [[[2, 2]]]
     bits = Pointer.of(np.array([[[5], [2]]], np.uint32))
@@ -108,9 +141,17 @@ def run_forward():
 
 def run_low_bit():
     made = Prologue(
-        q=NULL, k=NULL, v=NULL, phi_q=halves(1, N, WIDTH), q_bytes=octets(1, N, WIDTH), k_bytes=octets(1, N, WIDTH),
-        v_bytes=octets(1, T_N, WIDTH, BLOCK_K), q_scale=floats(1, T_M), k_scale=floats(1, T_N), v_scale=floats(1, WIDTH),
-    )  # fmt: skip
+        q=NULL,
+        k=NULL,
+        v=NULL,
+        phi_q=halves(1, N, WIDTH),
+        q_bytes=octets(1, N, WIDTH),
+        k_bytes=octets(1, N, WIDTH),
+        v_bytes=octets(1, T_N, WIDTH, BLOCK_K),
+        q_scale=floats(1, T_M),
+        k_scale=floats(1, T_N),
+        v_scale=floats(1, WIDTH),
+    )
     written(*sparse_forward(DEVICE, problem("int8"), made, block_map(), states(), ALPHA, True))
 
 
@@ -118,19 +159,31 @@ def run_backward(precision="full", **low_bit):
     q, k, v, out, out_sparse, grad = (rows() for _ in range(6))
     phi_q, phi_k = (halves(1, N, WIDTH) for _ in range(2))
     saved = Forward(
-        out=out, lse=Pointer.of(np.full((1, 1, N), 40.0, np.float32)), block_map=block_map(), alpha=ALPHA, linear=states(),
-        prologue=Prologue(q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, **low_bit), out_sparse=out_sparse, smooth_k=True,
-    )  # fmt: skip
-    found = backward(DEVICE, problem(precision), saved, grad, qat_backward="matched" if low_bit else "paper")
+        out=out,
+        lse=Pointer.of(np.full((1, 1, N), 40.0, np.float32)),
+        block_map=block_map(),
+        alpha=ALPHA,
+        linear=states(),
+        prologue=Prologue(q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, **low_bit),
+        out_sparse=out_sparse,
+        smooth_k=True,
+    )
+    found = backward(
+        DEVICE, problem(precision), saved, grad, qat_backward="matched" if low_bit else "paper"
+    )
     written(found.d_q, found.d_k, found.d_v, found.d_alpha)
 
 
 def run_matched():
     small = Pointer.of(np.full((1, T_M), 1e-4, np.float32))
     run_backward(
-        "int8", q_bytes=octets(1, N, WIDTH), k_bytes=octets(1, N, WIDTH), q_scale=small, k_scale=floats(1, T_N),
+        "int8",
+        q_bytes=octets(1, N, WIDTH),
+        k_bytes=octets(1, N, WIDTH),
+        q_scale=small,
+        k_scale=floats(1, T_N),
         v_scale=floats(1, WIDTH),
-    )  # fmt: skip
+    )
 
 
 KERNELS = {

@@ -1,4 +1,6 @@
-"""NVRTC without a GPU: the gate over every kernel and architecture, the cache's key, and what may go wrong with a cache."""
+"""NVRTC without a GPU: the gate over every kernel and architecture, the cache's key, and what may
+go wrong with a cache.
+"""
 
 import json
 import os
@@ -44,20 +46,29 @@ def test_every_kernel_compiles_within_its_limits(arch):
     sources = {spec.path.name for spec in specs}
     assert sources == {path.name for path in CSRC.glob("*.cu")}
     with ThreadPoolExecutor(2) as pool:
-        problems = [line for spec, built in zip(specs, pool.map(compile_kernel, specs)) for line in gate(spec, built)]
+        problems = [
+            line
+            for spec, built in zip(specs, pool.map(compile_kernel, specs))
+            for line in gate(spec, built)
+        ]
     assert problems == [], "\n".join(problems)
 
 
 def test_every_entry_of_the_sources_has_a_spec():
     from sla2_kernels.sources import entries_of
 
-    written = {name for path in CSRC.glob("*.cu") for name in entries_of({path.name: path.read_text()})}
+    written = {
+        name for path in CSRC.glob("*.cu") for name in entries_of({path.name: path.read_text()})
+    }
     assert written == {spec.entry for spec in all_specs("sm_90a")}
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"max_registers": 1}, "registers, expected at most 1"), ({"shared_bytes": 200_000}, "bytes of shared memory")],
+    [
+        ({"max_registers": 1}, "registers, expected at most 1"),
+        ({"shared_bytes": 200_000}, "bytes of shared memory"),
+    ],
 )
 def test_the_gate_sees_what_is_too_much(spec, change, words):
     tight = KernelSpec(source=spec.source, entry="scale", arch="sm_86", threads=64, **change)
@@ -67,9 +78,10 @@ def test_the_gate_sees_what_is_too_much(spec, change, words):
 
 def test_the_gate_sees_spills(spec):
     log = (
-        "ptxas info    : 0 bytes gmem\nptxas info    : Compiling entry function 'scale' for 'sm_80'\n"
-        "ptxas info    : Function properties for scale\n    48 bytes stack frame, 44 bytes spill stores, 40 bytes spill loads\n"
-        "ptxas info    : Used 32 registers, used 1 barriers, 48 bytes cumulative stack size, 256 bytes smem\n"
+        "ptxas info    : 0 bytes gmem\nptxas info    : Compiling entry function 'scale' for"
+        " 'sm_80'\nptxas info    : Function properties for scale\n    48 bytes stack frame, 44"
+        " bytes spill stores, 40 bytes spill loads\nptxas info    : Used 32 registers, used 1"
+        " barriers, 48 bytes cumulative stack size, 256 bytes smem\n"
     )
     resources = parse_log(log)["scale"]
     assert (resources.registers, resources.spill_stores, resources.spill_loads) == (32, 44, 40)
@@ -101,7 +113,13 @@ def test_an_edited_header_changes_the_key_and_the_cubin(spec):
 def test_macros_architecture_and_nvrtc_are_in_the_key(spec, monkeypatch):
     keys = {kernel_key(spec)}
     for change in ({"arch": "sm_90a"}, {"macros": (("FACTOR", 4),)}):
-        keys.add(kernel_key(KernelSpec(source=spec.source, entry="scale", threads=64, **{"arch": "sm_80"} | change)))
+        keys.add(
+            kernel_key(
+                KernelSpec(
+                    source=spec.source, entry="scale", threads=64, **{"arch": "sm_80"} | change
+                )
+            )
+        )
     monkeypatch.setattr(compile, "nvrtc_version", lambda path: "99.0")
     keys.add(kernel_key(spec))
     monkeypatch.setattr(compile, "SCHEMA", "another")
@@ -114,11 +132,17 @@ def test_a_second_call_reads_what_the_first_wrote(spec, monkeypatch):
     monkeypatch.setattr(compile, "_nvrtc", None)
     assert compile_kernel(spec) == first
     assert artifacts.contents() | {"bytes": 0} == {
-        "folder": str(artifacts.folder()), "artifacts": 1, "bytes": 0, "damaged": 0, "writable": True
-    }  # fmt: skip
+        "folder": str(artifacts.folder()),
+        "artifacts": 1,
+        "bytes": 0,
+        "damaged": 0,
+        "writable": True,
+    }
 
 
-@pytest.mark.parametrize("damage", ["truncated", "another byte", "no digest", "notes are no JSON", "notes are gone"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "another byte", "no digest", "notes are no JSON", "notes are gone"]
+)
 def test_a_damaged_entry_is_set_aside_and_rebuilt(spec, damage):
     first = compile_kernel(spec)
     data, notes = first.path.read_bytes(), first.path.with_name(first.path.name + ".json")
@@ -141,7 +165,11 @@ def test_a_damaged_entry_is_set_aside_and_rebuilt(spec, damage):
 def python(code, **env):
     env = os.environ | {"OMP_NUM_THREADS": "1"} | env
     return subprocess.Popen(
-        [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", code],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -155,7 +183,8 @@ def counted(*args):
         file.write("compiled\\n")
     return real(*args)
 compile._nvrtc = counted
-built = compile.compile_kernel(KernelSpec(source={source!r}, entry="scale", arch="sm_80", threads=64))
+spec = KernelSpec(source={source!r}, entry="scale", arch="sm_80", threads=64)
+built = compile.compile_kernel(spec)
 print(len(built.path.read_bytes()))
 """
 
@@ -194,7 +223,9 @@ compile.compile_kernel(KernelSpec(source={source!r}, entry="scale", arch="sm_80"
     assert files(".tmp") == []
 
 
-@pytest.mark.parametrize("kind", ["folder cannot be made", "lock cannot be taken", "file cannot be written"])
+@pytest.mark.parametrize(
+    "kind", ["folder cannot be made", "lock cannot be taken", "file cannot be written"]
+)
 def test_a_read_only_cache_is_no_error(spec, monkeypatch, kind, tmp_path):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "read-only")
@@ -207,7 +238,9 @@ def test_a_read_only_cache_is_no_error(spec, monkeypatch, kind, tmp_path):
     else:
         real, cache = artifacts._write, artifacts.folder()
         monkeypatch.setattr(
-            artifacts, "_write", lambda path, data: (refuse if path.parent == cache else real)(path, data)
+            artifacts,
+            "_write",
+            lambda path, data: (refuse if path.parent == cache else real)(path, data),
         )
     built = compile_kernel(spec)
     assert built.kernels["scale"].registers > 0
@@ -224,11 +257,15 @@ def test_a_filled_read_only_folder_is_read_without_a_lock(spec, monkeypatch):
 
 def test_errors_are_one_line(spec, monkeypatch, tmp_path):
     spec.path.write_text(KERNEL.replace("FACTOR *", "NOTHING *"))
-    with pytest.raises(RuntimeError, match=r'NVRTC \d+\.\d+: scale\.cu: .*"NOTHING" is undefined') as caught:
+    with pytest.raises(
+        RuntimeError, match=r'NVRTC \d+\.\d+: scale\.cu: .*"NOTHING" is undefined'
+    ) as caught:
         compile_kernel(spec)
     assert "\n" not in str(caught.value)
     spec.path.write_text('#include "nowhere.cuh"\n')
-    with pytest.raises(FileNotFoundError, match=r"scale\.cu: includes 'nowhere\.cuh', which is neither"):
+    with pytest.raises(
+        FileNotFoundError, match=r"scale\.cu: includes 'nowhere\.cuh', which is neither"
+    ):
         compile_kernel(spec)
     with pytest.raises(ValueError, match=r"arch: expected one of sm_80, sm_86, .*, got 'sm_75'"):
         all_specs("sm_75")
@@ -238,7 +275,9 @@ def test_errors_are_one_line(spec, monkeypatch, tmp_path):
         compile_kernel(spec)
     monkeypatch.delenv("SLA2_NVRTC")
     monkeypatch.setattr(compile, "_candidates", list)
-    with pytest.raises(RuntimeError, match=r"NVRTC is not installed; pip install 'sla2-kernels\[cuda13\]'"):
+    with pytest.raises(
+        RuntimeError, match=r"NVRTC is not installed; pip install 'sla2-kernels\[cuda13\]'"
+    ):
         compile_kernel(spec)
 
 
@@ -246,11 +285,21 @@ def test_errors_are_one_line(spec, monkeypatch, tmp_path):
     ("layout", "expected"),
     [
         (
-            ("cu13/lib/libnvrtc.so.13", "cu13/lib/libnvrtc-builtins.so.13.2", "cu13/lib/libnvrtc.alt.so.13"),
+            (
+                "cu13/lib/libnvrtc.so.13",
+                "cu13/lib/libnvrtc-builtins.so.13.2",
+                "cu13/lib/libnvrtc.alt.so.13",
+            ),
             ["libnvrtc.so.13"],
         ),
-        (("cuda_nvrtc/lib/libnvrtc.so.12", "cuda_nvrtc/lib/libnvrtc-builtins.so.12.8"), ["libnvrtc.so.12"]),
-        (("cuda_nvrtc/lib/libnvrtc.so.12", "cu13/lib/libnvrtc.so.13"), ["libnvrtc.so.13", "libnvrtc.so.12"]),
+        (
+            ("cuda_nvrtc/lib/libnvrtc.so.12", "cuda_nvrtc/lib/libnvrtc-builtins.so.12.8"),
+            ["libnvrtc.so.12"],
+        ),
+        (
+            ("cuda_nvrtc/lib/libnvrtc.so.12", "cu13/lib/libnvrtc.so.13"),
+            ["libnvrtc.so.13", "libnvrtc.so.12"],
+        ),
     ],
     ids=["cuda13", "cuda12", "both"],
 )
@@ -266,7 +315,9 @@ def test_nvrtc_is_found_in_either_wheel(layout, expected, tmp_path, monkeypatch)
     monkeypatch.setattr(compile, "_candidates", lambda: paths[::-1])  # whatever folder comes first
     monkeypatch.setattr(compile, "_driver_major", lambda: 99)
     assert compile.find_nvrtc().name == expected[0]
-    monkeypatch.setattr(compile, "_driver_major", lambda: 12)  # a driver of CUDA 12 does not load what 13 built
+    monkeypatch.setattr(
+        compile, "_driver_major", lambda: 12
+    )  # a driver of CUDA 12 does not load what 13 built
     assert compile.find_nvrtc().name == expected[-1]
 
 

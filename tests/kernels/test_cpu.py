@@ -1,4 +1,6 @@
-"""The numba kernels alone: matrix products of every edge, exp2, rounding, routing, the cache folder, fork."""
+"""The numba kernels alone: matrix products of every edge, exp2, rounding, routing, the cache
+folder, fork.
+"""
 
 import multiprocessing
 import os
@@ -15,7 +17,22 @@ from sla2_kernels.cpu.tiles import gemm
 def product(a, turned, b, c, accumulate, lo, hi):
     for _ in range(lo, hi):
         rows, columns = (1, a.shape[1]) if turned else (a.shape[1], 1)
-        gemm(a, 0, rows, columns, b, 0, b.shape[1], c, 0, c.shape[1], c.shape[0], c.shape[1], b.shape[0], accumulate)
+        gemm(
+            a,
+            0,
+            rows,
+            columns,
+            b,
+            0,
+            b.shape[1],
+            c,
+            0,
+            c.shape[1],
+            c.shape[0],
+            c.shape[1],
+            b.shape[0],
+            accumulate,
+        )
 
 
 @build.kernel
@@ -31,12 +48,17 @@ def roundings(x, out, lo, hi):
         elementwise.round_int8(out, r, x.shape[1])
 
 
-@pytest.mark.parametrize(("m", "n", "depth"), [(8, 16, 1), (16, 48, 7), (24, 80, 33), (128, 128, 64)])
+@pytest.mark.parametrize(
+    ("m", "n", "depth"), [(8, 16, 1), (16, 48, 7), (24, 80, 33), (128, 128, 64)]
+)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("turned", [False, True])
 def test_products(m, n, depth, dtype, turned):
     rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((m, depth)).astype(dtype), rng.standard_normal((depth, n)).astype(dtype)
+    a, b = (
+        rng.standard_normal((m, depth)).astype(dtype),
+        rng.standard_normal((depth, n)).astype(dtype),
+    )
     c = np.full((m, n), np.nan, dtype)  # fully overwritten
     left = np.ascontiguousarray(a.T) if turned else a
     build.run(product, 1, 1, left, turned, b, c, 0)
@@ -47,10 +69,14 @@ def test_products(m, n, depth, dtype, turned):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_exp2(dtype):
-    x = np.concatenate([np.linspace(-125, 120, 5001), [0, -0.5, 0.5, -np.inf, -1e9, np.nan]]).astype(dtype)
+    x = np.concatenate(
+        [np.linspace(-125, 120, 5001), [0, -0.5, 0.5, -np.inf, -1e9, np.nan]]
+    ).astype(dtype)
     out = np.empty_like(x)
     build.run(powers, len(x), 2, x, out)
-    np.testing.assert_allclose(out, np.exp2(x.astype(np.float64)), rtol=2 * np.finfo(dtype).eps, atol=0)
+    np.testing.assert_allclose(
+        out, np.exp2(x.astype(np.float64)), rtol=2 * np.finfo(dtype).eps, atol=0
+    )
     assert np.isnan(out[-1])
     assert out[-2] == 0
     assert out[-3] == 0
@@ -64,7 +90,9 @@ def test_rounding_of_probabilities_is_the_format():
     build.run(roundings, 1, 1, fp8, int8)
     for found, name in ((fp8, "fp8"), (int8, "int8")):
         expected = quantize.quantize_probabilities(torch.from_numpy(x), name, 8).numpy()
-        np.testing.assert_allclose(found, expected, rtol=1e-15, atol=0)  # steps are 1e-3: never a neighbour
+        np.testing.assert_allclose(
+            found, expected, rtol=1e-15, atol=0
+        )  # steps are 1e-3: never a neighbour
 
 
 def test_top_k_breaks_ties_to_the_lower_index_and_ascends():
@@ -105,7 +133,9 @@ def child(folder, code=CHILD):
     assert done.returncode == 0, done.stderr
 
 
-def test_compiled_code_is_cached_in_the_project_folder_and_a_folder_that_cannot_be_written_is_no_error(tmp_path):
+def test_compiled_code_is_cached_and_a_folder_that_cannot_be_written_is_no_error(
+    tmp_path,
+):
     child(tmp_path)
     kept = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.nbc")}
     assert kept
@@ -147,7 +177,9 @@ def test_low_bit_copies_are_the_plain_definition_to_the_bit(fmt, dtype):
     torch = pytest.importorskip("torch")
     from sla2_core.quantize import fake_quantize, quantize_blocks
 
-    x = torch.randn(2, 1, 111, 24, dtype=getattr(torch, dtype), generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        2, 1, 111, 24, dtype=getattr(torch, dtype), generator=torch.Generator().manual_seed(0)
+    )
     x[0, 0, :16] = 0  # a block of zeros
     x[0, 0, 16:32] *= (
         torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps
@@ -156,9 +188,15 @@ def test_low_bit_copies_are_the_plain_definition_to_the_bit(fmt, dtype):
     lengths = torch.tensor([111, 90])
     valid = (torch.arange(111) < lengths[:, None])[:, None, :, None]
     for plain, found in (
-        (quantize_blocks(x.masked_fill(~valid, 0), 16, fmt), quantize.quantize_blocks(x[:, 0].numpy(), lengths.numpy(), 16, fmt)),
-        (fake_quantize(x.masked_fill(~valid, 0), fmt, 2), quantize.quantize_channels(x[:, 0].numpy(), lengths.numpy(), fmt, 2)),
-    ):  # fmt: skip
+        (
+            quantize_blocks(x.masked_fill(~valid, 0), 16, fmt),
+            quantize.quantize_blocks(x[:, 0].numpy(), lengths.numpy(), 16, fmt),
+        ),
+        (
+            fake_quantize(x.masked_fill(~valid, 0), fmt, 2),
+            quantize.quantize_channels(x[:, 0].numpy(), lengths.numpy(), fmt, 2),
+        ),
+    ):
         assert torch.isfinite(plain[0, 0, :32]).all()
         np.testing.assert_array_equal(
             found, plain[:, 0].masked_fill(~valid[:, 0], 0).numpy()
@@ -170,10 +208,15 @@ def test_soft_top_k_agrees_with_bisection(dtype):
     torch = pytest.importorskip("torch")
     from sla2_core.softtopk import _bisect
 
-    x = torch.randn(40, 63, dtype=getattr(torch, dtype), generator=torch.Generator().manual_seed(0)) * 20
+    x = (
+        torch.randn(40, 63, dtype=getattr(torch, dtype), generator=torch.Generator().manual_seed(0))
+        * 20
+    )
     x[3, :60], x[4, 7], x[5] = -torch.inf, float("nan"), 2.0
     k = torch.full((40, 1), 2.5, dtype=x.dtype)
     k[6:9, 0] = torch.tensor([1.0, 62.0, 63.0])
     k[3] = 3
     found = torch.from_numpy(softtopk.soft_top_k(x.numpy(), k[:, 0].numpy()))
-    torch.testing.assert_close(found, _bisect(x, k), rtol=0, atol=2e-5 if dtype == "float32" else 1e-12, equal_nan=True)
+    torch.testing.assert_close(
+        found, _bisect(x, k), rtol=0, atol=2e-5 if dtype == "float32" else 1e-12, equal_nan=True
+    )

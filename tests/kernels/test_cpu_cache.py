@@ -1,4 +1,6 @@
-"""The CPU kernels give the same bits in the process that compiled them and in one that loads them from the cache."""
+"""The CPU kernels give the same bits in the process that compiled them and in one that loads them
+from the cache.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,14 @@ print(*(x.view(np.uint32).sum(dtype=np.uint64) for x in found))
 
 def run(cache) -> str:
     env = os.environ | {"SLA2_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, check=True, timeout=300, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        env=env,
+    )
     return done.stdout
 
 

@@ -1,4 +1,6 @@
-"""The emulator itself: planted faults are caught, collectives and conversions do what the PTX manual says."""
+"""The emulator itself: planted faults are caught, collectives and conversions do what the PTX
+manual says.
+"""
 
 from pathlib import Path
 
@@ -14,9 +16,18 @@ ORDERS = ("forward", "reverse", "random")
 
 
 def run(source, entry, *args, threads=64, grid=1, shared=0):
-    spec = KernelSpec(source=str(HERE / source), entry=entry, arch="sm_89", threads=threads, shared_bytes=shared)
+    spec = KernelSpec(
+        source=str(HERE / source), entry=entry, arch="sm_89", threads=threads, shared_bytes=shared
+    )
     args = [
-        Pointer.of(a) if isinstance(a, np.ndarray) else a if isinstance(a, np.generic) else np.int32(a) for a in args
+        (
+            Pointer.of(a)
+            if isinstance(a, np.ndarray)
+            else a
+            if isinstance(a, np.generic)
+            else np.int32(a)
+        )
+        for a in args
     ]
     launch(load(spec, "emulator"), (grid,), (threads,), shared, args)
 
@@ -67,7 +78,11 @@ def test_waiting_for_all_but_one_group_leaves_the_newest_in_flight():
     ("entry", "args", "words"),
     [
         ("never_waits", (np.zeros(4, np.float32),), ["cp.async", "waited", "block (0,0,0)"]),
-        ("skips_shuffle", (5,), ["divergent", "planted.cu:", "shfl_xor", "__syncthreads", "block (0,0,0)", " 5"]),
+        (
+            "skips_shuffle",
+            (5,),
+            ["divergent", "planted.cu:", "shfl_xor", "__syncthreads", "block (0,0,0)", " 5"],
+        ),
         ("returns_early", (40,), ["divergent", " 40 have returned", "shfl_xor", "block (0,0,0)"]),
         ("two_barriers", (32,), ["divergent", "planted.cu:79", "planted.cu:81", "block (0,0,0)"]),
         ("misaligned", (np.zeros(4, np.float32),), ["ldmatrix", "multiple of 16", "planted.cu:89"]),
@@ -76,13 +91,18 @@ def test_waiting_for_all_but_one_group_leaves_the_newest_in_flight():
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_broken_rule_is_told_with_block_threads_and_lines(entry, args, words, order):
     out = poisoned((64,), np.float32)
-    arrays, numbers = [a for a in args if isinstance(a, np.ndarray)], [a for a in args if isinstance(a, int)]
+    arrays, numbers = (
+        [a for a in args if isinstance(a, np.ndarray)],
+        [a for a in args if isinstance(a, int)],
+    )
     with lanes(order), pytest.raises(EmulatorError) as caught:
         planted(entry, *arrays, out, *numbers)
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
-    planted("neighbour", np.zeros(64, np.float32), out, 1)  # and the next launch is none the worse for it
+    planted(
+        "neighbour", np.zeros(64, np.float32), out, 1
+    )  # and the next launch is none the worse for it
 
 
 def test_arguments_are_checked_against_the_kernel():
@@ -97,7 +117,12 @@ def test_arguments_are_checked_against_the_kernel():
             planted("skips_shuffle", *args)
     with pytest.raises(RuntimeError, match=r"planted\.cu has no entry 'nothing'"):
         planted("nothing")
-    with pytest.raises(ValueError, match="order: expected one of forward, reverse, random, got 'up'"), lanes("up"):
+    with (
+        pytest.raises(
+            ValueError, match="order: expected one of forward, reverse, random, got 'up'"
+        ),
+        lanes("up"),
+    ):
         pass
 
 
@@ -129,7 +154,9 @@ def test_mma_multiplies_its_fragments(entry, dtype, width):
     draw = torch.Generator().manual_seed(0)
     a, b = (torch.randn(rows, width, generator=draw) * 3 for rows in (16, 8))
     a, b = ((x * 20).round().to(dtype) if dtype == torch.int8 else x.to(dtype) for x in (a, b))
-    c = (torch.randn(16, 8, generator=draw) * 9).to(torch.int32 if dtype == torch.int8 else torch.float32)
+    c = (torch.randn(16, 8, generator=draw) * 9).to(
+        torch.int32 if dtype == torch.int8 else torch.float32
+    )
     found = c.clone().numpy()
     run("collectives.cu", entry, bits(a), bits(b), found, threads=32, shared=1024)
     expected = c.double() + a.double() @ b.double().T
@@ -140,7 +167,9 @@ def test_ldmatrix_transposes_each_matrix():
     values = np.arange(256, dtype=np.uint16)
     out = poisoned((128,), np.uint32)
     run("collectives.cu", "test_transpose", values, out, threads=32, shared=512)
-    np.testing.assert_array_equal(out.view(np.uint16).reshape(4, 8, 8), values.reshape(4, 8, 8).transpose(0, 2, 1))
+    np.testing.assert_array_equal(
+        out.view(np.uint16).reshape(4, 8, 8), values.reshape(4, 8, 8).transpose(0, 2, 1)
+    )
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -167,10 +196,16 @@ def test_shuffles_and_votes(order):
 
 def test_conversions_round_as_torch_does():
     draw = np.random.default_rng(0)
-    values = draw.standard_normal(4000).astype(np.float32) * np.float32(2.0) ** draw.integers(-30, 20, 4000)
+    values = draw.standard_normal(4000).astype(np.float32) * np.float32(2.0) ** draw.integers(
+        -30, 20, 4000
+    )
     values = values.astype(np.float32)
     values[:12] = [0.0, -0.0, np.inf, -np.inf, 448, 464, 465, 65504, 65519, 65520, 2**-25, 2**-10]
-    f16, bf16, fp8 = poisoned((2000,), np.uint32), poisoned((2000,), np.uint32), poisoned((2000,), np.uint16)
+    f16, bf16, fp8 = (
+        poisoned((2000,), np.uint32),
+        poisoned((2000,), np.uint32),
+        poisoned((2000,), np.uint16),
+    )
     run("collectives.cu", "test_pack", values, f16, bf16, fp8, 2000, grid=32)
     tensor = torch.from_numpy(values)
     assert torch.equal(torch.from_numpy(f16.view(np.int16)), tensor.half().view(torch.int16))
@@ -189,7 +224,11 @@ def test_every_16_bit_value_is_widened_as_torch_does():
 
 def test_nan_stays_nan():
     values = np.full(4, np.nan, np.float32)
-    f16, bf16, fp8 = poisoned((2,), np.uint32) * 0, poisoned((2,), np.uint32) * 0, poisoned((2,), np.uint16) * 0
+    f16, bf16, fp8 = (
+        poisoned((2,), np.uint32) * 0,
+        poisoned((2,), np.uint32) * 0,
+        poisoned((2,), np.uint16) * 0,
+    )
     run("collectives.cu", "test_pack", values, f16, bf16, fp8, 2)
     assert np.isnan(f16.view(np.float16)).all()
     assert torch.from_numpy(bf16.view(np.int16)).view(torch.bfloat16).isnan().all()

@@ -1,4 +1,5 @@
-"""On a GPU: the whole operator on a side stream, without waiting for the device, in a CUDA graph, the same bits each time.
+"""On a GPU: the whole operator on a side stream, without waiting for the device, in a CUDA graph,
+the same bits each time.
 
 Its memory is the device's, unlike that of test_kernels_*.py, which run there on pinned memory.
 """
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-_SPEC = importlib.util.spec_from_file_location("kernel_problems", Path(__file__).with_name("problems.py"))
+_SPEC = importlib.util.spec_from_file_location(
+    "kernel_problems", Path(__file__).with_name("problems.py")
+)
 problems = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(problems)
 
@@ -33,9 +36,15 @@ class Operator:
 
         torch.manual_seed(0)
         self.dtype, self.topk = getattr(torch, dtype), topk
-        self.arch = architecture_of(*torch.cuda.get_device_capability()) if TARGET == "cuda" else "sm_90a"
-        self.tensors = [torch.randn(1, heads, n, d, device=WHERE).to(self.dtype) for n in (n_q, n_k, n_k, n_q)]
-        self.problem = Problem(batch=1, heads=heads, n_q=n_q, n_k=n_k, head_dim=d, dtype=dtype, precision=precision)
+        self.arch = (
+            architecture_of(*torch.cuda.get_device_capability()) if TARGET == "cuda" else "sm_90a"
+        )
+        self.tensors = [
+            torch.randn(1, heads, n, d, device=WHERE).to(self.dtype) for n in (n_q, n_k, n_k, n_q)
+        ]
+        self.problem = Problem(
+            batch=1, heads=heads, n_q=n_q, n_k=n_k, head_dim=d, dtype=dtype, precision=precision
+        )
         self.weight = torch.eye(d, device=WHERE)[None].contiguous()
         self.alpha = torch.full((1, heads, 1), ALPHA, device=WHERE)
 
@@ -57,11 +66,18 @@ class Operator:
         q, k, v, grad = (Strided(pointer(x), x.stride()[:3]) for x in self.tensors)
         weight, alpha = pointer(self.weight), Alpha.of(pointer(self.alpha), tuple(self.alpha.shape))
         made = prologue(device, self.problem, q, k, v, pool=True)
-        block_map, _ = route(device, self.problem, made.pooled_q, made.pooled_k, weight, weight, 1, self.topk)
+        block_map, _ = route(
+            device, self.problem, made.pooled_q, made.pooled_k, weight, weight, 1, self.topk
+        )
         saved = forward(device, self.problem, q, k, v, block_map, alpha, made=made, save=True)
         found = backward(device, self.problem, saved, grad)
-        out, lse, *grads = (x.owner for x in (saved.out, saved.lse, found.d_q, found.d_k, found.d_v))
-        shaped = [x.view(like.shape) for x, like in zip((out, *grads), (self.tensors[0], *self.tensors[:3]))]
+        out, lse, *grads = (
+            x.owner for x in (saved.out, saved.lse, found.d_q, found.d_k, found.d_v)
+        )
+        shaped = [
+            x.view(like.shape)
+            for x, like in zip((out, *grads), (self.tensors[0], *self.tensors[:3]))
+        ]
         return [shaped[0], lse, *shaped[1:]], block_map.indices.owner
 
     def case(self, indices):
@@ -69,14 +85,19 @@ class Operator:
         from sla2_core import BlockMap
 
         p = self.problem
-        mask = torch.zeros(1, p.heads, p.t_m, p.t_n, dtype=torch.bool).scatter_(-1, indices.cpu().long(), True)
-        blocks = BlockMap.from_mask(mask, block_q=p.block_q, block_k=p.block_k, n_q=p.n_q, n_k=p.n_k)
+        mask = torch.zeros(1, p.heads, p.t_m, p.t_n, dtype=torch.bool).scatter_(
+            -1, indices.cpu().long(), True
+        )
+        blocks = BlockMap.from_mask(
+            mask, block_q=p.block_q, block_k=p.block_k, n_q=p.n_q, n_k=p.n_k
+        )
         return problems.Case(*(x.cpu() for x in self.tensors), blocks, self.alpha.cpu(), None, p)
 
 
 def same(first, second):
     return all(
-        torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)) for a, b in zip(first, second)
+        torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+        for a, b in zip(first, second)
     )
 
 
@@ -116,7 +137,9 @@ def test_rows_of_the_paper_shape(precision):
         o_l = phi_q @ (phi_k.T @ v[~chosen]) / (phi_q @ phi_k.sum(0))[:, None]
         right = ALPHA * o_s + (1 - ALPHA) * o_l
         error = (out[0, head, rows].double() - right).norm() / right.norm()
-        assert error < (0.02 if precision == "full" else 0.1), f"head {head}, row block {block}: {error:.3g}"
+        assert error < (0.02 if precision == "full" else 0.1), (
+            f"head {head}, row block {block}: {error:.3g}"
+        )
 
 
 @pytest.mark.parametrize("precision", ["full", "int8_int8"])

@@ -1,4 +1,6 @@
-"""The whole backward on the emulator against the fp64 reference: every gradient, odd lengths, padding, edge maps."""
+"""The whole backward on the emulator against the fp64 reference: every gradient, odd lengths,
+padding, edge maps.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -6,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-_SPEC = importlib.util.spec_from_file_location("kernel_problems", Path(__file__).with_name("problems.py"))
+_SPEC = importlib.util.spec_from_file_location(
+    "kernel_problems", Path(__file__).with_name("problems.py")
+)
 problems = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(problems)
 
@@ -15,7 +19,9 @@ NAMES = ("dq", "dk", "dv", "d alpha")
 
 def check(case, **options):
     *_, grads = problems.run(case, gradients=True, **options)
-    (_, exact), (_, plain) = (f(case, gradients=True, **options) for f in (problems.oracle, problems.same_dtype))
+    (_, exact), (_, plain) = (
+        f(case, gradients=True, **options) for f in (problems.oracle, problems.same_dtype)
+    )
     for name, found, expected, dense in zip(NAMES, grads, exact, plain):
         problems.assert_as_good(found, expected, dense, 3.0, name)
 

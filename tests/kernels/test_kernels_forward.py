@@ -1,4 +1,6 @@
-"""The whole forward on the emulator against the fp64 reference: odd lengths, padding, all, one and no blocks, NaN."""
+"""The whole forward on the emulator against the fp64 reference: odd lengths, padding, all, one and
+no blocks, NaN.
+"""
 
 import importlib.util
 from dataclasses import replace
@@ -8,7 +10,9 @@ import pytest
 import torch
 from sla2_core.reference import block_sparse_reference
 
-_SPEC = importlib.util.spec_from_file_location("kernel_problems", Path(__file__).with_name("problems.py"))
+_SPEC = importlib.util.spec_from_file_location(
+    "kernel_problems", Path(__file__).with_name("problems.py")
+)
 problems = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(problems)
 

@@ -1,4 +1,6 @@
-"""8-bit forward on the emulator: quantised tensors equal quantize.py's definition, outputs the reference's, to rounding."""
+"""8-bit forward on the emulator: quantised tensors equal quantize.py's definition, outputs the
+reference's, to rounding.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -11,7 +13,9 @@ from sla2_core.router import smooth_keys
 from sla2_kernels import operator
 from sla2_kernels.kernels import Geometry, spec_of
 
-_SPEC = importlib.util.spec_from_file_location("kernel_problems", Path(__file__).with_name("problems.py"))
+_SPEC = importlib.util.spec_from_file_location(
+    "kernel_problems", Path(__file__).with_name("problems.py")
+)
 problems = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(problems)
 
@@ -27,16 +31,24 @@ def decoded(raw: torch.Tensor, fmt: str) -> torch.Tensor:
 def test_low_bit(precision):
     problems.skip_unless_supported(precision)
     formats = quantize.FORMATS[precision]
-    case = problems.make(111, 200, d=64, blocks=(64, 32), lengths=(200, 63), heads=1, precision=precision)
+    case = problems.make(
+        111, 200, d=64, blocks=(64, 32), lengths=(200, 63), heads=1, precision=precision
+    )
     lengths = case.lengths.long()
     inputs = [problems.strided(x) for x in (case.q, case.k, case.v)]
     made = operator.prologue(problems.DEVICE, case.problem, *inputs)
     valid = (torch.arange(200) < lengths[:, None])[:, None, :, None]
     k = made.k.owner.view(case.k.shape)
     torch.testing.assert_close(
-        k.float(), smooth_keys(case.k, lengths).float().masked_fill(~valid, 0.0), atol=0.02, rtol=0.01
+        k.float(),
+        smooth_keys(case.k, lengths).float().masked_fill(~valid, 0.0),
+        atol=0.02,
+        rtol=0.01,
     )
-    for x, raw, scale, block in ((case.q, made.q_bytes, made.q_scale, 64), (k, made.k_bytes, made.k_scale, 32)):
+    for x, raw, scale, block in (
+        (case.q, made.q_bytes, made.q_scale, 64),
+        (k, made.k_bytes, made.k_scale, 32),
+    ):
         per_token = scale.owner[:, None].repeat_interleave(block, 2)[:, :, : x.shape[2], None]
         found = decoded(raw.owner, formats.qk).view(x.shape) * per_token
         assert torch.equal(found, quantize.quantize_blocks(x.float(), block, formats.qk))
@@ -44,7 +56,13 @@ def test_low_bit(precision):
     v = case.v.float().masked_fill(~valid, 0.0)
     order = torch.tensor([2 * (p >> 2) + (p & 1) + 8 * (p >> 1 & 1) for p in range(16)])
     tiles = decoded(made.v_bytes.owner, formats.pv).unflatten(-1, (2, 16))
-    tokens = torch.empty_like(tiles).index_copy_(-1, order, tiles).flatten(-2).transpose(-1, -2).flatten(1, 2)
+    tokens = (
+        torch.empty_like(tiles)
+        .index_copy_(-1, order, tiles)
+        .flatten(-2)
+        .transpose(-1, -2)
+        .flatten(1, 2)
+    )
     found = tokens[:, None, :200] * made.v_scale.owner[:, None, None]
     assert torch.equal(found, quantize.quantize_values(v, formats.pv, 32))
     assert (tokens[:, 200:] == 0).all()
@@ -52,9 +70,15 @@ def test_low_bit(precision):
     out, _ = problems.run(case)
     q, k, v = case.q, case.k, case.v
     expected = sla2_reference(
-        q.float(), smooth_keys(k, lengths).float(), v.float(), case.block_map, case.alpha, precision=precision,
-        smooth_k=False, kv_lengths=lengths,
-    )  # fmt: skip
+        q.float(),
+        smooth_keys(k, lengths).float(),
+        v.float(),
+        case.block_map,
+        case.alpha,
+        precision=precision,
+        smooth_k=False,
+        kv_lengths=lengths,
+    )
     full = problems.oracle(case)
     error, rounding = out.double() - expected.double(), expected.double() - full
     assert error.square().mean().sqrt() < 0.75 * rounding.square().mean().sqrt()
@@ -71,6 +95,13 @@ def test_nan_in_a_key_block_shows_where_it_is_selected():
 
 def test_fp8_needs_sm_89():
     geometry = Geometry(head_dim=64, precision="int8")
-    with pytest.raises(ValueError, match=r"expected .full. or .int8_int8. on sm_80, which has no FP8, got .int8."):
+    with pytest.raises(
+        ValueError, match=r"expected .full. or .int8_int8. on sm_80, which has no FP8, got .int8."
+    ):
         spec_of("sla2_sparse_fwd_low", "sm_80", geometry)
-    assert spec_of("sla2_sparse_fwd_low", "sm_80", Geometry(head_dim=64, precision="int8_int8")).threads == 256
+    assert (
+        spec_of(
+            "sla2_sparse_fwd_low", "sm_80", Geometry(head_dim=64, precision="int8_int8")
+        ).threads
+        == 256
+    )

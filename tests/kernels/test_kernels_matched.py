@@ -1,4 +1,6 @@
-"""The matched backward after a low-bit forward, against its plain definition, in three lane orders."""
+"""The matched backward after a low-bit forward, against its plain definition, in three
+lane orders.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -11,7 +13,9 @@ from sla2_kernels import operator
 from sla2_kernels.emulator.emulate import ORDERS, lanes
 from sla2_kernels.operator_backward import _matched
 
-_SPEC = importlib.util.spec_from_file_location("kernel_problems", Path(__file__).with_name("problems.py"))
+_SPEC = importlib.util.spec_from_file_location(
+    "kernel_problems", Path(__file__).with_name("problems.py")
+)
 problems = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(problems)
 
@@ -20,7 +24,9 @@ PRECISIONS = ("int8", "int8_int8", "fp8")
 
 
 def check(case, orders, **options):
-    """dQ, dK, dV within three times what 16 bit costs without low bit; each order the same to the bit."""
+    """dQ, dK, dV within three times what 16 bit costs without low bit; each order the same to the
+    bit.
+    """
     _, expected = problems.low_bit_oracle(case, "matched")
     _, exact = problems.oracle(case, gradients=True)
     _, plain = problems.same_dtype(case, gradients=True)
@@ -36,19 +42,31 @@ def check(case, orders, **options):
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"), [*((precision, "bfloat16") for precision in PRECISIONS), ("int8_int8", "float16")]
+    ("precision", "dtype"),
+    [*((precision, "bfloat16") for precision in PRECISIONS), ("int8_int8", "float16")],
 )
 def test_matched_gradients(precision, dtype):
     problems.skip_unless_supported(precision)
     check(
-        problems.make(111, 200, d=48, dtype=dtype, blocks=(64, 32), lengths=(200, 63), heads=1, precision=precision),
+        problems.make(
+            111,
+            200,
+            d=48,
+            dtype=dtype,
+            blocks=(64, 32),
+            lengths=(200, 63),
+            heads=1,
+            precision=precision,
+        ),
         ORDERS,
     )
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_rows_that_select_nothing_or_everything(density):
-    check(problems.make(63, 111, blocks=(64, 32), density=density, precision="int8_int8"), ["forward"])
+    check(
+        problems.make(63, 111, blocks=(64, 32), density=density, precision="int8_int8"), ["forward"]
+    )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -58,24 +76,35 @@ def test_inputs_and_row_values_are_the_definition_s(precision):
     case = problems.make(111, 200, d=64, blocks=(64, 32), heads=2, density=0.4, precision=precision)
     inputs = [problems.strided(x) for x in (case.q, case.k, case.v)]
     saved = operator.forward(problems.DEVICE, case.problem, *inputs, case.map, None, save=True)
-    found = _matched(problems.DEVICE, case.problem, saved, problems.pointer(case.v), problems.pointer(case.grad))
+    found = _matched(
+        problems.DEVICE, case.problem, saved, problems.pointer(case.v), problems.pointer(case.grad)
+    )
     k = smooth_keys(case.k)
     rounded = []
-    for x, wide, scale, block in ((case.q, found.q, found.q_scale, 64), (k, found.k, found.k_scale, 32)):
+    for x, wide, scale, block in (
+        (case.q, found.q, found.q_scale, 64),
+        (k, found.k, found.k_scale, 32),
+    ):
         per_token = scale.owner[None].repeat_interleave(block, 2)[:, :, : x.shape[2], None]
         rounded.append(wide.owner.view(x.shape).float() * per_token)
         assert torch.equal(rounded[-1], quantize.quantize_blocks(x.float(), block, formats.qk))
     rounded.append(quantize.quantize_values(case.v.float(), formats.pv, 32))
     assert torch.equal(found.v.owner.view(case.v.shape), rounded[-1].to(case.v.dtype))
 
-    selected = case.block_map.mask().repeat_interleave(64, 2)[:, :, :111].repeat_interleave(32, 3)[..., :200]
+    selected = (
+        case.block_map.mask()
+        .repeat_interleave(64, 2)[:, :, :111]
+        .repeat_interleave(32, 3)[..., :200]
+    )
     scores = (rounded[0].double() @ rounded[1].double().transpose(-1, -2)) / 8
     p = torch.exp(scores - saved.lse.owner.view(1, 2, 111, 1).double()).where(selected, 0.0)
     d_p = case.grad.double() @ found.v.owner.view(case.v.shape).double().transpose(-1, -2)
     close = {"atol": 2e-4, "rtol": 2e-4, "check_dtype": False}
     torch.testing.assert_close(found.row_mean.owner.view(1, 2, 111), (p * d_p).sum(-1), **close)
     top = p.amax(-1)
-    torch.testing.assert_close(found.row_top.owner.view(1, 2, 111), torch.where(top == 0, 1.0, top), **close)
+    torch.testing.assert_close(
+        found.row_top.owner.view(1, 2, 111), torch.where(top == 0, 1.0, top), **close
+    )
 
 
 def test_a_full_precision_backward_ignores_the_choice():
@@ -89,4 +118,6 @@ def test_a_full_precision_backward_ignores_the_choice():
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_real_block_size(precision):
     problems.skip_unless_supported(precision)
-    check(problems.make(200, 333, d=128, blocks=(128, 64), heads=1, precision=precision), ["forward"])
+    check(
+        problems.make(200, 333, d=128, blocks=(128, 64), heads=1, precision=precision), ["forward"]
+    )

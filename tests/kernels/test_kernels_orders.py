@@ -1,4 +1,6 @@
-"""Every kernel in three lane orders against the references, forward and backward, after 16-bit and after low-bit forwards."""
+"""Every kernel in three lane orders against the references, forward and backward, after 16-bit and
+after low-bit forwards.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -10,14 +12,20 @@ from sla2_kernels import operator, operator_backward
 from sla2_kernels.emulator.emulate import ORDERS, lanes
 from sla2_kernels.kernels import all_specs
 
-_SPEC = importlib.util.spec_from_file_location("kernel_problems", Path(__file__).with_name("problems.py"))
+_SPEC = importlib.util.spec_from_file_location(
+    "kernel_problems", Path(__file__).with_name("problems.py")
+)
 problems = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(problems)
 
 NAMES = ("dq", "dk", "dv", "d alpha")
 ALPHA = 0.6
 ONLY_LOW_BIT = {"sla2_sparse_fwd_low", "sla2_prologue_v"}
-ONLY_MATCHED = {"sla2_widen", "sla2_round_values", "sla2_bwd_matched_rows"}  # test_kernels_matched.py
+ONLY_MATCHED = {
+    "sla2_widen",
+    "sla2_round_values",
+    "sla2_bwd_matched_rows",
+}  # test_kernels_matched.py
 
 
 @pytest.fixture
@@ -36,7 +44,9 @@ def launched(monkeypatch):
 
 
 def make(precision):
-    case = problems.make(111, 200, d=48, blocks=(64, 32), lengths=(200, 63), heads=1, precision=precision)
+    case = problems.make(
+        111, 200, d=48, blocks=(64, 32), lengths=(200, 63), heads=1, precision=precision
+    )
     return case._replace(alpha=torch.full_like(case.alpha, ALPHA))
 
 
@@ -47,7 +57,7 @@ def route(case):
     weight = problems.pointer(torch.eye(48)[None].contiguous())
     found, scores = operator.route(
         problems.DEVICE, case.problem, made.pooled_q, made.pooled_k, weight, weight, 1, 0.4
-    )  # fmt: skip
+    )
     return scores.owner, found.indices.owner, found.counts.owner
 
 
@@ -65,7 +75,8 @@ def check_route(case, scores, indices, counts):
 
 def same(first, second):
     return all(
-        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in zip(first, second)
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        for a, b in zip(first, second)
     )
 
 
@@ -101,10 +112,15 @@ def test_low_bit_forward_and_its_16_bit_backward(precision, launched):
         error = (out.double() - expected.double()).square().mean().sqrt()
         assert error < 0.75 * rounding, order
         *grads, d_alpha = grads
-        for name, found, right, plain, exact in zip(NAMES, grads, expected_grads, plain_grads, full_grads):
-            allowed = right.double() + (plain.double() - exact)  # what 16 bit costs without the low-bit forward
+        for name, found, right, plain, exact in zip(
+            NAMES, grads, expected_grads, plain_grads, full_grads
+        ):
+            allowed = right.double() + (
+                plain.double() - exact
+            )  # what 16 bit costs without the low-bit forward
             problems.assert_as_good(found, right.double(), allowed, 3.0, f"{name}, {order}")
-        # dO . (O_s - O_l) sees the rounding of P~ in O_s, which the kernel does relative to a running maximum
+        # dO . (O_s - O_l) sees the rounding of P~ in O_s, which the kernel does relative to a
+        # running maximum
         noise = 3 * error / ALPHA * case.grad.double().norm()
         assert (d_alpha - expected_grads[-1]).abs().max() < noise, order
         grads.append(d_alpha)

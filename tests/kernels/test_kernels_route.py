@@ -1,4 +1,6 @@
-"""Routing kernels on the emulator: scores, top-k with ties and NaN, the map by bits and by columns, block means."""
+"""Routing kernels on the emulator: scores, top-k with ties and NaN, the map by bits and by columns,
+block means.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -11,7 +13,9 @@ from sla2_core.router import pool, smooth_keys, top_k_map
 from sla2_kernels import operator
 from sla2_kernels.operator_backward import transpose_map
 
-_SPEC = importlib.util.spec_from_file_location("kernel_problems", Path(__file__).with_name("problems.py"))
+_SPEC = importlib.util.spec_from_file_location(
+    "kernel_problems", Path(__file__).with_name("problems.py")
+)
 problems = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(problems)
 DEVICE, pointer = problems.DEVICE, problems.pointer
@@ -26,16 +30,32 @@ def test_routing_equals_the_router(weight_heads):
     weights = [torch.randn(weight_heads, 48, 48) * 0.3 for _ in range(2)]
     topk = 0.13
     found, scores = operator.route(
-        DEVICE, case.problem, made.pooled_q, made.pooled_k, *map(pointer, weights), weight_heads, topk
+        DEVICE,
+        case.problem,
+        made.pooled_q,
+        made.pooled_k,
+        *map(pointer, weights),
+        weight_heads,
+        topk,
     )
     pooled_q = pool(case.q.double(), 32)
     pooled_k = pool(smooth_keys(case.k, lengths).double(), 16, lengths)
-    exact = (pooled_q @ weights[0].double()) @ (pooled_k @ weights[1].double()).transpose(-1, -2) * 48**-0.5
+    exact = (
+        (pooled_q @ weights[0].double())
+        @ (pooled_k @ weights[1].double()).transpose(-1, -2)
+        * 48**-0.5
+    )
     dead = (torch.arange(exact.shape[-1]) * 16 >= lengths[:, None])[:, None, None]
     torch.testing.assert_close(
-        scores.owner.double(), exact.masked_fill(dead, -torch.inf), atol=2e-3, rtol=1e-3, check_stride=False
+        scores.owner.double(),
+        exact.masked_fill(dead, -torch.inf),
+        atol=2e-3,
+        rtol=1e-3,
+        check_stride=False,
     )
-    expected = top_k_map(scores.owner, topk, block_q=32, block_k=16, n_q=111, n_k=600, kv_lengths=lengths)
+    expected = top_k_map(
+        scores.owner, topk, block_q=32, block_k=16, n_q=111, n_k=600, kv_lengths=lengths
+    )
     assert torch.equal(found.counts.owner, expected.counts)
     assert torch.equal(found.indices.owner[..., : expected.indices.shape[-1]], expected.indices)
 
@@ -43,9 +63,14 @@ def test_routing_equals_the_router(weight_heads):
 def select(scores: torch.Tensor, topk: float) -> operator.Map:
     """The map that the top-k kernel makes of scores (1, 1, T_m, T_n), blocks 32 x 16."""
     t_m, t_n = scores.shape[2:]
-    problem = operator.Problem(batch=1, heads=1, n_q=32 * t_m, n_k=16 * t_n, head_dim=64, block_q=32, block_k=16)
+    problem = operator.Problem(
+        batch=1, heads=1, n_q=32 * t_m, n_k=16 * t_n, head_dim=64, block_q=32, block_k=16
+    )
     width = max(1, round(topk * t_n))
-    indices, counts = problems.allocate((1, 1, t_m, width), "int32"), problems.allocate((1, 1, t_m), "int32")
+    indices, counts = (
+        problems.allocate((1, 1, t_m, width), "int32"),
+        problems.allocate((1, 1, t_m), "int32"),
+    )
     sizes = [np.int32(x) for x in (1, t_m, t_n, 16 * t_n, width)]
     args = pointer(scores), operator.NULL, indices, counts, *sizes, np.float64(topk)
     operator.run_kernel(DEVICE, problem, "sla2_topk", (-(-t_m // 4), 1), *args)
@@ -99,6 +124,12 @@ def test_bits_and_columns_of_a_map():
 
 def test_problems_that_no_kernel_takes_are_refused():
     whole = {"batch": 1, "heads": 1, "n_q": 8, "n_k": 8, "head_dim": 64}
-    for name, value in (("head_dim", 192), ("n_q", 0), ("dtype", "float32"), ("block_q", 100), ("precision", "int4")):
+    for name, value in (
+        ("head_dim", 192),
+        ("n_q", 0),
+        ("dtype", "float32"),
+        ("block_q", 100),
+        ("precision", "int4"),
+    ):
         with pytest.raises(ValueError, match=name):
             operator.Problem(**{**whole, name: value})

@@ -1,6 +1,8 @@
-"""The emulator under AddressSanitizer and ThreadSanitizer: planted faults are found, and every kernel runs clean.
+"""The emulator under AddressSanitizer and ThreadSanitizer: planted faults are found, and every
+kernel runs clean.
 
-AddressSanitizer over the forward attention kernels is part of `make test`, everything else of `make test-full`.
+AddressSanitizer over the forward attention kernels is part of `make test`, everything else of `make
+test-full`.
 """
 
 import functools
@@ -29,7 +31,12 @@ def start(name, *command, seconds):
     # ThreadSanitizer needs its address ranges, which randomised addresses may take.
     fixed = ["setarch", "-R"] if name == "thread" and shutil.which("setarch") else []
     done = subprocess.run(
-        [*fixed, sys.executable, *command], env=env, capture_output=True, text=True, errors="replace", timeout=seconds
+        [*fixed, sys.executable, *command],
+        env=env,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=seconds,
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -41,7 +48,9 @@ def missing(name):
         return f"this compiler has no {name} sanitizer"
     code, text = start(name, "-c", "print('started')", seconds=120)
     return (
-        None if code == 0 and "started" in text else f"Python does not start under the {name} sanitizer: {text[-200:]}"
+        None
+        if code == 0 and "started" in text
+        else f"Python does not start under the {name} sanitizer: {text[-200:]}"
     )
 
 
@@ -54,7 +63,9 @@ def sanitized(name, case):
 @pytest.mark.parametrize(
     ("name", "case"),
     [
-        pytest.param(name, case, marks=[] if name == "address" and case in QUICK else pytest.mark.slow)
+        pytest.param(
+            name, case, marks=[] if name == "address" and case in QUICK else pytest.mark.slow
+        )
         for name in ("address", "thread")
         for case in ("right", *KERNELS)
     ],
@@ -84,13 +95,19 @@ print(*sorted(launched))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1].split() == sorted({spec.entry for spec in all_specs("sm_90a")})
+    assert done.stdout.splitlines()[-1].split() == sorted(
+        {spec.entry for spec in all_specs("sm_90a")}
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "words"),
-    [("past1", "heap-buffer-overflow"), ("past2", "heap-buffer-overflow"), ("past3", "global-buffer-overflow")],
+    [
+        ("past1", "heap-buffer-overflow"),
+        ("past2", "heap-buffer-overflow"),
+        ("past3", "global-buffer-overflow"),
+    ],
     ids=["output", "dynamic-shared", "static-shared"],
 )
 def test_an_index_one_past_the_end_is_found(case, words):
@@ -102,7 +119,9 @@ def test_an_index_one_past_the_end_is_found(case, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["neighbour", "warp_neighbour", "copied_neighbour"], ids=["block", "warp", "cp.async"])
+@pytest.mark.parametrize(
+    "case", ["neighbour", "warp_neighbour", "copied_neighbour"], ids=["block", "warp", "cp.async"]
+)
 def test_a_missing_barrier_is_a_race(case):
     code, text = sanitized("thread", case)
     assert code == 66

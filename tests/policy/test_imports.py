@@ -1,4 +1,6 @@
-"""Imports run one way: between the packages, and inside each package in the order that data runs."""
+"""Imports run one way: between the packages, and inside each package in the order that
+data runs.
+"""
 
 import ast
 from pathlib import Path
@@ -7,9 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Each file may import those of earlier lines. A folder stands for its files, which may import each other.
+# Each file may import those of earlier lines. A folder stands for its files, which may import each
+# other.
 ORDER = {
-    "sla2_kernels": """
+    "sla2_kernels": (
+        """
         cache
         specs
         kernels
@@ -22,8 +26,10 @@ ORDER = {
         operator
         operator_backward
         cpu
-    """,
-    "sla2_core": """
+    """
+    ),
+    "sla2_core": (
+        """
         config
         checks
         block_map
@@ -51,8 +57,10 @@ ORDER = {
         training/lora
         training/stage2_state
         training/stage2
-    """,
-    "sla2_eval": """
+    """
+    ),
+    "sla2_eval": (
+        """
         intervals
         progress
         store
@@ -88,9 +96,14 @@ ORDER = {
         doctor
         commands
         cli
-    """,
+    """
+    ),
 }
-UPSTREAM = {"sla2_kernels": set(), "sla2_core": {"sla2_kernels"}, "sla2_eval": {"sla2_core", "sla2_kernels"}}
+UPSTREAM = {
+    "sla2_kernels": set(),
+    "sla2_core": {"sla2_kernels"},
+    "sla2_eval": {"sla2_core", "sla2_kernels"},
+}
 SCORING = {"ray", "av", "lpips", "torchmetrics", "open_clip", "torchvision", "matplotlib", "jinja2"}
 FOREIGN = {  # third-party packages that a package must not know, wherever the import stands
     "sla2_kernels": {"torch", "diffusers", "transformers", "accelerate", "peft", *SCORING},
@@ -100,7 +113,9 @@ FOREIGN = {  # third-party packages that a package must not know, wherever the i
 
 
 def imports(tree: ast.AST) -> list[tuple[int, str]]:
-    """(line, absolute dotted name) of every import, at module level or inside a function; `from a import b` is a.b."""
+    """(line, absolute dotted name) of every import, at module level or inside a function; `from a
+    import b` is a.b.
+    """
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -134,11 +149,20 @@ def violations(package: str, relative: Path, source: str) -> list[str]:
         where = f"{package}/{relative}:{line}: imports {name}"
         if top in FOREIGN[package]:
             found.append(f"{where}, which {package} must not know")
-        if package == "sla2_core" and top in ("diffusers", "transformers") and parts[:1] != ("integrations",):
+        if (
+            package == "sla2_core"
+            and top in ("diffusers", "transformers")
+            and parts[:1] != ("integrations",)
+        ):
             found.append(f"{where} outside integrations/")
         if top in ORDER and top != package and top not in UPSTREAM[package]:
             found.append(f"{where}, against eval -> core -> kernels")
-        if package == "sla2_eval" and top == "sla2_kernels" and rest[:1] and rest[0] in ("cpu", "emulator", "launch"):
+        if (
+            package == "sla2_eval"
+            and top == "sla2_kernels"
+            and rest[:1]
+            and rest[0] in ("cpu", "emulator", "launch")
+        ):
             found.append(f"{where}, an internal of the kernels")
         if top == package and own is not None:
             other = rank(package, tuple(rest))

@@ -32,7 +32,13 @@ def test_one_line_says_what_is_missing():
 
 def test_packages_are_found_by_path_alone(tool):
     code = "import sla2_kernels, sla2_core, sla2_eval, sys; print(sla2_eval.__file__)"
-    done = subprocess.run([sys.executable, "-c", code], env=tool.environment(), cwd="/", capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=tool.environment(),
+        cwd="/",
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip().startswith(str(TOOL.parents[1] / "packages" / "sla2-eval" / "src"))
     assert tool.environment()["PYTHONPATH"].split(os.pathsep)[:3] == tool.SOURCES
 
@@ -67,11 +73,16 @@ def test_a_part_that_takes_too_long_is_ended(tool):
 
 def test_the_sanitizer_is_called_with_an_exit_code_or_skipped(tool, monkeypatch):
     monkeypatch.setattr(tool.shutil, "which", lambda name, path: None)
-    assert tool.run_sanitizer("memcheck") == {"passed": True, "skipped": "compute-sanitizer is not installed"}
+    assert tool.run_sanitizer("memcheck") == {
+        "passed": True,
+        "skipped": "compute-sanitizer is not installed",
+    }
     called = []
     monkeypatch.setattr(tool.shutil, "which", lambda name, path: "compute-sanitizer")
     monkeypatch.setattr(
-        tool, "call", lambda command, minutes, **env: called.append((command, env)) or (9, "a race", 1.0)
+        tool,
+        "call",
+        lambda command, minutes, **env: called.append((command, env)) or (9, "a race", 1.0),
     )
     found = tool.run_sanitizer("racecheck")
     assert (found["passed"], found["output"]) == (False, "a race")
@@ -84,7 +95,9 @@ def test_the_sanitizer_is_called_with_an_exit_code_or_skipped(tool, monkeypatch)
 def test_the_tests_need_no_package_beyond_torch(tool, monkeypatch):
     called = []
     monkeypatch.setattr(
-        tool, "call", lambda command, minutes, **env: called.append((command, env)) or (0, "1 passed", 1.0)
+        tool,
+        "call",
+        lambda command, minutes, **env: called.append((command, env)) or (0, "1 passed", 1.0),
     )
     tool.kernel_tests()
     tool.operator_tests()
@@ -106,7 +119,11 @@ import pytest
 sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *{files!r}]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], env=tool.environment(), cwd=tool.ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=tool.environment(),
+        cwd=tool.ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:]
 
@@ -124,7 +141,12 @@ def test_what_is_done_is_kept_and_a_failure_has_a_log(tool, tmp_path, capsys):
     kept = json.loads(out.read_text())
     assert kept["machine"] == {"gpu": "none"}
     assert kept["tests"] == {"passed": True}
-    assert kept["memcheck"] | {"output": ""} == {"passed": False, "seconds": 2.0, "exit_code": 1, "output": ""}
+    assert kept["memcheck"] | {"output": ""} == {
+        "passed": False,
+        "seconds": 2.0,
+        "exit_code": 1,
+        "output": "",
+    }
     assert len(kept["memcheck"]["output"]) == 4000
     assert out.with_name("gpu-memcheck.log").read_text() == "long" * 2000
     assert capsys.readouterr().out == "tests: passed\nmemcheck: FAILED\n"

@@ -1,4 +1,6 @@
-"""Tiny random models of every family: transformers, one training sample of each, and pipelines that generate latents."""
+"""Tiny random models of every family: transformers, one training sample of each, and pipelines that
+generate latents.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +17,49 @@ def wan(layers=2):
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
-        freq_dim=16, ffn_dim=32, num_layers=layers, cross_attn_norm=True, rope_max_seq_len=32,
-    )  # fmt: skip
-    return model, lambda: {"latents": _randn(4, 3, 6, 10), "encoder_hidden_states": _randn(TEXT, 8)}, 45
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=layers,
+        cross_attn_norm=True,
+        rope_max_seq_len=32,
+    )
+    return (
+        model,
+        lambda: {"latents": _randn(4, 3, 6, 10), "encoder_hidden_states": _randn(TEXT, 8)},
+        45,
+    )
 
 
 def wan_image_to_video():
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=9, out_channels=4, text_dim=8,
-        freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32, image_dim=6,
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=9,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        rope_max_seq_len=32,
+        image_dim=6,
         added_kv_proj_dim=24,
-    )  # fmt: skip
+    )
     sample = lambda: {  # noqa: E731
-        "latents": _randn(4, 3, 6, 10), "image_latents": _randn(5, 3, 6, 10),
-        "encoder_hidden_states": _randn(512, 8), "encoder_hidden_states_image": _randn(5, 6),
-    }  # fmt: skip
+        "latents": _randn(4, 3, 6, 10),
+        "image_latents": _randn(5, 3, 6, 10),
+        "encoder_hidden_states": _randn(512, 8),
+        "encoder_hidden_states_image": _randn(5, 6),
+    }
     return model, sample, 45
 
 
@@ -40,14 +67,26 @@ def hunyuan_video():
     from diffusers import HunyuanVideoTransformer3DModel
 
     model = HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1, num_single_layers=1,
-        num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True, text_embed_dim=8,
-        pooled_projection_dim=6, rope_axes_dim=(4, 4, 4),
-    )  # fmt: skip
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=2,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=8,
+        pooled_projection_dim=6,
+        rope_axes_dim=(4, 4, 4),
+    )
     sample = lambda: {  # noqa: E731
-        "latents": _randn(4, 3, 6, 10), "encoder_hidden_states": _randn(TEXT, 8), "pooled_projections": _randn(6),
+        "latents": _randn(4, 3, 6, 10),
+        "encoder_hidden_states": _randn(TEXT, 8),
+        "pooled_projections": _randn(6),
         "encoder_attention_mask": (torch.arange(TEXT) < torch.randint(1, TEXT + 1, ())).long(),
-    }  # fmt: skip
+    }
     return model, sample, 45
 
 
@@ -55,15 +94,28 @@ def hunyuan_video15():
     from diffusers import HunyuanVideo15Transformer3DModel
 
     model = HunyuanVideo15Transformer3DModel(
-        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, num_refiner_layers=1,
-        patch_size=2, patch_size_t=1, text_embed_dim=8, text_embed_2_dim=6, image_embed_dim=5, rope_axes_dim=(4, 4, 4),
-    )  # fmt: skip
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        num_refiner_layers=1,
+        patch_size=2,
+        patch_size_t=1,
+        text_embed_dim=8,
+        text_embed_2_dim=6,
+        image_embed_dim=5,
+        rope_axes_dim=(4, 4, 4),
+    )
     sample = lambda: {  # noqa: E731
-        "latents": _randn(4, 3, 6, 10), "condition_latents": _randn(5, 3, 6, 10),
-        "encoder_hidden_states": _randn(TEXT, 8), "encoder_attention_mask": (torch.arange(TEXT) < 5).long(),
+        "latents": _randn(4, 3, 6, 10),
+        "condition_latents": _randn(5, 3, 6, 10),
+        "encoder_hidden_states": _randn(TEXT, 8),
+        "encoder_attention_mask": (torch.arange(TEXT) < 5).long(),
         "encoder_hidden_states_2": _randn(4, 6),
-        "encoder_attention_mask_2": (torch.arange(4) < torch.randint(0, 5, ())).long(), "image_embeds": torch.zeros(3, 5),
-    }  # fmt: skip
+        "encoder_attention_mask_2": (torch.arange(4) < torch.randint(0, 5, ())).long(),
+        "image_embeds": torch.zeros(3, 5),
+    }
     return model, sample, 45
 
 
@@ -71,28 +123,54 @@ def cogvideox(rotary=True):
     from diffusers import CogVideoXTransformer3DModel
 
     model = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=2, text_embed_dim=8,
-        num_layers=2, sample_width=10, sample_height=6, sample_frames=9, patch_size=2, temporal_compression_ratio=4,
-        max_text_seq_length=TEXT, use_rotary_positional_embeddings=rotary,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=8,
+        num_layers=2,
+        sample_width=10,
+        sample_height=6,
+        sample_frames=9,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=TEXT,
+        use_rotary_positional_embeddings=rotary,
+    )
     angle = _randn(45, 8).repeat_interleave(2, 1)
     rope = {"rotary_cos": angle.cos(), "rotary_sin": angle.sin()} if rotary else {}
-    return model, lambda: {"latents": _randn(3, 4, 6, 10), "encoder_hidden_states": _randn(TEXT, 8)} | rope, 45
+    return (
+        model,
+        lambda: {"latents": _randn(3, 4, 6, 10), "encoder_hidden_states": _randn(TEXT, 8)} | rope,
+        45,
+    )
 
 
 def flux():
     from diffusers import FluxTransformer2DModel
 
     model = FluxTransformer2DModel(
-        patch_size=1, in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=12, num_attention_heads=2,
-        joint_attention_dim=8, pooled_projection_dim=6, guidance_embeds=True, axes_dims_rope=(4, 4, 4),
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=8,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=6,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 4),
+    )
     ids = torch.zeros(45, 3)
     ids[:, 1], ids[:, 2] = torch.arange(45) // 9, torch.arange(45) % 9
     sample = lambda: {  # noqa: E731
-        "latents": _randn(45, 8), "encoder_hidden_states": _randn(TEXT, 8), "pooled_projections": _randn(6),
-        "txt_ids": torch.zeros(TEXT, 3), "img_ids": ids,
-    }  # fmt: skip
+        "latents": _randn(45, 8),
+        "encoder_hidden_states": _randn(TEXT, 8),
+        "pooled_projections": _randn(6),
+        "txt_ids": torch.zeros(TEXT, 3),
+        "img_ids": ids,
+    }
     return model, sample, 45
 
 
@@ -101,24 +179,46 @@ def ltx2(**changes):
 
     model = LTX2VideoTransformer3DModel(
         **dict(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24,
-            audio_in_channels=3, audio_out_channels=3, audio_num_attention_heads=2, audio_attention_head_dim=6,
-            audio_cross_attention_dim=12, num_layers=2, caption_channels=8, rope_double_precision=False,
-        ) | changes
-    )  # fmt: skip
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            cross_attention_dim=24,
+            audio_in_channels=3,
+            audio_out_channels=3,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=6,
+            audio_cross_attention_dim=12,
+            num_layers=2,
+            caption_channels=8,
+            rope_double_precision=False,
+        )
+        | changes
+    )
     sizes = {"num_frames": 3, "height": 3, "width": 5, "audio_num_frames": 4}
     sample = lambda: {  # noqa: E731
-        "latents": _randn(45, 4), "audio_hidden_states": _randn(4, 3), "encoder_hidden_states": _randn(TEXT, 8),
-        "audio_encoder_hidden_states": _randn(TEXT, 8), **{name: torch.tensor(n) for name, n in sizes.items()},
-    }  # fmt: skip
+        "latents": _randn(45, 4),
+        "audio_hidden_states": _randn(4, 3),
+        "encoder_hidden_states": _randn(TEXT, 8),
+        "audio_encoder_hidden_states": _randn(TEXT, 8),
+        **{name: torch.tensor(n) for name, n in sizes.items()},
+    }
     return model, sample, 45
 
 
 BUILDERS = {
-    "wan": wan, "wan_i2v": wan_image_to_video, "hunyuan_video": hunyuan_video, "hunyuan_video15": hunyuan_video15,
-    "cogvideox_5b": cogvideox, "cogvideox_2b": lambda: cogvideox(rotary=False), "flux": flux, "ltx2": ltx2,
-    "ltx2_gated": lambda: ltx2(gated_attn=True, cross_attn_mod=True, perturbed_attn=True, rope_type="split"),
-}  # fmt: skip
+    "wan": wan,
+    "wan_i2v": wan_image_to_video,
+    "hunyuan_video": hunyuan_video,
+    "hunyuan_video15": hunyuan_video15,
+    "cogvideox_5b": cogvideox,
+    "cogvideox_2b": lambda: cogvideox(rotary=False),
+    "flux": flux,
+    "ltx2": ltx2,
+    "ltx2_gated": lambda: ltx2(
+        gated_attn=True, cross_attn_mod=True, perturbed_attn=True, rope_type="split"
+    ),
+}
 
 
 def build(name: str, seed: int = 0):
@@ -137,7 +237,9 @@ PIPELINES = ("wan", "hunyuan_video", "hunyuan_video15", "cogvideox_5b", "flux", 
 
 
 def pipeline(name: str, transformer):
-    """The family's diffusers pipeline around `transformer`, without text encoders (embeddings are given instead)."""
+    """The family's diffusers pipeline around `transformer`, without text encoders (embeddings are
+    given instead).
+    """
     import diffusers
 
     flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -150,16 +252,23 @@ def pipeline(name: str, transformer):
         return diffusers.HunyuanVideoPipeline(**given, **two)
     if name == "hunyuan_video15":
         vae = diffusers.AutoencoderKLHunyuanVideo15(
-            in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1,
-            downsample_match_channel=False, upsample_match_channel=False,
-        )  # fmt: skip
+            in_channels=3,
+            out_channels=3,
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8, 8),
+            layers_per_block=1,
+            downsample_match_channel=False,
+            upsample_match_channel=False,
+        )
         guider = diffusers.guiders.ClassifierFreeGuidance(guidance_scale=1.0)
         return diffusers.HunyuanVideo15Pipeline(**(given | {"vae": vae}), **two, guider=guider)
     if name == "cogvideox_5b":
         scheduler = diffusers.CogVideoXDDIMScheduler(
-            beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
             timestep_spacing="trailing",
-        )  # fmt: skip
+        )
         return diffusers.CogVideoXPipeline(**(given | {"scheduler": scheduler}), **text)
     if name == "flux":
         return diffusers.FluxPipeline(**given, **two)
@@ -170,17 +279,25 @@ def load_pipeline(name: str, folder):
     """Load a saved pipeline the ordinary way; components that are None are passed as such."""
     import diffusers
 
-    cls = getattr(diffusers, type(pipeline(name, None)).__name__) if name != "hunyuan_video15" else None
+    cls = (
+        getattr(diffusers, type(pipeline(name, None)).__name__)
+        if name != "hunyuan_video15"
+        else None
+    )
     cls = cls or diffusers.HunyuanVideo15Pipeline
     components = pipeline(name, None).components
-    absent = {key: None for key, value in components.items() if value is None and key != "transformer"}
+    absent = {
+        key: None for key, value in components.items() if value is None and key != "transformer"
+    }
     pipe = cls.from_pretrained(folder, **absent)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def generate(name: str, pipe, sample, seed: int = 0) -> torch.Tensor:
-    """Two denoising steps from noise that `seed` fixes: latents. LTX-2's pipeline needs connectors; it has a plain loop."""
+    """Two denoising steps from noise that `seed` fixes: latents. LTX-2's pipeline needs connectors;
+    it has a plain loop.
+    """
     rng = torch.Generator().manual_seed(seed)
     text = torch.randn(1, TEXT, 8, generator=rng)
     mask = torch.ones(1, TEXT).long()
@@ -190,16 +307,29 @@ def generate(name: str, pipe, sample, seed: int = 0) -> torch.Tensor:
         return pipe(prompt_embeds=text, negative_prompt_embeds=0 * text, **size, **given)[0]
     if name == "hunyuan_video":
         return pipe(
-            prompt_embeds=text, pooled_prompt_embeds=torch.ones(1, 6), prompt_attention_mask=mask, height=48, width=80,
-            num_frames=9, **given,
-        )[0]  # fmt: skip
+            prompt_embeds=text,
+            pooled_prompt_embeds=torch.ones(1, 6),
+            prompt_attention_mask=mask,
+            height=48,
+            width=80,
+            num_frames=9,
+            **given,
+        )[0]
     if name == "hunyuan_video15":
         return pipe(
-            prompt_embeds=text, prompt_embeds_mask=mask, prompt_embeds_2=torch.ones(1, 4, 6),
-            prompt_embeds_mask_2=torch.ones(1, 4).long(), height=96, width=160, num_frames=9, **given,
-        )[0]  # fmt: skip
+            prompt_embeds=text,
+            prompt_embeds_mask=mask,
+            prompt_embeds_2=torch.ones(1, 4, 6),
+            prompt_embeds_mask_2=torch.ones(1, 4).long(),
+            height=96,
+            width=160,
+            num_frames=9,
+            **given,
+        )[0]
     if name == "flux":
-        return pipe(prompt_embeds=text, pooled_prompt_embeds=torch.ones(1, 6), height=80, width=144, **given)[0]
+        return pipe(
+            prompt_embeds=text, pooled_prompt_embeds=torch.ones(1, 6), height=80, width=144, **given
+        )[0]
     from sla2_core.integrations.ltx2 import FAMILY
 
     conditions = {key: value[None] for key, value in sample(0).items()}

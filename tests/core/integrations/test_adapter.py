@@ -21,7 +21,9 @@ def shake(handle, groups=("router", "alpha", "proj")):
                 parameter.add_(torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("changes", [{}, {"alpha": "mass", "per_head_router": True}, {"method": "sla"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"alpha": "mass", "per_head_router": True}, {"method": "sla"}]
+)
 @pytest.mark.parametrize("include_model", [False, True])
 def test_round_trip(wan, inputs, sla2_config, tmp_path, changes, include_model):
     first = apply_sla2(wan(), sla2_config(**changes), base_model="me/model")
@@ -31,12 +33,17 @@ def test_round_trip(wan, inputs, sla2_config, tmp_path, changes, include_model):
     second = apply_sla2(wan(seed=9 if include_model else 0), sla2_config(**changes))
     second.load(tmp_path / "adapter")
     assert second.config == first.config
-    for (name, a), b in zip(first.transformer.state_dict().items(), second.transformer.state_dict().values()):
+    for (name, a), b in zip(
+        first.transformer.state_dict().items(), second.transformer.state_dict().values()
+    ):
         assert torch.equal(a, b), name
     second.configure(topk=0.3)
     second.load(tmp_path / "adapter", keep_settings=True)
     assert second.config.topk == 0.3
-    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == ["sla2_adapter.safetensors", "sla2_config.json"]
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        "sla2_adapter.safetensors",
+        "sla2_config.json",
+    ]
 
 
 def test_weights_trained_in_fp32_load_into_a_bf16_model(wan, sla2_config, tmp_path):
@@ -78,7 +85,8 @@ def test_another_model_or_other_layers_are_refused(wan, sla2_config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["missing", "extra", "shape", "dtype", "truncated", "version", "json", "absent", "field"]
+    "damage",
+    ["missing", "extra", "shape", "dtype", "truncated", "version", "json", "absent", "field"],
 )
 def test_damaged_files_are_refused_and_change_nothing(wan, sla2_config, tmp_path, damage):
     handle = apply_sla2(wan(), sla2_config())
@@ -121,12 +129,16 @@ def test_damaged_files_are_refused_and_change_nothing(wan, sla2_config, tmp_path
     with pytest.raises((ValueError, FileNotFoundError), match=expected) as raised:
         other.load(tmp_path)
     assert "\n" not in str(raised.value)
-    assert all(torch.equal(value, before[name]) for name, value in other.transformer.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in other.transformer.state_dict().items()
+    )
 
 
 def test_a_failed_write_leaves_nothing(wan, sla2_config, tmp_path, monkeypatch):
     handle = apply_sla2(wan(), sla2_config())
-    monkeypatch.setattr("safetensors.torch.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        "safetensors.torch.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         handle.save(tmp_path / "adapter")
     assert list((tmp_path / "adapter").iterdir()) == []
@@ -143,7 +155,9 @@ def test_a_failed_write_leaves_nothing(wan, sla2_config, tmp_path, monkeypatch):
         ("sla2", None, "expected an object at 'sla2', got None"),
     ],
 )
-def test_a_configuration_of_another_form_is_refused(wan, sla2_config, tmp_path, key, value, message):
+def test_a_configuration_of_another_form_is_refused(
+    wan, sla2_config, tmp_path, key, value, message
+):
     path = apply_sla2(wan(), sla2_config()).save(tmp_path) / "sla2_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     transformer = wan()
@@ -153,12 +167,15 @@ def test_a_configuration_of_another_form_is_refused(wan, sla2_config, tmp_path, 
 
 def test_a_full_disk_names_the_file(tmp_path):
     code = (
-        "import resource, signal, sys; from pathlib import Path; import torch; from sla2_core.adapter import write_tensors\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "try: write_tensors(Path(sys.argv[1]), {'x': torch.zeros(5000)})\n"
-        "except OSError as error: print(error)"
+        "import resource, signal, sys; from pathlib import Path; import torch; from"
+        " sla2_core.adapter import write_tensors\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        " resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\ntry:"
+        " write_tensors(Path(sys.argv[1]), {'x': torch.zeros(5000)})\nexcept OSError as error:"
+        " print(error)"
     )
     path = tmp_path / "weights.safetensors"
-    shown = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    ).stdout
     assert shown.startswith(f"{path}: expected to write it, got: ")
     assert list(tmp_path.iterdir()) == []

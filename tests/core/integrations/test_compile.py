@@ -1,4 +1,6 @@
-"""torch.compile of a model with SLA2: one graph, forward and backward, switching and configuring afterwards."""
+"""torch.compile of a model with SLA2: one graph, forward and backward, switching and configuring
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.families import family_of
 from sla2_core.integrations.loading import apply_adapter
 
-_SPEC = importlib.util.spec_from_file_location("tiny_families", Path(__file__).with_name("families.py"))
+_SPEC = importlib.util.spec_from_file_location(
+    "tiny_families", Path(__file__).with_name("families.py")
+)
 families = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(families)
 
@@ -22,27 +26,43 @@ def outcome(transformer, run) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     transformer.zero_grad()
     out = run()
     out.square().mean().backward()
-    return out.detach(), {n: p.grad.clone() for n, p in transformer.named_parameters() if p.grad is not None}
+    return out.detach(), {
+        n: p.grad.clone() for n, p in transformer.named_parameters() if p.grad is not None
+    }
 
 
 QUICK = ("cogvideox_5b", "flux")  # Wan has tests of its own below
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in families.BUILDERS]
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in families.BUILDERS
+    ],
 )
 def test_every_family_is_one_graph_forward_and_backward(name):
     torch._dynamo.reset()
     transformer, sample, _ = families.build(name)
     family = family_of(transformer)
     heads, dim = family.heads(next(iter(family.attention_layers(transformer).values())))
-    config = SLA2Config(head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5, alpha="mass", precision="int8")
+    config = SLA2Config(
+        head_dim=dim,
+        num_heads=heads,
+        topk=0.3,
+        block_q=8,
+        block_k=5,
+        alpha="mass",
+        precision="int8",
+    )
     apply_sla2(transformer, config)
     items = [sample(i) for i in range(2)]
     batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
     given = batch.pop("latents"), torch.tensor([0.3, 0.8]), batch
     expected = outcome(transformer, lambda: family.predict(transformer, *given))
-    if name == "hunyuan_video15":  # the model branches on its image embeddings: its blocks are one graph each
+    if (
+        name == "hunyuan_video15"
+    ):  # the model branches on its image embeddings: its blocks are one graph each
         compiled = transformer
         transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
     else:
@@ -52,7 +72,9 @@ def test_every_family_is_one_graph_forward_and_backward(name):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
     torch.testing.assert_close(found[0], expected[0], atol=2e-6, rtol=1e-5)
     for key, grad in found[1].items():  # a graph gives zeros where eager gives none
-        torch.testing.assert_close(grad, expected[1].get(key, torch.zeros_like(grad)), atol=1e-6, rtol=1e-4, msg=key)
+        torch.testing.assert_close(
+            grad, expected[1].get(key, torch.zeros_like(grad)), atol=1e-6, rtol=1e-4, msg=key
+        )
     assert set(expected[1]) <= set(found[1])
 
 
@@ -60,7 +82,9 @@ def test_every_family_is_one_graph_forward_and_backward(name):
     "backend",
     ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("changes", [{"alpha": "mass", "precision": "int8"}, {"method": "sla"}], ids=["sla2", "sla"])
+@pytest.mark.parametrize(
+    "changes", [{"alpha": "mass", "precision": "int8"}, {"method": "sla"}], ids=["sla2", "sla"]
+)
 def test_one_graph_forward_and_backward(wan, inputs, sla2_config, backend, changes):
     torch._dynamo.reset()
     transformer = wan(num_layers=1)
@@ -72,7 +96,14 @@ def test_one_graph_forward_and_backward(wan, inputs, sla2_config, backend, chang
         out = model(**inputs(), return_dict=False)[0]
         out.square().mean().backward()
         results.append(
-            (out.detach(), {n: p.grad.clone() for n, p in transformer.named_parameters() if p.grad is not None})
+            (
+                out.detach(),
+                {
+                    n: p.grad.clone()
+                    for n, p in transformer.named_parameters()
+                    if p.grad is not None
+                },
+            )
         )
     torch.testing.assert_close(results[1][0], results[0][0], atol=2e-6, rtol=1e-5)
     assert set(results[1][1]) == set(results[0][1])
@@ -103,7 +134,9 @@ def test_configure_and_disable_act_on_a_compiled_model(wan, inputs, sla2_config)
 
 
 def test_the_operator_is_well_formed(sla2_config):
-    """torch's own check: schema, fake shapes, autograd registration, and tracing with symbolic shapes."""
+    """torch's own check: schema, fake shapes, autograd registration, and tracing with symbolic
+    shapes.
+    """
     from sla2_core import build_attention
     from sla2_core.integrations.compiled import config_text, register
 
@@ -112,7 +145,8 @@ def test_the_operator_is_well_formed(sla2_config):
     parameters = list(build_attention(config).parameters())
     q, k, v = (torch.randn(1, 45, 2, 12, requires_grad=True) for _ in range(3))
     torch.library.opcheck(
-        torch.ops.sla2.routed_attention, (q, k, v, parameters, torch.tensor([43]), config_text(config), 4)
+        torch.ops.sla2.routed_attention,
+        (q, k, v, parameters, torch.tensor([43]), config_text(config), 4),
     )
 
 
@@ -124,7 +158,9 @@ def test_a_model_compiled_before_has_the_adapter_of_a_plain_one(wan, inputs, sla
     plain = wan(seed=9)
     apply_adapter(plain, tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(**inputs())[0], plain(**inputs())[0], atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            compiled(**inputs())[0], plain(**inputs())[0], atol=2e-6, rtol=1e-5
+        )
 
 
 def test_dense_steps_go_with_compiled_blocks(wan, inputs, sla2_config):

@@ -1,4 +1,6 @@
-"""The CUDA kernels, on the emulator, inside a bfloat16 model of every family: output and every gradient as on the CPU kernels."""
+"""The CUDA kernels, on the emulator, inside a bfloat16 model of every family: output and every
+gradient as on the CPU kernels.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from sla2_core.config import published_sla
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.families import family_of
 
-_SPEC = importlib.util.spec_from_file_location("tiny_families", Path(__file__).with_name("families.py"))
+_SPEC = importlib.util.spec_from_file_location(
+    "tiny_families", Path(__file__).with_name("families.py")
+)
 families = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(families)
 
@@ -23,7 +27,9 @@ def test_output_and_gradients_are_those_of_the_cpu_kernels(name, published):
     transformer, sample, _ = families.build(name)
     family = family_of(transformer)
     heads, dim = family.heads(next(iter(family.attention_layers(transformer).values())))
-    config = SLA2Config(head_dim=dim, num_heads=heads, topk=0.4, block_q=16, block_k=16, alpha_knots=3)
+    config = SLA2Config(
+        head_dim=dim, num_heads=heads, topk=0.4, block_q=16, block_k=16, alpha_knots=3
+    )
     handle = apply_sla2(transformer, published_sla(config) if published else config)
     items = [sample(i) for i in range(2)]
     batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
@@ -32,11 +38,18 @@ def test_output_and_gradients_are_those_of_the_cpu_kernels(name, published):
         handle.configure(backend=backend)
         transformer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = family.predict(transformer, batch["latents"], torch.tensor([0.3, 0.8]), {k: v for k, v in batch.items() if k != "latents"})  # fmt: skip
+            out = family.predict(
+                transformer,
+                batch["latents"],
+                torch.tensor([0.3, 0.8]),
+                {k: v for k, v in batch.items() if k != "latents"},
+            )
         out.float().square().mean().backward()
         grads = {n: p.grad.clone() for n, p in transformer.named_parameters() if p.grad is not None}
         found.append({"out": out.detach()} | grads)
     assert found[0].keys() == found[1].keys()
     for key, right in found[1].items():
         error, size = (found[0][key].float() - right.float()).norm(), right.float().norm()
-        assert error <= 0.1 * size + 1e-4, f"{key}: {error:.3g} of {size:.3g}"  # a bias of K has next to none
+        assert error <= 0.1 * size + 1e-4, (
+            f"{key}: {error:.3g} of {size:.3g}"
+        )  # a bias of K has next to none

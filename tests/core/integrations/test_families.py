@@ -1,4 +1,6 @@
-"""Every family on a tiny random model: equivalence, switching, gradients, state_dict, and the way from capture to adapter."""
+"""Every family on a tiny random model: equivalence, switching, gradients, state_dict, and the way
+from capture to adapter.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from sla2_core.training.capture import capture
 from sla2_core.training.stage1 import Stage1Config, train_stage1
 from sla2_core.training.stage2 import Stage2Config, train_stage2
 
-_SPEC = importlib.util.spec_from_file_location("tiny_families", Path(__file__).with_name("families.py"))
+_SPEC = importlib.util.spec_from_file_location(
+    "tiny_families", Path(__file__).with_name("families.py")
+)
 families = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(families)
 NAMES = list(families.BUILDERS)
@@ -26,7 +30,12 @@ NAMES = list(families.BUILDERS)
 def fitting(transformer, **changes) -> SLA2Config:
     family = family_of(transformer)
     heads, dim = family.heads(next(iter(family.attention_layers(transformer).values())))
-    return SLA2Config(**(dict(head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5, alpha_knots=3) | changes))
+    return SLA2Config(
+        **(
+            dict(head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5, alpha_knots=3)
+            | changes
+        )
+    )
 
 
 def batch_of(sample, count=2):
@@ -53,7 +62,9 @@ def test_every_block_with_alpha_one_is_the_original_and_less_is_not(name):
     with torch.no_grad():
         expected = family.predict(transformer, *batch)
         handle = apply_sla2(transformer, fitting(transformer, topk=1.0, alpha="one"))
-        torch.testing.assert_close(family.predict(transformer, *batch), expected, atol=3e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            family.predict(transformer, *batch), expected, atol=3e-6, rtol=1e-5
+        )
         handle.configure(topk=0.3)
         maps = handle.block_maps(lambda: family.predict(transformer, *batch))
         assert (family.predict(transformer, *batch) - expected).abs().max() > 1e-3
@@ -88,8 +99,14 @@ def test_gradients_reach_alpha_router_and_model(name):
     noisy, sigma, conditions = batch_of(sample)
     handle.family.predict(transformer, noisy, sigma, conditions).square().mean().backward()
     for group in ("router", "alpha"):
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in handle.parameters()[group]), group
-    own = {n for n, p in transformer.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        assert all(
+            p.grad is not None and p.grad.abs().sum() > 0 for p in handle.parameters()[group]
+        ), group
+    own = {
+        n
+        for n, p in transformer.named_parameters()
+        if p.grad is not None and p.grad.abs().sum() > 0
+    }
     for layer in handle.names.values():
         assert f"{layer}.to_q.weight" in own
 
@@ -107,15 +124,21 @@ def test_from_capture_to_adapter_and_back(name, tmp_path):
     captures = capture(handle, run, tmp_path / "captures", samples=2)
     assert captures.layers == handle.layers
     assert captures.load(captures.calls[0]).q.shape[2] - captures.calls[0]["text_tokens"] == tokens
-    report = train_stage1(handle, captures, Stage1Config(topk=(0.3,), steps=3, eval_every=2), tmp_path / "stage1")
+    report = train_stage1(
+        handle, captures, Stage1Config(topk=(0.3,), steps=3, eval_every=2), tmp_path / "stage1"
+    )
     assert len(report.layers) == 2
     before = {n: p.detach().clone() for n, p in transformer.named_parameters()}
-    config = Stage2Config(steps=2, batch_size=2, learning_rate=1e-3, loss="distill", checkpoint_every=1)
+    config = Stage2Config(
+        steps=2, batch_size=2, learning_rate=1e-3, loss="distill", checkpoint_every=1
+    )
     handle.configure(precision="int8")
     result = train_stage2(handle, Samples(sample), config, tmp_path / "stage2")
     moved = {n for n, p in transformer.named_parameters() if not torch.equal(p, before[n])}
     assert not any(".router." in n for n in moved)
-    assert all(f"{layer}.processor.attention.mixing.logit" in moved for layer in handle.names.values())
+    assert all(
+        f"{layer}.processor.attention.mixing.logit" in moved for layer in handle.names.values()
+    )
     assert all(f"{layer}.to_q.weight" in moved for layer in handle.names.values())
     other, _, _ = families.build(name, seed=5)
     again = apply_adapter(other, result.adapter)
@@ -129,7 +152,9 @@ def test_from_capture_to_adapter_and_back(name, tmp_path):
     assert set(folded) == set(transformer.state_dict())
 
 
-@pytest.mark.parametrize("name", ["hunyuan_video", "hunyuan_video15", "cogvideox_5b", "flux", "ltx2"])
+@pytest.mark.parametrize(
+    "name", ["hunyuan_video", "hunyuan_video15", "cogvideox_5b", "flux", "ltx2"]
+)
 def test_bfloat16_keeps_router_and_alpha_in_fp32(name):
     transformer, sample, _ = families.build(name)
     handle = apply_sla2(transformer, fitting(transformer))
@@ -140,7 +165,9 @@ def test_bfloat16_keeps_router_and_alpha_in_fp32(name):
         out = handle.family.predict(transformer, noisy.bfloat16(), sigma, conditions)
     assert out.dtype == torch.bfloat16
     assert torch.isfinite(out).all()
-    assert all(p.dtype == torch.float32 for g in ("router", "alpha") for p in handle.parameters()[g])
+    assert all(
+        p.dtype == torch.float32 for g in ("router", "alpha") for p in handle.parameters()[g]
+    )
 
 
 def test_masks_without_block_form_are_refused():
@@ -148,18 +175,24 @@ def test_masks_without_block_form_are_refused():
     handle = apply_sla2(transformer, fitting(transformer))
     noisy, sigma, conditions = batch_of(sample)
     conditions["video_self_attention_mask"] = torch.ones(2, tokens, tokens)
-    with pytest.raises(ValueError, match="video_self_attention_mask: expected None with SLA2, got a mask"):
+    with pytest.raises(
+        ValueError, match="video_self_attention_mask: expected None with SLA2, got a mask"
+    ):
         handle.family.predict(transformer, noisy, sigma, conditions)
 
 
 @pytest.mark.parametrize("name", ["hunyuan_video", "hunyuan_video15"])
 def test_context_parallelism_of_masked_text_is_refused(name):
-    """diffusers has no plan for these models, and leaves its configuration on the processors when it says so."""
+    """diffusers has no plan for these models, and leaves its configuration on the processors when
+    it says so.
+    """
     transformer, sample, _ = families.build(name)
     handle = apply_sla2(transformer, fitting(transformer))
     for processor in handle.processors.values():
         processor._parallel_config = object()
-    with pytest.raises(ValueError, match=r"_parallel_config: expected a model without masked text for SLA2 \(Wan, "):
+    with pytest.raises(
+        ValueError, match=r"_parallel_config: expected a model without masked text for SLA2 \(Wan, "
+    ):
         handle.family.predict(transformer, *batch_of(sample))
 
 
@@ -172,7 +205,9 @@ def test_perturbed_guidance_of_ltx2_is_the_original():
             family = family_of(transformer)
             expected = family.predict(transformer, noisy, sigma, given)
             handle = apply_sla2(transformer, fitting(transformer, topk=1.0, alpha="one"))
-            torch.testing.assert_close(family.predict(transformer, noisy, sigma, given), expected, atol=3e-6, rtol=1e-5)
+            torch.testing.assert_close(
+                family.predict(transformer, noisy, sigma, given), expected, atol=3e-6, rtol=1e-5
+            )
             handle.remove()
 
 
@@ -182,15 +217,22 @@ def test_cogvideox_trains_on_the_checkpoints_schedule():
     transformer, _, _ = families.build("cogvideox_5b")
     alphas = family_of(transformer).alphas_cumprod(transformer.config)
     scheduler = CogVideoXDPMScheduler(
-        beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=1.0
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=1.0,
     )
     clean, noise = torch.randn(2, 3, 2, 4).unbind(0)
     steps = torch.tensor([0, 500, 999])
     from sla2_core.training.objectives import noisy_and_target
 
     noisy, target = noisy_and_target(clean, noise, steps / 999, alphas)
-    torch.testing.assert_close(noisy, scheduler.add_noise(clean, noise, steps), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(target, scheduler.get_velocity(clean, noise, steps), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        noisy, scheduler.add_noise(clean, noise, steps), atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        target, scheduler.get_velocity(clean, noise, steps), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_model_without_self_attention_is_refused():
@@ -205,7 +247,9 @@ def test_processors_set_afterwards_are_noticed():
     heads, dim = family_of(transformer).heads(transformer.transformer_blocks[0].attn1)
     handle = apply_sla2(transformer, SLA2Config(head_dim=dim, num_heads=heads, topk=0.3))
     transformer.fuse_qkv_projections()  # replaces every processor of this model
-    with pytest.raises(ValueError, match=r"at transformer_blocks\.0\.attn1, got FusedCogVideoXAttnProcessor2_0"):
+    with pytest.raises(
+        ValueError, match=r"at transformer_blocks\.0\.attn1, got FusedCogVideoXAttnProcessor2_0"
+    ):
         handle.save("unused")
 
 
@@ -215,8 +259,12 @@ def test_processors_with_weights_and_offloaded_models_are_refused():
     transformer, _, _ = families.build("flux")
     heads, dim = family_of(transformer).heads(transformer.transformer_blocks[0].attn)
     config = SLA2Config(head_dim=dim, num_heads=heads, topk=0.3)
-    with pytest.raises(ValueError, match="expected weights, got meta tensors; SLA2 does not work with sequential"):
+    with pytest.raises(
+        ValueError, match="expected weights, got meta tensors; SLA2 does not work with sequential"
+    ):
         apply_sla2(copy.deepcopy(transformer).to("meta"), config)
     transformer.transformer_blocks[0].attn.set_processor(FluxIPAdapterAttnProcessor(heads * dim, 8))
-    with pytest.raises(ValueError, match=r"at transformer_blocks\.0\.attn, got FluxIPAdapterAttnProcessor"):
+    with pytest.raises(
+        ValueError, match=r"at transformer_blocks\.0\.attn, got FluxIPAdapterAttnProcessor"
+    ):
         apply_sla2(transformer, config)

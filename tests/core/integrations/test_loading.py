@@ -1,4 +1,6 @@
-"""Loading adapters and whole models from a folder, what is refused, and the report of integrations.check."""
+"""Loading adapters and whole models from a folder, what is refused, and the report of
+integrations.check.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from sla2_core.integrations.check import inspect_model, main, read_config
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.loading import apply_adapter, from_pretrained, save_pretrained
 
-_SPEC = importlib.util.spec_from_file_location("tiny_families", Path(__file__).with_name("families.py"))
+_SPEC = importlib.util.spec_from_file_location(
+    "tiny_families", Path(__file__).with_name("families.py")
+)
 families = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(families)
 
@@ -34,7 +38,9 @@ def forward(transformer, inputs):
 
 
 def test_a_model_with_sla2_folded_in(wan, inputs, sla2_config, tmp_path):
-    handle = shaken(apply_sla2(wan(num_layers=3), sla2_config(alpha="mass"), skip_layers=[1], dense_steps=0))
+    handle = shaken(
+        apply_sla2(wan(num_layers=3), sla2_config(alpha="mass"), skip_layers=[1], dense_steps=0)
+    )
     expected = forward(handle.transformer, inputs)
     save_pretrained(handle, tmp_path / "pipeline" / "transformer", max_shard_size="20KB")
     again = from_pretrained(tmp_path / "pipeline", subfolder="transformer")
@@ -51,10 +57,17 @@ def test_a_model_with_sla2_folded_in(wan, inputs, sla2_config, tmp_path):
 
 
 def test_an_adapter_says_how_it_is_applied(wan, inputs, sla2_config, tmp_path):
-    handle = apply_sla2(wan(), sla2_config(precision="int8"), skip_layers=[0], dense_steps=2, base_model="me/wan")
+    handle = apply_sla2(
+        wan(), sla2_config(precision="int8"), skip_layers=[0], dense_steps=2, base_model="me/wan"
+    )
     shaken(handle).save(tmp_path)
     again = apply_adapter(wan(), tmp_path)
-    assert (again.config, again.layers, again.dense_steps, again.base_model) == (handle.config, (1,), 2, "me/wan")
+    assert (again.config, again.layers, again.dense_steps, again.base_model) == (
+        handle.config,
+        (1,),
+        2,
+        "me/wan",
+    )
 
 
 def test_a_refused_adapter_leaves_the_model_as_it_was(wan, sla2_config, tmp_path):
@@ -64,44 +77,70 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(wan, sla2_config, tmp_path
     with pytest.raises(ValueError, match="expected an adapter of a model with ffn_dim=48, got 32"):
         apply_adapter(other, tmp_path)
     assert other.blocks[0].attn1.processor is before
-    with pytest.raises(ValueError, match=r"sla2_config\.json: .*expected at least 2 self-attention layers, got 1"):
+    with pytest.raises(
+        ValueError, match=r"sla2_config\.json: .*expected at least 2 self-attention layers, got 1"
+    ):
         apply_adapter(wan(num_layers=1), tmp_path)
 
 
 def test_refusals_name_the_file(wan, sla2_config, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match=r"no/such: expected a folder or a hub id that can be reached"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no/such: expected a folder or a hub id that can be reached"
+    ):
         from_pretrained("no/such")
     save_pretrained(apply_sla2(wan(), sla2_config()), tmp_path / "model")
     shutil.copytree(tmp_path / "model", tmp_path / "other")
     config = tmp_path / "other" / "config.json"
     config.write_text(config.read_text().replace("WanTransformer3DModel", "UNet2DModel"))
-    with pytest.raises(ValueError, match=r"config.json: expected one of WanTransformer3DModel.*, got 'UNet2DModel'"):
+    with pytest.raises(
+        ValueError, match=r"config.json: expected one of WanTransformer3DModel.*, got 'UNet2DModel'"
+    ):
         from_pretrained(tmp_path / "other")
     (tmp_path / "model" / "sla2_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"sla2_config.json: expected a JSON file, found none"):
+    with pytest.raises(
+        FileNotFoundError, match=r"sla2_config.json: expected a JSON file, found none"
+    ):
         from_pretrained(tmp_path / "model")
 
 
 def test_version_1_adapters_load(wan, sla2_config, tmp_path):
-    """The format as first released, written out by hand: whatever the current version, these must load."""
+    """The format as first released, written out by hand: whatever the current version, these must
+    load.
+    """
     from safetensors.torch import save_file
 
     handle = shaken(apply_sla2(wan(), sla2_config()))
     save_file(
-        {k: v.detach().clone() for k, v in handle.adapter_tensors().items()}, tmp_path / "sla2_adapter.safetensors"
+        {k: v.detach().clone() for k, v in handle.adapter_tensors().items()},
+        tmp_path / "sla2_adapter.safetensors",
     )
     content = {
         "format_version": 1,
         "sla2": {
-            "head_dim": 12, "num_heads": 2, "topk": 0.3, "block_q": 8, "block_k": 5, "method": "sla2",
-            "router": "learned", "per_head_router": False, "alpha": "position", "alpha_knots": 3, "alpha_per_head": True,
-            "alpha_init": 0.8, "tau": 0.1, "smooth_k": True, "precision": "int8", "qat_backward": "paper",
+            "head_dim": 12,
+            "num_heads": 2,
+            "topk": 0.3,
+            "block_q": 8,
+            "block_k": 5,
+            "method": "sla2",
+            "router": "learned",
+            "per_head_router": False,
+            "alpha": "position",
+            "alpha_knots": 3,
+            "alpha_per_head": True,
+            "alpha_init": 0.8,
+            "tau": 0.1,
+            "smooth_k": True,
+            "precision": "int8",
+            "qat_backward": "paper",
             "backend": "auto",
         },
-        "layers": [0, 1], "dense_steps": 0, "base_model": None,
+        "layers": [0, 1],
+        "dense_steps": 0,
+        "base_model": None,
         "model": {"class": "WanTransformer3DModel", "config": {"num_layers": 2}},
-    }  # fmt: skip
+    }
     (tmp_path / "sla2_config.json").write_text(json.dumps(content))
     again = apply_adapter(wan(), tmp_path)
     assert again.config.precision == "int8"
@@ -111,9 +150,13 @@ def test_version_1_adapters_load(wan, sla2_config, tmp_path):
 
 def test_check_of_wan_1_3b(tmp_path, capsys):
     settings = {
-        "_class_name": "WanTransformer3DModel", "num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 30,
-        "text_dim": 4096, "ffn_dim": 8960,
-    }  # fmt: skip
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": 12,
+        "attention_head_dim": 128,
+        "num_layers": 30,
+        "text_dim": 4096,
+        "ffn_dim": 8960,
+    }
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(settings))
     assert main([str(tmp_path), "--topk", "0.03"]) == 0
@@ -136,13 +179,22 @@ def test_check_of_every_family(tmp_path, capsys, name):
     """What it says would be replaced is what apply_sla2 replaces."""
     transformer, _, _ = families.build(name)
     transformer.save_config(tmp_path)
-    assert main([str(tmp_path), "--block-q", "8", "--block-k", "5", "--latents", "3x6x10", "--json"]) == 0
+    assert (
+        main([str(tmp_path), "--block-q", "8", "--block-k", "5", "--latents", "3x6x10", "--json"])
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     heads, dim = found["layers"][0]["heads"], found["layers"][0]["head_dim"]
-    handle = apply_sla2(transformer, SLA2Config(head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5))
+    handle = apply_sla2(
+        transformer, SLA2Config(head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5)
+    )
     assert [layer["name"] for layer in found["layers"]] == list(handle.names.values())
-    assert found["tokens"] == (3 * 6 * 10 if name.startswith("ltx2") else 45)  # LTX-2's patches are single latents
-    assert found["totals"]["parameters"] == sum(value.numel() for value in handle.adapter_tensors().values())
+    assert found["tokens"] == (
+        3 * 6 * 10 if name.startswith("ltx2") else 45
+    )  # LTX-2's patches are single latents
+    assert found["totals"]["parameters"] == sum(
+        value.numel() for value in handle.adapter_tensors().values()
+    )
 
 
 def test_a_hub_id_is_fetched_by_the_names_of_its_files(wan, sla2_config, tmp_path, monkeypatch):
@@ -157,7 +209,10 @@ def test_a_hub_id_is_fetched_by_the_names_of_its_files(wan, sla2_config, tmp_pat
     handle.save(tmp_path)
     again = apply_adapter(wan(), "me/adapter", revision="v1")
     assert asked == [("me/adapter", "v1", ["sla2_config.json", "sla2_adapter.safetensors"])]
-    assert all(torch.equal(value, handle.adapter_tensors()[name]) for name, value in again.adapter_tensors().items())
+    assert all(
+        torch.equal(value, handle.adapter_tensors()[name])
+        for name, value in again.adapter_tensors().items()
+    )
 
 
 @pytest.mark.parametrize(

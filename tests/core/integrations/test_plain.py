@@ -37,7 +37,9 @@ def test_every_block_is_scaled_dot_product_attention(text_tokens):
 def test_grouped_queries():
     q, (k, v) = torch.randn(2, 4, 45, 12), torch.randn(2, 2, 2, 45, 12)
     expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-    torch.testing.assert_close(ScaledDotProductSLA2(CONFIG)(q, k, v, enable_gqa=True), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        ScaledDotProductSLA2(CONFIG)(q, k, v, enable_gqa=True), expected, atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,10 @@ def test_grouped_queries():
             {"attn_mask": torch.zeros(45, 45)},
             r"attn_mask: expected a bool mask of keys .* got torch.float32 \(45, 45\)",
         ),
-        ({"attn_mask": torch.arange(45).view(1, 1, 1, 45) != 3}, "attn_mask: expected the valid keys first"),
+        (
+            {"attn_mask": torch.arange(45).view(1, 1, 1, 45) != 3},
+            "attn_mask: expected the valid keys first",
+        ),
     ],
 )
 def test_what_has_no_block_form_is_refused(given, message):

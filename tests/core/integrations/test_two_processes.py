@@ -1,4 +1,6 @@
-"""Every family's pipeline from its folder to generated latents by way of two gloo processes; Ulysses against one process."""
+"""Every family's pipeline from its folder to generated latents by way of two gloo processes;
+Ulysses against one process.
+"""
 
 from __future__ import annotations
 
@@ -31,19 +33,28 @@ families, worker = load_sibling("families"), load_sibling("two_processes")
 
 
 def prepare(name, folder):
-    """Pipeline folder -> load -> apply -> capture from the running pipeline -> stage 1 -> adapter."""
+    """Pipeline folder -> load -> apply -> capture from the running pipeline -> stage 1
+    -> adapter.
+    """
     transformer, sample, _ = families.build(name)
     families.pipeline(name, transformer).save_pretrained(folder / "pipeline")
     pipe = families.load_pipeline(name, folder / "pipeline")
     heads, dim = families_heads(pipe.transformer)
-    config = SLA2Config(head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5, alpha_knots=3)
+    config = SLA2Config(
+        head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5, alpha_knots=3
+    )
     handle = apply_sla2(pipe.transformer, config)
     captures = capture(
-        handle, lambda i: families.generate(name, pipe, sample, seed=i), folder / "captures", samples=2,
+        handle,
+        lambda i: families.generate(name, pipe, sample, seed=i),
+        folder / "captures",
+        samples=2,
         config=CaptureConfig(every=2),
-    )  # fmt: skip
+    )
     assert {call["sample"] for call in captures.calls} == {0, 1}
-    train_stage1(handle, captures, Stage1Config(topk=(0.3,), steps=2, eval_every=2), folder / "stage1")
+    train_stage1(
+        handle, captures, Stage1Config(topk=(0.3,), steps=2, eval_every=2), folder / "stage1"
+    )
     handle.save(folder / "stage1_adapter")
 
 
@@ -66,9 +77,13 @@ def run(tmp_path_factory):
     processes = []
     for rank in range(2):
         env = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
         log = (folder / f"log{rank}").open("w")
         command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(folder)]
         processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
@@ -77,7 +92,9 @@ def run(tmp_path_factory):
     finally:
         for process in processes:
             process.kill()
-    assert codes == [0, 0], "\n".join((folder / f"log{rank}").read_text()[-3000:] for rank in range(2))
+    assert codes == [0, 0], "\n".join(
+        (folder / f"log{rank}").read_text()[-3000:] for rank in range(2)
+    )
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -109,7 +126,8 @@ def test_what_cannot_be_exchanged_is_refused(run):
 
 def test_two_processes_interrupted_and_resumed_to_the_bit(run):
     whole, resumed = (
-        load_file(run[0] / "wan" / name / "checkpoint-00000002.safetensors") for name in ("stage2_2", "interrupted")
+        load_file(run[0] / "wan" / name / "checkpoint-00000002.safetensors")
+        for name in ("stage2_2", "interrupted")
     )
     assert set(whole) == set(resumed)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
@@ -133,6 +151,8 @@ def test_stage2_on_two_processes_then_load_and_generate(run, name):
             assert handle.config.precision == ("full" if adapter == "stage1_adapter" else "int8")
         results[adapter] = families.generate(name, pipe, sample)
         assert torch.isfinite(results[adapter]).all()
-    torch.testing.assert_close(results["stage2_1/adapter"], results["stage2_2/adapter"], atol=0.05, rtol=0)
+    torch.testing.assert_close(
+        results["stage2_1/adapter"], results["stage2_2/adapter"], atol=0.05, rtol=0
+    )
     for a, b in ((None, "stage1_adapter"), ("stage1_adapter", "stage2_2/adapter")):
         assert (results[a] - results[b]).abs().max() > 1e-3

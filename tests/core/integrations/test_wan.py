@@ -1,4 +1,6 @@
-"""apply_sla2 on a tiny random Wan: equivalence with full attention, switching, dtypes, gradients, refusals."""
+"""apply_sla2 on a tiny random Wan: equivalence with full attention, switching, dtypes, gradients,
+refusals.
+"""
 
 from __future__ import annotations
 
@@ -42,17 +44,28 @@ def test_sla2_changes_the_output_and_disable_restores_it_to_the_bit(wan, inputs,
 
 
 def test_rope_is_applied_before_routing(wan, inputs, sla2_config):
-    """Recorded Q and K give, by plain softmax attention, the very input of the output projection."""
+    """Recorded Q and K give, by plain softmax attention, the very input of the output
+    projection.
+    """
     transformer = wan()
     handle = apply_sla2(transformer, sla2_config())
     seen, projected = {}, {}
-    hook = transformer.blocks[1].attn1.to_out[0].register_forward_pre_hook(lambda m, x: projected.update(x=x[0]))
-    with torch.no_grad(), handle.recording(lambda layer, q, k, v, *_: seen.update({layer: (q, k, v)})):
+    hook = (
+        transformer.blocks[1]
+        .attn1.to_out[0]
+        .register_forward_pre_hook(lambda m, x: projected.update(x=x[0]))
+    )
+    with (
+        torch.no_grad(),
+        handle.recording(lambda layer, q, k, v, *_: seen.update({layer: (q, k, v)})),
+    ):
         forward(transformer, inputs())
     q, k, v = (x.transpose(1, 2) for x in seen[1])
     weights = torch.softmax(q @ k.transpose(-1, -2) / 12**0.5, -1)
     hook.remove()
-    torch.testing.assert_close((weights @ v).transpose(1, 2).flatten(2), projected["x"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        (weights @ v).transpose(1, 2).flatten(2), projected["x"], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_parameters_are_in_the_state_dict_and_stay_fp32(wan, inputs, sla2_config):
@@ -101,8 +114,12 @@ def test_state_dict_round_trip_through_save_pretrained(wan, inputs, sla2_config,
     ],
     ids=["position", "mass", "sla", "one"],
 )
-def test_gradients_reach_what_should_learn_and_nothing_else(wan, inputs, sla2_config, changes, learns):
-    """A hard block map passes no gradient to the router; alpha of kind mass reads its scores and does."""
+def test_gradients_reach_what_should_learn_and_nothing_else(
+    wan, inputs, sla2_config, changes, learns
+):
+    """A hard block map passes no gradient to the router; alpha of kind mass reads its scores and
+    does.
+    """
     transformer = wan()
     handle = apply_sla2(transformer, sla2_config(**changes))
     forward(transformer, inputs()).square().mean().backward()
@@ -122,11 +139,16 @@ def test_skip_layers_keep_their_processor(wan, sla2_config):
     assert transformer.blocks[1].attn1.processor is original
 
 
-def test_dense_steps_are_counted_by_timestep_and_start_anew_with_each_video(wan, inputs, sla2_config):
+def test_dense_steps_are_counted_by_timestep_and_start_anew_with_each_video(
+    wan, inputs, sla2_config
+):
     transformer = wan()
     data = inputs()
     with torch.no_grad():
-        dense = {t: forward(transformer, data | {"timestep": torch.full((2,), t)}) for t in (900.0, 500.0, 100.0)}
+        dense = {
+            t: forward(transformer, data | {"timestep": torch.full((2,), t)})
+            for t in (900.0, 500.0, 100.0)
+        }
         apply_sla2(transformer, sla2_config(), dense_steps=2)
         for _video in range(2):
             for t, is_dense in ((900.0, True), (500.0, True), (100.0, False)):
@@ -185,7 +207,9 @@ def test_refusals_name_the_argument(wan, sla2_config):
         apply_sla2(wan(), sla2_config(), skip_layers=[0, 1])
     with pytest.raises(ValueError, match="dense_steps: expected an integer >= 0, got -1"):
         apply_sla2(wan(), sla2_config(), dense_steps=-1)
-    with pytest.raises(ValueError, match=r"transformer: expected one of .*WanTransformer3DModel.*, got Linear"):
+    with pytest.raises(
+        ValueError, match=r"transformer: expected one of .*WanTransformer3DModel.*, got Linear"
+    ):
         apply_sla2(torch.nn.Linear(2, 2), sla2_config())
     transformer = wan()
     apply_sla2(transformer, sla2_config())

@@ -1,4 +1,6 @@
-"""Run by two gloo processes (see test_two_processes.py): Ulysses against one process, and stage 2 of every family."""
+"""Run by two gloo processes (see test_two_processes.py): Ulysses against one process, and stage 2
+of every family.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,15 @@ from sla2_core.integrations.loading import apply_adapter
 from sla2_core.integrations.ulysses import Ulysses
 from sla2_core.training.stage2 import Stage2Config, train_stage2
 
-_SPEC = importlib.util.spec_from_file_location("tiny_families", Path(__file__).with_name("families.py"))
+_SPEC = importlib.util.spec_from_file_location(
+    "tiny_families", Path(__file__).with_name("families.py")
+)
 families = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(families)
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-SETTINGS = Stage2Config(steps=2, batch_size=4, learning_rate=1e-3, checkpoint_every=1, ema=0.5, accumulate=2)
+SETTINGS = Stage2Config(
+    steps=2, batch_size=4, learning_rate=1e-3, checkpoint_every=1, ema=0.5, accumulate=2
+)
 CHECKPOINTED = ("hunyuan_video", "cogvideox_5b", "ltx2")
 
 
@@ -55,11 +61,18 @@ def difference(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def exchange(parallel, changes: dict, text: int) -> dict[str, float]:
-    """Forward and backward of one attention, tokens and heads spread over the ranks, against all on one."""
+    """Forward and backward of one attention, tokens and heads spread over the ranks, against all on
+    one.
+    """
     torch.manual_seed(0)
     video, dim, heads = 44, 8, 4
     attention = build_attention(
-        SLA2Config(**(dict(head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5, alpha_knots=3) | changes))
+        SLA2Config(
+            **(
+                dict(head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5, alpha_knots=3)
+                | changes
+            )
+        )
     )
     with torch.no_grad():
         for parameter in attention.parameters():
@@ -68,13 +81,18 @@ def exchange(parallel, changes: dict, text: int) -> dict[str, float]:
     weight = torch.randn(2, video + text, heads, dim)
 
     def local(x):  # this rank's video tokens and this rank's text tokens
-        return torch.cat([part.chunk(RANKS, 1)[RANK] for part in (x[:, :video], x[:, video:]) if part.shape[1]], 1)
+        return torch.cat(
+            [part.chunk(RANKS, 1)[RANK] for part in (x[:, :video], x[:, video:]) if part.shape[1]],
+            1,
+        )
 
     leaf = whole.clone().requires_grad_()
     out, _, _ = routed_attention(attention, *(x.transpose(1, 2) for x in leaf), text_tokens=text)
     out = out.transpose(1, 2)
     (out * weight).sum().backward()
-    expected = {name: p.grad.clone() for name, p in attention.named_parameters() if p.grad is not None}
+    expected = {
+        name: p.grad.clone() for name, p in attention.named_parameters() if p.grad is not None
+    }
     attention.zero_grad(set_to_none=True)
 
     ulysses = Ulysses(parallel, heads)
@@ -123,10 +141,16 @@ def model(name: str, parallel_first: bool) -> dict[str, float]:
         else:
             transformer.enable_parallelism(config=mesh_config())
         calls, gather = [], Ulysses.gather_tokens
-        Ulysses.gather_tokens = lambda self, x, text: calls.append(x.shape[1]) or gather(self, x, text)
+        Ulysses.gather_tokens = lambda self, x, text: (
+            calls.append(x.shape[1]) or gather(self, x, text)
+        )
         out = family.predict(transformer, latents, sigma, batch)
         Ulysses.gather_tokens = gather
-    return {"forward": difference(out, expected), "size": float(expected.abs().max()), "tokens": calls}
+    return {
+        "forward": difference(out, expected),
+        "size": float(expected.abs().max()),
+        "tokens": calls,
+    }
 
 
 def refusals(parallel) -> list[str]:
@@ -179,7 +203,9 @@ def main() -> None:
         ("sla", {"method": "sla"}, 6),
     ):
         found["exchange"][key] = exchange(parallel, changes, text)
-    found["models"] = {f"{name} {first}": model(name, first) for name in ("wan", "flux") for first in (True, False)}
+    found["models"] = {
+        f"{name} {first}": model(name, first) for name in ("wan", "flux") for first in (True, False)
+    }
     found["refusals"] = refusals(parallel)
     for name in families.PIPELINES:
         stage2(name, folder)

@@ -1,4 +1,6 @@
-"""Run by two gloo processes (see test_sharded.py): stage 2 under accelerate's FSDP2, whole, interrupted and resumed."""
+"""Run by two gloo processes (see test_sharded.py): stage 2 under accelerate's FSDP2, whole,
+interrupted and resumed.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,22 @@ import torch
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.training.stage2 import Stage2Config, train_stage2
 
-_SPEC = importlib.util.spec_from_file_location("tiny_wan", Path(__file__).parents[1] / "conftest.py")
+_SPEC = importlib.util.spec_from_file_location(
+    "tiny_wan", Path(__file__).parents[1] / "conftest.py"
+)
 tiny = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(tiny)
 
 SETTINGS = Stage2Config(
-    steps=4, batch_size=8, accumulate=2, learning_rate=1e-3, alpha_learning_rate=1e-2, checkpoint_every=2, warmup=1,
+    steps=4,
+    batch_size=8,
+    accumulate=2,
+    learning_rate=1e-3,
+    alpha_learning_rate=1e-2,
+    checkpoint_every=2,
+    warmup=1,
     ema=0.5,
-)  # fmt: skip
+)
 VARIANTS = {
     "plain": {},
     "lora": {"lora_rank": 2},
@@ -29,11 +39,16 @@ VARIANTS = {
 
 
 class Data:
-    """Seven samples; `fail_at` raises as that many samples have been drawn, in every process alike."""
+    """Seven samples; `fail_at` raises as that many samples have been drawn, in every
+    process alike.
+    """
 
     def __init__(self, fail_at: int | None = None):
         rng = torch.Generator().manual_seed(3)
-        self.latents, self.text = torch.randn(7, 4, 3, 6, 10, generator=rng), torch.randn(7, 5, 8, generator=rng)
+        self.latents, self.text = (
+            torch.randn(7, 4, 3, 6, 10, generator=rng),
+            torch.randn(7, 5, 8, generator=rng),
+        )
         self.drawn, self.fail_at = 0, fail_at
 
     def __len__(self):
@@ -47,15 +62,18 @@ class Data:
 
 
 def accelerator(lean: bool):
-    """accelerate with FSDP2. On CPU it takes the plugin and shards nothing: FSDP is for accelerators there, so the kind
+    """accelerate with FSDP2. On CPU it takes the plugin and shards nothing: FSDP is for
+    accelerators there, so the kind
     of process group is named for it."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, DistributedType, PartialState
 
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["WanTransformerBlock"],
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["WanTransformerBlock"],
         cpu_ram_efficient_loading=lean,
-    )  # fmt: skip
+    )
     found = Accelerator(cpu=True, fsdp_plugin=plugin)
     for state in (AcceleratorState._shared_state, PartialState._shared_state):
         state["distributed_type"] = DistributedType.FSDP
@@ -92,7 +110,9 @@ def main() -> None:
     try:
         run(folder / "resumed", fail_at=2 * 2 * 3 - 1)  # in the third step
     except KeyboardInterrupt:
-        assert sorted(p.name for p in folder.glob("resumed/checkpoint*")) == ["checkpoint-00000002.safetensors"]
+        assert sorted(p.name for p in folder.glob("resumed/checkpoint*")) == [
+            "checkpoint-00000002.safetensors"
+        ]
     found["resumed"] = run(folder / "resumed")
     try:
         run(folder / "lean", lean=True)

@@ -42,7 +42,9 @@ def test_encodes_once_goes_on_and_feeds_stage_2(wan, sla2_config, tmp_path):
             assert torch.equal(data[index][name], value)
     assert float(data.unconditional["encoder_hidden_states"][0, 0]) == 7.0
     handle = apply_sla2(wan(), sla2_config())
-    report = train_stage2(handle, data, Stage2Config(steps=2, batch_size=2, caption_dropout=0.5), tmp_path / "run")
+    report = train_stage2(
+        handle, data, Stage2Config(steps=2, batch_size=2, caption_dropout=0.5), tmp_path / "run"
+    )
     assert report.steps == 2
 
 
@@ -58,5 +60,7 @@ def test_other_data_or_settings_are_refused(tmp_path):
         CachedData(tmp_path / "later")
     path = tmp_path / "000001.safetensors"
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"000001.safetensors: expected a readable safetensors file"):
+    with pytest.raises(
+        ValueError, match=r"000001.safetensors: expected a readable safetensors file"
+    ):
         CachedData(tmp_path)[1]

@@ -21,11 +21,16 @@ def runner(handle, inputs, calls=None):
     return run
 
 
-def test_what_is_recorded_is_what_attention_saw_in_full_attention(wan, inputs, sla2_config, tmp_path):
+def test_what_is_recorded_is_what_attention_saw_in_full_attention(
+    wan, inputs, sla2_config, tmp_path
+):
     handle = apply_sla2(wan(), sla2_config())
     expected = []
     handle_run = runner(handle, inputs)
-    with torch.no_grad(), handle.recording(lambda layer, q, k, v, *_: expected.append((layer, q, k, v))):
+    with (
+        torch.no_grad(),
+        handle.recording(lambda layer, q, k, v, *_: expected.append((layer, q, k, v))),
+    ):
         handle_run(0)
     found = list(capture(handle, handle_run, tmp_path, samples=1))
     assert [c.layer for c in found] == [0, 1, 0, 1, 0, 1]
@@ -54,11 +59,22 @@ def test_goes_on_where_it_was_and_gives_the_same_bytes(wan, inputs, sla2_config,
     capture(handle, runner(handle, inputs), tmp_path / "whole", samples=3)
     capture(handle, runner(handle, inputs), tmp_path / "parts", samples=1)
     with pytest.raises(KeyboardInterrupt):
-        capture(handle, lambda i: (_ for _ in ()).throw(KeyboardInterrupt), tmp_path / "parts", samples=3)
+        capture(
+            handle,
+            lambda i: (_ for _ in ()).throw(KeyboardInterrupt),
+            tmp_path / "parts",
+            samples=3,
+        )
     assert handle.enabled
     assert not handle.transformer._forward_pre_hooks
     calls, seen = [], []
-    capture(handle, runner(handle, inputs, calls), tmp_path / "parts", samples=3, progress=lambda *p: seen.append(p))
+    capture(
+        handle,
+        runner(handle, inputs, calls),
+        tmp_path / "parts",
+        samples=3,
+        progress=lambda *p: seen.append(p),
+    )
     assert calls == [1, 2]
     assert seen == [(1, 3), (2, 3), (3, 3)]
     names = sorted(p.name for p in (tmp_path / "whole").iterdir())
@@ -70,17 +86,33 @@ def test_goes_on_where_it_was_and_gives_the_same_bytes(wan, inputs, sla2_config,
 def test_ends_before_the_bound(wan, inputs, sla2_config, tmp_path):
     handle = apply_sla2(wan(), sla2_config())
     one = 3 * 2 * 3 * 2 * 45 * 24 * 4  # forwards, layers, qkv, batch, tokens, channels, bytes
-    captures = capture(handle, runner(handle, inputs), tmp_path, samples=5, config=CaptureConfig(max_bytes=2 * one + 1))
+    captures = capture(
+        handle,
+        runner(handle, inputs),
+        tmp_path,
+        samples=5,
+        config=CaptureConfig(max_bytes=2 * one + 1),
+    )
     assert (len(captures.samples), captures.bytes, captures.full) == (2, 2 * one, True)
-    with pytest.raises(ValueError, match=f"max_bytes: expected room for one sample of {one} bytes, got 7"):
-        capture(handle, runner(handle, inputs), tmp_path / "b", samples=1, config=CaptureConfig(max_bytes=7))
+    with pytest.raises(
+        ValueError, match=f"max_bytes: expected room for one sample of {one} bytes, got 7"
+    ):
+        capture(
+            handle,
+            runner(handle, inputs),
+            tmp_path / "b",
+            samples=1,
+            config=CaptureConfig(max_bytes=7),
+        )
 
 
 def test_refusals(wan, inputs, sla2_config, tmp_path):
     handle = apply_sla2(wan(), sla2_config())
     run = runner(handle, inputs)
     capture(handle, run, tmp_path, samples=1)
-    with pytest.raises(ValueError, match=r"index.json: expected seed=1 as given, got 0; use a new folder"):
+    with pytest.raises(
+        ValueError, match=r"index.json: expected seed=1 as given, got 0; use a new folder"
+    ):
         capture(handle, run, tmp_path, samples=1, config=CaptureConfig(seed=1))
     with pytest.raises(ValueError, match=r"layers: expected layers among \[0, 1\], got 5"):
         capture(handle, run, tmp_path / "a", samples=1, config=CaptureConfig(layers=(5,)))

@@ -1,4 +1,6 @@
-"""Stage 1's memory grows with N, not with N squared: one step at 1/16 and at 1/8 of Wan2.1's length, in a fresh process."""
+"""Stage 1's memory grows with N, not with N squared: one step at 1/16 and at 1/8 of Wan2.1's
+length, in a fresh process.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def step(n):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 4, n, 64).unbind(0)
     before = peak()
-    trainee.error(Captured(0, 0, 1.0, (0, 1, 2, 3), q, k, v), 0.03, torch.arange(min(4, n // 128)), 1 << 25, learn=True)
+    captured = Captured(0, 0, 1.0, (0, 1, 2, 3), q, k, v)
+    rows = torch.arange(min(4, n // 128))
+    trainee.error(captured, 0.03, rows, 1 << 25, learn=True)
     return peak() - before
 
 step(256)
@@ -34,20 +38,33 @@ print(step(int(sys.argv[1])))
 """
 
 
-# Without these glibc keeps freed blocks in one arena a thread, and the same step reads 166 MB or 224 MB.
-GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+# Without these glibc keeps freed blocks in one arena a thread, and the same step reads 166 MB or
+# 224 MB.
+GIVE_BACK = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
 
 
 def megabytes(tokens: int) -> float:
-    """Peak above the memory before, of one step, in a process of its own: allocators keep what an earlier step freed."""
+    """Peak above the memory before, of one step, in a process of its own: allocators keep what an
+    earlier step freed.
+    """
     command = [sys.executable, "-c", MEASURE, str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, env=os.environ | GIVE_BACK)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=300, env=os.environ | GIVE_BACK
+    )
     return float(done.stdout)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the peak memory from Linux's /proc"
+)
 def test_twice_the_tokens_take_about_twice_the_memory():
-    """Quadratic growth would take four times as much; a score matrix of N x N alone 268 MB at the longer length."""
+    """Quadratic growth would take four times as much; a score matrix of N x N alone 268 MB at the
+    longer length.
+    """
     half, whole = megabytes(2047), megabytes(4095)
     assert half > 20  # the measurement sees something
     assert whole < 2.4 * half

@@ -1,4 +1,6 @@
-"""Stage 2 under FSDP2 on two gloo processes: the weights of one process, whole adapters, exact resume."""
+"""Stage 2 under FSDP2 on two gloo processes: the weights of one process, whole adapters, exact
+resume.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,14 @@ def run(tmp_path_factory):
     processes = []
     for rank in range(2):
         env = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-        }  # fmt: skip
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         log = (folder / f"log{rank}").open("w")
         command = [sys.executable, str(Path(__file__).with_name("sharded.py")), str(folder)]
         processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
@@ -45,7 +52,9 @@ def run(tmp_path_factory):
     finally:
         for process in processes:
             process.kill()
-    assert codes == [0, 0], "\n".join((folder / f"log{rank}").read_text()[-3000:] for rank in range(2))
+    assert codes == [0, 0], "\n".join(
+        (folder / f"log{rank}").read_text()[-3000:] for rank in range(2)
+    )
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -65,7 +74,9 @@ def test_every_parameter_is_sharded_and_requires_grad_comes_back(run):
 
 @pytest.mark.parametrize("name", sharded.VARIANTS)
 def test_the_weights_are_those_of_one_process(run, name):
-    """Adam divides a gradient by its own size, so that one near 0 may turn with its rounding: few weights differ more."""
+    """Adam divides a gradient by its own size, so that one near 0 may turn with its rounding: few
+    weights differ more.
+    """
     folder, changes = run[0], sharded.VARIANTS[name]
     handle = sharded.handle()
     config = dataclasses.replace(sharded.SETTINGS, **changes)
@@ -76,10 +87,16 @@ def test_the_weights_are_those_of_one_process(run, name):
     torch.testing.assert_close(two["loss"], one["loss"], rtol=rtol, atol=0)
     torch.testing.assert_close(two["grad_norm"], one["grad_norm"], rtol=rtol, atol=0)
     start = handle_tensors(sharded.handle())
-    one, two = (load_file(folder / f"{name}_{count}" / "adapter" / WEIGHTS_NAME) for count in ("one", "two"))
+    one, two = (
+        load_file(folder / f"{name}_{count}" / "adapter" / WEIGHTS_NAME) for count in ("one", "two")
+    )
     assert set(one) == set(two) == set(start)
-    flat = [torch.cat([found[key].flatten() for key in sorted(start)]) for found in (start, one, two)]
-    assert (flat[1] - flat[2]).norm() < (0.2 if "autocast" in changes else 0.02) * (flat[1] - flat[0]).norm()
+    flat = [
+        torch.cat([found[key].flatten() for key in sorted(start)]) for found in (start, one, two)
+    ]
+    assert (flat[1] - flat[2]).norm() < (0.2 if "autocast" in changes else 0.02) * (
+        flat[1] - flat[0]
+    ).norm()
 
 
 def handle_tensors(handle) -> dict[str, torch.Tensor]:
@@ -89,7 +106,11 @@ def handle_tensors(handle) -> dict[str, torch.Tensor]:
 def test_the_adapter_is_whole(run):
     handle = sharded.handle()
     handle.load(run[0] / "plain_two" / "adapter")
-    averages = {k.removeprefix("ema."): v for k, v in checkpoint(run[0] / "plain_two").items() if k.startswith("ema.")}
+    averages = {
+        k.removeprefix("ema."): v
+        for k, v in checkpoint(run[0] / "plain_two").items()
+        if k.startswith("ema.")
+    }
     named = dict(handle.transformer.named_parameters())
     assert set(averages) == {name for name in named if ".router." not in name}
     assert all(torch.equal(named[name], value) for name, value in averages.items())

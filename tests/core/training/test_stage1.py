@@ -1,4 +1,6 @@
-"""Stage 1: the soft operator by rows, learning, early stop, resuming to the bit, the report, sharing, refusals."""
+"""Stage 1: the soft operator by rows, learning, early stop, resuming to the bit, the report,
+sharing, refusals.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from sla2_core.training.capture import Captured, Captures, capture
 from sla2_core.training.soft import Call, calls
 from sla2_core.training.stage1 import Stage1Config, load_stage1, train_stage1
 
-CONFIG = Stage1Config(topk=(0.2, 0.5), steps=12, rows=4, eval_every=4, checkpoint_every=4, eval_rows=None)
+CONFIG = Stage1Config(
+    topk=(0.2, 0.5), steps=12, rows=4, eval_every=4, checkpoint_every=4, eval_rows=None
+)
 
 
 @pytest.fixture
@@ -28,7 +32,9 @@ def prepared(wan, inputs, sla2_config, tmp_path):
         return apply_sla2(transformer, sla2_config(**changes))
 
     handle = make()
-    captures = capture(handle, lambda i: handle.transformer(**inputs(seed=i)), tmp_path / "captures", samples=3)
+    captures = capture(
+        handle, lambda i: handle.transformer(**inputs(seed=i)), tmp_path / "captures", samples=3
+    )
     return make, captures
 
 
@@ -46,7 +52,9 @@ def test_rows_and_heads_put_together_are_the_whole(prepared, alpha):
     scores = whole.scores(attention.router, rows)
     mask = whole.soft_mask(scores, 0.3)
     out, full = whole.attend(rows, mask, whole.alpha(attention.mixing, scores, mask, rows))
-    torch.testing.assert_close(full, full_attention(captured.q, captured.k, captured.v), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        full, full_attention(captured.q, captured.k, captured.v), atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(mask.sum(-1), torch.full((2, 2, 6), 3.0))
     parts = []
     for call, share in calls(captured, attention.config, 2, max_scores=1):
@@ -79,7 +87,9 @@ def test_text_is_always_selected_and_padding_never(sla2_config):
     q, k, v = torch.randn(3, 1, 2, 27, 12).unbind(0)
     captured = Captured(0, 0, 1.0, (0, 1), q, k, v, text_tokens=9, kv_lengths=(21,))
     call = Call(captured, sla2_config(block_q=8, block_k=4), slice(None))
-    assert call.forced.tolist() == [False] * 4 + [True] * 3  # 18 video tokens: block 4 holds two of them and text
+    assert (
+        call.forced.tolist() == [False] * 4 + [True] * 3
+    )  # 18 video tokens: block 4 holds two of them and text
     scores = torch.randn(1, 2, 3, 7)
     hard, soft = call.hard_mask(scores, 0.5), call.soft_mask(scores, 0.5)
     assert hard[..., 4:6].all()
@@ -88,7 +98,9 @@ def test_text_is_always_selected_and_padding_never(sla2_config):
     torch.testing.assert_close(soft[..., :4].sum(-1), torch.full((1, 2, 3), 2.0))
     out, full = call.attend(torch.arange(3), torch.ones_like(soft), torch.ones(1, 1, 3))
     torch.testing.assert_close(out, full)
-    torch.testing.assert_close(full, full_attention(q[:, :, :18], k, v, kv_lengths=[21]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        full, full_attention(q[:, :, :18], k, v, kv_lengths=[21]), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_learns_and_reports_against_heuristic_and_oracle(prepared, tmp_path):
@@ -120,12 +132,16 @@ def test_a_killed_run_gives_the_same_weights_to_the_bit(prepared, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train_stage1(make(), captures, CONFIG, tmp_path / "parts", progress=kill)
     parts, steps = make(), []
-    second = train_stage1(parts, captures, CONFIG, tmp_path / "parts", progress=lambda s, n, m: steps.append(s))
+    second = train_stage1(
+        parts, captures, CONFIG, tmp_path / "parts", progress=lambda s, n, m: steps.append(s)
+    )
     assert steps == list(range(5, 13))
     assert first == second
     for name, value in values(whole).items():
         assert torch.equal(value, values(parts)[name]), name
-    assert train_stage1(make(), captures, CONFIG, tmp_path / "parts", progress=kill).loss == first.loss
+    assert (
+        train_stage1(make(), captures, CONFIG, tmp_path / "parts", progress=kill).loss == first.loss
+    )
 
 
 def test_alpha_of_the_nearest_topk_is_loaded_and_runs_are_shared(prepared, tmp_path):
@@ -139,12 +155,16 @@ def test_alpha_of_the_nearest_topk_is_loaded_and_runs_are_shared(prepared, tmp_p
     assert all(torch.equal(found[0.1][name], found[0.2][name]) for name in found[0.1])
     name = "layers.0.mixing.logit"
     assert not torch.equal(found[0.2][name], found[0.9][name])
-    assert torch.equal(found[0.2]["layers.0.router.weight_q"], found[0.9]["layers.0.router.weight_q"])
+    assert torch.equal(
+        found[0.2]["layers.0.router.weight_q"], found[0.9]["layers.0.router.weight_q"]
+    )
 
 
 def test_early_stop(prepared, tmp_path):
     make, captures = prepared
-    config = dataclasses.replace(CONFIG, steps=200, router_lr=1e-9, alpha_lr=1e-9, eval_every=2, patience=2)
+    config = dataclasses.replace(
+        CONFIG, steps=200, router_lr=1e-9, alpha_lr=1e-9, eval_every=2, patience=2
+    )
     report = train_stage1(make(), captures, config, tmp_path / "run")
     assert report.stopped_early
     assert report.steps == 6
@@ -156,20 +176,33 @@ def test_heuristic_router_trains_alpha_alone_and_sla_nothing(prepared, tmp_path)
     before = values(heuristic)
     train_stage1(heuristic, captures, CONFIG, tmp_path / "heuristic")
     assert set(before) == {"layers.0.mixing.logit", "layers.1.mixing.logit"}
-    assert not torch.equal(values(heuristic)["layers.0.mixing.logit"], before["layers.0.mixing.logit"])
+    assert not torch.equal(
+        values(heuristic)["layers.0.mixing.logit"], before["layers.0.mixing.logit"]
+    )
     assert train_stage1(make(method="sla"), captures, CONFIG, tmp_path / "sla").steps == 0
-    assert train_stage1(make(router="heuristic", alpha="one"), captures, CONFIG, tmp_path / "one").steps == 0
+    assert (
+        train_stage1(
+            make(router="heuristic", alpha="one"), captures, CONFIG, tmp_path / "one"
+        ).steps
+        == 0
+    )
 
 
 def test_refusals(prepared, wan, sla2_config, tmp_path):
     make, captures = prepared
     train_stage1(make(), captures, dataclasses.replace(CONFIG, steps=1), tmp_path / "run")
-    with pytest.raises(ValueError, match=r"stage1.json: expected steps=\d+ as given, got 1; use a new folder"):
+    with pytest.raises(
+        ValueError, match=r"stage1.json: expected steps=\d+ as given, got 1; use a new folder"
+    ):
         train_stage1(make(), captures, CONFIG, tmp_path / "run")
     with pytest.raises(ValueError, match="expected alpha='mass' as applied, got 'position'"):
         load_stage1(make(alpha="mass"), tmp_path / "run")
-    with pytest.raises(ValueError, match="captures: expected captures of this WanTransformer3DModel"):
-        train_stage1(apply_sla2(wan(ffn_dim=48), sla2_config()), captures, CONFIG, tmp_path / "other")
+    with pytest.raises(
+        ValueError, match="captures: expected captures of this WanTransformer3DModel"
+    ):
+        train_stage1(
+            apply_sla2(wan(ffn_dim=48), sla2_config()), captures, CONFIG, tmp_path / "other"
+        )
     with pytest.raises(FileNotFoundError, match=r"stage1.json: expected a JSON file, found none"):
         load_stage1(make(), tmp_path / "nothing")
     with pytest.raises(ValueError, match="topk: expected fractions"):
@@ -185,7 +218,10 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_layer(prepared, tmp_path)
     handle = make()
     with torch.no_grad():
         handle.attentions[1].router.weight_q.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="step 1, layer 1: the loss is nan; the last good checkpoint is none"):
+    with pytest.raises(
+        FloatingPointError,
+        match="step 1, layer 1: the loss is nan; the last good checkpoint is none",
+    ):
         train_stage1(handle, captures, CONFIG, tmp_path / "run")
 
 
@@ -195,7 +231,11 @@ def test_held_out_captures_that_are_not_finite_stop_it(prepared, tmp_path, monke
 
     def spoilt(self, call, device="cpu"):
         found = load(self, call, device)
-        return dataclasses.replace(found, q=found.q * float("nan")) if call["sample"] == held else found
+        return (
+            dataclasses.replace(found, q=found.q * float("nan"))
+            if call["sample"] == held
+            else found
+        )
 
     monkeypatch.setattr(Captures, "load", spoilt)
     with pytest.raises(FloatingPointError, match="step 2, layer 0: the held-out error is nan"):

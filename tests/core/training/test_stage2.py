@@ -12,7 +12,14 @@ from sla2_core.training.data import collate
 from sla2_core.training.objectives import draw_sigma, noisy_and_target
 from sla2_core.training.stage2 import Stage2Config, TrainingStopped, train_stage2
 
-CONFIG = Stage2Config(steps=6, batch_size=4, learning_rate=1e-3, alpha_learning_rate=1e-2, checkpoint_every=2, warmup=1)
+CONFIG = Stage2Config(
+    steps=6,
+    batch_size=4,
+    learning_rate=1e-3,
+    alpha_learning_rate=1e-2,
+    checkpoint_every=2,
+    warmup=1,
+)
 
 
 @pytest.fixture
@@ -59,7 +66,13 @@ def test_trains_the_model_and_alpha_with_the_router_frozen(handle, data, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"loss": "distill", "ema": 0.9}, {"accumulate": 2, "decay": "cosine"}, {"lora_rank": 2, "ema": 0.5}]
+    "changes",
+    [
+        {},
+        {"loss": "distill", "ema": 0.9},
+        {"accumulate": 2, "decay": "cosine"},
+        {"lora_rank": 2, "ema": 0.5},
+    ],
 )
 @pytest.mark.parametrize("step", [1, 3, 5])
 def test_a_killed_run_gives_the_same_weights_to_the_bit(handle, data, tmp_path, changes, step):
@@ -79,7 +92,9 @@ def test_a_killed_run_gives_the_same_weights_to_the_bit(handle, data, tmp_path, 
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_accumulation_and_gradient_checkpointing_change_nothing_but_rounding(handle, data, tmp_path, checkpointing):
+def test_accumulation_and_gradient_checkpointing_change_nothing_but_rounding(
+    handle, data, tmp_path, checkpointing
+):
     plain, other = handle(), handle()
     first = train_stage2(plain, data, CONFIG, tmp_path / "a")
     config = dataclasses.replace(CONFIG, accumulate=2, gradient_checkpointing=checkpointing)
@@ -93,7 +108,12 @@ def test_distilling_at_full_attention_is_at_its_optimum(handle, data, tmp_path):
     h = handle(topk=1.0, precision="full")
     report = train_stage2(h, data, dataclasses.replace(CONFIG, loss="distill", steps=1), tmp_path)
     assert report.loss[0] < 1e-10
-    assert train_stage2(handle(), data, dataclasses.replace(CONFIG, loss="distill"), tmp_path / "b").loss[0] > 1e-6
+    assert (
+        train_stage2(
+            handle(), data, dataclasses.replace(CONFIG, loss="distill"), tmp_path / "b"
+        ).loss[0]
+        > 1e-6
+    )
 
 
 def test_frozen_groups(handle, data, tmp_path):
@@ -105,7 +125,12 @@ def test_frozen_groups(handle, data, tmp_path):
     train_stage2(h, data, dataclasses.replace(CONFIG, alpha_learning_rate=0.0), tmp_path / "b")
     assert not any(".processor." in name for name in changed(h, before))
     with pytest.raises(ValueError, match="expected something to train, got nothing"):
-        train_stage2(h, data, dataclasses.replace(CONFIG, learning_rate=0.0, alpha_learning_rate=0.0), tmp_path / "c")
+        train_stage2(
+            h,
+            data,
+            dataclasses.replace(CONFIG, learning_rate=0.0, alpha_learning_rate=0.0),
+            tmp_path / "c",
+        )
 
 
 def test_lora_trains_the_named_layers_alone_and_is_merged(handle, data, tmp_path):
@@ -116,7 +141,9 @@ def test_lora_trains_the_named_layers_alone_and_is_merged(handle, data, tmp_path
     after = weights(h)
     assert set(after) == set(before)
     moved = {name for name in after if not torch.equal(after[name], before[name])}
-    layers = {f"blocks.{i}.attn{j}.{x}.weight" for i in (0, 1) for j in (1, 2) for x in ("to_q", "to_v")}
+    layers = {
+        f"blocks.{i}.attn{j}.{x}.weight" for i in (0, 1) for j in (1, 2) for x in ("to_q", "to_v")
+    }
     assert moved == layers | {name for name in before if "mixing" in name}
     for name in layers:
         assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-6) == 2
@@ -155,7 +182,9 @@ def test_nan_stops_with_step_layer_and_checkpoint(handle, data, tmp_path, poison
         if step == 3 and poison == "activation":
             h.transformer.blocks[1].ffn.register_forward_hook(lambda m, x, y: y * float("inf"))
 
-    with pytest.raises(TrainingStopped, match=rf"step 4: loss nan.*in {culprit}; last good.*checkpoint-00000002"):
+    with pytest.raises(
+        TrainingStopped, match=rf"step 4: loss nan.*in {culprit}; last good.*checkpoint-00000002"
+    ):
         train_stage2(h, data, CONFIG, tmp_path, progress=spoil)
 
 
@@ -163,16 +192,28 @@ def test_nan_in_the_data_is_named_wherever_in_the_batch_it_is(handle, data, tmp_
     latents, text = data
     for what, spoilt in (
         ("latents", (latents.clone().index_fill_(0, torch.tensor(2), float("nan")), text)),
-        ("encoder_hidden_states", (latents, text.clone().index_fill_(0, torch.tensor(2), float("inf")))),
+        (
+            "encoder_hidden_states",
+            (latents, text.clone().index_fill_(0, torch.tensor(2), float("inf"))),
+        ),
     ):
-        with pytest.raises(TrainingStopped, match=rf"first not finite in the data's {what}; last good"):
-            train_stage2(handle(), spoilt, dataclasses.replace(CONFIG, steps=40, accumulate=4), tmp_path / what)
+        with pytest.raises(
+            TrainingStopped, match=rf"first not finite in the data's {what}; last good"
+        ):
+            train_stage2(
+                handle(),
+                spoilt,
+                dataclasses.replace(CONFIG, steps=40, accumulate=4),
+                tmp_path / what,
+            )
 
 
 def test_a_nan_that_clipping_spread_names_no_weight(handle, data, tmp_path):
     h = handle()
     h.transformer.blocks[0].ffn.net[2].weight.register_hook(lambda grad: grad * float("nan"))
-    with pytest.raises(TrainingStopped, match=r"step 1: loss .* first not finite in the gradients; last good"):
+    with pytest.raises(
+        TrainingStopped, match=r"step 1: loss .* first not finite in the gradients; last good"
+    ):
         train_stage2(h, data, CONFIG, tmp_path)
 
 
@@ -189,7 +230,10 @@ def test_a_stopped_run_with_lora_goes_on_with_the_same_handle(handle, data, tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": "1e-5"}, r"learning_rate: expected a number >= 0, got '1e-5'"),  # as YAML reads 1e-5
+        (
+            {"learning_rate": "1e-5"},
+            r"learning_rate: expected a number >= 0, got '1e-5'",
+        ),  # as YAML reads 1e-5
         ({"alpha_learning_rate": -1.0}, "alpha_learning_rate: expected a number >= 0, got -1.0"),
         ({"grad_clip": 0.0}, "grad_clip: expected a number > 0, got 0.0"),
         ({"shift": -3.0}, "shift: expected a number > 0, got -3.0"),
@@ -214,7 +258,9 @@ def test_refusals(handle, data, tmp_path):
     train_stage2(handle(), data, dataclasses.replace(CONFIG, steps=1), tmp_path)
     with pytest.raises(ValueError, match=r"stage2.json: expected steps=6 as given, got 1"):
         train_stage2(handle(), data, CONFIG, tmp_path)
-    with pytest.raises(ValueError, match=r"batch_size: expected a multiple of processes x accumulate = 3, got 4"):
+    with pytest.raises(
+        ValueError, match=r"batch_size: expected a multiple of processes x accumulate = 3, got 4"
+    ):
         train_stage2(handle(), data, dataclasses.replace(CONFIG, accumulate=3), tmp_path / "a")
     with pytest.raises(ValueError, match="as many latents as texts"):
         train_stage2(handle(), (data[0], data[1][:3]), CONFIG, tmp_path / "a")
@@ -224,7 +270,9 @@ def test_refusals(handle, data, tmp_path):
         Stage2Config(loss="l1")
     checkpoint = tmp_path / "checkpoint-00000001.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"checkpoint-00000001.safetensors: expected a readable safetensors file"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-00000001.safetensors: expected a readable safetensors file"
+    ):
         train_stage2(handle(), data, dataclasses.replace(CONFIG, steps=1), tmp_path)
 
 

@@ -1,4 +1,6 @@
-"""Stage 2 as the quickstart runs it (bf16 autocast, int8, cosine decay), killed by the system and gone on with."""
+"""Stage 2 as the quickstart runs it (bf16 autocast, int8, cosine decay), killed by the system and
+gone on with.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,15 @@ from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.training.stage2 import Stage2Config, train_stage2
 
 SETTINGS = dict(
-    steps=8, batch_size=4, learning_rate=1e-3, alpha_learning_rate=1e-2, decay="cosine", autocast="bfloat16",
-    checkpoint_every=3, warmup=2,
-)  # fmt: skip
+    steps=8,
+    batch_size=4,
+    learning_rate=1e-3,
+    alpha_learning_rate=1e-2,
+    decay="cosine",
+    autocast="bfloat16",
+    checkpoint_every=3,
+    warmup=2,
+)
 
 TRAIN = """
 import os, signal, sys
@@ -34,7 +42,8 @@ def kill(step, steps, metrics):
 data = torch.load(sys.argv[4])
 torch.set_num_threads(1)
 handle = apply_sla2(make_wan(), make_config(precision="int8"))
-train_stage2(handle, (data["latents"], data["text"]), Stage2Config(**data["settings"]), sys.argv[2], progress=kill)
+pairs = (data["latents"], data["text"])
+train_stage2(handle, pairs, Stage2Config(**data["settings"]), sys.argv[2], progress=kill)
 """
 
 
@@ -56,28 +65,48 @@ def state(handle):
     return {name: value.detach().clone() for name, value in handle.transformer.state_dict().items()}
 
 
-def test_a_process_killed_at_a_random_step_gives_the_same_weights(wan, sla2_config, data, tmp_path, one_thread):
+def test_a_process_killed_at_a_random_step_gives_the_same_weights(
+    wan, sla2_config, data, tmp_path, one_thread
+):
     step = random.randrange(1, SETTINGS["steps"])
     whole = apply_sla2(wan(), sla2_config(precision="int8"))
     first = train_stage2(whole, data, Stage2Config(**SETTINGS), tmp_path / "whole")
     torch.save({"latents": data[0], "text": data[1], "settings": SETTINGS}, tmp_path / "data.pt")
-    arguments = [str(Path(__file__).parents[1]), str(tmp_path / "parts"), str(step), str(tmp_path / "data.pt")]
+    arguments = [
+        str(Path(__file__).parents[1]),
+        str(tmp_path / "parts"),
+        str(step),
+        str(tmp_path / "data.pt"),
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", TRAIN, *arguments], timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [sys.executable, "-c", TRAIN, *arguments],
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == -signal.SIGKILL
     parts, steps = apply_sla2(wan(), sla2_config(precision="int8")), []
     second = train_stage2(
-        parts, data, Stage2Config(**SETTINGS), tmp_path / "parts", progress=lambda now, *_: steps.append(now)
+        parts,
+        data,
+        Stage2Config(**SETTINGS),
+        tmp_path / "parts",
+        progress=lambda now, *_: steps.append(now),
     )
     assert steps[0] == step // 3 * 3 + 1, f"killed at step {step}"
-    assert (first.loss, first.grad_norm) == (second.loss, second.grad_norm), f"killed at step {step}"
+    assert (first.loss, first.grad_norm) == (
+        second.loss,
+        second.grad_norm,
+    ), f"killed at step {step}"
     for name, value in state(whole).items():
         assert torch.equal(value, state(parts)[name]), f"{name}, killed at step {step}"
 
 
-def test_a_checkpoint_is_one_file_and_a_half_written_one_does_not_count(wan, sla2_config, data, tmp_path, one_thread):
-    """Weights, optimiser and history of a step cannot come apart; what a killed process left is deleted later."""
+def test_a_checkpoint_is_one_file_and_a_half_written_one_does_not_count(
+    wan, sla2_config, data, tmp_path, one_thread
+):
+    """Weights, optimiser and history of a step cannot come apart; what a killed process left is
+    deleted later.
+    """
 
     def kill(step, steps, metrics):
         if step == 6:
@@ -87,8 +116,12 @@ def test_a_checkpoint_is_one_file_and_a_half_written_one_does_not_count(wan, sla
     first = train_stage2(whole, data, Stage2Config(**SETTINGS), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         train_stage2(
-            apply_sla2(wan(), sla2_config(precision="int8")), data, Stage2Config(**SETTINGS), tmp_path / "run", progress=kill
-        )  # fmt: skip
+            apply_sla2(wan(), sla2_config(precision="int8")),
+            data,
+            Stage2Config(**SETTINGS),
+            tmp_path / "run",
+            progress=kill,
+        )
     newest = tmp_path / "run" / "checkpoint-00000006.safetensors"
     half = tmp_path / "run" / ".checkpoint-00000006.safetensors.1.partial"
     half.write_bytes(newest.read_bytes()[:5000])
@@ -101,7 +134,9 @@ def test_a_checkpoint_is_one_file_and_a_half_written_one_does_not_count(wan, sla
 
 
 def test_the_loss_curve_of_tensorboard_is_whole_after_a_kill(wan, sla2_config, data, tmp_path):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install sla2-core[train]")
+    pytest.importorskip(
+        "tensorboard", reason="tensorboard is not installed: pip install sla2-core[train]"
+    )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def kill(step, steps, metrics):

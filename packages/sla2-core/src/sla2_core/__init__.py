@@ -1,4 +1,6 @@
-"""SLA2: sparse-linear attention with a learnable router, quantisation-aware training, and diffusers integrations."""
+"""SLA2: sparse-linear attention with a learnable router, quantisation-aware training, and diffusers
+integrations.
+"""
 
 from sla2_core.attention import SLA2Attention, SLAAttention, build_attention
 from sla2_core.block_map import BlockMap

@@ -1,4 +1,6 @@
-"""Saves and loads what was trained: sla2_adapter.safetensors beside sla2_config.json, written whole or not at all."""
+"""Saves and loads what was trained: sla2_adapter.safetensors beside sla2_config.json, written whole
+or not at all.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,21 @@ from sla2_core.config import SLA2Config
 WEIGHTS_NAME = "sla2_adapter.safetensors"
 CONFIG_NAME = "sla2_config.json"
 FORMAT_VERSION = 1
-# Fields of SLA2Config a trained adapter is bound to; the others (k%, precision, backend, ...) may be chosen anew.
+# Fields of SLA2Config a trained adapter is bound to; the others (k%, precision, backend, ...) may
+# be chosen anew.
 GEOMETRY = (
-    "head_dim", "num_heads", "block_q", "block_k", "method", "router", "per_head_router", "alpha", "alpha_knots",
-    "alpha_per_head", "smooth_k",
-)  # fmt: skip
+    "head_dim",
+    "num_heads",
+    "block_q",
+    "block_k",
+    "method",
+    "router",
+    "per_head_router",
+    "alpha",
+    "alpha_knots",
+    "alpha_per_head",
+    "smooth_k",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +58,9 @@ class Adapter:
 
 
 def write_atomically(path: Path, write) -> None:
-    """Call write(temporary path) and rename the result to `path`; nothing is left behind if it fails."""
+    """Call write(temporary path) and rename the result to `path`; nothing is left behind if it
+    fails.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
@@ -60,12 +74,18 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n"))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, atomically; shared storage is copied. Raises OSError naming the file (a full disk)."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, atomically; shared storage is copied. Raises OSError naming the
+    file (a full disk).
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    whole = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    whole = {
+        name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()
+    }
     try:
         write_atomically(path, lambda partial: save_file(whole, partial, metadata=metadata))
     except SafetensorError as error:
@@ -73,7 +93,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file. Raises FileNotFoundError or ValueError naming the file if it is missing or damaged."""
+    """Read a safetensors file. Raises FileNotFoundError or ValueError naming the file if it is
+    missing or damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -101,7 +123,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def save_adapter(adapter: Adapter, folder: str | Path) -> Path:
     """Write the two files into `folder`, which is made if need be; returns the folder.
 
-    The weights' file is written first and the configuration last, so a folder with a configuration is complete.
+    The weights' file is written first and the configuration last, so a folder with a configuration
+    is complete.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +143,9 @@ def save_adapter(adapter: Adapter, folder: str | Path) -> Path:
 
 
 def load_adapter(folder: str | Path) -> Adapter:
-    """Read an adapter folder. Raises FileNotFoundError or ValueError, in one line that names the file and what is wrong."""
+    """Read an adapter folder. Raises FileNotFoundError or ValueError, in one line that names the
+    file and what is wrong.
+    """
     folder = Path(folder)
     path = folder / CONFIG_NAME
     content = read_json(path)
@@ -162,24 +187,34 @@ def check_geometry(source: str, found: SLA2Config, expected: SLA2Config) -> None
     for name in GEOMETRY:
         if getattr(found, name) != getattr(expected, name):
             raise ValueError(
-                f"{source}: expected {name}={getattr(expected, name)!r} as applied, got {getattr(found, name)!r}"
+                f"{source}: expected {name}={getattr(expected, name)!r} as applied, got"
+                f" {getattr(found, name)!r}"
             )
 
 
 def check_tensors(source: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless `found` has exactly the keys of `expected`, in their shapes and dtypes."""
+    """Raise ValueError unless `found` has exactly the keys of `expected`, in their shapes and
+    dtypes.
+    """
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing:
-        raise ValueError(f"{source}: expected the key {missing[0]!r}, found none ({len(missing)} missing)")
+        raise ValueError(
+            f"{source}: expected the key {missing[0]!r}, found none ({len(missing)} missing)"
+        )
     if extra:
-        raise ValueError(f"{source}: expected no key {extra[0]!r}, found one ({len(extra)} unknown)")
+        raise ValueError(
+            f"{source}: expected no key {extra[0]!r}, found one ({len(extra)} unknown)"
+        )
     for name, value in expected.items():
         if found[name].shape != value.shape:
             raise ValueError(
-                f"{source}: expected shape {tuple(value.shape)} for {name}, got {tuple(found[name].shape)}"
+                f"{source}: expected shape {tuple(value.shape)} for {name}, got"
+                f" {tuple(found[name].shape)}"
             )
         if found[name].dtype != value.dtype:
-            raise ValueError(f"{source}: expected {value.dtype} for {name}, got {found[name].dtype}")
+            raise ValueError(
+                f"{source}: expected {value.dtype} for {name}, got {found[name].dtype}"
+            )
 
 
 def copy_tensors(found: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:

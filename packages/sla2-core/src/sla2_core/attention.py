@@ -1,4 +1,6 @@
-"""SLA2Attention and SLAAttention: q, k, v in, attention output out, with the router and the mixing ratio inside."""
+"""SLA2Attention and SLAAttention: q, k, v in, attention output out, with the router and the mixing
+ratio inside.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ LAYOUTS = ("bhnd", "bnhd")
 
 @dataclass(frozen=True)
 class AttentionInfo:
-    """What a call did: its block map, alpha (B|1, H|1, T_m|1), and the measured sparsity of the map."""
+    """What a call did: its block map, alpha (B|1, H|1, T_m|1), and the measured sparsity of the
+    map.
+    """
 
     block_map: BlockMap
     alpha: Tensor | None
@@ -30,7 +34,9 @@ class AttentionInfo:
 def pooled_means(
     q: Tensor, k: Tensor, config: SLA2Config, lengths: Tensor | None, smooth: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """What the router sees: block means of q (B, H, T_m, d) and, with `smooth`, of K minus its mean (B, H, T_n, d)."""
+    """What the router sees: block means of q (B, H, T_m, d) and, with `smooth`, of K minus its mean
+    (B, H, T_n, d).
+    """
     if backend in CUDA_BACKENDS:
         pooled_q, pooled_k = cuda_ops.pool(q, k, lengths, config.block_q, config.block_k, backend)
     else:
@@ -49,17 +55,28 @@ class _RoutedAttention(nn.Module):
     def _enter(self, q: Tensor, k: Tensor, v: Tensor, layout: str, kv_lengths):
         check_choice("layout", layout, LAYOUTS)
         if layout == "bnhd":
-            shapes = [tuple(x.shape) for x in (q, k, v) if isinstance(x, Tensor)]  # check_qkv names what is no tensor
+            shapes = [
+                tuple(x.shape) for x in (q, k, v) if isinstance(x, Tensor)
+            ]  # check_qkv names what is no tensor
             if any(len(shape) != 4 for shape in shapes):
-                raise ValueError(f"q, k, v: expected 4 dimensions (B, N, H, d), got shapes {shapes}")
+                raise ValueError(
+                    f"q, k, v: expected 4 dimensions (B, N, H, d), got shapes {shapes}"
+                )
             q, k, v = (x.transpose(1, 2) if isinstance(x, Tensor) else x for x in (q, k, v))
         q, k, v = autocast_qkv(q, k, v)
         check_qkv(q, k, v)
-        for name, index, expected in (("num_heads", 1, self.config.num_heads), ("head_dim", 3, self.config.head_dim)):
+        for name, index, expected in (
+            ("num_heads", 1, self.config.num_heads),
+            ("head_dim", 3, self.config.head_dim),
+        ):
             if q.shape[index] != expected:
-                raise ValueError(f"q: expected {name}={expected} as in the configuration, got {q.shape[index]}")
+                raise ValueError(
+                    f"q: expected {name}={expected} as in the configuration, got {q.shape[index]}"
+                )
         lengths, backend = check_kv_lengths(kv_lengths, q, k), self.backend_of(q)
-        if backend not in CUDA_BACKENDS:  # whose kernels take any layout; here pooling and attention would both copy
+        if (
+            backend not in CUDA_BACKENDS
+        ):  # whose kernels take any layout; here pooling and attention would both copy
             q, k, v = (x.contiguous() for x in (q, k, v))
         return q, k, v, lengths, backend
 
@@ -71,7 +88,14 @@ class _RoutedAttention(nn.Module):
         pooled_q, pooled_k = pooled_means(q, k, config, lengths, smooth, backend)
         if backend in CUDA_BACKENDS:
             scores, indices, counts = cuda_ops.route(
-                pooled_q, pooled_k, router.weight_q, router.weight_k, lengths, *sizes.values(), config.topk, backend
+                pooled_q,
+                pooled_k,
+                router.weight_q,
+                router.weight_k,
+                lengths,
+                *sizes.values(),
+                config.topk,
+                backend,
             )
             return scores, BlockMap._trusted(Rows(indices, counts), **sizes)
         scores = router.scores(pooled_q, pooled_k)
@@ -88,14 +112,18 @@ class _RoutedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         c = self.config
-        return f"topk={c.topk}, blocks={c.block_q}x{c.block_k}, alpha={c.alpha}, router={c.router}, precision={c.precision}"
+        return (
+            f"topk={c.topk}, blocks={c.block_q}x{c.block_k}, alpha={c.alpha}, router={c.router},"
+            f" precision={c.precision}"
+        )
 
 
 class SLA2Attention(_RoutedAttention):
     """SLA2 (arXiv 2602.12675) as a drop-in for scaled_dot_product_attention.
 
-    Its parameters (`router.weight_q`, `router.weight_k`, and `mixing`'s logits) are made here and stay in fp32 under
-    `.to(bfloat16)`. `config` may be replaced between calls as long as no parameter's shape depends on the change.
+    Its parameters (`router.weight_q`, `router.weight_k`, and `mixing`'s logits) are made here and
+    stay in fp32 under `.to(bfloat16)`. `config` may be replaced between calls as long as no
+    parameter's shape depends on the change.
 
     Args:
         config: an SLA2Config with method="sla2".
@@ -110,17 +138,25 @@ class SLA2Attention(_RoutedAttention):
         self.mixing = Mixing(config)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, layout: str = "bhnd", kv_lengths=None, return_info: bool = False
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layout: str = "bhnd",
+        kv_lengths=None,
+        return_info: bool = False,
     ):
         """Attention output in q's dtype and layout; with `return_info` also an AttentionInfo.
 
         Args:
-            q: (B, H, N_q, d), or (B, N_q, H, d) with layout="bnhd". k, v: the same with N_k. Under autocast they are taken in
-                its dtype, as by scaled_dot_product_attention.
+            q: (B, H, N_q, d), or (B, N_q, H, d) with layout="bnhd". k, v: the same with N_k. Under
+                autocast they are taken in its dtype, as by scaled_dot_product_attention.
             kv_lengths: None, or one integer in [1, N_k] per batch item.
 
         Raises:
-            TypeError, ValueError: an argument of another shape, dtype or device than the configuration or q's.
+            TypeError, ValueError: an argument of another shape, dtype or device than the
+                configuration or q's.
         """
         q, k, v, lengths, backend = self._enter(q, k, v, layout, kv_lengths)
         config = self.config
@@ -129,11 +165,23 @@ class SLA2Attention(_RoutedAttention):
                 scores, block_map = self._route(q, k, lengths, config.smooth_k, backend)
             alpha = self.mixing(scores, block_map.mask() if config.alpha == "mass" else None)
         out = sla2_attention(
-            q, k, v, block_map, alpha, precision=config.precision, qat_backward=config.qat_backward,
-            smooth_k=config.smooth_k, kv_lengths=lengths, backend=backend,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            block_map,
+            alpha,
+            precision=config.precision,
+            qat_backward=config.qat_backward,
+            smooth_k=config.smooth_k,
+            kv_lengths=lengths,
+            backend=backend,
+        )
         out = out.transpose(1, 2) if layout == "bnhd" else out
-        return (out, AttentionInfo(block_map, alpha.detach(), block_map.sparsity)) if return_info else out
+        return (
+            (out, AttentionInfo(block_map, alpha.detach(), block_map.sparsity))
+            if return_info
+            else out
+        )
 
 
 class _Projection(Float32Module):
@@ -146,7 +194,8 @@ class _Projection(Float32Module):
 
 
 class SLAAttention(_RoutedAttention):
-    """SLA as published (arXiv 2509.24006), the baseline: heuristic router, O = O_s + proj(O_l over all blocks).
+    """SLA as published (arXiv 2509.24006), the baseline: heuristic router, O = O_s + proj(O_l over
+    all blocks).
 
     Args:
         config: an SLA2Config with method="sla"; its router, alpha and smooth_k fields do not apply.
@@ -161,16 +210,31 @@ class SLAAttention(_RoutedAttention):
         self.proj = _Projection(config.head_dim)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, layout: str = "bhnd", kv_lengths=None, return_info: bool = False
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layout: str = "bhnd",
+        kv_lengths=None,
+        return_info: bool = False,
     ):
         """As SLA2Attention.forward; the info's alpha is None."""
         q, k, v, lengths, backend = self._enter(q, k, v, layout, kv_lengths)
         with torch.no_grad():
             _, block_map = self._route(q, k, lengths, True, backend)
         out = sla_attention(
-            q, k, v, block_map, self.proj.weight, self.proj.bias,
-            precision=self.config.precision, qat_backward=self.config.qat_backward, kv_lengths=lengths, backend=backend,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            block_map,
+            self.proj.weight,
+            self.proj.bias,
+            precision=self.config.precision,
+            qat_backward=self.config.qat_backward,
+            kv_lengths=lengths,
+            backend=backend,
+        )
         out = out.transpose(1, 2) if layout == "bnhd" else out
         return (out, AttentionInfo(block_map, None, block_map.sparsity)) if return_info else out
 

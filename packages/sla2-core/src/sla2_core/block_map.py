@@ -1,4 +1,6 @@
-"""BlockMap: which key blocks each query block attends to exactly, by row and transposed; validated once, when made."""
+"""BlockMap: which key blocks each query block attends to exactly, by row and transposed; validated
+once, when made.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Ascending block indices, int32 (B, H, rows, max), and how many of each row count, int32 (B, H, rows).
+    """Ascending block indices, int32 (B, H, rows, max), and how many of each row count, int32 (B,
+    H, rows).
 
     Entries at or past a row's count are -1.
     """
@@ -26,7 +29,9 @@ def num_blocks(length: int, block: int) -> int:
 def _rows_of(mask: Tensor) -> Rows:
     counts = mask.sum(-1, dtype=torch.int32)
     width = max(1, int(counts.max())) if counts.numel() else 1
-    order = torch.sort(mask.to(torch.uint8), dim=-1, descending=True, stable=True).indices[..., :width]
+    order = torch.sort(mask.to(torch.uint8), dim=-1, descending=True, stable=True).indices[
+        ..., :width
+    ]
     inside = torch.arange(width, device=mask.device) < counts[..., None]
     return Rows(torch.where(inside, order, -1).to(torch.int32).contiguous(), counts.contiguous())
 
@@ -42,11 +47,13 @@ class BlockMap:
 
     Raises:
         TypeError: indices or counts are no integer tensors.
-        ValueError: a shape does not fit the lengths, or a row's indices repeat, descend or leave [0, T_n); the message
-            names the first such (b, h, row).
+        ValueError: a shape does not fit the lengths, or a row's indices repeat, descend or leave
+            [0, T_n); the message names the first such (b, h, row).
     """
 
-    def __init__(self, indices: Tensor, counts: Tensor, *, block_q: int, block_k: int, n_q: int, n_k: int):
+    def __init__(
+        self, indices: Tensor, counts: Tensor, *, block_q: int, block_k: int, n_q: int, n_k: int
+    ):
         _check_geometry(block_q, block_k, n_q, n_k)
         for name, x, ndim in (("indices", indices, 4), ("counts", counts, 3)):
             if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
@@ -55,10 +62,14 @@ class BlockMap:
             if x.ndim != ndim:
                 raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(x.shape)}")
         t_m, t_n = num_blocks(n_q, block_q), num_blocks(n_k, block_k)
-        if indices.shape[2] != t_m or tuple(counts.shape) != tuple(indices.shape[:3]) or 0 in counts.shape:
+        if (
+            indices.shape[2] != t_m
+            or tuple(counts.shape) != tuple(indices.shape[:3])
+            or 0 in counts.shape
+        ):
             raise ValueError(
-                f"indices, counts: expected (B, H, {t_m}, K_max) and (B, H, {t_m}) for n_q={n_q}, block_q={block_q}, "
-                f"got {tuple(indices.shape)} and {tuple(counts.shape)}"
+                f"indices, counts: expected (B, H, {t_m}, K_max) and (B, H, {t_m}) for n_q={n_q},"
+                f" block_q={block_q}, got {tuple(indices.shape)} and {tuple(counts.shape)}"
             )
         if indices.shape[3] == 0:  # nothing selected; the kernels want a column
             indices = torch.full_like(counts, -1, dtype=indices.dtype)[..., None]
@@ -70,11 +81,16 @@ class BlockMap:
         if bool(bad.any()):
             b, h, row = bad.nonzero()[0].tolist()
             raise ValueError(
-                f"indices: expected ascending block indices without repeats in [0, {t_n}), "
-                f"got {indices[b, h, row].tolist()} with count {int(counts[b, h, row])} at (b, h, row) = ({b}, {h}, {row})"
+                f"indices: expected ascending block indices without repeats in [0, {t_n}), got"
+                f" {indices[b, h, row].tolist()} with count {int(counts[b, h, row])} at (b, h, row)"
+                f" = ({b}, {h}, {row})"
             )
         self._set(
-            Rows(torch.where(inside, indices, -1).to(torch.int32), counts.to(torch.int32)), block_q, block_k, n_q, n_k
+            Rows(torch.where(inside, indices, -1).to(torch.int32), counts.to(torch.int32)),
+            block_q,
+            block_k,
+            n_q,
+            n_k,
         )
 
     def _set(self, rows: Rows, block_q: int, block_k: int, n_q: int, n_k: int) -> None:
@@ -93,16 +109,19 @@ class BlockMap:
     def from_mask(cls, mask: Tensor, *, block_q: int, block_k: int, n_q: int, n_k: int) -> BlockMap:
         """The map of a bool mask (B, H, T_m, T_n), True where the block pair is attended exactly.
 
-        Raises TypeError for another dtype, ValueError for a shape that does not fit the lengths and block sizes.
+        Raises TypeError for another dtype, ValueError for a shape that does not fit the lengths and
+        block sizes.
         """
         _check_geometry(block_q, block_k, n_q, n_k)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+            raise TypeError(
+                f"mask: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}"
+            )
         expected = (num_blocks(n_q, block_q), num_blocks(n_k, block_k))
         if mask.ndim != 4 or tuple(mask.shape[2:]) != expected or 0 in mask.shape:
             raise ValueError(
-                f"mask: expected shape (B, H, {expected[0]}, {expected[1]}) for n_q={n_q}, n_k={n_k}, "
-                f"blocks {block_q} x {block_k}, got {tuple(mask.shape)}"
+                f"mask: expected shape (B, H, {expected[0]}, {expected[1]}) for n_q={n_q},"
+                f" n_k={n_k}, blocks {block_q} x {block_k}, got {tuple(mask.shape)}"
             )
         return cls._trusted(_rows_of(mask), block_q=block_q, block_k=block_k, n_q=n_q, n_k=n_k)
 
@@ -125,7 +144,9 @@ class BlockMap:
         return out[..., :t_n].contiguous()
 
     def transposed(self) -> Rows:
-        """For each key block the query blocks that attend to it, ascending: (B, H, T_n, Q_max) and (B, H, T_n)."""
+        """For each key block the query blocks that attend to it, ascending: (B, H, T_n, Q_max) and
+        (B, H, T_n).
+        """
         if self._transposed is None:
             self._transposed = _rows_of(self.mask().transpose(-1, -2))
         return self._transposed
@@ -133,10 +154,15 @@ class BlockMap:
     def to(self, device: torch.device | str) -> BlockMap:
         """The same map on another device."""
         rows = Rows(self.indices.to(device), self.counts.to(device))
-        return BlockMap._trusted(rows, block_q=self.block_q, block_k=self.block_k, n_q=self.n_q, n_k=self.n_k)
+        return BlockMap._trusted(
+            rows, block_q=self.block_q, block_k=self.block_k, n_q=self.n_q, n_k=self.n_k
+        )
 
     def __repr__(self) -> str:
-        return f"BlockMap(shape={self.shape}, blocks={self.block_q}x{self.block_k}, n_q={self.n_q}, n_k={self.n_k})"
+        return (
+            f"BlockMap(shape={self.shape}, blocks={self.block_q}x{self.block_k}, n_q={self.n_q},"
+            f" n_k={self.n_k})"
+        )
 
 
 def _check_geometry(block_q: int, block_k: int, n_q: int, n_k: int) -> None:

@@ -1,4 +1,6 @@
-"""The public boundary: each check raises one line that names the argument, what was expected and what came."""
+"""The public boundary: each check raises one line that names the argument, what was expected and
+what came.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +20,32 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def autocast_qkv(q, k, v):
-    """Under autocast q, k and v in its dtype, as scaled_dot_product_attention has it (float64 stays); else as they are."""
+    """Under autocast q, k and v in its dtype, as scaled_dot_product_attention has it (float64
+    stays); else as they are.
+    """
     if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in FLOATS[1:] else x for x in (q, k, v))
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.dtype in FLOATS[1:] else x for x in (q, k, v)
+    )
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q (B, H, N_q, d), k and v (B, H, N_k, d), one floating dtype, one device, no empty dimension."""
+    """q (B, H, N_q, d), k and v (B, H, N_k, d), one floating dtype, one device, no
+    empty dimension.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
         if x.ndim != 4:
-            raise ValueError(f"{name}: expected 4 dimensions (B, H, N, d), got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{name}: expected 4 dimensions (B, H, N, d), got shape {tuple(x.shape)}"
+            )
         if x.dtype not in FLOATS:
-            raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
+            raise TypeError(
+                f"{name}: expected float64, float32, bfloat16 or float16, got {x.dtype}"
+            )
         if 0 in x.shape:
             raise ValueError(f"{name}: expected no empty dimension, got shape {tuple(x.shape)}")
     for name, x in (("k", k), ("v", v)):
@@ -43,7 +55,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
     expected = (q.shape[0], q.shape[1], k.shape[2], q.shape[3])
     if tuple(k.shape) != expected:
-        raise ValueError(f"k: expected shape {(*expected[:2], 'N_k', expected[3])} to fit q, got {tuple(k.shape)}")
+        raise ValueError(
+            f"k: expected shape {(*expected[:2], 'N_k', expected[3])} to fit q, got"
+            f" {tuple(k.shape)}"
+        )
     if tuple(v.shape) != expected:
         raise ValueError(f"v: expected shape {expected} to fit k, got {tuple(v.shape)}")
 
@@ -61,11 +76,15 @@ def check_block_map(block_map, q: Tensor, k: Tensor) -> None:
             f"got one for N_q={block_map.n_q}, N_k={block_map.n_k}"
         )
     if block_map.indices.device != q.device:
-        raise ValueError(f"block_map: expected q's device {q.device}, got {block_map.indices.device}")
+        raise ValueError(
+            f"block_map: expected q's device {q.device}, got {block_map.indices.device}"
+        )
 
 
 def check_alpha(alpha, q: Tensor, num_rows: int) -> Tensor:
-    """A number, or a tensor (B|1, H|1, T_m|1) on q's device; returned as a tensor. Its values in [0, 1] are the caller's."""
+    """A number, or a tensor (B|1, H|1, T_m|1) on q's device; returned as a tensor. Its values in
+    [0, 1] are the caller's.
+    """
     if isinstance(alpha, (int, float)):
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: expected a value in [0, 1], got {alpha}")
@@ -75,7 +94,9 @@ def check_alpha(alpha, q: Tensor, num_rows: int) -> Tensor:
         raise TypeError(f"alpha: expected a torch.Tensor or a number, got {type(alpha).__name__}")
     full = (q.shape[0], q.shape[1], num_rows)
     if alpha.ndim != 3 or any(a not in (1, f) for a, f in zip(alpha.shape, full)):
-        raise ValueError(f"alpha: expected shape (B|1, H|1, T_m|1) of {full}, got {tuple(alpha.shape)}")
+        raise ValueError(
+            f"alpha: expected shape (B|1, H|1, T_m|1) of {full}, got {tuple(alpha.shape)}"
+        )
     if not alpha.dtype.is_floating_point:
         raise TypeError(f"alpha: expected a floating dtype, got {alpha.dtype}")
     if alpha.device != q.device:
@@ -85,7 +106,9 @@ def check_alpha(alpha, q: Tensor, num_rows: int) -> Tensor:
 
 @torch.library.custom_op("sla2::kv_lengths", mutates_args=())
 def _within(lengths: Tensor, n_k: int) -> Tensor:
-    """int64 lengths, their values checked: an operator, because torch.compile does not know them."""
+    """int64 lengths, their values checked: an operator, because torch.compile does not
+    know them.
+    """
     if int(lengths.min()) < 1 or int(lengths.max()) > n_k:
         raise ValueError(f"kv_lengths: expected values in [1, {n_k}], got {lengths.tolist()}")
     return lengths.to(torch.int64, copy=True)
@@ -97,7 +120,9 @@ def _(lengths, n_k):
 
 
 def check_kv_lengths(kv_lengths, q: Tensor, k: Tensor) -> Tensor | None:
-    """None, or one integer in [1, N_k] per batch item, as a sequence or an integer tensor; returned as int64 (B,)."""
+    """None, or one integer in [1, N_k] per batch item, as a sequence or an integer tensor; returned
+    as int64 (B,).
+    """
     if kv_lengths is None:
         return None
     if not isinstance(kv_lengths, Tensor):
@@ -109,7 +134,9 @@ def check_kv_lengths(kv_lengths, q: Tensor, k: Tensor) -> Tensor | None:
         raise TypeError(f"kv_lengths: expected integers, got {kv_lengths.dtype}")
     found = tuple(kv_lengths.shape)
     if found != (q.shape[0],):
-        raise ValueError(f"kv_lengths: expected shape ({q.shape[0]},), one per batch item, got {found}")
+        raise ValueError(
+            f"kv_lengths: expected shape ({q.shape[0]},), one per batch item, got {found}"
+        )
     return _within(kv_lengths, k.shape[2]).to(q.device)
 
 

@@ -1,4 +1,6 @@
-"""Configuration of the operator and its modules: one frozen dataclass; variants are functions that change a base."""
+"""Configuration of the operator and its modules: one frozen dataclass; variants are functions that
+change a base.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +18,30 @@ BACKENDS = ("auto", "reference", "cpu", "cuda", "emulator")
 
 @dataclass(frozen=True, kw_only=True)
 class SLA2Config:
-    """Everything that fixes an attention layer. Raises ValueError naming the field for a value outside its range.
+    """Everything that fixes an attention layer. Raises ValueError naming the field for a value
+    outside its range.
 
     Args:
         head_dim: channels of a head, d.
         num_heads: heads of the layer, H.
-        topk: k%, the fraction of key blocks each query block attends to exactly, in (0, 1]; sparsity is 1 - topk.
+        topk: k%, the fraction of key blocks each query block attends to exactly, in (0, 1];
+            sparsity is 1 - topk.
         block_q, block_k: tokens in a query block and in a key block (paper: 128 and 64).
-        method: "sla2", or "sla" for the published baseline (heuristic router, linear branch over all blocks, a
-            zero-initialised projection instead of alpha).
+        method: "sla2", or "sla" for the published baseline (heuristic router, linear branch over
+            all blocks, a zero-initialised projection instead of alpha).
         router: "learned" (W_q, W_k start as the identity) or "heuristic" (they stay the identity).
         per_head_router: one W_q, W_k per head instead of one per layer.
         alpha: "position", "mass", or "one" (the sparse branch alone).
-        alpha_knots: knots of "position" over the relative position of the query block; 1 is one value per head.
-        alpha_per_head: False makes the heads of "position" share their knots (the paper's form with knots = T_m).
+        alpha_knots: knots of "position" over the relative position of the query block; 1 is one
+            value per head.
+        alpha_per_head: False makes the heads of "position" share their knots (the paper's form with
+            knots = T_m).
         alpha_init: initial value of "position", in (0, 1).
         tau: temperature of SoftTop-k (Eq. 17).
         smooth_k: subtract the mean over tokens from K first (Alg. 2).
         precision: of the sparse branch's forward, see quantize.PRECISIONS.
-        qat_backward: "paper" (16-bit from the original Q, K, V) or "matched" (straight-through of the low-bit forward).
+        qat_backward: "paper" (16-bit from the original Q, K, V) or "matched" (straight-through of
+            the low-bit forward).
         backend: see functional.sla2_attention.
     """
 
@@ -70,7 +77,9 @@ class SLA2Config:
             ("backend", BACKENDS),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
         for name in ("per_head_router", "alpha_per_head", "smooth_k"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
@@ -81,9 +90,12 @@ class SLA2Config:
         ):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not (low_open < value and (value < high or (not high_open and value == high))):
+            if not number or not (
+                low_open < value and (value < high or (not high_open and value == high))
+            ):
                 raise ValueError(
-                    f"{name}: expected a number in ({low_open:g}, {high:g}{')' if high_open else ']'}, got {value!r}"
+                    f"{name}: expected a number in ({low_open:g},"
+                    f" {high:g}{')' if high_open else ']'}, got {value!r}"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,8 +107,12 @@ class SLA2Config:
         known = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f"{unknown[0]}: expected a field among {', '.join(known)}, got an unknown one")
-        missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in values]
+            raise ValueError(
+                f"{unknown[0]}: expected a field among {', '.join(known)}, got an unknown one"
+            )
+        missing = [
+            n for n, f in known.items() if f.default is dataclasses.MISSING and n not in values
+        ]
         if missing:
             raise ValueError(f"{missing[0]}: expected a value, got none")
         return cls(**values)
@@ -118,8 +134,12 @@ def sparse_branch_alone(base: SLA2Config) -> SLA2Config:
 
 
 def paper_alpha(base: SLA2Config, num_query_blocks: int) -> SLA2Config:
-    """alpha as in the paper: one value per query block, shared by the heads; ties the layer to one length."""
-    return dataclasses.replace(base, alpha="position", alpha_knots=num_query_blocks, alpha_per_head=False)
+    """alpha as in the paper: one value per query block, shared by the heads; ties the layer to one
+    length.
+    """
+    return dataclasses.replace(
+        base, alpha="position", alpha_knots=num_query_blocks, alpha_per_head=False
+    )
 
 
 def published_sla(base: SLA2Config) -> SLA2Config:

@@ -1,4 +1,6 @@
-"""FLOPs and bytes of a configuration (chapter "Cost model" of the design; a multiply-add counts as two)."""
+"""FLOPs and bytes of a configuration (chapter "Cost model" of the design; a multiply-add counts as
+two).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from sla2_core.block_map import num_blocks
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One forward pass of one attention layer, batch 1. FLOPs by part, compulsory device-memory traffic in bytes."""
+    """One forward pass of one attention layer, batch 1. FLOPs by part, compulsory device-memory
+    traffic in bytes.
+    """
 
     full_flops: float
     sparse_flops: float
@@ -34,14 +38,22 @@ def sla2_cost(
     block_k: int = 64,
     bytes_per_element: int = 2,
 ) -> Cost:
-    """Cost on the nominal k%: full 4 N_q N_k d H; sparse k% of it; linear 4 N d^2 H; router 2 T_m T_n d H.
+    """Cost on the nominal k%: full 4 N_q N_k d H; sparse k% of it; linear 4 N d^2 H; router 2 T_m
+    T_n d H.
 
-    The linear branch is 2 N_k d^2 H for h_j and 2 N_q d^2 H for phi(Q) H_i; the masked sum over blocks, 2 T_m T_n d^2 H
-    as a GEMM, is not in the paper's count and not in this one. Bytes: Q, K, V read and O written once, h_j written and
-    read, H_i written and read in fp32, pooled Q and K. Raises ValueError for a value below 1 or a k% outside (0, 1].
+    The linear branch is 2 N_k d^2 H for h_j and 2 N_q d^2 H for phi(Q) H_i; the masked sum over
+    blocks, 2 T_m T_n d^2 H as a GEMM, is not in the paper's count and not in this one. Bytes: Q, K,
+    V read and O written once, h_j written and read, H_i written and read in fp32, pooled Q and K.
+    Raises ValueError for a value below 1 or a k% outside (0, 1].
     """
-    for name, value in (("n_q", n_q), ("n_k", n_k), ("num_heads", num_heads), ("head_dim", head_dim),
-                        ("block_q", block_q), ("block_k", block_k)):  # fmt: skip
+    for name, value in (
+        ("n_q", n_q),
+        ("n_k", n_k),
+        ("num_heads", num_heads),
+        ("head_dim", head_dim),
+        ("block_q", block_q),
+        ("block_k", block_k),
+    ):
         if value < 1:
             raise ValueError(f"{name}: expected an integer >= 1, got {value}")
     if not 0 < topk <= 1:

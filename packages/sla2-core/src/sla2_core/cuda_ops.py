@@ -1,6 +1,8 @@
-"""torch.library custom ops over the CUDA kernels, on the GPU or on the emulator: pooling, routing, attention, autograd.
+"""torch.library custom ops over the CUDA kernels, on the GPU or on the emulator: pooling, routing,
+attention, autograd.
 
-16-bit tensors in and out, on the caller's stream, without waiting for the device. `target` is "cuda" or "emulator".
+16-bit tensors in and out, on the caller's stream, without waiting for the device. `target` is
+"cuda" or "emulator".
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ _MADE = {"uint32": torch.int32}  # bit sets: torch has few operators on uint32
 
 
 def _constant(function):
-    """What torch.compiler.assume_constant_result does, without importing torch._dynamo, which makes folders."""
+    """What torch.compiler.assume_constant_result does, without importing torch._dynamo, which makes
+    folders.
+    """
     function._dynamo_marked_constant = True
     return function
 
@@ -46,7 +50,9 @@ def unfit(
     blocks: tuple[int, int],
     precision: str,
 ) -> str | None:
-    """One line that says why the kernels cannot take a call with these settings, None if they can."""
+    """One line that says why the kernels cannot take a call with these settings, None
+    if they can.
+    """
     from sla2_kernels.kernels import supports
     from sla2_kernels.launch import device_architecture
     from sla2_kernels.problem import Problem
@@ -60,7 +66,10 @@ def unfit(
         return str(error)
     arch = _EMULATED if target == "emulator" else device_architecture(index or 0)
     if not supports(arch, precision):
-        return f"precision: expected 'full' or 'int8_int8' on {arch}, which has no FP8, got {precision!r}"
+        return (
+            f"precision: expected 'full' or 'int8_int8' on {arch}, which has no FP8, got"
+            f" {precision!r}"
+        )
     return None
 
 
@@ -75,7 +84,9 @@ def _device(x: Tensor, target: str):
     from sla2_kernels.problem import Device
 
     def allocate(shape, dtype):
-        return _pointer(torch.empty(shape, dtype=_MADE.get(dtype) or getattr(torch, dtype), device=x.device))
+        return _pointer(
+            torch.empty(shape, dtype=_MADE.get(dtype) or getattr(torch, dtype), device=x.device)
+        )
 
     if target == "emulator":
         return Device(allocate=allocate, target=target, arch=_EMULATED)
@@ -84,14 +95,29 @@ def _device(x: Tensor, target: str):
     return Device(allocate=allocate, arch=device_architecture(index), index=index, stream=stream)
 
 
-def _problem(q: Tensor, k: Tensor, lengths: Tensor | None, block_q: int, block_k: int, precision: str = "full"):
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    lengths: Tensor | None,
+    block_q: int,
+    block_k: int,
+    precision: str = "full",
+):
     from sla2_kernels.problem import Problem
 
     lengths = None if lengths is None else lengths.to(torch.int32)
     return Problem(
-        batch=q.shape[0], heads=q.shape[1], n_q=q.shape[2], n_k=k.shape[2], head_dim=q.shape[3], dtype=DTYPES[q.dtype],
-        block_q=block_q, block_k=block_k, precision=precision, kv_lengths=_pointer(lengths),
-    )  # fmt: skip
+        batch=q.shape[0],
+        heads=q.shape[1],
+        n_q=q.shape[2],
+        n_k=k.shape[2],
+        head_dim=q.shape[3],
+        dtype=DTYPES[q.dtype],
+        block_q=block_q,
+        block_k=block_k,
+        precision=precision,
+        kv_lengths=_pointer(lengths),
+    )
 
 
 def _inputs(*tensors: Tensor):
@@ -103,11 +129,15 @@ def _strided(x: Tensor):
     from sla2_kernels.problem import Strided
 
     x = x if x.stride(3) == 1 else x.contiguous()
-    return Strided(_pointer(x), tuple(0 if size == 1 else step for size, step in zip(x.shape[:3], x.stride())))
+    return Strided(
+        _pointer(x), tuple(0 if size == 1 else step for size, step in zip(x.shape[:3], x.stride()))
+    )
 
 
 def _empty_out(q: Tensor) -> Tensor:
-    """O for q: a transposed (B, N, H, d) if q is one, so that the model's own layout comes back without a copy."""
+    """O for q: a transposed (B, N, H, d) if q is one, so that the model's own layout comes back
+    without a copy.
+    """
     b, h, n, d = q.shape
     if d == _width(d) and q.stride(1) < q.stride(2):
         return q.new_empty((b, n, h, d)).transpose(1, 2)
@@ -126,7 +156,10 @@ def _alpha(alpha: Tensor | None):
     if alpha is None:
         return None
     alpha = alpha.float()
-    return Alpha(_pointer(alpha), tuple(0 if size == 1 else step for size, step in zip(alpha.shape, alpha.stride())))
+    return Alpha(
+        _pointer(alpha),
+        tuple(0 if size == 1 else step for size, step in zip(alpha.shape, alpha.stride())),
+    )
 
 
 def _width(d: int) -> int:
@@ -141,7 +174,9 @@ def _blocks(n: int, block: int) -> int:
 def pool(
     q: Tensor, k: Tensor, lengths: Tensor | None, block_q: int, block_k: int, target: str
 ) -> tuple[Tensor, Tensor]:
-    """Block means of q (B, H, N_q, d) and of k's valid tokens (B, H, N_k, d): (B, H, T_m, d) and (B, H, T_n, d), fp32."""
+    """Block means of q (B, H, N_q, d) and of k's valid tokens (B, H, N_k, d): (B, H, T_m, d) and
+    (B, H, T_n, d), fp32.
+    """
     from sla2_kernels.operator import prologue
 
     device, problem = _device(q, target), _problem(q, k, lengths, block_q, block_k)
@@ -155,7 +190,10 @@ def pool(
 @pool.register_fake
 def _(q, k, lengths, block_q, block_k, target):
     pairs = ((q, block_q), (k, block_k))
-    return tuple(x.new_empty((*x.shape[:2], _blocks(x.shape[2], b), x.shape[3]), dtype=torch.float32) for x, b in pairs)
+    return tuple(
+        x.new_empty((*x.shape[:2], _blocks(x.shape[2], b), x.shape[3]), dtype=torch.float32)
+        for x, b in pairs
+    )
 
 
 def _save_pool(ctx, inputs, output) -> None:
@@ -167,7 +205,14 @@ def _save_pool(ctx, inputs, output) -> None:
 def _differentiate_pool(ctx, grad_q, grad_k):
     (lengths,) = ctx.saved_tensors
     d_q = spread_means(grad_q, ctx.blocks[0], ctx.sizes[0], None).to(ctx.dtype)
-    return d_q, spread_means(grad_k, ctx.blocks[1], ctx.sizes[1], lengths).to(ctx.dtype), None, None, None, None
+    return (
+        d_q,
+        spread_means(grad_k, ctx.blocks[1], ctx.sizes[1], lengths).to(ctx.dtype),
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 pool.register_autograd(_differentiate_pool, setup_context=_save_pool)
@@ -189,11 +234,12 @@ def route(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores and the best key blocks of each row, in fp32 whatever torch's matmul precision is.
 
-    pooled_q (B, H, T_m, d), pooled_k (B, H, T_n, d), weights (1|H, d, d): fp32. n_q and n_k: tokens.
+    pooled_q (B, H, T_m, d), pooled_k (B, H, T_n, d), weights (1|H, d, d): fp32. n_q and n_k:
+    tokens.
 
     Returns:
-        Scores fp32 (B, H, T_m, T_n), -inf for blocks without a valid token; indices int32 (B, H, T_m, K), ascending, -1
-        past counts int32 (B, H, T_m). Only the scores have gradients.
+        Scores fp32 (B, H, T_m, T_n), -inf for blocks without a valid token; indices int32 (B, H,
+        T_m, K), ascending, -1 past counts int32 (B, H, T_m). Only the scores have gradients.
     """
     from sla2_kernels.operator import route as run
     from sla2_kernels.problem import Problem
@@ -201,7 +247,14 @@ def route(
     b, h, _, d = pooled_q.shape
     lengths = None if lengths is None else lengths.to(torch.int32)
     problem = Problem(
-        batch=b, heads=h, n_q=n_q, n_k=n_k, head_dim=d, block_q=block_q, block_k=block_k, kv_lengths=_pointer(lengths)
+        batch=b,
+        heads=h,
+        n_q=n_q,
+        n_k=n_k,
+        head_dim=d,
+        block_q=block_q,
+        block_k=block_k,
+        kv_lengths=_pointer(lengths),
     )
     if (lack := _width(d) - d) > 0:
         pooled_q, pooled_k = (torch.nn.functional.pad(x, (0, lack)) for x in (pooled_q, pooled_k))
@@ -267,34 +320,65 @@ def attention(
         indices int32 (B, H, T_m, K), counts int32 (B, H, T_m): BlockMap's.
         alpha: (B, H, T_m), or None for the sparse branch alone.
         lengths: int64 (B,), valid keys, or None.
-        precision: of the sparse branch's forward. qat_backward: "paper" or "matched", what the backward recomputes from.
+        precision: of the sparse branch's forward. qat_backward: "paper" or "matched", what the
+            backward recomputes from.
         smooth_k: subtract K's mean over tokens first.
         save: keep what the backward needs.
 
     Returns:
-        O (B, H, N_q, d), laid out as q if d is 64 or 128, L fp32 (B, H, N_q), then with `save` what the backward reads: the smoothed K, and with alpha O_s,
-        phi(Q), phi(K), the map's bits, 1 / unselected blocks, H and Z. Only O has a gradient.
+        O (B, H, N_q, d), laid out as q if d is 64 or 128, L fp32 (B, H, N_q), then with `save` what
+        the backward reads: the smoothed K, and with alpha O_s, phi(Q), phi(K), the map's bits, 1 /
+        unselected blocks, H and Z. Only O has a gradient.
     """
     from sla2_kernels.operator import forward
 
     device, problem = _device(q, target), _problem(q, k, lengths, block_q, block_k, precision)
     out = _strided(_empty_out(q)) if problem.head_dim == problem.width else None
     saved = forward(
-        device, problem, *map(_strided, (q, k, v)), _map(indices, counts), _alpha(alpha),
-        smooth_k=smooth_k, save=save, out=out,
-    )  # fmt: skip
+        device,
+        problem,
+        *map(_strided, (q, k, v)),
+        _map(indices, counts),
+        _alpha(alpha),
+        smooth_k=smooth_k,
+        save=save,
+        out=out,
+    )
     found = [saved.out.owner.view(q.shape), saved.lse.owner]
     if save and smooth_k:
         found.append(saved.prologue.k.owner)
     if save and saved.linear:
         made, linear = saved.prologue, saved.linear
-        kept = saved.out_sparse, made.phi_q, made.phi_k, linear.bits, linear.rest_inverse, linear.state, linear.norm
+        kept = (
+            saved.out_sparse,
+            made.phi_q,
+            made.phi_k,
+            linear.bits,
+            linear.rest_inverse,
+            linear.state,
+            linear.norm,
+        )
         found += [x.owner for x in kept]
     return found
 
 
 @attention.register_fake
-def _(q, k, v, indices, counts, alpha, lengths, block_q, block_k, precision, qat_backward, smooth_k, save, target):
+def _(
+    q,
+    k,
+    v,
+    indices,
+    counts,
+    alpha,
+    lengths,
+    block_q,
+    block_k,
+    precision,
+    qat_backward,
+    smooth_k,
+    save,
+    target,
+):
     (b, h, n_q, d), n_k = q.shape, k.shape[2]
     pairs, width, t_m, t_n = b * h, _width(d), _blocks(n_q, block_q), _blocks(n_k, block_k)
     found = [_empty_out(q), q.new_empty(q.shape[:3], dtype=torch.float32)]
@@ -340,7 +424,11 @@ def attention_backward(
     keys = kept.pop(0).view(*k.shape[:3], -1) if smooth_k else k
 
     def wide(x):
-        return _strided(x) if x.shape[3] == problem.width else widened(device, problem, _strided(x), x.shape[2])
+        return (
+            _strided(x)
+            if x.shape[3] == problem.width
+            else widened(device, problem, _strided(x), x.shape[2])
+        )
 
     if qat_backward == "matched" and problem.low:  # needs the 8-bit copies again
         made = prologue(device, problem, *map(_strided, (q, k, v)), smooth_k=smooth_k, linear=False)
@@ -355,9 +443,15 @@ def attention_backward(
         made = replace(made, phi_q=phi_q, phi_k=phi_k)
         linear = Linear(bits=bits, rest_inverse=rest_inverse, state=state, norm=norm)
     saved = Forward(
-        out=_strided(out), lse=_pointer(lse), prologue=made, block_map=_map(indices, counts),
-        alpha=_alpha(alpha) or ONE, linear=linear, out_sparse=out_sparse, smooth_k=smooth_k,
-    )  # fmt: skip
+        out=_strided(out),
+        lse=_pointer(lse),
+        prologue=made,
+        block_map=_map(indices, counts),
+        alpha=_alpha(alpha) or ONE,
+        linear=linear,
+        out_sparse=out_sparse,
+        smooth_k=smooth_k,
+    )
     found = backward(device, problem, saved, _strided(grad_out), qat_backward=qat_backward)
     grads = (p.owner.view(x.shape) for p, x in ((found.d_q, q), (found.d_k, k), (found.d_v, v)))
     return (*grads, q.new_empty(0, dtype=torch.float32) if alpha is None else found.d_alpha.owner)
@@ -373,7 +467,9 @@ def _save_attention(ctx, inputs, output) -> None:
     q, k, v, indices, counts, alpha, lengths, *options, save, target = inputs
     ctx.options = (*options, target)
     if not save:
-        raise RuntimeError("sla2::cuda_attention: expected save=True where a gradient is wanted, got False")
+        raise RuntimeError(
+            "sla2::cuda_attention: expected save=True where a gradient is wanted, got False"
+        )
     ctx.save_for_backward(q, k, v, indices, counts, alpha, lengths, *output)
     ctx.set_materialize_grads(False)
 

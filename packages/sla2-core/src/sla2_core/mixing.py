@@ -1,4 +1,6 @@
-"""alpha, the learnable ratio of the two branches: one value per query block and head, stored as logits in fp32."""
+"""alpha, the learnable ratio of the two branches: one value per query block and head, stored as
+logits in fp32.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ _LIMIT = 20.0  # of the log-odds of the routed mass: sigmoid(20) is 1 to fp32 ro
 
 
 def interpolate_knots(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """Linear interpolation of (H, knots) at the relative positions rows / (num_rows - 1): (H, len(rows))."""
+    """Linear interpolation of (H, knots) at the relative positions rows / (num_rows - 1): (H,
+    len(rows)).
+    """
     knots = values.shape[1]
     if knots == 1:
         return values.expand(-1, len(rows))
@@ -24,14 +28,17 @@ def interpolate_knots(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
 
 
 def mass_log_odds(scores: Tensor, mask: Tensor) -> Tensor:
-    """log(m / (1 - m)), m the share of exp(pooled score) that `mask` holds: (B, H, rows), within [-20, 20].
+    """log(m / (1 - m)), m the share of exp(pooled score) that `mask` holds: (B, H, rows), within
+    [-20, 20].
 
     `mask` is bool, or a soft mask in [0, 1], of the shape of `scores` (B, H, rows, T_n).
     """
     if mask.dtype == torch.bool:
         inside = scores.masked_fill(~mask, -torch.inf).logsumexp(-1)
         outside = scores.masked_fill(mask, -torch.inf).logsumexp(-1)
-        return torch.where(torch.isnan(inside + outside), torch.nan, (inside - outside).clamp(-_LIMIT, _LIMIT))
+        return torch.where(
+            torch.isnan(inside + outside), torch.nan, (inside - outside).clamp(-_LIMIT, _LIMIT)
+        )
     weight = torch.exp(scores - scores.amax(-1, keepdim=True).detach())
     tiny = torch.finfo(scores.dtype).tiny
     inside, outside = (weight * mask).sum(-1), (weight * (1 - mask)).sum(-1)
@@ -41,9 +48,9 @@ def mass_log_odds(scores: Tensor, mask: Tensor) -> Tensor:
 class Mixing(Float32Module):
     """alpha of each query block, of kind `config.alpha`.
 
-    position: `logit` (H, knots), or (1, knots) with shared heads; interpolated over the relative position of the block.
-    mass: `offset` and `slope`, each (H,); alpha = sigmoid(offset + slope * logit(m)), m the routed share of the pooled mass.
-    one: no parameters; alpha = 1.
+    position: `logit` (H, knots), or (1, knots) with shared heads; interpolated over the relative
+    position of the block. mass: `offset` and `slope`, each (H,); alpha = sigmoid(offset + slope *
+    logit(m)), m the routed share of the pooled mass. one: no parameters; alpha = 1.
     """
 
     def __init__(self, config: SLA2Config):
@@ -58,7 +65,12 @@ class Mixing(Float32Module):
             self.slope = nn.Parameter(torch.ones(config.num_heads))
 
     def forward(
-        self, scores: Tensor, mask: Tensor | None, *, rows: Tensor | None = None, num_rows: int | None = None
+        self,
+        scores: Tensor,
+        mask: Tensor | None,
+        *,
+        rows: Tensor | None = None,
+        num_rows: int | None = None,
     ) -> Tensor:
         """alpha (B|1, H|1, rows) in [0, 1], fp32.
 

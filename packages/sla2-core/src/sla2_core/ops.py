@@ -1,6 +1,8 @@
-"""torch.library custom ops of the operator over the CPU kernels, with fake implementations and autograd.
+"""torch.library custom ops of the operator over the CPU kernels, with fake implementations and
+autograd.
 
-cuda_ops.py has those over the CUDA kernels, which take other inputs and keep other tensors for the backward.
+cuda_ops.py has those over the CUDA kernels, which take other inputs and keep other tensors for the
+backward.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from torch import Tensor
 from sla2_core import quantize
 
 KERNEL_FORMATS = {"full": "none", "int8": "fp8", "int8_int8": "int8", "fp8": "fp8", "int4": "fp8"}
-_ALONE = 1 << 22  # multiply-adds of a product over all selected pairs below which one thread does it
+_ALONE = (
+    1 << 22
+)  # multiply-adds of a product over all selected pairs below which one thread does it
 
 
 def _work(x: Tensor) -> Tensor:
@@ -23,7 +27,9 @@ def _heads(x: Tensor):
     return x.detach().flatten(0, 1).contiguous().numpy()
 
 
-def _map(indices: Tensor, counts: Tensor, lengths: Tensor | None, block_q: int, block_k: int, n_k: int):
+def _map(
+    indices: Tensor, counts: Tensor, lengths: Tensor | None, block_q: int, block_k: int, n_k: int
+):
     from sla2_kernels.cpu.operator import Map
 
     b, h = counts.shape[:2]
@@ -38,7 +44,9 @@ def _threads(q: Tensor, indices: Tensor, block_k: int) -> int:
 
 
 def _low(q, k, v, blocks, precision: str, threads: int):
-    """Q, K and V (numpy arrays of heads) as the sparse branch of a low-bit forward sees them; padding counts in no scale."""
+    """Q, K and V (numpy arrays of heads) as the sparse branch of a low-bit forward sees them;
+    padding counts in no scale.
+    """
     import numpy as np
     from sla2_kernels.cpu.quantize import quantize_blocks, quantize_channels
 
@@ -51,14 +59,18 @@ def _low(q, k, v, blocks, precision: str, threads: int):
 
 
 def cpu_stages():
-    """A context manager: a dict that receives the seconds of each CPU kernel that runs inside, by name."""
+    """A context manager: a dict that receives the seconds of each CPU kernel that runs inside, by
+    name.
+    """
     from sla2_kernels.cpu.build import stages
 
     return stages()
 
 
 def cpu_compile_seconds() -> dict[str, float]:
-    """Seconds that this process spent compiling the CPU kernels it used, or loading them from the cache, by name."""
+    """Seconds that this process spent compiling the CPU kernels it used, or loading them from the
+    cache, by name.
+    """
     from sla2_kernels.cpu.build import compile_seconds
 
     return compile_seconds()
@@ -93,13 +105,17 @@ def _save_means(ctx, inputs, output) -> None:
 
 
 def spread_means(grad: Tensor, block: int, length: int, lengths: Tensor | None) -> Tensor:
-    """The gradient of block means (B, H, T, d), on the tokens (B, H, length, d) that they are taken from."""
+    """The gradient of block means (B, H, T, d), on the tokens (B, H, length, d) that they are taken
+    from.
+    """
     start = torch.arange(grad.shape[2], device=grad.device) * block
     last = torch.full((1,), length, device=grad.device) if lengths is None else lengths
     tokens = (last[:, None] - start).clamp(0, block)[:, None, :, None]
     grad = (grad / tokens.clamp_min(1)).repeat_interleave(block, 2)[:, :, :length]
     if lengths is not None:
-        grad = grad * (torch.arange(length, device=grad.device) < lengths[:, None])[:, None, :, None]
+        grad = (
+            grad * (torch.arange(length, device=grad.device) < lengths[:, None])[:, None, :, None]
+        )
     return grad
 
 
@@ -113,7 +129,9 @@ block_means.register_autograd(_differentiate_means, setup_context=_save_means)
 
 @torch.library.custom_op("sla2::top_k", mutates_args=(), device_types="cpu")
 def top_k(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest of each row, ties to the lower index, NaN first, ascending: int32 (B, H, T_m, count)."""
+    """Indices of the `count` largest of each row, ties to the lower index, NaN first, ascending:
+    int32 (B, H, T_m, count).
+    """
     from sla2_kernels.cpu.route import top_k as select
 
     threads = 1 if scores.numel() < 1 << 16 else torch.get_num_threads()
@@ -127,12 +145,16 @@ def _(scores, count):
 
 @torch.library.custom_op("sla2::soft_top_k", mutates_args=(), device_types="cpu")
 def soft_top_k(x: Tensor, k: Tensor) -> Tensor:
-    """sigmoid(x + lambda), lambda such that each row sums to k: x (..., T_n) fp32 or fp64, k (..., 1) of x's dtype."""
+    """sigmoid(x + lambda), lambda such that each row sums to k: x (..., T_n) fp32 or fp64, k (...,
+    1) of x's dtype.
+    """
     from sla2_kernels.cpu.softtopk import soft_top_k as solve
 
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous().numpy()
     each = k.detach().expand(*x.shape[:-1], 1).reshape(-1).contiguous().numpy()
-    return torch.from_numpy(solve(rows, each, 1 if x.numel() < 1 << 14 else torch.get_num_threads())).view(x.shape)
+    return torch.from_numpy(
+        solve(rows, each, 1 if x.numel() < 1 << 14 else torch.get_num_threads())
+    ).view(x.shape)
 
 
 @soft_top_k.register_fake
@@ -163,8 +185,8 @@ def attention(
         precision: a key of KERNEL_FORMATS.
 
     Returns:
-        O (B, H, N_q, d) in q's dtype; O_s, the same in fp32 (fp64 for fp64 inputs), or empty without alpha, where it is O
-        up to rounding; L (B, H, N_q), natural. Only O has a gradient.
+        O (B, H, N_q, d) in q's dtype; O_s, the same in fp32 (fp64 for fp64 inputs), or empty
+        without alpha, where it is O up to rounding; L (B, H, N_q), natural. Only O has a gradient.
     """
     from sla2_kernels.cpu.operator import forward
 
@@ -201,18 +223,30 @@ def attention_backward(
     block_q: int,
     block_k: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dQ, dK, dV in the inputs' dtypes, and d alpha (B, H, T_m) in alpha's (empty without), from the forward's O_s and L."""
+    """dQ, dK, dV in the inputs' dtypes, and d alpha (B, H, T_m) in alpha's (empty without), from
+    the forward's O_s and L.
+    """
     from sla2_kernels.cpu.operator import backward
 
     work = _work(q).dtype
     weights = None if alpha is None else _heads(alpha.to(work))
     d_q, d_k, d_v, d_alpha = backward(
-        _heads(grad_out.to(work)), *(_heads(x.to(work)) for x in (q, k, v)),
-        _map(indices, counts, lengths, block_q, block_k, k.shape[2]), weights, _heads(o_s.to(work)), _heads(lse),
+        _heads(grad_out.to(work)),
+        *(_heads(x.to(work)) for x in (q, k, v)),
+        _map(indices, counts, lengths, block_q, block_k, k.shape[2]),
+        weights,
+        _heads(o_s.to(work)),
+        _heads(lse),
         _threads(q, indices, block_k),
-    )  # fmt: skip
-    grads = (torch.from_numpy(d).view(x.shape).to(x.dtype) for d, x in ((d_q, q), (d_k, k), (d_v, v)))
-    d_alpha = q.new_empty(0) if alpha is None else torch.from_numpy(d_alpha).view(counts.shape).to(alpha.dtype)
+    )
+    grads = (
+        torch.from_numpy(d).view(x.shape).to(x.dtype) for d, x in ((d_q, q), (d_k, k), (d_v, v))
+    )
+    d_alpha = (
+        q.new_empty(0)
+        if alpha is None
+        else torch.from_numpy(d_alpha).view(counts.shape).to(alpha.dtype)
+    )
     return (*grads, d_alpha)
 
 
@@ -225,7 +259,9 @@ def _(grad_out, q, k, v, indices, counts, alpha, lengths, o_s, lse, block_q, blo
 def _save(ctx, inputs, output) -> None:
     q, k, v, indices, counts, alpha, lengths, ctx.block_q, ctx.block_k, _ = inputs
     out, o_s, lse = output
-    ctx.save_for_backward(q, k, v, indices, counts, alpha, lengths, out if alpha is None else o_s, lse)
+    ctx.save_for_backward(
+        q, k, v, indices, counts, alpha, lengths, out if alpha is None else o_s, lse
+    )
     ctx.set_materialize_grads(False)
 
 

@@ -1,4 +1,6 @@
-"""The one plain definition of each low-bit number format, as quantise-dequantise in floating point; kernels match it."""
+"""The one plain definition of each low-bit number format, as quantise-dequantise in floating point;
+kernels match it.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def quantize(x: Tensor, scale: Tensor, fmt: str) -> Tensor:
 
 
 def fake_quantize(x: Tensor, fmt: str, dims: int | tuple[int, ...]) -> Tensor:
-    """Quantise with one scale max|x| / limit over `dims`, and dequantise; nvfp4 uses groups of 16 along the last axis."""
+    """Quantise with one scale max|x| / limit over `dims`, and dequantise; nvfp4 uses groups of 16
+    along the last axis.
+    """
     if fmt == "nvfp4":
         return fake_quantize_nvfp4(x)
     scale = scale_of(x.abs().amax(dims, keepdim=True), fmt)
@@ -77,17 +81,20 @@ def fake_quantize(x: Tensor, fmt: str, dims: int | tuple[int, ...]) -> Tensor:
 
 
 def fake_quantize_nvfp4(x: Tensor, block: int | None = None, amax: float | None = None) -> Tensor:
-    """NVFP4: E2M1 values, an E4M3 scale per 16 neighbours of the last axis, one fp32 scale for the tensor.
+    """NVFP4: E2M1 values, an E4M3 scale per 16 neighbours of the last axis, one fp32 scale for the
+    tensor.
 
-    With `block` the last axis is tokens, and groups start anew at every block of that many. `amax` is max|x| where it
-    is known beforehand (1 for probabilities).
+    With `block` the last axis is tokens, and groups start anew at every block of that many. `amax`
+    is max|x| where it is known beforehand (1 for probabilities).
     """
     n = x.shape[-1]
     block = block or n
     blocks = pad(x, (0, -n % block)).unflatten(-1, (-1, block))
     groups = pad(blocks, (0, -block % NVFP4_GROUP)).unflatten(-1, (-1, NVFP4_GROUP))
     largest = groups.abs().amax(-1, keepdim=True)
-    whole = (largest.amax() if amax is None else torch.full_like(largest, amax)) / (E4M3_MAX * E2M1_MAX)
+    whole = (largest.amax() if amax is None else torch.full_like(largest, amax)) / (
+        E4M3_MAX * E2M1_MAX
+    )
     whole = torch.where(whole == 0, torch.ones_like(whole), whole)
     scale = round_e4m3(largest / E2M1_MAX / whole) * whole
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -95,7 +102,8 @@ def fake_quantize_nvfp4(x: Tensor, block: int | None = None, amax: float | None 
 
 
 def quantize_probabilities(p: Tensor, fmt: str, block_k: int) -> Tensor:
-    """P~ = exp(S - rowmax) in [0, 1], (..., keys), after the round trip through `fmt`: fixed scales 1/448 (fp8), 1/127 (int8).
+    """P~ = exp(S - rowmax) in [0, 1], (..., keys), after the round trip through `fmt`: fixed scales
+    1/448 (fp8), 1/127 (int8).
 
     nvfp4 has groups of 16 keys that start anew at every key block of `block_k`.
     """
@@ -107,14 +115,18 @@ def quantize_probabilities(p: Tensor, fmt: str, block_k: int) -> Tensor:
 
 
 def quantize_values(v: Tensor, fmt: str, block_k: int) -> Tensor:
-    """V (B, H, N_k, d) after the round trip: one scale per channel over the whole sequence; nvfp4 in groups along N_k."""
+    """V (B, H, N_k, d) after the round trip: one scale per channel over the whole sequence; nvfp4
+    in groups along N_k.
+    """
     if fmt == "nvfp4":
         return fake_quantize_nvfp4(v.transpose(-1, -2), block_k).transpose(-1, -2)
     return fake_quantize(v, fmt, 2)
 
 
 def quantize_blocks(x: Tensor, block: int, fmt: str) -> Tensor:
-    """Q or K (B, H, N, d) after the round trip: one scale per block of tokens and head; nvfp4 in groups along d."""
+    """Q or K (B, H, N, d) after the round trip: one scale per block of tokens and head; nvfp4 in
+    groups along d.
+    """
     if fmt == "nvfp4":
         return fake_quantize_nvfp4(x)
     n = x.shape[2]

@@ -1,4 +1,6 @@
-"""The operator in plain dense torch, any float dtype, no cleverness: what every fast path is compared with."""
+"""The operator in plain dense torch, any float dtype, no cleverness: what every fast path is
+compared with.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def _per_token(blocks: Tensor, block_q: int, block_k: int, n_q: int, n_k: int) -
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, kv_lengths=None) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V, dense. q (B, H, N_q, d), k, v (B, H, N_k, d) -> (B, H, N_q, d) in q's dtype."""
+    """softmax(Q K^T / sqrt(d)) V, dense. q (B, H, N_q, d), k, v (B, H, N_k, d) -> (B, H, N_q, d) in
+    q's dtype.
+    """
     check_qkv(q, k, v)
     kv_lengths = check_kv_lengths(kv_lengths, q, k)
     valid = _valid_keys(k, kv_lengths)
@@ -57,10 +61,14 @@ def _round_trip(x: Tensor, rounded: Tensor) -> Tensor:
 
 
 class _Alg3(torch.autograd.Function):
-    """The value of a low-bit O_s with the gradient of Alg. 3: P = exp(S - L) from q, k and v as they are."""
+    """The value of a low-bit O_s with the gradient of Alg. 3: P = exp(S - L) from q, k and v as
+    they are.
+    """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, out: Tensor, lse: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v, selected, out, lse)
         return out.clone()
 
@@ -78,14 +86,21 @@ class _Alg3(torch.autograd.Function):
 
 
 def sparse_branch(
-    q: Tensor, k: Tensor, v: Tensor, selected: Tensor, block_q: int, block_k: int, precision: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    block_q: int,
+    block_k: int,
+    precision: str,
     qat_backward: str = "paper",
-):  # fmt: skip
-    """softmax over the selected pairs only, times V; `selected` is bool (B, H, N_q, N_k), per token.
+):
+    """softmax over the selected pairs only, times V; `selected` is bool (B, H, N_q, N_k), per
+    token.
 
-    Returns O_s (B, H, N_q, d) and L (B, H, N_q), the natural log-sum-exp. A row that selects nothing has 0 and -inf.
-    Low bit is rounded as in `quantize`; its gradients are those of Alg. 3 (qat_backward="paper"), or straight-through
-    ("matched").
+    Returns O_s (B, H, N_q, d) and L (B, H, N_q), the natural log-sum-exp. A row that selects
+    nothing has 0 and -inf. Low bit is rounded as in `quantize`; its gradients are those of Alg. 3
+    (qat_backward="paper"), or straight-through ("matched").
     """
     if precision != "full" and qat_backward == "paper":
         with torch.no_grad():
@@ -113,7 +128,8 @@ def sparse_branch(
 
 
 def linear_branch(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
-    """sum_j w_j phi(q).phi(k_j) v_j / sum_j w_j phi(q).phi(k_j), phi the softmax over d; w (B, H, N_q, N_k) in [0, 1].
+    """sum_j w_j phi(q).phi(k_j) v_j / sum_j w_j phi(q).phi(k_j), phi the softmax over d; w (B, H,
+    N_q, N_k) in [0, 1].
 
     A row whose weights are all 0 has 0.
     """
@@ -122,10 +138,18 @@ def linear_branch(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
     return torch.where(total == 0, 0.0, (pairs @ v) / torch.where(total == 0, 1.0, total))
 
 
-def mix(o_s: Tensor, o_l: Tensor, alpha: Tensor, block_q: int, nothing: Tensor, everything: Tensor) -> Tensor:
-    """alpha O_s + (1 - alpha) O_l, alpha (B|1, H|1, T_m|1); rows that select nothing count 0, rows without complement 1."""
+def mix(
+    o_s: Tensor, o_l: Tensor, alpha: Tensor, block_q: int, nothing: Tensor, everything: Tensor
+) -> Tensor:
+    """alpha O_s + (1 - alpha) O_l, alpha (B|1, H|1, T_m|1); rows that select nothing count 0, rows
+    without complement 1.
+    """
     n_q = o_s.shape[2]
-    per_token = alpha[..., None] if alpha.shape[2] == 1 else alpha.repeat_interleave(block_q, 2)[:, :, :n_q, None]
+    per_token = (
+        alpha[..., None]
+        if alpha.shape[2] == 1
+        else alpha.repeat_interleave(block_q, 2)[:, :, :n_q, None]
+    )
     per_token = torch.where(everything, 1.0, torch.where(nothing, 0.0, per_token.to(o_s.dtype)))
     return per_token * o_s + (1 - per_token) * o_l
 
@@ -143,10 +167,12 @@ def sla2_reference(
     kv_lengths=None,
     complement: str = "linear",
 ) -> Tensor:
-    """SLA2 (Eq. 13-16) on dense N_q x N_k matrices: the oracle of `functional.sla2_attention`, same arguments.
+    """SLA2 (Eq. 13-16) on dense N_q x N_k matrices: the oracle of `functional.sla2_attention`, same
+    arguments.
 
-    `complement="exact"` replaces the linear branch by softmax attention over the unselected pairs: with alpha the
-    full-softmax probability of the selected blocks (Eq. 7, see `routed_mass`), the result is full attention.
+    `complement="exact"` replaces the linear branch by softmax attention over the unselected pairs:
+    with alpha the full-softmax probability of the selected blocks (Eq. 7, see `routed_mass`), the
+    result is full attention.
     """
     check_qkv(q, k, v)
     check_block_map(block_map, q, k)
@@ -159,7 +185,10 @@ def sla2_reference(
     if smooth_k:
         k = smooth_keys(k, kv_lengths)
     keys, values, queries = _drop_padding(_work(k), valid), _drop_padding(_work(v), valid), _work(q)
-    selected = _per_token(block_map.mask(), block_map.block_q, block_map.block_k, q.shape[2], k.shape[2]) & valid
+    selected = (
+        _per_token(block_map.mask(), block_map.block_q, block_map.block_k, q.shape[2], k.shape[2])
+        & valid
+    )
     others = ~selected & valid
     blocks = (block_map.block_q, block_map.block_k)
     o_s, _ = sparse_branch(queries, keys, values, selected, *blocks, precision, qat_backward)
@@ -172,35 +201,60 @@ def sla2_reference(
 
 
 def block_sparse_reference(
-    q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, *, precision="full", qat_backward="paper", kv_lengths=None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    *,
+    precision="full",
+    qat_backward="paper",
+    kv_lengths=None,
 ):
-    """The sparse branch alone: O_s (B, H, N_q, d) in q's dtype and L (B, H, N_q) in fp32 or fp64."""
+    """The sparse branch alone: O_s (B, H, N_q, d) in q's dtype and L (B, H, N_q) in
+    fp32 or fp64.
+    """
     check_qkv(q, k, v)
     check_block_map(block_map, q, k)
     check_precision(precision)
     check_choice("qat_backward", qat_backward, QAT_BACKWARDS)
     valid = _valid_keys(k, check_kv_lengths(kv_lengths, q, k))
     keys, values = _drop_padding(_work(k), valid), _drop_padding(_work(v), valid)
-    selected = _per_token(block_map.mask(), block_map.block_q, block_map.block_k, q.shape[2], k.shape[2]) & valid
+    selected = (
+        _per_token(block_map.mask(), block_map.block_q, block_map.block_k, q.shape[2], k.shape[2])
+        & valid
+    )
     blocks = (block_map.block_q, block_map.block_k)
     out, lse = sparse_branch(_work(q), keys, values, selected, *blocks, precision, qat_backward)
     return out.to(q.dtype), lse
 
 
 def routed_mass(q: Tensor, k: Tensor, block_map: BlockMap, kv_lengths=None) -> Tensor:
-    """The full-softmax probability that each query token's selected blocks hold: (B, H, N_q), fp32 or fp64 (Eq. 7)."""
+    """The full-softmax probability that each query token's selected blocks hold: (B, H, N_q), fp32
+    or fp64 (Eq. 7).
+    """
     valid = _valid_keys(k, check_kv_lengths(kv_lengths, q, k))
     scores = (_work(q) @ _drop_padding(_work(k), valid).transpose(-1, -2)) * q.shape[-1] ** -0.5
-    selected = _per_token(block_map.mask(), block_map.block_q, block_map.block_k, q.shape[2], k.shape[2])
+    selected = _per_token(
+        block_map.mask(), block_map.block_q, block_map.block_k, q.shape[2], k.shape[2]
+    )
     return (torch.softmax(scores.masked_fill(~valid, -torch.inf), -1) * selected).sum(-1)
 
 
 def soft_attention(
-    q: Tensor, k: Tensor, v: Tensor, soft_mask: Tensor, alpha: Tensor, block_q: int, block_k: int, kv_lengths=None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    soft_mask: Tensor,
+    alpha: Tensor,
+    block_q: int,
+    block_k: int,
+    kv_lengths=None,
 ) -> tuple[Tensor, Tensor]:
-    """SLA2 with a soft mask (training, stage 1) beside full attention, for any subset of the query blocks.
+    """SLA2 with a soft mask (training, stage 1) beside full attention, for any subset of the query
+    blocks.
 
-    O_s = sum_j m_j e^{s_j} v_j / sum_j m_j e^{s_j}; O_l weighs phi(q).phi(k_j) by 1 - m_j; a 0/1 mask is the hard operator.
+    O_s = sum_j m_j e^{s_j} v_j / sum_j m_j e^{s_j}; O_l weighs phi(q).phi(k_j) by 1 - m_j; a 0/1
+    mask is the hard operator.
 
     Args:
         q: (B, H, n, d), the tokens of the query blocks at hand; all but the last block are whole.
@@ -209,8 +263,8 @@ def soft_attention(
         block_q, block_k: block sizes; rows = ceil(n / block_q). kv_lengths: (B,) or None.
 
     Returns:
-        (O, O_full), each (B, H, n, d) in fp32 (fp64 stays); memory grows with n N_k, so stream over query blocks.
-        Gradients reach q, k, v, soft_mask and alpha.
+        (O, O_full), each (B, H, n, d) in fp32 (fp64 stays); memory grows with n N_k, so stream over
+        query blocks. Gradients reach q, k, v, soft_mask and alpha.
     """
     valid = _valid_keys(k, check_kv_lengths(kv_lengths, q, k))
     queries, keys, values = _work(q), _drop_padding(_work(k), valid), _drop_padding(_work(v), valid)
@@ -222,7 +276,9 @@ def soft_attention(
     exps = torch.exp(scores - scores.detach().amax(-1, keepdim=True))
     full = (exps @ values) / exps.sum(-1, keepdim=True)
     spread = torch.nn.functional.pad(exps, (0, t_n * block_k - n_k, 0, rows * block_q - n))
-    weights = (spread.view(b, h, rows, block_q, t_n, block_k) * soft_mask[:, :, :, None, :, None]).flatten(4)
+    weights = (
+        spread.view(b, h, rows, block_q, t_n, block_k) * soft_mask[:, :, :, None, :, None]
+    ).flatten(4)
     weights = weights.flatten(2, 3)[:, :, :n, :n_k]
     total = weights.sum(-1, keepdim=True)
     o_s = torch.where(total == 0, 0.0, (weights @ values) / torch.where(total == 0, 1.0, total))
@@ -234,9 +290,9 @@ def soft_attention(
     states = torch.cat([blocks_k.transpose(-1, -2) @ blocks_v, blocks_k.sum(3)[..., None]], -1)
     rest = 1 - soft_mask
     sums = (rest @ states.flatten(3)).unflatten(3, (d, d + 1))
-    phi_q = torch.nn.functional.pad(torch.softmax(queries, -1), (0, 0, 0, rows * block_q - n)).unflatten(
-        2, (rows, block_q)
-    )
+    phi_q = torch.nn.functional.pad(
+        torch.softmax(queries, -1), (0, 0, 0, rows * block_q - n)
+    ).unflatten(2, (rows, block_q))
     parts = (phi_q @ sums).flatten(2, 3)[:, :, :n]
     below = parts[..., d:]
     o_l = torch.where(below == 0, 0.0, parts[..., :d] / torch.where(below == 0, 1.0, below))

@@ -1,4 +1,6 @@
-"""The router: block means of Q and K, a learnable projection of each, scores, and the top-k block map."""
+"""The router: block means of Q and K, a learnable projection of each, scores, and the top-k block
+map.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ _MEAN_BLOCK = 256  # tokens that one partial sum of the mean over tokens holds
 
 
 class Float32Module(nn.Module):
-    """A module whose parameters stay in fp32 under `.to(bfloat16)` and `.half()`; `.double()` and devices go through."""
+    """A module whose parameters stay in fp32 under `.to(bfloat16)` and `.half()`; `.double()` and
+    devices go through.
+    """
 
     def _apply(self, fn, recurse: bool = True):
         def keep(t: Tensor) -> Tensor:
@@ -31,7 +35,8 @@ def pool(x: Tensor, block: int, lengths: Tensor | None = None) -> Tensor:
     Args:
         x: (B, H, N, d).
         block: tokens in a block; the last one may be short.
-        lengths: int64 (B,), valid tokens of each batch item; None means all N. Blocks without a valid token are 0.
+        lengths: int64 (B,), valid tokens of each batch item; None means all N. Blocks without a
+            valid token are 0.
 
     Returns:
         (B, H, ceil(N / block), d).
@@ -45,7 +50,9 @@ def pool(x: Tensor, block: int, lengths: Tensor | None = None) -> Tensor:
         valid = torch.arange(n, device=x.device) < lengths[:, None]
         work = work.masked_fill(~valid[:, None, :, None], 0.0)
     whole = n // block
-    sums = work[:, :, : whole * block].unflatten(2, (whole, block)).sum(3) if whole else work[:, :, :0]
+    sums = (
+        work[:, :, : whole * block].unflatten(2, (whole, block)).sum(3) if whole else work[:, :, :0]
+    )
     if whole < count:
         sums = torch.cat([sums, work[:, :, whole * block :].sum(2, keepdim=True)], dim=2)
     start = torch.arange(count, device=x.device) * block
@@ -57,13 +64,18 @@ def pool(x: Tensor, block: int, lengths: Tensor | None = None) -> Tensor:
 def smooth_keys(k: Tensor, lengths: Tensor | None = None) -> Tensor:
     """K minus its mean over the valid tokens (Alg. 2, step 1), in k's dtype: (B, H, N_k, d).
 
-    The sparse branch and the top-k are unchanged by it, up to rounding; phi(K) and low-bit K are not.
+    The sparse branch and the top-k are unchanged by it, up to rounding; phi(K) and low-bit K are
+    not.
     """
-    return (k - _mean_of_means(pool(k, _MEAN_BLOCK, lengths), k.shape[2], _MEAN_BLOCK, lengths)).to(k.dtype)
+    return (k - _mean_of_means(pool(k, _MEAN_BLOCK, lengths), k.shape[2], _MEAN_BLOCK, lengths)).to(
+        k.dtype
+    )
 
 
 def smooth_pooled(pooled: Tensor, n: int, block: int, lengths: Tensor | None = None) -> Tensor:
-    """The block means (B, H, T_n, d) of smooth_keys(K) from those of K (N = n): the mean over tokens is theirs, weighted."""
+    """The block means (B, H, T_n, d) of smooth_keys(K) from those of K (N = n): the mean over
+    tokens is theirs, weighted.
+    """
     return pooled - _mean_of_means(pooled, n, block, lengths)
 
 
@@ -89,7 +101,14 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 def top_k_map(
-    scores: Tensor, topk: float, *, block_q: int, block_k: int, n_q: int, n_k: int, kv_lengths: Tensor | None = None
+    scores: Tensor,
+    topk: float,
+    *,
+    block_q: int,
+    block_k: int,
+    n_q: int,
+    n_k: int,
+    kv_lengths: Tensor | None = None,
 ) -> BlockMap:
     """The K best key blocks of every row, ties to the lower index, indices ascending; no gradient.
 
@@ -106,13 +125,21 @@ def top_k_map(
         counts = torch.full(scores.shape[:3], most, dtype=torch.int32, device=scores.device)
     else:
         blocks = num_blocks(kv_lengths, block_k)
-        count = (topk * blocks.double()).round().clamp_min(1)  # blocks_to_select; ties to even, as Python's round
+        count = (
+            (topk * blocks.double()).round().clamp_min(1)
+        )  # blocks_to_select; ties to even, as Python's round
         dead = torch.arange(t_n, device=scores.device) >= blocks[:, None]
         scores = scores.masked_fill(dead[:, None, None], -torch.inf)
-        best = _best(scores, most).long()  # of these the item's own `count`, the others' places go last
+        best = _best(
+            scores, most
+        ).long()  # of these the item's own `count`, the others' places go last
         order = torch.sort(scores.gather(-1, best), dim=-1, descending=True, stable=True).indices
-        kept = (torch.arange(most, device=scores.device) < count[:, None])[:, None, None].expand_as(order)
-        best = torch.where(torch.zeros_like(kept).scatter(-1, order, kept), best, t_n).sort(-1).values
+        kept = (torch.arange(most, device=scores.device) < count[:, None])[:, None, None].expand_as(
+            order
+        )
+        best = (
+            torch.where(torch.zeros_like(kept).scatter(-1, order, kept), best, t_n).sort(-1).values
+        )
         indices = torch.where(best == t_n, -1, best)
         counts = count.to(torch.int32)[:, None, None].expand(scores.shape[:3]).contiguous()
     rows = Rows(indices.to(torch.int32).contiguous(), counts)
@@ -122,8 +149,9 @@ def top_k_map(
 class Router(Float32Module):
     """P_c = (q W_q)(k W_k)^T / sqrt(d) per head, in fp32 (Eq. 16).
 
-    `weight_q` and `weight_k` are (1, d, d), or (H, d, d) with `per_head_router`, and start as the identity, which is
-    SLA's heuristic router; with router="heuristic" they are buffers that stay so.
+    `weight_q` and `weight_k` are (1, d, d), or (H, d, d) with `per_head_router`, and start as the
+    identity, which is SLA's heuristic router; with router="heuristic" they are buffers that stay
+    so.
     """
 
     def __init__(self, config: SLA2Config):

@@ -1,4 +1,6 @@
-"""SoftTop-k (Eq. 17): a differentiable relaxation of top-k whose rows sum to k, with its exact gradient."""
+"""SoftTop-k (Eq. 17): a differentiable relaxation of top-k whose rows sum to k, with its exact
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,13 @@ class _SoftTopK(torch.autograd.Function):
 
 
 def _bisect(x: Tensor, k: Tensor) -> Tensor:
-    """sigmoid(x + lambda), lambda by bisection: the plain form, for every device; the CPU's kernel must agree with it."""
+    """sigmoid(x + lambda), lambda by bisection: the plain form, for every device; the CPU's kernel
+    must agree with it.
+    """
     live = x != -torch.inf
     valid = live.sum(-1, keepdim=True)
-    # With every sigmoid equal to k / T_n at the row's maximum the sum is at most k, at its minimum at least k.
+    # With every sigmoid equal to k / T_n at the row's maximum the sum is at most k, at its minimum
+    # at least k.
     share = (k / valid).clamp(max=1.0)
     centre = torch.logit(share.clamp(1e-7, 1 - 1e-7))
     low = centre - x.amax(-1, keepdim=True)
@@ -54,8 +59,10 @@ def soft_topk(scores: Tensor, k: int | float | Tensor, tau: float = 0.1) -> Tens
     """m = sigmoid(scores / tau + lambda), lambda by bisection so that each row sums to k (Eq. 17).
 
     Args:
-        scores: floating (..., T_n); -inf marks a block that cannot be chosen. 16-bit scores are computed in float32.
-        k: how many blocks a row chooses, 0 < k <= T_n; a number, or a tensor that broadcasts to (..., 1).
+        scores: floating (..., T_n); -inf marks a block that cannot be chosen. 16-bit scores are
+            computed in float32.
+        k: how many blocks a row chooses, 0 < k <= T_n; a number, or a tensor that broadcasts to
+            (..., 1).
         tau: temperature > 0.
 
     Returns:
@@ -63,11 +70,15 @@ def soft_topk(scores: Tensor, k: int | float | Tensor, tau: float = 0.1) -> Tens
         dL/dP_j = (w_j / tau) (g_j - sum_l g_l w_l / sum_l w_l), w = m (1 - m).
 
     Raises:
-        ValueError: scores without an axis; k (a number: a tensor's values are the caller's) or tau outside its range.
+        ValueError: scores without an axis; k (a number: a tensor's values are the caller's) or tau
+            outside its range.
         TypeError: scores no floating tensor.
     """
     if not isinstance(scores, Tensor) or not scores.dtype.is_floating_point:
-        raise TypeError(f"scores: expected a floating tensor, got {getattr(scores, 'dtype', type(scores).__name__)}")
+        raise TypeError(
+            "scores: expected a floating tensor, got"
+            f" {getattr(scores, 'dtype', type(scores).__name__)}"
+        )
     if scores.ndim == 0:
         raise ValueError("scores: expected at least one dimension (..., T_n), got shape ()")
     if not tau > 0:

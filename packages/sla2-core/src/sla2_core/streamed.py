@@ -1,4 +1,6 @@
-"""The sparse branch in torch, streamed over query blocks: low-bit settings that no kernel has, for study."""
+"""The sparse branch in torch, streamed over query blocks: low-bit settings that no kernel has, for
+study.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def _unblocks(x: Tensor, shape: torch.Size) -> Tensor:
 
 
 class _Gather:
-    """Flat numbering of the blocks: query row r of R = B H T_m rows reads key blocks `index[r]` where `live[r]`."""
+    """Flat numbering of the blocks: query row r of R = B H T_m rows reads key blocks `index[r]`
+    where `live[r]`.
+    """
 
     def __init__(self, block_map: BlockMap, lengths: Tensor | None):
         b, h, _, t_n = block_map.shape
@@ -34,7 +38,9 @@ class _Gather:
         start = chosen * block_map.block_k
         last = torch.full((b,), block_map.n_k, device=chosen.device) if lengths is None else lengths
         tokens = (last[:, None, None, None] - start).clamp(0, block_map.block_k)
-        self.tokens = torch.where(chosen < 0, 0, tokens).flatten(0, 2)  # (R, K): valid tokens of each chosen block
+        self.tokens = torch.where(chosen < 0, 0, tokens).flatten(
+            0, 2
+        )  # (R, K): valid tokens of each chosen block
         self.index = (chosen.clamp_min(0) + head).flatten(0, 2)
         self.rows, self.width = self.index.shape
         self.short = bool((self.tokens < block_map.block_k).any())
@@ -63,10 +69,19 @@ class _SparseBranch(torch.autograd.Function):
         if lengths is not None:
             drop = (torch.arange(k.shape[2], device=k.device) >= lengths[:, None])[:, None, :, None]
             k, v = k.masked_fill(drop, 0.0), v.masked_fill(drop, 0.0)
-        ctx.block_map, ctx.lengths, ctx.precision, ctx.qat_backward = block_map, lengths, precision, qat_backward
+        ctx.block_map, ctx.lengths, ctx.precision, ctx.qat_backward = (
+            block_map,
+            lengths,
+            precision,
+            qat_backward,
+        )
         gather = _Gather(block_map, lengths)
         low = _round(q, k, v, block_map, precision)
-        qs, ks, vs = _blocks(low[0], gather.block_q), _blocks(low[1], gather.block_k), _blocks(low[2], gather.block_k)
+        qs, ks, vs = (
+            _blocks(low[0], gather.block_q),
+            _blocks(low[1], gather.block_k),
+            _blocks(low[2], gather.block_k),
+        )
         out = qs.new_empty(qs.shape)
         lse = qs.new_empty(qs.shape[:2])
         scale = q.shape[-1] ** -0.5
@@ -80,7 +95,9 @@ class _SparseBranch(torch.autograd.Function):
             weights = scores.sub_(top).exp_()
             total = weights.sum(-1, keepdim=True)
             empty = (gather.tokens[rows].sum(-1) == 0)[:, None, None]
-            weights = quantize.quantize_probabilities(weights, quantize.FORMATS[precision].pv, gather.block_k)
+            weights = quantize.quantize_probabilities(
+                weights, quantize.FORMATS[precision].pv, gather.block_k
+            )
             acc = torch.bmm(weights, gather.keys(vs, rows)) / total.masked_fill(empty, 1.0)
             out[rows] = acc.masked_fill_(empty, 0.0)
             lse[rows] = torch.where(empty, -torch.inf, top + total.log()).squeeze(-1)
@@ -95,7 +112,11 @@ class _SparseBranch(torch.autograd.Function):
         gather = _Gather(ctx.block_map, ctx.lengths)
         matched = ctx.qat_backward == "matched"
         low = _round(q, k, v, ctx.block_map, ctx.precision) if matched else (q, k, v)
-        qs, ks, vs = _blocks(low[0], gather.block_q), _blocks(low[1], gather.block_k), _blocks(low[2], gather.block_k)
+        qs, ks, vs = (
+            _blocks(low[0], gather.block_q),
+            _blocks(low[1], gather.block_k),
+            _blocks(low[2], gather.block_k),
+        )
         gs = _blocks(grad_out.contiguous(), gather.block_q)
         delta = (gs * _blocks(out, gather.block_q)).sum(-1, keepdim=True)
         lse = torch.where(lse == -torch.inf, torch.inf, lse)[..., None]
@@ -112,7 +133,9 @@ class _SparseBranch(torch.autograd.Function):
             used, mean = weights, delta[rows]
             if matched:
                 used = _requantize(weights, quantize.FORMATS[ctx.precision].pv, gather.block_k)
-                mean = (weights * d_weights).sum(-1, keepdim=True)  # D from the high-precision O = P V
+                mean = (weights * d_weights).sum(
+                    -1, keepdim=True
+                )  # D from the high-precision O = P V
             d_scores = d_weights.sub_(mean).mul_(weights).mul_(scale)
             dq[rows] = torch.bmm(d_scores, keys)
             index = gather.index[rows].flatten()
@@ -123,7 +146,9 @@ class _SparseBranch(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
-def _round(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+def _round(
+    q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Q, K and V as the sparse branch of a low-bit forward sees them."""
     formats, block_k = quantize.FORMATS[precision], block_map.block_k
     return (
@@ -140,7 +165,9 @@ def _requantize(p: Tensor, fmt: str, block_k: int) -> Tensor:
     return quantize.quantize_probabilities(p / top, fmt, block_k) * top
 
 
-def sparse_branch(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, lengths, precision: str, qat_backward: str):
+def sparse_branch(
+    q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, lengths, precision: str, qat_backward: str
+):
     """O_s (B, H, N_q, d) and L (B, H, N_q) for fp32 or fp64 inputs; L carries no gradient."""
     out, lse = _SparseBranch.apply(q, k, v, block_map, lengths, precision, qat_backward)
     return out, lse.detach()

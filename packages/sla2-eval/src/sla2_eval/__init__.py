@@ -1,1 +1,3 @@
-"""Generation, scoring and reports for attention variants of video diffusion transformers, and the `sla2` command."""
+"""Generation, scoring and reports for attention variants of video diffusion transformers, and the
+`sla2` command.
+"""

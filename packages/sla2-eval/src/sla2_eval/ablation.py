@@ -1,4 +1,6 @@
-"""A grid of variants over seeds: each trained, generated from the same noise as full attention, scored and compared."""
+"""A grid of variants over seeds: each trained, generated from the same noise as full attention,
+scored and compared.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,34 @@ from sla2_eval.cluster import check_address
 from sla2_eval.processes import Task, TasksLost
 from sla2_eval.progress import Report, silent
 from sla2_eval.ray_tasks import open_workers
-from sla2_eval.settings import AblationSettings, AttentionSettings, SettingsError, VariantSettings, validate
+from sla2_eval.settings import (
+    AblationSettings,
+    AttentionSettings,
+    SettingsError,
+    VariantSettings,
+    validate,
+)
 from sla2_eval.store import digest, write_atomic
 
 REFERENCE = "full"
 UNPAIRED = ("temporal_flickering", "motion_smoothness_linear", "caption_accuracy")
-_SHAPES = ("method", "router", "per_head_router", "alpha", "alpha_knots", "alpha_per_head", "alpha_init")
+_SHAPES = (
+    "method",
+    "router",
+    "per_head_router",
+    "alpha",
+    "alpha_knots",
+    "alpha_per_head",
+    "alpha_init",
+)
 _ROUTING = (*_SHAPES, "tau", "smooth_k", "block_q", "block_k")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One variant at one seed: a row of the grid, with the keys of the training it shares with others."""
+    """One variant at one seed: a row of the grid, with the keys of the training it shares with
+    others.
+    """
 
     name: str
     variant: VariantSettings
@@ -43,7 +61,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class GridResult:
-    """Where the report is, its rows (one a variant, means over videos and seeds), how many videos failed to score, and
+    """Where the report is, its rows (one a variant, means over videos and seeds), how many videos
+    failed to score, and
     the tasks over which workers died, with the reasons.
     """
 
@@ -56,27 +75,38 @@ class GridResult:
 def cells(settings: AblationSettings) -> list[Cell]:
     """Variants x seeds, a whole seed before the next.
 
-    Raises SettingsError naming the variant for a repeated name or an unknown attention field, or the key for another kind
-    of model or seeds that are not different whole numbers.
+    Raises SettingsError naming the variant for a repeated name or an unknown attention field, or
+    the key for another kind of model or seeds that are not different whole numbers.
     """
     model, seeds = generation.find_model(settings.model), settings.seeds
     if not isinstance(model, Path) or (model / "model_index.json").exists():
         raise SettingsError(
-            f"model: expected 'tiny' or a folder of a model of its form, got {settings.model!r}; pipelines are trained "
-            "with sla2_core.training and compared with sla2 generate and sla2 score"
+            f"model: expected 'tiny' or a folder of a model of its form, got {settings.model!r};"
+            " pipelines are trained with sla2_core.training and compared with sla2 generate and"
+            " sla2 score"
         )
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise SettingsError(f"seeds: expected different integers >= 0, at least one, got {list(seeds)}")
+        raise SettingsError(
+            f"seeds: expected different integers >= 0, at least one, got {list(seeds)}"
+        )
     names = [variant.name for variant in settings.variants]
     if repeated := next((n for n in names if names.count(n) > 1 or n == REFERENCE), None):
-        raise SettingsError(f"variants: expected each name once and none called {REFERENCE!r}, got {repeated!r}")
+        raise SettingsError(
+            f"variants: expected each name once and none called {REFERENCE!r}, got {repeated!r}"
+        )
     found = []
     for number, variant in enumerate(settings.variants):
         merged = settings.attention.model_dump() | variant.attention
-        attention = validate(merged, AttentionSettings, f"variants.{number} ({variant.name}): attention")
-        trained = attention.model_copy(update={"precision": variant.train_precision or attention.precision})
+        attention = validate(
+            merged, AttentionSettings, f"variants.{number} ({variant.name}): attention"
+        )
+        trained = attention.model_copy(
+            update={"precision": variant.train_precision or attention.precision}
+        )
         for seed in settings.seeds:
-            learns = attention.method == "sla2" and not (attention.router == "heuristic" and attention.alpha == "one")
+            learns = attention.method == "sla2" and not (
+                attention.router == "heuristic" and attention.alpha == "one"
+            )
             router = tuned = None
             if learns:
                 what = {key: getattr(attention, key) for key in _ROUTING}
@@ -93,7 +123,9 @@ def cells(settings: AblationSettings) -> list[Cell]:
 
 def _data_key(settings: AblationSettings) -> str:
     data, capture = settings.data.model_dump(mode="json"), settings.capture.model_dump()
-    return digest({"model": generation.model_fingerprint(settings.model), "data": data, "capture": capture})[:10]
+    return digest(
+        {"model": generation.model_fingerprint(settings.model), "data": data, "capture": capture}
+    )[:10]
 
 
 def sampling(settings: AblationSettings) -> generation.SamplingConfig:
@@ -128,22 +160,38 @@ def task_data(settings: AblationSettings, work: Path, *, report: Report = silent
     if pipeline.is_captured(settings.capture, _captures(settings, work)):
         return
     generator = generation.load_generator(settings.model)
-    pipeline.capture_qkv(generator, data, settings.capture, _captures(settings, work), report=report)
+    pipeline.capture_qkv(
+        generator, data, settings.capture, _captures(settings, work), report=report
+    )
 
 
-def task_router(settings: AblationSettings, cell: Cell, work: Path, *, report: Report = silent) -> dict:
-    """Stage 1, shared by every variant of the same routing and seed; it does not depend on the precision."""
+def task_router(
+    settings: AblationSettings, cell: Cell, work: Path, *, report: Report = silent
+) -> dict:
+    """Stage 1, shared by every variant of the same routing and seed; it does not depend on the
+    precision.
+    """
     if (work / cell.router / "adapter" / "sla2_config.json").exists():
         return json.loads((work / cell.router / "report.json").read_text())
     generator = generation.load_generator(settings.model)
-    attention = cell.attention.model_copy(update={"precision": "full", "topk": max(settings.stage1.topk)})
+    attention = cell.attention.model_copy(
+        update={"precision": "full", "topk": max(settings.stage1.topk)}
+    )
     return pipeline.stage1(
-        generator, attention, _captures(settings, work), settings.stage1, cell.seed, work / cell.router,
-        stage=f"stage 1 of {cell.name}", report=report,
-    )  # fmt: skip
+        generator,
+        attention,
+        _captures(settings, work),
+        settings.stage1,
+        cell.seed,
+        work / cell.router,
+        stage=f"stage 1 of {cell.name}",
+        report=report,
+    )
 
 
-def task_tune(settings: AblationSettings, cell: Cell, work: Path, *, report: Report = silent) -> dict:
+def task_tune(
+    settings: AblationSettings, cell: Cell, work: Path, *, report: Report = silent
+) -> dict:
     """Stage 2, shared by every variant that is trained the same way."""
     if (done := work / cell.tuned / "finished.json").exists():
         return json.loads(done.read_text())
@@ -151,12 +199,21 @@ def task_tune(settings: AblationSettings, cell: Cell, work: Path, *, report: Rep
     data = settings.data.videos or _data(settings, work)
     router = work / cell.router if cell.router else None
     return pipeline.stage2(
-        generator, cell.trained, router, data, settings.stage2, cell.seed, work / cell.tuned,
-        stage=f"stage 2 of {cell.name}", report=report,
-    )  # fmt: skip
+        generator,
+        cell.trained,
+        router,
+        data,
+        settings.stage2,
+        cell.seed,
+        work / cell.tuned,
+        stage=f"stage 2 of {cell.name}",
+        report=report,
+    )
 
 
-def task_full(settings: AblationSettings, out: Path, seed: int, share: int, *, report: Report = silent) -> None:
+def task_full(
+    settings: AblationSettings, out: Path, seed: int, share: int, *, report: Report = silent
+) -> None:
     """The videos number `seed` of full attention, every second prompt from `share` on."""
     config, folder = sampling(settings), out / "videos" / REFERENCE
     requests = generation.plan(prompts_of(settings), [seed], config.seed)[share::2]
@@ -167,13 +224,17 @@ def task_full(settings: AblationSettings, out: Path, seed: int, share: int, *, r
     generation.write_videos(generator, requests, folder, config, stage=stage, report=report)
 
 
-def task_videos(settings: AblationSettings, cell: Cell, out: Path, *, report: Report = silent) -> None:
+def task_videos(
+    settings: AblationSettings, cell: Cell, out: Path, *, report: Report = silent
+) -> None:
     """The videos and block maps of one variant at one seed."""
     from sla2_core.training.stage1 import load_stage1
 
     prompts, folder, config = prompts_of(settings), out / "videos" / cell.name, sampling(settings)
     maps = out / "block_maps" / f"{cell.name}.json"
-    if maps.exists() and generation.is_complete(generation.plan(prompts, [cell.seed], config.seed), folder):
+    if maps.exists() and generation.is_complete(
+        generation.plan(prompts, [cell.seed], config.seed), folder
+    ):
         return
     generator = generation.load_generator(settings.model)
     handle = pipeline.apply(generator, cell.attention)
@@ -183,9 +244,15 @@ def task_videos(settings: AblationSettings, cell: Cell, out: Path, *, report: Re
         load_stage1(handle, out / "work" / cell.router)
     generator.transformer.eval()
     generation.generate(
-        generator, prompts, folder, config=config, indices=[cell.seed], fingerprint=_fingerprint(cell),
-        stage=f"videos of {cell.name}", report=report,
-    )  # fmt: skip
+        generator,
+        prompts,
+        folder,
+        config=config,
+        indices=[cell.seed],
+        fingerprint=_fingerprint(cell),
+        stage=f"videos of {cell.name}",
+        report=report,
+    )
     if not maps.exists():
         video = folder / generation.video_name(prompts[0], cell.seed)
         found = pipeline.block_maps(generator, handle, video, prompts[0])
@@ -197,19 +264,30 @@ def _fingerprint(cell: Cell) -> dict:
     return {"attention": cell.attention.model_dump(), "trained": cell.tuned or cell.router}
 
 
-def task_scores(settings: AblationSettings, out: Path, name: str, *, report: Report = silent) -> int:
-    """Score one variant against full attention, or full attention alone; returns how many videos failed."""
+def task_scores(
+    settings: AblationSettings, out: Path, name: str, *, report: Report = silent
+) -> int:
+    """Score one variant against full attention, or full attention alone; returns how many videos
+    failed.
+    """
     from sla2_eval import metrics
     from sla2_eval.scoring import score
 
     names, reference = metrics_of(settings), out / "videos" / REFERENCE
     if name == REFERENCE:
         reference = None
-        names = [metric for metric in names if metrics.specs()[metric].kind == "unpaired"] or list(UNPAIRED)
+        names = [metric for metric in names if metrics.specs()[metric].kind == "unpaired"] or list(
+            UNPAIRED
+        )
     results = score(
-        out / "videos" / name, reference, names, out / "scores" / name, allow_failures=True,
-        store=out / "scores" / "store", device="cpu",
-    )  # fmt: skip
+        out / "videos" / name,
+        reference,
+        names,
+        out / "scores" / name,
+        allow_failures=True,
+        store=out / "scores" / "store",
+        device="cpu",
+    )
     report(f"scores of {name}", 1, 1)
     return len(results["failed"])
 
@@ -223,7 +301,8 @@ def _captures(settings: AblationSettings, work: Path) -> Path:
 
 
 def graph(settings: AblationSettings, out: Path) -> dict[str, Task]:
-    """Every task of the grid with what it needs, variant by variant, so that a half-finished grid has whole rows.
+    """Every task of the grid with what it needs, variant by variant, so that a half-finished grid
+    has whole rows.
 
     Shared trainings appear once.
     """
@@ -259,14 +338,17 @@ def run_grid(
     notes: tuple[str, ...] = (),
     report: Report = silent,
 ) -> GridResult:
-    """Train, generate, score and report every variant of the grid into `out`; run again, finished parts are kept.
+    """Train, generate, score and report every variant of the grid into `out`; run again, finished
+    parts are kept.
 
-    It runs in `settings.workers` processes, or as Ray tasks of one GPU each: where this machine has several, or on the
-    cluster at `ray_address` ("auto" finds one), whose nodes must see `out` and the model under the same paths. A task
-    whose worker dies is tried twice; what cannot be done without it is listed in the result and in the report.
+    It runs in `settings.workers` processes, or as Ray tasks of one GPU each: where this machine has
+    several, or on the cluster at `ray_address` ("auto" finds one), whose nodes must see `out` and
+    the model under the same paths. A task whose worker dies is tried twice; what cannot be done
+    without it is listed in the result and in the report.
 
-    Raises ValueError for settings that do not fit the model or what `out` holds already, or for an address of no cluster,
-    OSError if `out` cannot be written, RuntimeError if Ray cannot be started or joined.
+    Raises ValueError for settings that do not fit the model or what `out` holds already, or for an
+    address of no cluster, OSError if `out` cannot be written, RuntimeError if Ray cannot be started
+    or joined.
     """
     out, config, started = Path(out), sampling(settings), time.time()
     if ray_address is not None:
@@ -295,19 +377,30 @@ def run_grid(
 
 
 def write_run(
-    settings: AblationSettings, grid: list[Cell], out: Path, notes: tuple[str, ...], lost: dict[str, str] | None = None
+    settings: AblationSettings,
+    grid: list[Cell],
+    out: Path,
+    notes: tuple[str, ...],
+    lost: dict[str, str] | None = None,
 ) -> None:
     """run.json: what the report says about the run beside its scores."""
-    variants = [{"name": REFERENCE, "label": "full attention", "family": "full attention", "sparsity": 0.0}]
+    variants = [
+        {"name": REFERENCE, "label": "full attention", "family": "full attention", "sparsity": 0.0}
+    ]
     for cell in grid:
         row = {"name": cell.name, "label": cell.variant.label, "family": cell.variant.family}
         variants.append({**row, "sparsity": _measured_sparsity(out, cell), "seed": cell.seed})
     document = {
         "title": settings.title,
         "settings": settings.model_dump(mode="json"),
-        "versions": {name: version(name) for name in ("sla2-eval", "sla2-core", "torch", "diffusers", "av")}
-        | {"python": platform.python_version()},
-        "hardware": hardware() | {"dtype": str(generation.autocast_dtype(settings.generate.dtype) or "torch.float32")},
+        "versions": (
+            {name: version(name) for name in ("sla2-eval", "sla2-core", "torch", "diffusers", "av")}
+            | {"python": platform.python_version()}
+        ),
+        "hardware": (
+            hardware()
+            | {"dtype": str(generation.autocast_dtype(settings.generate.dtype) or "torch.float32")}
+        ),
         "variants": variants,
         "reference": REFERENCE,
         "notes": list(notes),
@@ -327,10 +420,14 @@ def hardware() -> dict:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         models = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+            line.split(":")[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
         ]
         name = models[0] if models else name
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    )
     return {
         "processor": name,
         "cores": os.cpu_count(),
@@ -340,11 +437,17 @@ def hardware() -> dict:
 
 
 def table(out: Path) -> list[dict]:
-    """One row a variant: means over videos and seeds of every metric, in the order of the report."""
+    """One row a variant: means over videos and seeds of every metric, in the order of
+    the report.
+    """
     from sla2_eval.report_data import gather
 
     rows = []
     for group in gather(out)["groups"]:
-        row = {"variant": group["label"], "sparsity": round(group["sparsity"], 4), "seeds": len(group["names"])}
+        row = {
+            "variant": group["label"],
+            "sparsity": round(group["sparsity"], 4),
+            "seeds": len(group["names"]),
+        }
         rows.append(row | {metric: cell["mean"] for metric, cell in group["metrics"].items()})
     return rows

@@ -1,4 +1,6 @@
-"""SLA2 on the CPU, everything counted, against torch's scaled_dot_product_attention in the same process."""
+"""SLA2 on the CPU, everything counted, against torch's scaled_dot_product_attention in the same
+process.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +33,16 @@ LENGTHS, DIMS, SPARSITIES = (4096, 8192, 16384, 32760), (64, 128), (0.90, 0.95, 
 
 
 def measure(report: Callable[[str, int, int], None], quick: bool) -> dict:
-    """Every dtype, head dimension, length and sparsity -> {"suite", "hardware", "rates", "settings", "rows", "stages"}.
+    """Every dtype, head dimension, length and sparsity -> {"suite", "hardware", "rates",
+    "settings", "rows", "stages"}.
 
-    One head, batch 1. SLA2Attention with a learned router: smoothing, pooling, routing, both branches and mixing count,
-    compiling does not. Rows: median, low, high (ms, quartiles, wall clock, cases interleaved), speedup over SDPA of the same
-    direction by wall clock and by CPU time of the process (which other processes disturb less), roofline (ms: FLOPs of the cost
-    model with the masked sum, three times that with the backward, over torch's measured GEMM rate in this dtype), and peak
-    memory above the inputs (MB). `quick`: d = 128 only, SDPA only at the longest N, SLA2 at all of them.
+    One head, batch 1. SLA2Attention with a learned router: smoothing, pooling, routing, both
+    branches and mixing count, compiling does not. Rows: median, low, high (ms, quartiles, wall
+    clock, cases interleaved), speedup over SDPA of the same direction by wall clock and by CPU time
+    of the process (which other processes disturb less), roofline (ms: FLOPs of the cost model with
+    the masked sum, three times that with the backward, over torch's measured GEMM rate in this
+    dtype), and peak memory above the inputs (MB). `quick`: d = 128 only, SDPA only at the longest
+    N, SLA2 at all of them.
     """
     import torch
 
@@ -50,14 +55,38 @@ def measure(report: Callable[[str, int, int], None], quick: bool) -> dict:
         for d in DIMS[1:] if quick else DIMS:
             for n in LENGTHS:
                 dense = not quick or n == LENGTHS[-1]
-                sparsities = SPARSITIES[::2] if quick and dense else (SPARSITIES[-1:] if quick else SPARSITIES)
+                sparsities = (
+                    SPARSITIES[::2]
+                    if quick and dense
+                    else (SPARSITIES[-1:] if quick else SPARSITIES)
+                )
                 rows += _setting(
-                    dtype, d, n, sparsities, dense, repetitions, rates, partial(report, f"{name} d={d} N={n}")
+                    dtype,
+                    d,
+                    n,
+                    sparsities,
+                    dense,
+                    repetitions,
+                    rates,
+                    partial(report, f"{name} d={d} N={n}"),
                 )
         stages[name] = _shares(dtype, LENGTHS[-1], DIMS[-1])
-    settings = {"block_q": BLOCK_Q, "block_k": BLOCK_K, "heads": 1, "batch": 1, "repetitions": repetitions}
+    settings = {
+        "block_q": BLOCK_Q,
+        "block_k": BLOCK_K,
+        "heads": 1,
+        "batch": 1,
+        "repetitions": repetitions,
+    }
     hardware = _hardware() | {"load_before": load, "load_after": os.getloadavg() if load else None}
-    return {"suite": "cpu", "hardware": hardware, "rates": rates, "settings": settings, "rows": rows, "stages": stages}
+    return {
+        "suite": "cpu",
+        "hardware": hardware,
+        "rates": rates,
+        "settings": settings,
+        "rows": rows,
+        "stages": stages,
+    }
 
 
 def _hardware() -> dict:
@@ -67,13 +96,26 @@ def _hardware() -> dict:
     import torch
 
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []  # fmt: skip
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numba", "sla2-kernels")}
+    names = (
+        [
+            line.split(":")[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
+    )
+    versions = {
+        name: importlib.metadata.version(name) for name in ("torch", "numba", "sla2-kernels")
+    }
     return {
-        "cpu": names[0] if names else platform.processor(), "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version(), "versions": versions,
+        "cpu": names[0] if names else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }  # fmt: skip
+    }
 
 
 def _rates() -> dict[str, float]:
@@ -98,7 +140,9 @@ def _seconds(function: Callable[[], object]) -> tuple[float, float]:
 def _module(d: int, sparsity: float):
     from sla2_core import SLA2Attention, SLA2Config
 
-    return SLA2Attention(SLA2Config(head_dim=d, num_heads=1, topk=1 - sparsity, block_q=BLOCK_Q, block_k=BLOCK_K))
+    return SLA2Attention(
+        SLA2Config(head_dim=d, num_heads=1, topk=1 - sparsity, block_q=BLOCK_Q, block_k=BLOCK_K)
+    )
 
 
 def _cases(dtype, d: int, n: int, sparsities, dense: bool) -> dict[str, Callable[[], object]]:
@@ -139,15 +183,27 @@ def _setting(dtype, d, n, sparsities, dense, repetitions, rates, report) -> list
     rows = []
     for label, case in cases.items():
         what, direction = label.split(" ", 1)
-        row = {"dtype": name, "d": d, "n": n, "sparsity": 0.0, "case": f"{what} {direction}", **found[label]}
+        row = {
+            "dtype": name,
+            "d": d,
+            "n": n,
+            "sparsity": 0.0,
+            "case": f"{what} {direction}",
+            **found[label],
+        }
         row["cpu"] = 1e3 * sorted(cpu[id(case)][1:])[repetitions // 2]
         if what == "SLA2":
             direction, share = direction.rsplit(" ", 1)
             row |= {"sparsity": float(share.rstrip("%")) / 100, "case": f"SLA2 {direction}"}
-            row["roofline"] = 1e3 * _flops(n, d, row["sparsity"], "backward" in direction) / rates[name]
+            row["roofline"] = (
+                1e3 * _flops(n, d, row["sparsity"], "backward" in direction) / rates[name]
+            )
             base = next((r for r in rows if r["case"] == f"SDPA {direction}"), None)
             if base:
-                row |= {"speedup": base["median"] / row["median"], "cpu_speedup": base["cpu"] / row["cpu"]}
+                row |= {
+                    "speedup": base["median"] / row["median"],
+                    "cpu_speedup": base["cpu"] / row["cpu"],
+                }
                 ratios = (base["low"] / row["high"], base["high"] / row["low"])
                 row |= {"speedup_low": ratios[0], "speedup_high": ratios[1]}
             if n == LENGTHS[-1] and d == DIMS[-1]:
@@ -160,13 +216,17 @@ def _flops(n: int, d: int, sparsity: float, backward: bool) -> float:
     """The cost model and the masked sum over blocks; the backward counts twice the forward."""
     from sla2_core.cost import sla2_cost
 
-    cost = sla2_cost(n_q=n, n_k=n, num_heads=1, head_dim=d, topk=1 - sparsity, block_q=BLOCK_Q, block_k=BLOCK_K)
+    cost = sla2_cost(
+        n_q=n, n_k=n, num_heads=1, head_dim=d, topk=1 - sparsity, block_q=BLOCK_Q, block_k=BLOCK_K
+    )
     masked = 2.0 * -(-n // BLOCK_Q) * -(-n // BLOCK_K) * d * (d + 1)
     return (cost.flops + masked) * (3 if backward else 1)
 
 
 def _peak(dtype: str, d: int, n: int, label: str) -> float | None:
-    """Peak resident memory of a call above that before it, MB, in a fresh process; None where the system does not say."""
+    """Peak resident memory of a call above that before it, MB, in a fresh process; None where the
+    system does not say.
+    """
     import subprocess
     import sys
 
@@ -176,11 +236,15 @@ def _peak(dtype: str, d: int, n: int, label: str) -> float | None:
 
 
 def peak(dtype: str, d: int, n: int, label: str) -> float:
-    """What _peak measures, in this process: one small call first, so that compiling does not count."""
+    """What _peak measures, in this process: one small call first, so that compiling
+    does not count.
+    """
     import torch
 
     def case(length: int):
-        return _cases(getattr(torch, dtype), d, length, (float(label.split()[-1].rstrip("%")) / 100,), False)[label]
+        return _cases(
+            getattr(torch, dtype), d, length, (float(label.split()[-1].rstrip("%")) / 100,), False
+        )[label]
 
     case(256)()
     run = case(n)
@@ -188,7 +252,11 @@ def peak(dtype: str, d: int, n: int, label: str) -> float:
     status = Path("/proc/self/status")
 
     def field(name: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+        return next(
+            int(line.split()[1])
+            for line in status.read_text().splitlines()
+            if line.startswith(name)
+        )
 
     before = field("VmRSS")
     run()
@@ -196,13 +264,17 @@ def peak(dtype: str, d: int, n: int, label: str) -> float:
 
 
 def _shares(dtype, n: int, d: int) -> dict[str, float]:
-    """Share of the time of one forward + backward at 97 % by kernel; "other" is torch and the glue."""
+    """Share of the time of one forward + backward at 97 % by kernel; "other" is torch
+    and the glue.
+    """
     from sla2_core.ops import cpu_stages
 
     case = _cases(dtype, d, n, (0.97,), False)["SLA2 forward + backward 97%"]
     with cpu_stages() as stages:
         total = _seconds(case)[0]
-    return {name: seconds / total for name, seconds in stages.items()} | {"other": 1 - sum(stages.values()) / total}
+    return {name: seconds / total for name, seconds in stages.items()} | {
+        "other": 1 - sum(stages.values()) / total
+    }
 
 
 def plot(result: dict, path: Path) -> None:
@@ -214,15 +286,33 @@ def plot(result: dict, path: Path) -> None:
     axes = figure.add_subplot()
     for colour, direction in (("tab:blue", "forward"), ("tab:orange", "forward + backward")):
         for dtype, style in (("float32", "-"), ("bfloat16", "--")):
-            rows = [r for r in result["rows"] if r["case"] == f"SLA2 {direction}" and r["dtype"] == dtype
-                    and r["d"] == DIMS[-1] and r["sparsity"] == 0.97 and "median" in r]  # fmt: skip
+            rows = [
+                r
+                for r in result["rows"]
+                if r["case"] == f"SLA2 {direction}"
+                and r["dtype"] == dtype
+                and r["d"] == DIMS[-1]
+                and r["sparsity"] == 0.97
+                and "median" in r
+            ]
             n = [r["n"] for r in rows]
-            spread = [[r["median"] - r["low"] for r in rows], [r["high"] - r["median"] for r in rows]]
+            spread = [
+                [r["median"] - r["low"] for r in rows],
+                [r["high"] - r["median"] for r in rows],
+            ]
             axes.errorbar(
-                n, [r["median"] for r in rows], spread, fmt=f"o{style}", color=colour, label=f"{direction}, {dtype}"
+                n,
+                [r["median"] for r in rows],
+                spread,
+                fmt=f"o{style}",
+                color=colour,
+                label=f"{direction}, {dtype}",
             )
             axes.plot(n, [r["roofline"] for r in rows], f"x{style}", color=colour, alpha=0.4)
     axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="ms")
-    axes.set_title("SLA2 on the CPU, 97 %: measured (dots), FLOPs over torch's GEMM rate (crosses)", fontsize=10)
+    axes.set_title(
+        "SLA2 on the CPU, 97 %: measured (dots), FLOPs over torch's GEMM rate (crosses)",
+        fontsize=10,
+    )
     axes.legend(fontsize=8)
     FigureCanvasAgg(figure).print_png(str(path))

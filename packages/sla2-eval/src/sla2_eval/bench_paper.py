@@ -1,4 +1,6 @@
-"""The paper's speed table on a GPU: SLA2 whole and by stage against every dense attention of torch and FlexAttention."""
+"""The paper's speed table on a GPU: SLA2 whole and by stage against every dense attention of torch
+and FlexAttention.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,22 @@ from functools import partial
 
 from sla2_eval.timing import cuda_clock, interleave
 
-COLUMNS = ("shape", "sparsity", "case", "median", "low", "high", "speedup", "c_over_t", "floor", "times_floor")
+COLUMNS = (
+    "shape",
+    "sparsity",
+    "case",
+    "median",
+    "low",
+    "high",
+    "speedup",
+    "c_over_t",
+    "floor",
+    "times_floor",
+)
 
 BLOCK_Q, BLOCK_K, HEAD_DIM = 128, 64, 128
-# Tokens and heads of Wan2.1's self-attention, warm-ups and repetitions: dense attention takes seconds at the second shape.
+# Tokens and heads of Wan2.1's self-attention, warm-ups and repetitions: dense attention takes
+# seconds at the second shape.
 SHAPES = {"1.3B 480p": (32760, 12, 3, 50), "14B 720p": (75600, 40, 1, 7)}
 SPARSITIES = (0.85, 0.90, 0.95, 0.97)
 
@@ -29,7 +43,9 @@ class Floor:
 
 
 def floors(n: int, heads: int, selected: int, d: int = HEAD_DIM) -> dict[str, Floor]:
-    """What each stage must compute and move at least, for `selected` of the key blocks a row; 16-bit tensors."""
+    """What each stage must compute and move at least, for `selected` of the key blocks a row;
+    16-bit tensors.
+    """
     t_m, t_n = -(-n // BLOCK_Q), -(-n // BLOCK_K)
     tensor, states = 2 * n * heads * d, 2 * heads * d * (d + 1)
     pairs = selected * BLOCK_K / n
@@ -37,10 +53,12 @@ def floors(n: int, heads: int, selected: int, d: int = HEAD_DIM) -> dict[str, Fl
     stages = {
         "prologue": Floor(10.0 * n * d * heads, 5 * tensor),
         "route": Floor(
-            2.0 * heads * (t_m * t_n * d + (t_m + t_n) * d * d), 4 * heads * (t_m + t_n) * d + 4 * heads * t_m * t_n
+            2.0 * heads * (t_m * t_n * d + (t_m + t_n) * d * d),
+            4 * heads * (t_m + t_n) * d + 4 * heads * t_m * t_n,
         ),
         "linear states": Floor(
-            2.0 * heads * (n * d * d + t_m * t_n * d * (d + 1)), 2 * tensor + (2 * t_n + t_m) * states
+            2.0 * heads * (n * d * d + t_m * t_n * d * (d + 1)),
+            2 * tensor + (2 * t_n + t_m) * states,
         ),
         "sparse forward": Floor(pairs * full + 2.0 * n * d * d * heads, 5 * tensor + t_m * states),
     }
@@ -51,16 +69,19 @@ def floors(n: int, heads: int, selected: int, d: int = HEAD_DIM) -> dict[str, Fl
 def measure(report: Callable[[str, int, int], None], quick: bool) -> dict:
     """Every shape and sparsity -> {"suite", "hardware", "rates", "settings", "rows"}; needs a GPU.
 
-    Rows: shape, sparsity, case, median, low, high (ms), speedup over SDPA-flash of the same direction, c_over_t (TFLOP/s of
-    full attention, 4 N^2 d H, over the time: the paper's measure), and for stages the floor (ms, at the measured GEMM rate
-    and copy bandwidth) and the time over it. SLA2's cases are replays of CUDA graphs; those called "launched" are not, and
-    hold what Python takes to launch the kernels one by one, as do those of the module, SLA2Attention. Raises RuntimeError in
-    one line without a GPU or without CuPy.
+    Rows: shape, sparsity, case, median, low, high (ms), speedup over SDPA-flash of the same
+    direction, c_over_t (TFLOP/s of full attention, 4 N^2 d H, over the time: the paper's measure),
+    and for stages the floor (ms, at the measured GEMM rate and copy bandwidth) and the time over
+    it. SLA2's cases are replays of CUDA graphs; those called "launched" are not, and hold what
+    Python takes to launch the kernels one by one, as do those of the module, SLA2Attention. Raises
+    RuntimeError in one line without a GPU or without CuPy.
     """
     import torch
 
     if not torch.cuda.is_available():
-        raise RuntimeError("suite 'paper': needs a CUDA GPU, and torch sees none; --suite cpu runs here")
+        raise RuntimeError(
+            "suite 'paper': needs a CUDA GPU, and torch sees none; --suite cpu runs here"
+        )
     rates = _rates(10 if quick else 50)
     rows = []
     for shape, (n, heads, warmups, repetitions) in list(SHAPES.items())[: 1 if quick else None]:
@@ -77,7 +98,13 @@ def measure(report: Callable[[str, int, int], None], quick: bool) -> dict:
         "dtype": "bfloat16",
         "repetitions": 10 if quick else {shape: turns[-1] for shape, turns in SHAPES.items()},
     }
-    return {"suite": "paper", "hardware": _hardware(), "rates": rates, "settings": settings, "rows": rows}
+    return {
+        "suite": "paper",
+        "hardware": _hardware(),
+        "rates": rates,
+        "settings": settings,
+        "rows": rows,
+    }
 
 
 def _hardware() -> dict:
@@ -94,10 +121,15 @@ def _hardware() -> dict:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "gpu": about.name, "capability": f"{about.major}.{about.minor}", "memory_gb": round(about.total_memory / 2**30),
-        "cuda": torch.version.cuda, "driver": _driver(), "python": platform.python_version(), "versions": versions,
+        "gpu": about.name,
+        "capability": f"{about.major}.{about.minor}",
+        "memory_gb": round(about.total_memory / 2**30),
+        "cuda": torch.version.cuda,
+        "driver": _driver(),
+        "python": platform.python_version(),
+        "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }  # fmt: skip
+    }
 
 
 def _driver() -> str | None:
@@ -107,20 +139,27 @@ def _driver() -> str | None:
     if (tool := shutil.which("nvidia-smi")) is None:
         return None
     done = subprocess.run(
-        [tool, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
+        [tool, "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None
 
 
 def _rates(repetitions: int) -> dict[str, float]:
-    """The machine's copy bandwidth (bytes read plus written a second) and bf16 GEMM rate (FLOP/s), measured."""
+    """The machine's copy bandwidth (bytes read plus written a second) and bf16 GEMM rate (FLOP/s),
+    measured.
+    """
     import torch
 
     size = 8192
     source, a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     source = source.repeat(8, 1)
     target = torch.empty_like(source)
-    found = interleave({"copy": lambda: target.copy_(source), "gemm": lambda: a @ b}, cuda_clock, repetitions)
+    found = interleave(
+        {"copy": lambda: target.copy_(source), "gemm": lambda: a @ b}, cuda_clock, repetitions
+    )
     return {
         "copy_bytes_per_second": 2e3 * source.numel() * 2 / found["copy"]["median"],
         "gemm_flops_per_second": 2e3 * size**3 / found["gemm"]["median"],
@@ -135,12 +174,20 @@ def _rows(shape, n, heads, sparsity, selected, found, rates) -> list[dict]:
         backward = "backward" in case
         row = {"shape": shape, "sparsity": sparsity, "case": case, **times}
         if "median" in times:
-            base = found.get(f"SDPA flash {'backward' if backward else 'forward'}", {}).get("median")
-            whole = case.startswith(("SLA2 forward", "SLA2 backward", "SLA2Attention", "SDPA", "FlexAttention"))
+            base = found.get(f"SDPA flash {'backward' if backward else 'forward'}", {}).get(
+                "median"
+            )
+            whole = case.startswith(
+                ("SLA2 forward", "SLA2 backward", "SLA2Attention", "SDPA", "FlexAttention")
+            )
             row["speedup"] = base / times["median"] if base and whole else None
-            row["c_over_t"] = full * (2.5 if backward else 1.0) / times["median"] / 1e9 if whole else None
+            row["c_over_t"] = (
+                full * (2.5 if backward else 1.0) / times["median"] / 1e9 if whole else None
+            )
             if (stage := case.removeprefix("SLA2 ")) in least:
-                row["floor"] = least[stage].milliseconds(rates["gemm_flops_per_second"], rates["copy_bytes_per_second"])
+                row["floor"] = least[stage].milliseconds(
+                    rates["gemm_flops_per_second"], rates["copy_bytes_per_second"]
+                )
                 row["times_floor"] = times["median"] / row["floor"]
             if stage == "sparse forward":
                 row["effective_tflops"] = full * selected * BLOCK_K / n / times["median"] / 1e9
@@ -155,7 +202,9 @@ def _setting(
     import torch
 
     torch.manual_seed(0)
-    q, k, v, grad = (torch.randn(1, heads, n, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    q, k, v, grad = (
+        torch.randn(1, heads, n, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+    )
     kernels = _Kernels(q, k, v, 1 - sparsity)
     cases = kernels.cases(grad) | _module(q, k, v, grad, 1 - sparsity) | _dense(q, k, v, grad)
     cases |= _flex(q, k, v, grad, kernels)
@@ -173,11 +222,15 @@ class _Kernels:
 
         self.operator, self.arch = operator, architecture_of(*torch.cuda.get_device_capability())
         self.inputs = [self.strided(x) for x in (q, k, v)]
-        self.shape = dict(batch=q.shape[0], heads=q.shape[1], n_q=q.shape[2], n_k=k.shape[2], head_dim=q.shape[3])
+        self.shape = dict(
+            batch=q.shape[0], heads=q.shape[1], n_q=q.shape[2], n_k=k.shape[2], head_dim=q.shape[3]
+        )
         self.problem = Problem(**self.shape)
         weight = torch.eye(q.shape[3], device="cuda")[None].contiguous()
         self.weight, self.topk = self.pointer(weight), topk
-        self.alpha = Alpha.of(self.pointer(torch.full((1, q.shape[1], 1), 0.8, device="cuda")), (1, q.shape[1], 1))
+        self.alpha = Alpha.of(
+            self.pointer(torch.full((1, q.shape[1], 1), 0.8, device="cuda")), (1, q.shape[1], 1)
+        )
         self.made = self.prologue(self.problem)
         self.block_map = self.route(self.problem, self.made)
         self.linear = operator.linear_states(self.device, self.problem, self.made, self.block_map)
@@ -212,13 +265,22 @@ class _Kernels:
 
     def route(self, problem, made):
         return self.operator.route(
-            self.device, problem, made.pooled_q, made.pooled_k, self.weight, self.weight, 1, self.topk
+            self.device,
+            problem,
+            made.pooled_q,
+            made.pooled_k,
+            self.weight,
+            self.weight,
+            1,
+            self.topk,
         )[0]
 
     def forward(self, problem, save: bool = False):
         made = self.prologue(problem)
         block_map = self.route(problem, made)
-        return self.operator.forward(self.device, problem, *self.inputs, block_map, self.alpha, made=made, save=save)
+        return self.operator.forward(
+            self.device, problem, *self.inputs, block_map, self.alpha, made=made, save=save
+        )
 
     def cases(self, grad) -> dict[str, Callable[[], object]]:
         from dataclasses import replace
@@ -232,7 +294,9 @@ class _Kernels:
             "SLA2 forward": lambda: self.forward(problem),
             "SLA2 prologue": lambda: self.prologue(problem),
             "SLA2 route": lambda: self.route(problem, self.made),
-            "SLA2 linear states": lambda: op.linear_states(self.device, problem, self.made, self.block_map),
+            "SLA2 linear states": lambda: op.linear_states(
+                self.device, problem, self.made, self.block_map
+            ),
             "SLA2 sparse forward": lambda: op.sparse_forward(
                 self.device, problem, self.made, self.block_map, self.linear, self.alpha, False
             ),
@@ -247,7 +311,9 @@ class _Kernels:
 
 
 def _graphed(function: Callable[[], object]) -> Callable[[], None]:
-    """The function as a CUDA graph, captured at the first call; a plain call before it loads its kernels."""
+    """The function as a CUDA graph, captured at the first call; a plain call before it loads its
+    kernels.
+    """
     graphs = []
 
     def replay() -> None:
@@ -266,7 +332,9 @@ def _graphed(function: Callable[[], object]) -> Callable[[], None]:
 
 
 def _both(function: Callable, q, k, v, grad, name: str) -> dict[str, Callable[[], object]]:
-    """Forward and backward of an attention function as two cases; the backward of a graph that is kept."""
+    """Forward and backward of an attention function as two cases; the backward of a graph that is
+    kept.
+    """
     import torch
 
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
@@ -285,12 +353,15 @@ def _both(function: Callable, q, k, v, grad, name: str) -> dict[str, Callable[[]
 
 
 def _module(q, k, v, grad, topk: float) -> dict[str, Callable[[], object]]:
-    """What users call: SLA2Attention through torch's custom ops and autograd, launched one by one; also on tensors whose
+    """What users call: SLA2Attention through torch's custom ops and autograd, launched one by one;
+    also on tensors whose
     tokens come before their heads, as models hold them."""
     from sla2_core import SLA2Attention, SLA2Config
 
     sizes = dict(block_q=BLOCK_Q, block_k=BLOCK_K, backend="cuda")
-    attention = SLA2Attention(SLA2Config(head_dim=q.shape[3], num_heads=q.shape[1], topk=topk, **sizes)).to(q.device)
+    attention = SLA2Attention(
+        SLA2Config(head_dim=q.shape[3], num_heads=q.shape[1], topk=topk, **sizes)
+    ).to(q.device)
     tokens_first = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, grad))
     return _both(attention, q, k, v, grad, "SLA2Attention") | _both(
         attention, *tokens_first, "SLA2Attention (B, N, H, d)"
@@ -303,9 +374,10 @@ def _dense(q, k, v, grad) -> dict[str, Callable[[], object]]:
 
     cases = {}
     for name, backend in (
-        ("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION),
+        ("flash", SDPBackend.FLASH_ATTENTION),
+        ("cuDNN", SDPBackend.CUDNN_ATTENTION),
         ("efficient", SDPBackend.EFFICIENT_ATTENTION),
-    ):  # fmt: skip
+    ):
 
         def attention(q, k, v, backend=backend):
             with sdpa_kernel(backend):
@@ -335,9 +407,16 @@ def _compiled_flex(q, k, kernels: _Kernels) -> Callable:
     padded = indices.new_zeros(*indices.shape[:3], -(-k.shape[2] // BLOCK_K))
     padded[..., : indices.shape[3]] = indices.clamp(min=0)
     mask = BlockMask.from_kv_blocks(
-        torch.zeros_like(counts), torch.zeros_like(padded), counts, padded, BLOCK_SIZE=(BLOCK_Q, BLOCK_K),
+        torch.zeros_like(counts),
+        torch.zeros_like(padded),
+        counts,
+        padded,
+        BLOCK_SIZE=(BLOCK_Q, BLOCK_K),
         seq_lengths=(q.shape[2], k.shape[2]),
-    )  # fmt: skip
-    tiles = {"fwd_BLOCK_M": BLOCK_Q, "fwd_BLOCK_N": BLOCK_K}  # the defaults are wider than a key block
+    )
+    tiles = {
+        "fwd_BLOCK_M": BLOCK_Q,
+        "fwd_BLOCK_N": BLOCK_K,
+    }  # the defaults are wider than a key block
     tiles |= {f"bwd_BLOCK_{side}{half}": BLOCK_K for side in "MN" for half in "12"}
     return partial(torch.compile(flex_attention), block_mask=mask, kernel_options=tiles)

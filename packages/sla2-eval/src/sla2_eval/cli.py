@@ -9,17 +9,38 @@ import click
 
 # name -> (module that defines the click command `command`, one-line help)
 COMMANDS = {
-    "quickstart": ("sla2_eval.commands.quickstart", "The whole pipeline on the built-in tiny model, in minutes."),
-    "doctor": ("sla2_eval.commands.doctor", "What works on this machine, what is missing, how to get it."),
-    "train": ("sla2_eval.commands.train", "Train the tiny teacher, a router (stage 1), or fine-tune (stage 2)."),
+    "quickstart": (
+        "sla2_eval.commands.quickstart",
+        "The whole pipeline on the built-in tiny model, in minutes.",
+    ),
+    "doctor": (
+        "sla2_eval.commands.doctor",
+        "What works on this machine, what is missing, how to get it.",
+    ),
+    "train": (
+        "sla2_eval.commands.train",
+        "Train the tiny teacher, a router (stage 1), or fine-tune (stage 2).",
+    ),
     "generate": ("sla2_eval.commands.generate", "Write videos for a file of prompts."),
-    "score": ("sla2_eval.commands.score", "Score a folder of videos, alone or against a reference folder."),
-    "ablate": ("sla2_eval.commands.ablate", "A grid of variants, each compared with full attention."),
+    "score": (
+        "sla2_eval.commands.score",
+        "Score a folder of videos, alone or against a reference folder.",
+    ),
+    "ablate": (
+        "sla2_eval.commands.ablate",
+        "A grid of variants, each compared with full attention.",
+    ),
     "report": ("sla2_eval.commands.report", "Results to one HTML page, CSV and Markdown tables."),
-    "vbench": ("sla2_eval.commands.vbench", "The same videos through the original VBench, and its results back."),
+    "vbench": (
+        "sla2_eval.commands.vbench",
+        "The same videos through the original VBench, and its results back.",
+    ),
     "weights": ("sla2_eval.commands.weights", "List and fetch the weights that metrics need."),
     "bench": ("sla2_eval.commands.bench", "Time SLA2 against the dense baselines on this machine."),
-    "compile": ("sla2_eval.commands.compile", "Build every CUDA kernel ahead of time; needs no GPU."),
+    "compile": (
+        "sla2_eval.commands.compile",
+        "Build every CUDA kernel ahead of time; needs no GPU.",
+    ),
 }
 
 
@@ -37,7 +58,9 @@ class LazyGroup(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
         if args and args[0] not in COMMANDS:
-            raise click.UsageError(f"expected a command among {', '.join(COMMANDS)}, got {args[0]!r}", ctx)
+            raise click.UsageError(
+                f"expected a command among {', '.join(COMMANDS)}, got {args[0]!r}", ctx
+            )
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -55,7 +78,13 @@ def _with_debug(command: click.Command) -> click.Command:
     if not any(parameter.name == "debug" for parameter in command.params):
         option = ["--debug"]
         command.params.append(
-            click.Option(option, is_flag=True, expose_value=False, callback=_set_debug, help="Show the traceback.")
+            click.Option(
+                option,
+                is_flag=True,
+                expose_value=False,
+                callback=_set_debug,
+                help="Show the traceback.",
+            )
         )
         for child in getattr(command, "commands", {}).values():
             _with_debug(child)
@@ -81,11 +110,17 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror}"
     known = isinstance(error, ValueError | OSError | RuntimeError | FloatingPointError)
-    return text if known and text else f"{type(error).__name__}: {text} (run with --debug for the traceback)"
+    return (
+        text
+        if known and text
+        else f"{type(error).__name__}: {text} (run with --debug for the traceback)"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command. Returns the exit code: 0 all went well, 2 bad arguments, settings or input files, 1 anything else."""
+    """Run the command. Returns the exit code: 0 all went well, 2 bad arguments, settings or input
+    files, 1 anything else.
+    """
     from sla2_eval.processes import hush
 
     state = {"debug": False}
@@ -102,7 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if state["debug"]:
             raise
-        message, code = _one_line(error), 2 if isinstance(error, ValueError | FileNotFoundError) else 1
+        message, code = (
+            _one_line(error),
+            2 if isinstance(error, ValueError | FileNotFoundError) else 1,
+        )
     print(f"sla2: error: {message}", file=sys.stderr)
     return code
 

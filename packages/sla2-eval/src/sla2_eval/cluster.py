@@ -1,4 +1,6 @@
-"""The one place that starts Ray or joins its clusters, for scoring and for grids; and the GPUs of this machine."""
+"""The one place that starts Ray or joins its clusters, for scoring and for grids; and the GPUs of
+this machine.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ import socket
 import sys
 from pathlib import Path
 
-# No usage statistics; no environment of its own under `uv run`; and patience where the machine is busy.
+# No usage statistics; no environment of its own under `uv run`; and patience where the machine is
+# busy.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -15,7 +18,9 @@ _ENVIRONMENT = {
     "RAY_agent_register_timeout_ms": "180000",
     "RAY_raylet_start_wait_time_s": "180",
 }
-_STARTS = 2  # attempts at a local cluster; on a machine busy beyond Ray's patience the second finds its files cached
+# attempts at a local cluster; on a machine busy beyond Ray's patience the second finds its files
+# cached
+_STARTS = 2
 
 
 class WorkerDied(RuntimeError):
@@ -23,7 +28,9 @@ class WorkerDied(RuntimeError):
 
 
 def local_gpus() -> int:
-    """How many GPUs torch can use on this machine; torch, which takes seconds to import, is asked only if a driver shows one."""
+    """How many GPUs torch can use on this machine; torch, which takes seconds to import, is asked
+    only if a driver shows one.
+    """
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         return 0
     import torch
@@ -32,20 +39,28 @@ def local_gpus() -> int:
 
 
 def check_address(address: str) -> None:
-    """Raise ValueError if `address` is of no known form or nothing listens at host:port, which Ray would wait minutes for."""
+    """Raise ValueError if `address` is of no known form or nothing listens at host:port, which Ray
+    would wait minutes for.
+    """
     host, _, port = address.rpartition(":")
     if address == "auto" or "://" in address:
         return
     if not host or not port.isdigit():
-        raise ValueError(f"ray_address: expected 'auto', host:port or ray://host:port, got {address!r}")
+        raise ValueError(
+            f"ray_address: expected 'auto', host:port or ray://host:port, got {address!r}"
+        )
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
-        raise ValueError(f"ray_address: expected a Ray cluster at {address}, got {error}") from error
+        raise ValueError(
+            f"ray_address: expected a Ray cluster at {address}, got {error}"
+        ) from error
 
 
 def place() -> tuple[str, bool]:
-    """The driver's current folder, and whether it looks for modules there: what `enter` takes in its workers."""
+    """The driver's current folder, and whether it looks for modules there: what `enter` takes in
+    its workers.
+    """
     here = os.getcwd()
     return here, bool({"", here} & set(sys.path))
 
@@ -62,12 +77,16 @@ def enter(folder: str, searched: bool) -> None:
 
 
 class Cluster:
-    """Ray, joined: the cluster at `address`, or a local one of `num_cpus` and `num_gpus` that ends with `close`.
+    """Ray, joined: the cluster at `address`, or a local one of `num_cpus` and `num_gpus` that ends
+    with `close`.
 
-    `ray` is the module; `cpus` and `gpus` are what the cluster has. Raises RuntimeError in one line if it cannot be had.
+    `ray` is the module; `cpus` and `gpus` are what the cluster has. Raises RuntimeError in one line
+    if it cannot be had.
     """
 
-    def __init__(self, address: str | None, *, num_cpus: int | None = None, num_gpus: int | None = None):
+    def __init__(
+        self, address: str | None, *, num_cpus: int | None = None, num_gpus: int | None = None
+    ):
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         import ray
@@ -92,7 +111,9 @@ class Cluster:
                 self.ray.shutdown()
                 if attempt == attempts:
                     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    raise RuntimeError(f"ray: expected a cluster at {address or 'local'!r}, got: {first}") from error
+                    raise RuntimeError(
+                        f"ray: expected a cluster at {address or 'local'!r}, got: {first}"
+                    ) from error
 
     def close(self) -> None:
         """End the cluster, or leave it, if this call joined it."""

@@ -1,4 +1,6 @@
-"""A folder of mp4 files with captions, as training data: read once into memory, or written from the built-in scenes."""
+"""A folder of mp4 files with captions, as training data: read once into memory, or written from the
+built-in scenes.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,14 @@ class CaptionedVideos:
     captions: list[str]
 
 
-def write_folder(folder: Path, samples: Iterable[tuple[np.ndarray, str]], *, fps: float, upscale: int = 1) -> None:
-    """Write uint8 videos with captions as `folder`/NNNNN.mp4 and a manifest; what is there already is kept.
+def write_folder(
+    folder: Path, samples: Iterable[tuple[np.ndarray, str]], *, fps: float, upscale: int = 1
+) -> None:
+    """Write uint8 videos with captions as `folder`/NNNNN.mp4 and a manifest; what is there already
+    is kept.
 
-    `upscale` repeats each pixel that many times in both directions, which spares small videos the chroma subsampling.
+    `upscale` repeats each pixel that many times in both directions, which spares small videos the
+    chroma subsampling.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -41,12 +47,15 @@ def write_folder(folder: Path, samples: Iterable[tuple[np.ndarray, str]], *, fps
 
 
 def captioned_files(folder: Path) -> list[tuple[Path, str]]:
-    """Pairs of video and caption: from the manifest if there is one, else from NAME.txt beside each NAME.mp4.
+    """Pairs of video and caption: from the manifest if there is one, else from NAME.txt beside each
+    NAME.mp4.
 
     Raises ValueError naming the file for a missing caption or a manifest line of another form.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder}: expected a folder of mp4 files with captions, got nothing there")
+        raise ValueError(
+            f"{folder}: expected a folder of mp4 files with captions, got nothing there"
+        )
     manifest = folder / MANIFEST
     pairs = []
     if manifest.exists():
@@ -58,18 +67,24 @@ def captioned_files(folder: Path) -> list[tuple[Path, str]]:
                 path, caption = folder / row["file_name"], row["caption"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f'{manifest} line {number}: expected {{"file_name": ..., "caption": ...}}, got {line[:80]!r}'
+                    f'{manifest} line {number}: expected {{"file_name": ..., "caption": ...}}, got'
+                    f" {line[:80]!r}"
                 ) from error
             if not path.resolve().is_relative_to(folder.resolve()):
                 raise ValueError(
-                    f"{manifest} line {number}: expected a file inside the folder, got {row['file_name']!r}"
+                    f"{manifest} line {number}: expected a file inside the folder, got"
+                    f" {row['file_name']!r}"
                 )
             pairs.append((path, caption))
     else:
-        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() == ".mp4" and not p.name.startswith(".")):
+        for path in sorted(
+            p for p in folder.iterdir() if p.suffix.lower() == ".mp4" and not p.name.startswith(".")
+        ):
             text = path.with_suffix(".txt")
             if not text.exists():
-                raise ValueError(f"{path}: expected a caption in {text.name} or {MANIFEST}, got neither")
+                raise ValueError(
+                    f"{path}: expected a caption in {text.name} or {MANIFEST}, got neither"
+                )
             pairs.append((path, text.read_text(encoding="utf-8-sig").strip()))
     if not pairs:
         raise ValueError(f"{folder}: expected mp4 files with captions, got none")
@@ -77,7 +92,8 @@ def captioned_files(folder: Path) -> list[tuple[Path, str]]:
 
 
 def read_frames(path: Path, *, num_frames: int, height: int, width: int) -> np.ndarray:
-    """The first `num_frames` frames of a video, area-resized to (height, width): uint8 (num_frames, height, width, 3).
+    """The first `num_frames` frames of a video, area-resized to (height, width): uint8 (num_frames,
+    height, width, 3).
 
     Raises ValueError naming the file if it is broken or too short.
     """
@@ -103,9 +119,11 @@ def read_folder(
     width: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> CaptionedVideos:
-    """Decode every video of a folder, area-resized to (height, width) and cut to its first `num_frames` frames.
+    """Decode every video of a folder, area-resized to (height, width) and cut to its first
+    `num_frames` frames.
 
-    Raises ValueError naming the file for a missing caption, a broken or too short video, or a manifest line of another form.
+    Raises ValueError naming the file for a missing caption, a broken or too short video, or a
+    manifest line of another form.
     """
     pairs = captioned_files(Path(folder))
     videos = np.empty((len(pairs), num_frames, height, width, 3), dtype=np.uint8)

@@ -1,4 +1,6 @@
-"""What of SLA2 works on this machine, what is missing, and how to get it. Looks, changes nothing."""
+"""What of SLA2 works on this machine, what is missing, and how to get it. Looks,
+changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at. `status`: "works", "missing" (optional), or "broken" (something the pipeline needs)."""
+    """One thing looked at. `status`: "works", "missing" (optional), or "broken" (something the
+    pipeline needs).
+    """
 
     what: str
     status: str
@@ -25,7 +29,17 @@ class Finding:
         return asdict(self)
 
 
-_REQUIRED = ("torch", "diffusers", "accelerate", "av", "torchmetrics", "ray", "numba", "jinja2", "pydantic")
+_REQUIRED = (
+    "torch",
+    "diffusers",
+    "accelerate",
+    "av",
+    "torchmetrics",
+    "ray",
+    "numba",
+    "jinja2",
+    "pydantic",
+)
 _OPTIONAL = {  # import name -> (what it is for, how to get it)
     "lpips": ("LPIPS", "uv pip install lpips"),
     "open_clip": ("CLIP metrics", "uv pip install open-clip-torch"),
@@ -52,7 +66,10 @@ def _machine() -> list[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [
         Finding(
-            "python", "works" if supported else "broken", platform.python_version(), "" if supported else "3.11-3.13"
+            "python",
+            "works" if supported else "broken",
+            platform.python_version(),
+            "" if supported else "3.11-3.13",
         ),
         Finding("processor", "works", f"{platform.machine()}, {cores} cores"),
     ]
@@ -73,7 +90,9 @@ def _packages() -> list[Finding]:
     for name, (purpose, how) in _OPTIONAL.items():
         version = _version(name)
         detail = f"{version}, for {purpose}" if version else f"not installed; for {purpose}"
-        found.append(Finding(name, "works" if version else "missing", detail, "" if version else how))
+        found.append(
+            Finding(name, "works" if version else "missing", detail, "" if version else how)
+        )
     return found
 
 
@@ -82,11 +101,23 @@ def _driver() -> Finding:
     try:
         library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError:
-        return Finding("driver", "missing", "no NVIDIA driver (libcuda)", "install the NVIDIA driver, 570 or later")
+        return Finding(
+            "driver",
+            "missing",
+            "no NVIDIA driver (libcuda)",
+            "install the NVIDIA driver, 570 or later",
+        )
     number = ctypes.c_int()
     if library.cuDriverGetVersion(ctypes.byref(number)):
-        return Finding("driver", "missing", "libcuda is there but does not answer", "reinstall the NVIDIA driver")
-    return Finding("driver", "works", f"supports CUDA {number.value // 1000}.{number.value % 1000 // 10}")
+        return Finding(
+            "driver",
+            "missing",
+            "libcuda is there but does not answer",
+            "reinstall the NVIDIA driver",
+        )
+    return Finding(
+        "driver", "works", f"supports CUDA {number.value // 1000}.{number.value % 1000 // 10}"
+    )
 
 
 def _gpu() -> list[Finding]:
@@ -96,15 +127,28 @@ def _gpu() -> list[Finding]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             about = torch.cuda.get_device_properties(index)
-            text = f"{about.name}, sm_{about.major}{about.minor}, {about.total_memory / 2**30:.0f} GB"
+            text = (
+                f"{about.name}, sm_{about.major}{about.minor}, {about.total_memory / 2**30:.0f} GB"
+            )
             found.append(Finding(f"GPU {index}", "works", text))
     else:
-        found.append(Finding("GPU", "missing", "none that torch can use; everything runs on the CPU", "a CUDA GPU"))
+        found.append(
+            Finding(
+                "GPU",
+                "missing",
+                "none that torch can use; everything runs on the CPU",
+                "a CUDA GPU",
+            )
+        )
     extra = "cuda13" if (torch.version.cuda or "13").startswith("13") else "cuda12"
     how = f"uv sync --all-packages --extra {extra}"
     found += [_nvrtc(how), _kernel_cache()]
     cupy = _version("cupy")
-    found.append(Finding("CuPy", "works" if cupy else "missing", cupy or "not installed", "" if cupy else how))
+    found.append(
+        Finding(
+            "CuPy", "works" if cupy else "missing", cupy or "not installed", "" if cupy else how
+        )
+    )
     return found
 
 
@@ -127,7 +171,10 @@ def _kernel_cache() -> Finding:
         detail += f", {held['damaged']} damaged ones set aside"
     if not held["writable"]:
         return Finding(
-            "kernel cache", "missing", f"{detail}, cannot be written: built anew in each process", "set SLA2_CACHE"
+            "kernel cache",
+            "missing",
+            f"{detail}, cannot be written: built anew in each process",
+            "set SLA2_CACHE",
         )
     return Finding("kernel cache", "works", detail)
 
@@ -191,24 +238,41 @@ def _folders() -> list[Finding]:
     writable, free = os.access(existing, os.W_OK), shutil.disk_usage(existing).free / 2**30
     detail = f"{folder}, {free:.0f} GB free" if writable else f"{folder} cannot be written"
     found.append(
-        Finding("cache folder", "works" if writable else "missing", detail, "" if writable else "set SLA2_WEIGHTS")
+        Finding(
+            "cache folder",
+            "works" if writable else "missing",
+            detail,
+            "" if writable else "set SLA2_WEIGHTS",
+        )
     )
     present = [row["name"] for row in weights.weights_list() if row["present"]]
     total = len(weights.FILES)
     found.append(
         Finding(
-            "metric weights", "works" if len(present) == total else "missing", f"{len(present)} of {total} files",
+            "metric weights",
+            "works" if len(present) == total else "missing",
+            f"{len(present)} of {total} files",
             "" if len(present) == total else "sla2 weights list",
         )
-    )  # fmt: skip
+    )
     tiny = (WEIGHTS / "transformer" / "config.json").is_file()
     how = "" if tiny else "sla2 train teacher --config experiments/tiny_wan/teacher.yaml"
-    found.append(Finding("tiny model", "works" if tiny else "broken", "weights present" if tiny else "no weights", how))
+    found.append(
+        Finding(
+            "tiny model",
+            "works" if tiny else "broken",
+            "weights present" if tiny else "no weights",
+            how,
+        )
+    )
     compiler = shutil.which("g++") or shutil.which("clang++")
     detail = compiler or "none"
     found.append(
         Finding(
-            "C++ compiler", "works" if compiler else "missing", f"{detail}, for the emulator", "" if compiler else "g++"
+            "C++ compiler",
+            "works" if compiler else "missing",
+            f"{detail}, for the emulator",
+            "" if compiler else "g++",
         )
     )
     return found
@@ -221,5 +285,7 @@ def examine() -> list[Finding]:
         try:
             found += part()
         except Exception as error:
-            found.append(Finding(part.__name__.strip("_"), "broken", f"{type(error).__name__}: {error}"))
+            found.append(
+                Finding(part.__name__.strip("_"), "broken", f"{type(error).__name__}: {error}")
+            )
     return found

@@ -1,4 +1,6 @@
-"""A folder of mp4 files with captions as latents and text embeddings of a diffusers pipeline, computed once and cached."""
+"""A folder of mp4 files with captions as latents and text embeddings of a diffusers pipeline,
+computed once and cached.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +26,18 @@ def encode_folder(
     model: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> CachedData:
-    """Encode a folder that dataset.captioned_files accepts, for stage 2; started again, it goes on where it was.
+    """Encode a folder that dataset.captioned_files accepts, for stage 2; started again, it goes on
+    where it was.
 
     Args:
         videos: the folder. num_frames, height, width: of the training videos, in pixels.
-        pipe: a pipeline that sla2_core.integrations.encoding knows, whose VAE and text encoders are used. model: its name,
-            to notice another one on a second run.
+        pipe: a pipeline that sla2_core.integrations.encoding knows, whose VAE and text encoders are
+            used. model: its name, to notice another one on a second run.
         folder: the cache.
 
     Raises:
-        ValueError: another kind of pipeline, a broken or short video, or a missing caption; names the file, keeps what is done.
+        ValueError: another kind of pipeline, a broken or short video, or a missing caption; names
+            the file, keeps what is done.
     """
     encoder = encoder_of(pipe)
     pairs = captioned_files(Path(videos))
@@ -46,6 +50,10 @@ def encode_folder(
         return {**encoder.video(pipe, pixels), **encoder.text(pipe, caption)}
 
     return encode_samples(
-        [path.name for path, _ in pairs], encode, folder, settings=settings,
-        unconditional=lambda: encoder.text(pipe, ""), progress=progress,
-    )  # fmt: skip
+        [path.name for path, _ in pairs],
+        encode,
+        folder,
+        settings=settings,
+        unconditional=lambda: encoder.text(pipe, ""),
+        progress=progress,
+    )

@@ -1,4 +1,6 @@
-"""What a grid will cost: counts what is left to do, and times one forward pass of the model on this machine."""
+"""What a grid will cost: counts what is left to do, and times one forward pass of the model on this
+machine.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from pathlib import Path
 from sla2_eval import ablation, generation
 from sla2_eval.settings import AblationSettings
 
-# In forward passes of one video: a training step runs forward and backward; a distilled one also runs the teacher.
+# In forward passes of one video: a training step runs forward and backward; a distilled one also
+# runs the teacher.
 _STEP = {"diffusion": 3.0, "distill": 4.0}
 _STAGE1_STEP = 1.5  # all layers on a few query blocks
 _OVERHEAD = 8.0  # seconds a task: loading the model, the data, or the scoring process
@@ -18,7 +21,11 @@ def counts(settings: AblationSettings, out: Path) -> dict[str, int]:
     """What is not done yet: videos, stage-1 and stage-2 trainings, score sets."""
     grid, config = ablation.cells(settings), ablation.sampling(settings)
     prompts = ablation.prompts_of(settings)
-    wanted = [out / "videos" / cell.name / generation.video_name(p, cell.seed) for cell in grid for p in prompts]
+    wanted = [
+        out / "videos" / cell.name / generation.video_name(p, cell.seed)
+        for cell in grid
+        for p in prompts
+    ]
     full = out / "videos" / ablation.REFERENCE
     wanted += [full / r.file_name for r in generation.plan(prompts, settings.seeds, config.seed)]
     routers = {cell.router for cell in grid if cell.router}
@@ -51,15 +58,29 @@ def seconds_per_forward(settings: AblationSettings) -> float:
 
 
 def estimate(settings: AblationSettings, out: str | Path, processes: int) -> str:
-    """One line: what is left to do and about how long it takes in so many processes as fast as one thread here."""
+    """One line: what is left to do and about how long it takes in so many processes as fast as one
+    thread here.
+    """
     left, forward = counts(settings, Path(out)), seconds_per_forward(settings)
-    passes = left["videos"] * settings.generate.steps * (1 if settings.generate.guidance == 1 else 2)
-    passes += left["tunings"] * settings.stage2.steps * settings.stage2.batch_size * _STEP[settings.stage2.loss]
+    passes = (
+        left["videos"] * settings.generate.steps * (1 if settings.generate.guidance == 1 else 2)
+    )
+    passes += (
+        left["tunings"]
+        * settings.stage2.steps
+        * settings.stage2.batch_size
+        * _STEP[settings.stage2.loss]
+    )
     passes += left["routers"] * settings.stage1.steps * _STAGE1_STEP
-    tasks = left["tunings"] + left["routers"] + left["scores"] + left["videos"] / max(1, settings.generate.num_prompts)
+    tasks = (
+        left["tunings"]
+        + left["routers"]
+        + left["scores"]
+        + left["videos"] / max(1, settings.generate.num_prompts)
+    )
     minutes = (passes * forward + tasks * _OVERHEAD) / max(1, processes) / 60
     return (
-        f"left to do: {left['routers']} routers, {left['tunings']} fine-tunings, {left['videos']} videos, "
-        f"{left['scores']} score sets; about {max(1, round(minutes))} minutes in {max(1, processes)} processes "
-        f"({forward * 1000:.0f} ms a forward pass)"
+        f"left to do: {left['routers']} routers, {left['tunings']} fine-tunings, {left['videos']}"
+        f" videos, {left['scores']} score sets; about {max(1, round(minutes))} minutes in"
+        f" {max(1, processes)} processes ({forward * 1000:.0f} ms a forward pass)"
     )

@@ -1,4 +1,6 @@
-"""What a folder of results is made with: noted when it is begun, and compared when a run goes on in it."""
+"""What a folder of results is made with: noted when it is begun, and compared when a run goes on in
+it.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,17 @@ from pathlib import Path
 
 from sla2_eval.store import canonical, write_atomic
 
-INPUTS = (
-    "inputs.json"  # in the folder of `sla2 score`: {"videos", "reference"?}, the paths that were scored, for the report
-)
+# in the folder of `sla2 score`: {"videos", "reference"?}, the paths that were scored, for the
+# report
+INPUTS = "inputs.json"
 
 
 def note_settings(path: Path, values: dict, *, replace: bool = False) -> None:
-    """Write to `path` what its folder is made with; `replace` where the folder holds nothing made yet.
+    """Write to `path` what its folder is made with; `replace` where the folder holds nothing made
+    yet.
 
-    Raises ValueError, naming folder and key, if it was made with something else, or the file if it cannot be read.
+    Raises ValueError, naming folder and key, if it was made with something else, or the file if it
+    cannot be read.
     """
     settings, folder = json.loads(canonical(values)), path.parent
     if path.exists() and not replace:
@@ -26,8 +30,9 @@ def note_settings(path: Path, values: dict, *, replace: bool = False) -> None:
         for key in sorted(before.keys() | settings.keys()):
             if before.get(key) != settings.get(key):
                 raise ValueError(
-                    f"{folder}: expected a new folder or one generated with the same settings, but {key} was "
-                    f"{canonical(before.get(key))[:120]} and is {canonical(settings.get(key))[:120]}"
+                    f"{folder}: expected a new folder or one generated with the same settings, but"
+                    f" {key} was {canonical(before.get(key))[:120]} and is"
+                    f" {canonical(settings.get(key))[:120]}"
                 )
     else:
         write_atomic(path, json.dumps(settings, indent=2) + "\n")

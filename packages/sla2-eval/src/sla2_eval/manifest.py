@@ -1,4 +1,6 @@
-"""Which videos to score: a folder in VBench's naming or with a JSONL manifest, and two folders paired by name."""
+"""Which videos to score: a folder in VBench's naming or with a JSONL manifest, and two folders
+paired by name.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Entry:
 
 
 def video_name(prompt: str, index: int) -> str:
-    """VBench's file name `{prompt}-{index}.mp4`; separators become spaces and long prompts are cut, as file systems want."""
+    """VBench's file name `{prompt}-{index}.mp4`; separators become spaces and long prompts are cut,
+    as file systems want.
+    """
     text = re.sub(r"[/\\\x00-\x1f]+", " ", prompt).strip().lstrip(".") or "video"
     text = text[:MAX_PROMPT]
     while len(text.encode()) > 240:
@@ -41,7 +45,9 @@ def parse_name(file_name: str) -> tuple[str, int]:
 
 
 def resolve_inside(root: Path, name: object, where: str) -> Path:
-    """`root`/`name`, refused with a ValueError that begins with `where` if it is absolute, climbs, or links out of the root."""
+    """`root`/`name`, refused with a ValueError that begins with `where` if it is absolute, climbs,
+    or links out of the root.
+    """
     if not isinstance(name, str) or not name or "\0" in name:
         raise ValueError(f"{where}: expected a file name, got {name!r}")
     if not _is_unicode(name):
@@ -50,12 +56,16 @@ def resolve_inside(root: Path, name: object, where: str) -> Path:
         raise ValueError(f"{where}: expected a path inside {root}, got {name!r}")
     path = root / name
     if not Path(os.path.realpath(path)).is_relative_to(root.resolve()):
-        raise ValueError(f"{where}: expected a path inside {root}, got {name!r}, which links out of it")
+        raise ValueError(
+            f"{where}: expected a path inside {root}, got {name!r}, which links out of it"
+        )
     return path
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether the text can be written as UTF-8, which bytes of other encodings in file names and lone surrogates cannot."""
+    """Whether the text can be written as UTF-8, which bytes of other encodings in file names and
+    lone surrogates cannot.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -66,9 +76,13 @@ def _is_unicode(text: str) -> bool:
 def _read_lines(manifest: Path, root: Path) -> list[Entry]:
     entries, seen = [], set()
     try:
-        lines = manifest.read_text(encoding="utf-8-sig").split("\n")  # a prompt may hold what else ends lines
+        lines = manifest.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # a prompt may hold what else ends lines
     except UnicodeDecodeError as error:
-        raise ValueError(f"{manifest}: expected UTF-8 text, one JSON object a line, got {error}") from error
+        raise ValueError(
+            f"{manifest}: expected UTF-8 text, one JSON object a line, got {error}"
+        ) from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -78,30 +92,40 @@ def _read_lines(manifest: Path, root: Path) -> list[Entry]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: expected a JSON object, got {line[:80]!r}") from error
         if not isinstance(row, dict) or "file_name" not in row:
-            raise ValueError(f'{where}: expected {{"file_name": ..., "prompt": ...}}, got {line[:80]!r}')
+            raise ValueError(
+                f'{where}: expected {{"file_name": ..., "prompt": ...}}, got {line[:80]!r}'
+            )
         path = resolve_inside(root, row["file_name"], where)
         name = path.relative_to(root).as_posix()
         if name in seen:
             raise ValueError(f"{where}: expected each file once, got {name!r} again")
         seen.add(name)
         prompt, index = parse_name(name)
-        prompt, index, seed = row.get("prompt", row.get("caption", prompt)), row.get("index", index), row.get("seed")
+        prompt, index, seed = (
+            row.get("prompt", row.get("caption", prompt)),
+            row.get("index", index),
+            row.get("seed"),
+        )
         if (
             not isinstance(prompt, str)
             or not _is_unicode(prompt)
             or not isinstance(index, int)
             or not isinstance(seed, int | None)
         ):
-            raise ValueError(f"{where}: expected a text prompt and whole index and seed, got {line[:80]!r}")
+            raise ValueError(
+                f"{where}: expected a text prompt and whole index and seed, got {line[:80]!r}"
+            )
         entries.append(Entry(name, path, prompt, index, seed))
     return entries
 
 
 def read_manifest(videos: str | Path) -> list[Entry]:
-    """The videos of a folder (its manifest.jsonl, else every *.mp4 in it) or of a JSONL manifest file, sorted by name.
+    """The videos of a folder (its manifest.jsonl, else every *.mp4 in it) or of a JSONL manifest
+    file, sorted by name.
 
-    Raises ValueError naming the file and line for a manifest of another form or a path that leaves the folder, and where
-    there is no video at all. Whether each file exists and decodes is found out when it is scored.
+    Raises ValueError naming the file and line for a manifest of another form or a path that leaves
+    the folder, and where there is no video at all. Whether each file exists and decodes is found
+    out when it is scored.
     """
     videos = Path(videos)
     if videos.is_file():
@@ -111,17 +135,29 @@ def read_manifest(videos: str | Path) -> list[Entry]:
         if manifest:
             entries = _read_lines(manifest, videos)
         else:
-            names = sorted(n for n in os.listdir(videos) if n.lower().endswith(".mp4") and not n.startswith("."))
-            entries = [Entry(n, resolve_inside(videos, n, str(videos)), *parse_name(n)) for n in names]
+            names = sorted(
+                n
+                for n in os.listdir(videos)
+                if n.lower().endswith(".mp4") and not n.startswith(".")
+            )
+            entries = [
+                Entry(n, resolve_inside(videos, n, str(videos)), *parse_name(n)) for n in names
+            ]
     else:
-        raise ValueError(f"{videos}: expected a folder of mp4 files or a JSONL manifest, got nothing there")
+        raise ValueError(
+            f"{videos}: expected a folder of mp4 files or a JSONL manifest, got nothing there"
+        )
     if not entries:
-        raise ValueError(f"{videos}: expected mp4 files named {{prompt}}-{{index}}.mp4 or a manifest, got none")
+        raise ValueError(
+            f"{videos}: expected mp4 files named {{prompt}}-{{index}}.mp4 or a manifest, got none"
+        )
     return sorted(entries, key=lambda entry: entry.file_name)
 
 
 def pair(videos: list[Entry], references: list[Entry]) -> list[tuple[Entry, Entry | None]]:
-    """Each video with the reference of the same file name, which takes the video's prompt and number, or None."""
+    """Each video with the reference of the same file name, which takes the video's prompt and
+    number, or None.
+    """
     by_name = {entry.file_name: entry for entry in references}
     pairs = [(entry, by_name.get(entry.file_name)) for entry in videos]
     return [(v, r and replace(r, prompt=v.prompt, index=v.index, seed=v.seed)) for v, r in pairs]

@@ -1,4 +1,6 @@
-"""The steps from a model to a trained variant, each resumable in its own folder: data, capture, stage 1, stage 2."""
+"""The steps from a model to a trained variant, each resumable in its own folder: data, capture,
+stage 1, stage 2.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from sla2_eval.store import write_atomic
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sla2_eval.settings import AttentionSettings, CaptureSettings, DataSettings, Stage1Settings, Stage2Settings
+    from sla2_eval.settings import (
+        AttentionSettings,
+        CaptureSettings,
+        DataSettings,
+        Stage1Settings,
+        Stage2Settings,
+    )
 
 
 def builtin_prompts(count: int, seed: int = 0) -> list[str]:
@@ -32,7 +40,9 @@ def builtin_prompts(count: int, seed: int = 0) -> list[str]:
 
 
 def write_data(data: DataSettings, folder: Path, *, report: Report = silent) -> Path:
-    """The folder of captioned mp4 files: the user's own, or the built-in scenes, written to `folder` once."""
+    """The folder of captioned mp4 files: the user's own, or the built-in scenes, written to
+    `folder` once.
+    """
     from sla2_eval.dataset import MANIFEST, write_folder
     from sla2_eval.tiny.shapes import FPS, sample
 
@@ -53,8 +63,8 @@ def write_data(data: DataSettings, folder: Path, *, report: Report = silent) -> 
 def read_data(generator: Generator, folder: Path) -> tuple[Tensor, Tensor]:
     """Latents (n, C, T, H, W) and text embeddings (n, L, D) of a folder of captioned videos.
 
-    Raises ValueError for a model other than the tiny one: real pipelines encode with their VAE and text encoder first and
-    call `sla2_core.training` with the tensors.
+    Raises ValueError for a model other than the tiny one: real pipelines encode with their VAE and
+    text encoder first and call `sla2_core.training` with the tensors.
     """
     from sla2_eval.dataset import read_folder
     from sla2_eval.tiny import model as tiny
@@ -72,8 +82,13 @@ def apply(generator: Generator, attention: AttentionSettings):
     from sla2_core.integrations.families import family_of
 
     family = family_of(generator.transformer)
-    heads, head_dim = family.heads(next(iter(family.attention_layers(generator.transformer).values())))
-    return apply_sla2(generator.transformer, SLA2Config(num_heads=heads, head_dim=head_dim, **attention.model_dump()))
+    heads, head_dim = family.heads(
+        next(iter(family.attention_layers(generator.transformer).values()))
+    )
+    return apply_sla2(
+        generator.transformer,
+        SLA2Config(num_heads=heads, head_dim=head_dim, **attention.model_dump()),
+    )
 
 
 def is_captured(capture: CaptureSettings, folder: Path) -> bool:
@@ -84,9 +99,16 @@ def is_captured(capture: CaptureSettings, folder: Path) -> bool:
 
 
 def capture_qkv(
-    generator: Generator, data: Path, capture: CaptureSettings, folder: Path, *, report: Report = silent
+    generator: Generator,
+    data: Path,
+    capture: CaptureSettings,
+    folder: Path,
+    *,
+    report: Report = silent,
 ) -> None:
-    """Q, K, V of every layer in `capture.samples` forward passes of the dense model at random noise levels."""
+    """Q, K, V of every layer in `capture.samples` forward passes of the dense model at random noise
+    levels.
+    """
     import numpy as np
     import torch
     from sla2_core.training.capture import CaptureConfig
@@ -102,15 +124,26 @@ def capture_qkv(
         rng = np.random.default_rng([capture.seed, 2, index])
         chosen = rng.integers(len(latents))
         clean, caption = latents[chosen][None], text[chosen][None]
-        u = (index + rng.random()) / capture.samples  # stratified, so that few samples cover the noise levels
+        u = (
+            index + rng.random()
+        ) / capture.samples  # stratified, so that few samples cover the noise levels
         sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
         noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
-        generator.transformer(torch.lerp(clean, noise, sigma), torch.tensor([sigma * 1000]), caption, return_dict=False)
+        generator.transformer(
+            torch.lerp(clean, noise, sigma),
+            torch.tensor([sigma * 1000]),
+            caption,
+            return_dict=False,
+        )
 
     record(
-        handle, run, folder, samples=capture.samples, config=CaptureConfig(seed=capture.seed),
+        handle,
+        run,
+        folder,
+        samples=capture.samples,
+        config=CaptureConfig(seed=capture.seed),
         progress=lambda done, total: report("capture Q, K, V", done, total),
-    )  # fmt: skip
+    )
 
 
 def stage1(
@@ -124,16 +157,24 @@ def stage1(
     stage: str = "stage 1",
     report: Report = silent,
 ) -> dict:
-    """Router and alpha on the captured Q, K, V, and their adapter; returns the report of `train_stage1` as a dict."""
+    """Router and alpha on the captured Q, K, V, and their adapter; returns the report of
+    `train_stage1` as a dict.
+    """
     from sla2_core.training.capture import Captures
     from sla2_core.training.stage1 import Stage1Config, train_stage1
 
     handle = apply(generator, attention)
     config = Stage1Config(topk=settings.topk, steps=settings.steps, seed=seed, max_scores=1 << 22)
     found = train_stage1(
-        handle, Captures(captures), config, folder, progress=lambda done, total, _: report(stage, done, total)
+        handle,
+        Captures(captures),
+        config,
+        folder,
+        progress=lambda done, total, _: report(stage, done, total),
     )
-    handle.save(folder / "adapter")  # of a finished run too: k% and precision may be others than before
+    handle.save(
+        folder / "adapter"
+    )  # of a finished run too: k% and precision may be others than before
     return found.to_dict()
 
 
@@ -149,10 +190,11 @@ def stage2(
     stage: str = "stage 2",
     report: Report = silent,
 ) -> dict:
-    """Fine-tune model and alpha from the stage 1 in `router` (None: from the initial state); returns the report as a dict.
+    """Fine-tune model and alpha from the stage 1 in `router` (None: from the initial state);
+    returns the report as a dict.
 
-    The sparse branch computes in `attention.precision`: quantisation-aware training where that is a low one. Raises
-    ValueError for a folder trained with other settings.
+    The sparse branch computes in `attention.precision`: quantisation-aware training where that is a
+    low one. Raises ValueError for a folder trained with other settings.
     """
     from sla2_core.training.stage1 import load_stage1
     from sla2_core.training.stage2 import Stage2Config, train_stage2
@@ -160,7 +202,11 @@ def stage2(
     from sla2_eval.tiny.model import SHIFT
 
     done = folder / "finished.json"
-    wanted = {"attention": attention.model_dump(exclude={"backend"}), "stage2": settings.model_dump(), "seed": seed}
+    wanted = {
+        "attention": attention.model_dump(exclude={"backend"}),
+        "stage2": settings.model_dump(),
+        "seed": seed,
+    }
     note_settings(folder / "settings.json", wanted)
     if done.exists():
         report(stage, settings.steps, settings.steps)
@@ -171,11 +217,17 @@ def stage2(
         load_stage1(handle, router)
     dtype = autocast_dtype(settings.dtype)
     config = Stage2Config(
-        **settings.model_dump(exclude={"dtype"}), autocast=str(dtype).removeprefix("torch.") if dtype else None,
-        shift=SHIFT, seed=seed,
-    )  # fmt: skip
+        **settings.model_dump(exclude={"dtype"}),
+        autocast=str(dtype).removeprefix("torch.") if dtype else None,
+        shift=SHIFT,
+        seed=seed,
+    )
     found = train_stage2(
-        handle, (latents, text), config, folder, progress=lambda step, total, _: report(stage, step, total)
+        handle,
+        (latents, text),
+        config,
+        folder,
+        progress=lambda step, total, _: report(stage, step, total),
     )
     summary = found.to_dict()
     write_atomic(done, json.dumps(summary, indent=1) + "\n")
@@ -183,7 +235,9 @@ def stage2(
 
 
 def block_maps(generator: Generator, handle, video: Path, prompt: str) -> dict:
-    """The block map of every layer and head while the model denoises `video`, half noise: what the report draws over it."""
+    """The block map of every layer and head while the model denoises `video`, half noise: what the
+    report draws over it.
+    """
     import torch
 
     from sla2_eval.tiny import model as tiny
@@ -192,7 +246,9 @@ def block_maps(generator: Generator, handle, video: Path, prompt: str) -> dict:
     _expect_tiny(generator)
     _, frames, height, width = tiny.LATENT_SHAPE
     written = read_video(video).frames  # each pixel `upscale` times in both directions
-    small = written.reshape(frames, height, generator.upscale, width, generator.upscale, 3).mean((2, 4))
+    small = written.reshape(frames, height, generator.upscale, width, generator.upscale, 3).mean(
+        (2, 4)
+    )
     clean = tiny.to_latents(small[None])
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
 
@@ -208,7 +264,9 @@ def block_maps(generator: Generator, handle, video: Path, prompt: str) -> dict:
         for head in range(found.indices.shape[1]):
             rows = [
                 indices[:count]
-                for indices, count in zip(found.indices[0, head].tolist(), found.counts[0, head].tolist())
+                for indices, count in zip(
+                    found.indices[0, head].tolist(), found.counts[0, head].tolist()
+                )
             ]
             layers.append({"layer": layer, "head": head, "map": rows})
     return {
@@ -224,5 +282,6 @@ def block_maps(generator: Generator, handle, video: Path, prompt: str) -> dict:
 def _expect_tiny(generator: Generator) -> None:
     if not isinstance(generator, TinyGenerator):
         raise ValueError(
-            "model: expected the tiny model or one of its form; see sla2_core.training for other pipelines"
+            "model: expected the tiny model or one of its form; see sla2_core.training for other"
+            " pipelines"
         )

@@ -1,7 +1,9 @@
-"""Where workers run: one child process, or Ray actors on this machine or a cluster. A worker that dies is replaced.
+"""Where workers run: one child process, or Ray actors on this machine or a cluster. A worker that
+dies is replaced.
 
-One worker is a plain child process, because a local Ray takes seconds to start and gives nothing to one worker; two or
-more, and any cluster, are Ray actors. Both run the same `worker.Worker` and give the same bytes.
+One worker is a plain child process, because a local Ray takes seconds to start and gives nothing to
+one worker; two or more, and any cluster, are Ray actors. Both run the same `worker.Worker` and give
+the same bytes.
 """
 
 from __future__ import annotations
@@ -42,9 +44,18 @@ class ProcessPool:
     def _start(self) -> subprocess.Popen:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "sla2_eval.worker"],  # what lies in the current folder must shadow no library
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=environment, text=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "sla2_eval.worker",
+            ],  # what lies in the current folder must shadow no library
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            env=environment,
+            text=True,
+        )
         process.stdin.write(self.hello)
         return process
 
@@ -89,9 +100,18 @@ class ProcessPool:
 
 
 class RayPool:
-    """Actors of a Ray cluster, each with a GPU's share where the cluster has GPUs, else with one CPU."""
+    """Actors of a Ray cluster, each with a GPU's share where the cluster has GPUs, else with one
+    CPU.
+    """
 
-    def __init__(self, settings: dict[str, dict], device: str, decoder: str, num_workers: int, address: str | None):
+    def __init__(
+        self,
+        settings: dict[str, dict],
+        device: str,
+        decoder: str,
+        num_workers: int,
+        address: str | None,
+    ):
         self.cluster = Cluster(address, num_cpus=num_workers)
         self.ray = self.cluster.ray
         gpus = self.cluster.gpus if device != "cpu" else 0
@@ -142,8 +162,10 @@ class RayPool:
 
 def open_pool(
     settings: dict[str, dict], device: str, decoder: str, num_workers: int, ray_address: str | None
-) -> Pool:  # fmt: skip
-    """The pool for these workers: Ray for two or more or for a cluster's address, else one child process."""
+) -> Pool:
+    """The pool for these workers: Ray for two or more or for a cluster's address, else one child
+    process.
+    """
     if num_workers == 1 and ray_address is None:
         return ProcessPool(settings, device, decoder)
     return RayPool(settings, device, decoder, num_workers, ray_address)

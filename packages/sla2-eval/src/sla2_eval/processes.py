@@ -1,4 +1,6 @@
-"""Runs tasks that need one another in worker processes of one thread each; a worker never outlives its parent."""
+"""Runs tasks that need one another in worker processes of one thread each; a worker never outlives
+its parent.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ ATTEMPTS = 2  # of a task whose worker dies
 
 @dataclass(frozen=True)
 class Task:
-    """A call of "module:name" with these arguments and a `report`, once the tasks named in `needs` are done."""
+    """A call of "module:name" with these arguments and a `report`, once the tasks named in `needs`
+    are done.
+    """
 
     function: str
     arguments: dict
@@ -32,7 +36,9 @@ class Task:
 
 
 class TasksLost(RuntimeError):
-    """Workers died over some tasks every time; `results` holds what the others returned, `lost` a reason by name."""
+    """Workers died over some tasks every time; `results` holds what the others returned, `lost` a
+    reason by name.
+    """
 
     def __init__(self, lost: dict[str, str], results: dict[str, object]):
         name = next(iter(lost))
@@ -46,7 +52,9 @@ def warn(text: str) -> None:
 
 
 def hush() -> None:
-    """Keep one warning of torch off the terminal: under autocast diffusers' RMSNorm takes its plain path."""
+    """Keep one warning of torch off the terminal: under autocast diffusers' RMSNorm takes its plain
+    path.
+    """
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 
@@ -66,7 +74,9 @@ def compute_on(threads: int) -> None:
 
 
 class Pool(ABC):
-    """Runs tasks in the order of their needs. Where they run is what its kinds differ in: `free`, `submit`, `wait`."""
+    """Runs tasks in the order of their needs. Where they run is what its kinds differ in: `free`,
+    `submit`, `wait`.
+    """
 
     about: str  # how much of what, for the report
 
@@ -83,26 +93,41 @@ class Pool(ABC):
 
     @abstractmethod
     def wait(self) -> tuple[str, object]:
-        """Block until any task is done: its name, and what it returned or how its worker died. Raises the task's error."""
+        """Block until any task is done: its name, and what it returned or how its worker died.
+        Raises the task's error.
+        """
 
     def run(self, tasks: Mapping[str, Task]) -> dict[str, object]:
-        """Run every task once those it needs are done, of those that can run the first in `tasks`; results by name.
+        """Run every task once those it needs are done, of those that can run the first in `tasks`;
+        results by name.
 
-        The first error ends the run and is raised. A task whose worker dies (out of memory, killed) is said to and tried
-        once more; if that dies too, what needs the task is left out, the rest is run, and TasksLost is raised in the end.
-        Raises ValueError if tasks need each other in a circle or one that is not there.
+        The first error ends the run and is raised. A task whose worker dies (out of memory, killed)
+        is said to and tried once more; if that dies too, what needs the task is left out, the rest
+        is run, and TasksLost is raised in the end. Raises ValueError if tasks need each other in a
+        circle or one that is not there.
         """
         waiting, results, running = dict(tasks), {}, set()
         deaths: dict[str, int] = {}
         lost: dict[str, str] = {}
         while waiting or running:
-            while stuck := [name for name, task in waiting.items() if lost.keys() & set(task.needs)]:
+            while stuck := [
+                name for name, task in waiting.items() if lost.keys() & set(task.needs)
+            ]:
                 for name in stuck:
                     need = next(need for need in waiting.pop(name).needs if need in lost)
-                    lost[name] = f"needs {need}, whose worker died" if need in deaths else lost[need]
-            ready = [name for name, task in waiting.items() if all(need in results for need in task.needs)]
+                    lost[name] = (
+                        f"needs {need}, whose worker died" if need in deaths else lost[need]
+                    )
+            ready = [
+                name
+                for name, task in waiting.items()
+                if all(need in results for need in task.needs)
+            ]
             if waiting and not ready and not running:
-                raise ValueError(f"tasks: expected needs that can be met, got {next(iter(waiting))!r} waiting for ever")
+                raise ValueError(
+                    f"tasks: expected needs that can be met, got {next(iter(waiting))!r} waiting"
+                    " for ever"
+                )
             for name in ready[: self.free()]:
                 self.submit(name, waiting.pop(name))
                 running.add(name)
@@ -126,7 +151,9 @@ class Pool(ABC):
 
 
 def _serve(channel, threads: int) -> None:
-    """Runs in a new worker: tasks come through `channel`; reports, results and errors go back; ends with the parent."""
+    """Runs in a new worker: tasks come through `channel`; reports, results and errors go back; ends
+    with the parent.
+    """
     compute_on(threads)
 
     def follow_parent():
@@ -162,17 +189,28 @@ class _Slot:
 
 
 class Workers(Pool):
-    """A pool of processes: `with Workers(2) as workers: results = workers.run({"name": Task(...), ...})`.
+    """A pool of processes: `with Workers(2) as workers: results = workers.run({"name": Task(...),
+    ...})`.
 
-    Two processes of one thread are faster than one of two threads on small models, and do not stall beside other
-    work, as threads that wait for each other at every layer do. With `count` 0 everything runs in this process.
+    Two processes of one thread are faster than one of two threads on small models, and do not stall
+    beside other work, as threads that wait for each other at every layer do. With `count` 0
+    everything runs in this process.
     """
 
-    def __init__(self, count: int, *, threads: int = 1, report: Report = silent, say: Callable[[str], None] = warn):
+    def __init__(
+        self,
+        count: int,
+        *,
+        threads: int = 1,
+        report: Report = silent,
+        say: Callable[[str], None] = warn,
+    ):
         super().__init__(say)
         self._count, self._threads, self._report = count, threads, report
         self._slots: list[_Slot] = []
-        self._here: list[tuple[str, Task]] = []  # what `wait` does itself where there are no workers
+        self._here: list[
+            tuple[str, Task]
+        ] = []  # what `wait` does itself where there are no workers
         self.about = f"{count} worker processes of one thread" if count else "one process"
 
     def __enter__(self) -> Workers:

@@ -1,4 +1,6 @@
-"""Progress of long commands: rich bars on a terminal, otherwise one line a finished stage, always on stderr."""
+"""Progress of long commands: rich bars on a terminal, otherwise one line a finished stage, always
+on stderr.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SPEED = "speed.jsonl"  # in a folder of videos: one line a batch, with its videos and seconds of wall clock
+SPEED = (  # in a folder of videos: one line a batch, with its videos and seconds of wall clock
+    "speed.jsonl"
+)
 
 # How library functions report: (stage, done, total). They call it often; it must be cheap.
 Report = Callable[[str, int, int], None]
@@ -30,9 +34,20 @@ class ProgressDisplay:
     def __enter__(self) -> ProgressDisplay:
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+            )
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            )
             self._bars = Progress(*columns, console=Console(stderr=True))
             self._bars.start()
         return self
@@ -54,7 +69,9 @@ class ProgressDisplay:
 
 @contextmanager
 def noted(folder: Path, videos: int) -> Iterator[None]:
-    """Add the seconds that a batch of videos takes to the folder's speed.jsonl, which the report reads."""
+    """Add the seconds that a batch of videos takes to the folder's speed.jsonl, which the report
+    reads.
+    """
     began = time.perf_counter()
     yield
     line = json.dumps({"videos": videos, "seconds": round(time.perf_counter() - began, 3)})

@@ -1,4 +1,6 @@
-"""Runs tasks that need one another as Ray tasks: one GPU each where the cluster has GPUs, else one CPU."""
+"""Runs tasks that need one another as Ray tasks: one GPU each where the cluster has GPUs, else one
+CPU.
+"""
 
 from __future__ import annotations
 
@@ -43,21 +45,31 @@ def _work(task: Task, reports, where: tuple[str, bool]) -> object:
 
 
 class RayTasks(Pool):
-    """A Ray cluster as a pool: `with RayTasks("auto") as workers: results = workers.run({"name": Task(...), ...})`.
+    """A Ray cluster as a pool: `with RayTasks("auto") as workers: results = workers.run({"name":
+    Task(...), ...})`.
 
-    The nodes need this package, and the files of the tasks under the same paths. `address` None starts a local cluster of
-    this machine's CPUs and of `gpus` GPUs.
+    The nodes need this package, and the files of the tasks under the same paths. `address` None
+    starts a local cluster of this machine's CPUs and of `gpus` GPUs.
     """
 
     def __init__(
-        self, address: str | None, *, gpus: int = 0, report: Report = silent, say: Callable[[str], None] = warn
+        self,
+        address: str | None,
+        *,
+        gpus: int = 0,
+        report: Report = silent,
+        say: Callable[[str], None] = warn,
     ):
         super().__init__(say)
         self._address, self._gpus, self._report = address, gpus, report
         self._running: dict = {}
 
     def __enter__(self) -> RayTasks:
-        local = {} if self._address else {"num_cpus": max(self._gpus, os.cpu_count() or 1), "num_gpus": self._gpus}
+        local = (
+            {}
+            if self._address
+            else {"num_cpus": max(self._gpus, os.cpu_count() or 1), "num_gpus": self._gpus}
+        )
         self._cluster = Cluster(self._address, **local)
         ray, gpus = self._cluster.ray, int(self._cluster.gpus)
         self._places = gpus or max(1, int(self._cluster.cpus))
@@ -95,7 +107,8 @@ class RayTasks(Pool):
 
 
 def open_workers(count: int, ray_address: str | None, *, report: Report = silent) -> Pool:
-    """Where tasks run: as Ray tasks of a GPU each on a cluster or where this machine has several GPUs, else in `count`
+    """Where tasks run: as Ray tasks of a GPU each on a cluster or where this machine has several
+    GPUs, else in `count`
     processes (0: in this one)."""
     gpus = local_gpus()
     if ray_address is None and gpus < 2:

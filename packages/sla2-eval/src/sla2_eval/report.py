@@ -1,4 +1,6 @@
-"""Writes the report of a run: one HTML page that needs nothing but itself, and the same figures as JSON, CSV and Markdown."""
+"""Writes the report of a run: one HTML page that needs nothing but itself, and the same figures as
+JSON, CSV and Markdown.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,17 @@ from sla2_eval.report_charts import chart, legend
 from sla2_eval.report_data import first_of_each, gather, paper, read_json
 from sla2_eval.store import write_atomic
 
-VIDEO_BYTES = 48 << 20  # of videos in the page before base64; at least one prompt is shown whatever its size
+VIDEO_BYTES = (
+    48 << 20
+)  # of videos in the page before base64; at least one prompt is shown whatever its size
 MAX_PROMPTS = 12
 SPRITE_HEIGHT = 128
 
 
 def number(value: float | None) -> str:
-    """A figure for the tables: two decimals from ten on, else four, or two digits where four decimals show none; a dash for none."""
+    """A figure for the tables: two decimals from ten on, else four, or two digits where four
+    decimals show none; a dash for none.
+    """
     if value is None:
         return "–"
     if 0 < abs(value) < 0.0001:
@@ -47,10 +53,11 @@ def _data_uri(path: Path, kind: str) -> str:
 
 
 def _videos(shown: list[dict]) -> tuple[list[dict], int]:
-    """Prompts with a data URI per variant, as many as the page may hold, and how many there are in all.
+    """Prompts with a data URI per variant, as many as the page may hold, and how many there are in
+    all.
 
-    Videos that one variant has alone, such as full attention's at seeds that are not shown, are left out where others can
-    be compared.
+    Videos that one variant has alone, such as full attention's at seeds that are not shown, are
+    left out where others can be compared.
     """
     from sla2_eval.video import frame_rate
 
@@ -59,14 +66,20 @@ def _videos(shown: list[dict]) -> tuple[list[dict], int]:
     rows, used = [], 0
     for name in names:
         entries = [variant["entries"].get(name) for variant in shown]
-        present = [entry for entry in entries if entry and entry.path.is_file() and entry.path.stat().st_size]
+        present = [
+            entry
+            for entry in entries
+            if entry and entry.path.is_file() and entry.path.stat().st_size
+        ]
         size = sum(entry.path.stat().st_size for entry in present)
         if not present:
             continue
         if rows and (used + size > VIDEO_BYTES or len(rows) == MAX_PROMPTS):
             break
         used += size
-        sources = [_data_uri(entry.path, "video/mp4") if entry in present else None for entry in entries]
+        sources = [
+            _data_uri(entry.path, "video/mp4") if entry in present else None for entry in entries
+        ]
         about = {"prompt": present[0].prompt, "index": present[0].index}
         fps = max(frame_rate(entry.path) for entry in present) or 8.0
         rows.append({**about, "fps": fps, "sources": sources})
@@ -74,7 +87,9 @@ def _videos(shown: list[dict]) -> tuple[list[dict], int]:
 
 
 def _sprite(path: Path, count: int) -> dict | None:
-    """`count` frames of a video, evenly spread, side by side in one JPEG; None if it does not decode."""
+    """`count` frames of a video, evenly spread, side by side in one JPEG; None if it does not
+    decode.
+    """
     import numpy as np
     from PIL import Image
 
@@ -96,7 +111,8 @@ def _sprite(path: Path, count: int) -> dict | None:
 
 
 def _block_maps(run_dir: Path, data: dict, shown: list[dict]) -> list[dict]:
-    """The router's block maps of the first seed of each group that has one, with frames to draw them over.
+    """The router's block maps of the first seed of each group that has one, with frames to draw
+    them over.
 
     Raises ValueError naming the file for a map that lacks a key or does not fit its grid.
     """
@@ -130,7 +146,9 @@ def _check_map(maps: dict, path: Path) -> None:
     tokens = maps["grid"][0] * maps["grid"][1] * maps["grid"][2]
     rows, columns = -(-tokens // maps["block_q"]), -(-tokens // maps["block_k"])
     for layer in maps["layers"]:
-        if len(layer["map"]) != rows or any(not 0 <= key < columns for row in layer["map"] for key in row):
+        if len(layer["map"]) != rows or any(
+            not 0 <= key < columns for row in layer["map"] for key in row
+        ):
             raise ValueError(
                 f"{path}: expected {rows} rows of key blocks below {columns} for its grid, "
                 f"got {len(layer['map'])} rows in layer {layer['layer']}"
@@ -138,24 +156,35 @@ def _check_map(maps: dict, path: Path) -> None:
 
 
 def _glance(data: dict) -> list[dict]:
-    """Up to four groups for the top of the page, all of them or the sparsest of each family, with three metrics each."""
+    """Up to four groups for the top of the page, all of them or the sparsest of each family, with
+    three metrics each.
+    """
     scored = [group for group in data["groups"] if group["metrics"] and not group["reference"]]
     if len(scored) > 4:
-        scored = list({g["family"]: g for g in sorted(scored, key=lambda g: g["sparsity"] or 0)}.values())
+        scored = list(
+            {g["family"]: g for g in sorted(scored, key=lambda g: g["sparsity"] or 0)}.values()
+        )
         order = {id(group): i for i, group in enumerate(data["groups"])}
         scored.sort(key=lambda group: order[id(group)])
     kinds = {name: about["kind"] for name, about in data["metrics"].items()}
     paired = [name for name, kind in kinds.items() if kind == "paired"][:2]
-    others = sorted((name for name in kinds if name not in paired), key=lambda name: name != "caption_accuracy")
+    others = sorted(
+        (name for name in kinds if name not in paired), key=lambda name: name != "caption_accuracy"
+    )
     chosen = (paired + others)[:3]
     return [
-        {**group, "metrics": {n: group["metrics"][n] for n in chosen if n in group["metrics"]}} for group in scored[:4]
+        {**group, "metrics": {n: group["metrics"][n] for n in chosen if n in group["metrics"]}}
+        for group in scored[:4]
     ]
 
 
 def _charts(data: dict) -> tuple[list[str], str]:
     """A panel for each metric of this run, and their common legend."""
-    sparse = [group for group in data["groups"] if not group["reference"] and group["sparsity"] is not None]
+    sparse = [
+        group
+        for group in data["groups"]
+        if not group["reference"] and group["sparsity"] is not None
+    ]
     numbers = _numbers(dict.fromkeys(group["family"] for group in sparse))
     panels = []
     for metric, about in data["metrics"].items():
@@ -163,18 +192,29 @@ def _charts(data: dict) -> tuple[list[str], str]:
         for group in sparse:
             if cell := group["metrics"].get(metric):
                 interval = cell.get("seeds") or cell.get("prompts") or {}
-                point = {"sparsity": group["sparsity"], "value": cell["mean"], "label": group["label"]}
+                point = {
+                    "sparsity": group["sparsity"],
+                    "value": cell["mean"],
+                    "label": group["label"],
+                }
                 point |= {"low": interval.get("low"), "high": interval.get("high")}
                 families.setdefault(group["family"], []).append(point)
-        full = next((g["metrics"].get(metric, {}).get("mean") for g in data["groups"] if g["reference"]), None)
+        full = next(
+            (g["metrics"].get(metric, {}).get("mean") for g in data["groups"] if g["reference"]),
+            None,
+        )
         if families:
             better = "higher is better" if about["higher_is_better"] else "lower is better"
-            panels.append(chart(about["title"], f"{about['kind']}, {better}", families, numbers, full))
+            panels.append(
+                chart(about["title"], f"{about['kind']}, {better}", families, numbers, full)
+            )
     return panels, legend(numbers)
 
 
 def _numbers(families: Iterable[str]) -> dict[str, int]:
-    """A colour and glyph for each family; SLA2 and SLA have the same ones here and beside the paper's points."""
+    """A colour and glyph for each family; SLA2 and SLA have the same ones here and beside the
+    paper's points.
+    """
     fixed = ("SLA2", "SLA")
     ordered = sorted(families, key=lambda name: fixed.index(name) if name in fixed else len(fixed))
     offset = 0 if "SLA2" in ordered else 1
@@ -201,7 +241,12 @@ def flat(value: Mapping, prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(item, Mapping):
             rows += flat(item, f"{prefix}{key}.")
         else:
-            rows.append((f"{prefix}{key}", item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)))
+            rows.append(
+                (
+                    f"{prefix}{key}",
+                    item if isinstance(item, str) else json.dumps(item, ensure_ascii=False),
+                )
+            )
     return rows
 
 
@@ -210,17 +255,29 @@ def _rows(data: dict) -> list[dict]:
     rows = []
     for group in data["groups"]:
         for metric, cell in group["metrics"].items():
-            prompts, seeds, difference = (cell.get(key, {}) for key in ("prompts", "seeds", "difference"))
+            prompts, seeds, difference = (
+                cell.get(key, {}) for key in ("prompts", "seeds", "difference")
+            )
             rows.append(
                 {
-                    "variant": group["label"], "family": group["family"], "sparsity": group["sparsity"],
-                    "metric": metric, "kind": data["metrics"][metric]["kind"], "mean": cell["mean"],
-                    "prompts_low": prompts.get("low"), "prompts_high": prompts.get("high"), "prompts": prompts.get("n"),
-                    "seeds_low": seeds.get("low"), "seeds_high": seeds.get("high"), "seeds": len(group["names"]),
-                    "difference": difference.get("mean"), "difference_low": difference.get("low"),
-                    "difference_high": difference.get("high"), "within_noise": difference.get("within_noise"),
+                    "variant": group["label"],
+                    "family": group["family"],
+                    "sparsity": group["sparsity"],
+                    "metric": metric,
+                    "kind": data["metrics"][metric]["kind"],
+                    "mean": cell["mean"],
+                    "prompts_low": prompts.get("low"),
+                    "prompts_high": prompts.get("high"),
+                    "prompts": prompts.get("n"),
+                    "seeds_low": seeds.get("low"),
+                    "seeds_high": seeds.get("high"),
+                    "seeds": len(group["names"]),
+                    "difference": difference.get("mean"),
+                    "difference_low": difference.get("low"),
+                    "difference_high": difference.get("high"),
+                    "within_noise": difference.get("within_noise"),
                 }
-            )  # fmt: skip
+            )
     return rows
 
 
@@ -228,7 +285,9 @@ def as_csv(data: dict) -> str:
     """The figures as CSV, one line per variant and metric."""
     buffer = io.StringIO()
     rows = _rows(data)
-    writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["variant", "metric", "mean"], lineterminator="\n")
+    writer = csv.DictWriter(
+        buffer, list(rows[0]) if rows else ["variant", "metric", "mean"], lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
@@ -240,7 +299,9 @@ def _markdown_cell(text: str) -> str:
 
 
 def as_markdown(data: dict) -> str:
-    """The figures as one Markdown table per kind of metric; ≈ marks a difference to full attention within noise."""
+    """The figures as one Markdown table per kind of metric; ≈ marks a difference to full attention
+    within noise.
+    """
     parts = [f"# {data['title']}\n"]
     kinds = {
         "paired": f"Paired: against {data['against']}",
@@ -249,11 +310,16 @@ def as_markdown(data: dict) -> str:
     }
     for kind, heading in kinds.items():
         names = [name for name, about in data["metrics"].items() if about["kind"] == kind]
-        groups = [group for group in data["groups"] if any(name in group["metrics"] for name in names)]
+        groups = [
+            group for group in data["groups"] if any(name in group["metrics"] for name in names)
+        ]
         if not groups:
             continue
         titles = [_markdown_cell(data["metrics"][name]["title"]) for name in names]
-        lines = ["| variant | sparsity | " + " | ".join(titles) + " |", "|---|---|" + "---|" * len(names)]
+        lines = [
+            "| variant | sparsity | " + " | ".join(titles) + " |",
+            "|---|---|" + "---|" * len(names),
+        ]
         for group in groups:
             cells = []
             for name in names:
@@ -266,27 +332,37 @@ def as_markdown(data: dict) -> str:
                     text += " ≈"
                 cells.append(text)
             lines.append(
-                f"| {_markdown_cell(group['label'])} | {percent(group['sparsity'])} | " + " | ".join(cells) + " |"
+                f"| {_markdown_cell(group['label'])} | {percent(group['sparsity'])} | "
+                + " | ".join(cells)
+                + " |"
             )
         parts.append(f"## {heading}\n\n" + "\n".join(lines) + "\n")
     parts.append(
-        "Intervals are 95 %: Student's t over training seeds where there are several, else a bootstrap over prompts. "
-        f"≈: the difference to {data['against']}, paired by prompt, is within noise.\n"
+        "Intervals are 95 %: Student's t over training seeds where there are several, else a"
+        f" bootstrap over prompts. ≈: the difference to {data['against']}, paired by prompt, is"
+        " within noise.\n"
     )
-    parts += [f"{data['metrics'][name]['title']}: {'; '.join(texts)}.\n" for name, texts in data["warnings"].items()]
+    parts += [
+        f"{data['metrics'][name]['title']}: {'; '.join(texts)}.\n"
+        for name, texts in data["warnings"].items()
+    ]
     missing = [f"- {name}: {why}" for name, why in data["unavailable"].items()]
     missing += [f"- {task}: not done: {why}" for task, why in data["lost"].items()]
-    missing += [f"- {row['variant']}, {row['file_name']}: failed: {row['error']}" for row in data["failed"]]
+    missing += [
+        f"- {row['variant']}, {row['file_name']}: failed: {row['error']}" for row in data["failed"]
+    ]
     if missing:
         parts.append("## Unavailable or failed\n\n" + "\n".join(missing) + "\n")
     return "\n".join(parts)
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write `run_dir`/report/: index.html, results.json, results.csv, results.md; returns the path of the page.
+    """Write `run_dir`/report/: index.html, results.json, results.csv, results.md; returns the path
+    of the page.
 
-    Reads run.json, and what there is of scores/, videos/ and block_maps/; or what `sla2 score` left there. Raises ValueError naming the file for one of
-    another form, OSError where the folder cannot be written.
+    Reads run.json, and what there is of scores/, videos/ and block_maps/; or what `sla2 score` left
+    there. Raises ValueError naming the file for one of another form, OSError where the folder
+    cannot be written.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -312,7 +388,9 @@ def write_report(run_dir: str | Path) -> Path:
         paper_charts=_paper_charts(),
         paper_source=paper()["source"],
         player={
-            "variants": [{"label": v["label"], "sparsity": percent(v["sparsity"] or 0)} for v in shown],
+            "variants": [
+                {"label": v["label"], "sparsity": percent(v["sparsity"] or 0)} for v in shown
+            ],
             "prompts": rows,
         },
         num_prompts_all=num_rows,
@@ -321,7 +399,9 @@ def write_report(run_dir: str | Path) -> Path:
         script=(templates / "report.js").read_text(),
     )
     out = run_dir / "report"
-    write_atomic(out / "results.json", json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(
+        out / "results.json", json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
     write_atomic(out / "results.csv", as_csv(data))
     write_atomic(out / "results.md", as_markdown(data))
     write_atomic(out / "index.html", page)

@@ -1,4 +1,6 @@
-"""Reads the folder of a run and gathers what its report says: groups of seeds, intervals, curves, maps, the paper's points."""
+"""Reads the folder of a run and gathers what its report says: groups of seeds, intervals, curves,
+maps, the paper's points.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def read_json(path: Path, what: str) -> dict:
 
 def _values(results: dict, metric: str) -> dict[tuple[str, str], float]:
     return {
-        (row["prompt"], row["file_name"]): row["scores"][metric] for row in results["videos"] if metric in row["scores"]
+        (row["prompt"], row["file_name"]): row["scores"][metric]
+        for row in results["videos"]
+        if metric in row["scores"]
     }
 
 
@@ -64,10 +68,20 @@ def _prompt_interval(values: dict[tuple[str, str], float]) -> Interval:
 
 
 def _cell(metric: str, kind: str, seeds: list[dict], full: dict | None) -> dict | None:
-    """One cell of the table: the mean over seeds and prompts, both intervals, and the difference to full attention."""
+    """One cell of the table: the mean over seeds and prompts, both intervals, and the difference to
+    full attention.
+    """
     if kind == "set":
-        values = [r["metrics"][metric]["mean"] for r in seeds if r["metrics"].get(metric, {}).get("mean") is not None]
-        return {"mean": sum(values) / len(values), "seeds": over_seeds(values).to_dict()} if values else None
+        values = [
+            r["metrics"][metric]["mean"]
+            for r in seeds
+            if r["metrics"].get(metric, {}).get("mean") is not None
+        ]
+        return (
+            {"mean": sum(values) / len(values), "seeds": over_seeds(values).to_dict()}
+            if values
+            else None
+        )
     per_seed = [values for results in seeds if (values := _values(results, metric))]
     if not per_seed:
         return None
@@ -81,9 +95,14 @@ def _cell(metric: str, kind: str, seeds: list[dict], full: dict | None) -> dict 
             cell["difference"] = difference
     elif kind == "unpaired" and full:
         by_name = {name: value for (_, name), value in _values(full, metric).items()}
-        difference = paired_difference(together, {key: by_name[key[1]] for key in together if key[1] in by_name})
+        difference = paired_difference(
+            together, {key: by_name[key[1]] for key in together if key[1] in by_name}
+        )
         if difference:
-            cell["difference"] = {**difference.to_dict(), "within_noise": not difference.excludes_zero}
+            cell["difference"] = {
+                **difference.to_dict(),
+                "within_noise": not difference.excludes_zero,
+            }
     return cell
 
 
@@ -101,9 +120,14 @@ def _run(run_dir: Path) -> tuple[dict, dict[str, dict]]:
     """The description of a run and the results of its variants by name."""
     run = read_json(run_dir / "run.json", "the description of a run")
     variants = run.get("variants")
-    if not isinstance(variants, list) or not variants or not all(isinstance(v, dict) and "name" in v for v in variants):
+    if (
+        not isinstance(variants, list)
+        or not variants
+        or not all(isinstance(v, dict) and "name" in v for v in variants)
+    ):
         raise ValueError(
-            f'{run_dir / "run.json"}: expected "variants", a list of objects with a "name", got another form'
+            f'{run_dir / "run.json"}: expected "variants", a list of objects with a "name", got'
+            " another form"
         )
     scored = {}
     for variant in variants:
@@ -114,7 +138,9 @@ def _run(run_dir: Path) -> tuple[dict, dict[str, dict]]:
 
 
 def _scores(run_dir: Path) -> tuple[dict, dict[str, dict]]:
-    """The results of `sla2 score` as a run of one variant of unknown sparsity, beside its reference if it had one."""
+    """The results of `sla2 score` as a run of one variant of unknown sparsity, beside its reference
+    if it had one.
+    """
     inputs, path = read_json(run_dir / INPUTS, "what was scored"), run_dir / "results.json"
     results = _checked(read_json(path, "results of scoring"), path)
     labels = {side: Path(source).stem for side, source in inputs.items()}
@@ -133,9 +159,11 @@ def _scores(run_dir: Path) -> tuple[dict, dict[str, dict]]:
 
 
 def gather(run_dir: Path) -> dict:
-    """What the report of a run, or of the results of `sla2 score`, says, without its videos and block maps.
+    """What the report of a run, or of the results of `sla2 score`, says, without its videos and
+    block maps.
 
-    Raises ValueError naming the file if run.json is missing or lacks "variants", or a results.json is of another form.
+    Raises ValueError naming the file if run.json is missing or lacks "variants", or a results.json
+    is of another form.
     """
     is_scores = _holds_scores(run_dir)
     run, scored = (_scores if is_scores else _run)(run_dir)
@@ -150,14 +178,23 @@ def gather(run_dir: Path) -> dict:
         group.setdefault("sparsities", []).append(variant.get("sparsity", 0.0))
     for group in groups.values():
         sparsities = group.pop("sparsities")
-        group["sparsity"] = None if None in sparsities else sum(map(float, sparsities)) / len(sparsities)
+        group["sparsity"] = (
+            None if None in sparsities else sum(map(float, sparsities)) / len(sparsities)
+        )
         group["reference"] = reference in group["names"]
         seeds = [scored[name] for name in group["names"] if name in scored]
         for metric, about in kinds.items():
             if about["kind"] != "unpaired" and group["reference"]:
                 continue
             if is_scores and group["reference"]:
-                cell = next(({"mean": r["metrics"][metric]["mean"]} for r in seeds if metric in r["metrics"]), None)
+                cell = next(
+                    (
+                        {"mean": r["metrics"][metric]["mean"]}
+                        for r in seeds
+                        if metric in r["metrics"]
+                    ),
+                    None,
+                )
             else:
                 full = None if is_scores or group["reference"] else scored.get(reference)
                 cell = _cell(metric, about["kind"], seeds, full)
@@ -168,7 +205,9 @@ def gather(run_dir: Path) -> dict:
         "title": run.get("title", run_dir.name),
         "reference": reference,
         "against": run.get("against", "full attention"),
-        "num_prompts": max((len({row["prompt"] for row in r["videos"]}) for r in scored.values()), default=0),
+        "num_prompts": max(
+            (len({row["prompt"] for row in r["videos"]}) for r in scored.values()), default=0
+        ),
         "num_videos": sum(_num_scored(results) for results in scored.values()),
         "metrics": kinds,
         "groups": _ordered(groups),
@@ -186,8 +225,12 @@ def gather(run_dir: Path) -> dict:
 
 
 def _checked(results: dict, path: Path) -> dict:
-    if results.get("format") != 1 or not all(key in results for key in ("metrics", "videos", "failed", "unavailable")):
-        raise ValueError(f"{path}: expected results of format 1, got format {results.get('format')!r}")
+    if results.get("format") != 1 or not all(
+        key in results for key in ("metrics", "videos", "failed", "unavailable")
+    ):
+        raise ValueError(
+            f"{path}: expected results of format 1, got format {results.get('format')!r}"
+        )
     return results
 
 
@@ -203,14 +246,19 @@ def _kinds(scored) -> dict[str, dict]:
             "source": found[name]["source"],
             "higher_is_better": found[name]["higher_is_better"],
         }
-        for name in sorted(found, key=lambda name: list(known).index(name) if name in known else len(known))
+        for name in sorted(
+            found, key=lambda name: list(known).index(name) if name in known else len(known)
+        )
     }
 
 
 def _ordered(groups: dict[str, dict]) -> list[dict]:
     """Full attention first, then the families as they appear, each by sparsity."""
     families = list(dict.fromkeys(group["family"] for group in groups.values()))
-    return sorted(groups.values(), key=lambda g: (not g["reference"], families.index(g["family"]), g["sparsity"] or 0))
+    return sorted(
+        groups.values(),
+        key=lambda g: (not g["reference"], families.index(g["family"]), g["sparsity"] or 0),
+    )
 
 
 def _num_scored(results: dict) -> int:
@@ -220,7 +268,9 @@ def _num_scored(results: dict) -> int:
 
 
 def _failed(scored: dict[str, dict]) -> list[dict]:
-    return [{"variant": name, **row} for name, results in scored.items() for row in results["failed"]]
+    return [
+        {"variant": name, **row} for name, results in scored.items() for row in results["failed"]
+    ]
 
 
 def _warnings(scored: dict[str, dict]) -> dict[str, list[str]]:
@@ -233,11 +283,19 @@ def _warnings(scored: dict[str, dict]) -> dict[str, list[str]]:
 
 
 def _unavailable(scored: dict[str, dict]) -> dict[str, str]:
-    return dict(sorted({n: why for results in scored.values() for n, why in results["unavailable"].items()}.items()))
+    return dict(
+        sorted(
+            {
+                n: why for results in scored.values() for n, why in results["unavailable"].items()
+            }.items()
+        )
+    )
 
 
 def _speed(run_dir: Path, groups: list[dict]) -> list[dict]:
-    """Seconds a video, by wall clock while it was generated, from the speed.jsonl that generation leaves."""
+    """Seconds a video, by wall clock while it was generated, from the speed.jsonl that generation
+    leaves.
+    """
     rows, full = [], None
     for group in groups:
         videos = seconds = 0.0
@@ -251,7 +309,11 @@ def _speed(run_dir: Path, groups: list[dict]) -> list[dict]:
             full = each if group["reference"] else full
             against = f"{full / each:.2f} x" if full else "–"
             rows.append(
-                {"variant": group["label"], "seconds a video": round(each, 3), "against full attention": against}
+                {
+                    "variant": group["label"],
+                    "seconds a video": round(each, 3),
+                    "against full attention": against,
+                }
             )
     return rows
 
@@ -264,7 +326,9 @@ def _versions(run: dict, scored: dict[str, dict]) -> dict[str, str]:
 
 
 def paper() -> dict:
-    """The paper's own points by model, metric and family: [{"sparsity", "value"}], and full attention's value."""
+    """The paper's own points by model, metric and family: [{"sparsity", "value"}], and full
+    attention's value.
+    """
     tables = json.loads((files("sla2_eval") / "templates" / "paper_tables.json").read_text())
     columns = tables["columns"]
     models = {}
@@ -274,18 +338,25 @@ def paper() -> dict:
             column = columns.index(code)
             families = {
                 PAPER_FAMILIES[family]: [
-                    {"sparsity": row[columns.index("sparsity")], "value": row[column]} for row in points.values()
+                    {"sparsity": row[columns.index("sparsity")], "value": row[column]}
+                    for row in points.values()
                 ]
                 for family in PAPER_FAMILIES
                 if (points := tables[model].get(family))
             }
-            by_metric[code] = {"title": name, "full": tables[model]["full"]["0"][column], "families": families}
+            by_metric[code] = {
+                "title": name,
+                "full": tables[model]["full"]["0"][column],
+                "families": families,
+            }
         models[model] = {"title": title, "metrics": by_metric}
     return {"source": tables["source"], "models": models}
 
 
 def first_of_each(run_dir: Path, data: dict) -> list[dict]:
-    """Variants to show: the first seed of every group whose folder of videos is there, with its entries by file name."""
+    """Variants to show: the first seed of every group whose folder of videos is there, with its
+    entries by file name.
+    """
     shown = []
     inputs = read_json(run_dir / INPUTS, "what was scored") if _holds_scores(run_dir) else {}
     for group in data["groups"]:
@@ -295,6 +366,11 @@ def first_of_each(run_dir: Path, data: dict) -> list[dict]:
         except ValueError:
             continue
         shown.append(
-            {"name": group["names"][0], "label": group["label"], "entries": entries, "sparsity": group["sparsity"]}
+            {
+                "name": group["names"][0],
+                "label": group["label"],
+                "entries": entries,
+                "sparsity": group["sparsity"],
+            }
         )
     return shown

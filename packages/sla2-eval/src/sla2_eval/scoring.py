@@ -1,7 +1,9 @@
-"""Scores a folder of videos: plans tasks, hands them to workers, survives what fails, and writes results.json.
+"""Scores a folder of videos: plans tasks, hands them to workers, survives what fails, and writes
+results.json.
 
-The driver alone writes to disk. Results are kept per video in a store, so a rerun does what is missing; results.json is
-made from the store alone, in the order of file names, so that it does not depend on the number of workers or on reruns.
+The driver alone writes to disk. Results are kept per video in a store, so a rerun does what is
+missing; results.json is made from the store alone, in the order of file names, so that it does not
+depend on the number of workers or on reruns.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ Progress = Callable[[str, int, int], None]
 
 
 class ScoringError(RuntimeError):
-    """Some videos could not be scored; `results` holds what results.json says, with the reasons under "failed"."""
+    """Some videos could not be scored; `results` holds what results.json says, with the reasons
+    under "failed".
+    """
 
     def __init__(self, message: str, results: dict):
         super().__init__(message)
@@ -48,7 +52,9 @@ class _Task:
     attempts: int = 0
 
     def narrow(self, known: Container[str]) -> list[str]:
-        """Leave out the metrics that turned out to be unavailable; returns those the video itself still needed."""
+        """Leave out the metrics that turned out to be unavailable; returns those the video itself
+        still needed.
+        """
         gone = [name for name in self.wanted if name not in known]
         self.wanted = [name for name in self.wanted if name in known]
         self.reference_wanted = [name for name in self.reference_wanted if name in known]
@@ -67,7 +73,13 @@ class _Task:
 class _Run:
     """The state of one call of `score`."""
 
-    def __init__(self, chosen: dict[str, MetricSpec], settings: dict[str, dict], decoder: str, store: ResultStore):
+    def __init__(
+        self,
+        chosen: dict[str, MetricSpec],
+        settings: dict[str, dict],
+        decoder: str,
+        store: ResultStore,
+    ):
         self.settings, self.decoder, self.store = settings, decoder, store
         self.unavailable: dict[str, str] = {}
         self.specs: dict[str, MetricSpec] = {}
@@ -79,17 +91,32 @@ class _Run:
             self.specs[name] = spec
             self.weights[name] = _weight_digests(spec, settings.get(name, {}))
         self.digests: dict[Path, str] = {}
-        self.failures: dict[tuple[str, str, str], str] = {}  # (side, file name, metric or "*") -> error
+        self.failures: dict[
+            tuple[str, str, str], str
+        ] = {}  # (side, file name, metric or "*") -> error
         self.results: dict[tuple[str, str, str], dict] = {}  # (side, file name, metric) -> result
 
     def used_settings(self, spec: MetricSpec) -> dict:
-        """What a result depends on beside the video: all settings, with file contents in place of file names."""
-        given = {k: v for k, v in self.settings.get(spec.name, {}).items() if k not in ("files", "digests")}
-        used = {**spec.settings, **given, "revision": spec.revision, "weights": self.weights[spec.name]}
+        """What a result depends on beside the video: all settings, with file contents in place of
+        file names.
+        """
+        given = {
+            k: v
+            for k, v in self.settings.get(spec.name, {}).items()
+            if k not in ("files", "digests")
+        }
+        used = {
+            **spec.settings,
+            **given,
+            "revision": spec.revision,
+            "weights": self.weights[spec.name],
+        }
         return used if self.decoder == "pyav" else {**used, "decoder": self.decoder}
 
     def key(self, spec: MetricSpec, entry: Entry, reference: Entry | None) -> tuple[str, str, str]:
-        """Where the store keeps the result of a metric for a video and, if paired, its reference."""
+        """Where the store keeps the result of a metric for a video and, if paired, its
+        reference.
+        """
         used = self.used_settings(spec)
         if spec.kind == "paired":
             used["reference"] = self.digests[reference.path]
@@ -105,8 +132,14 @@ class _Run:
                     raise OSError("a pipe")  # reading it would wait for ever
                 self.digests[entry.path] = file_digest(entry.path)
             except OSError as error:
-                reason = "nothing there" if isinstance(error, FileNotFoundError) else error.strerror or one_line(error)
-                self.failures[side, entry.file_name, "*"] = f"{entry.path}: expected a video file, got {reason}"
+                reason = (
+                    "nothing there"
+                    if isinstance(error, FileNotFoundError)
+                    else error.strerror or one_line(error)
+                )
+                self.failures[side, entry.file_name, "*"] = (
+                    f"{entry.path}: expected a video file, got {reason}"
+                )
                 return False
         return True
 
@@ -123,7 +156,9 @@ class _Run:
                 self.results[side, entry.file_name, name] = stored
         return wanted
 
-    def keep(self, side: str, entry: Entry, reference: Entry | None, results: dict[str, dict]) -> None:
+    def keep(
+        self, side: str, entry: Entry, reference: Entry | None, results: dict[str, dict]
+    ) -> None:
         """Store what a worker returned."""
         for name, result in results.items():
             self.store.put(*self.key(self.specs[name], entry, reference), result)
@@ -131,7 +166,9 @@ class _Run:
 
     def drop(self, name: str, reason: str) -> None:
         """A metric turned out to be unavailable in a worker."""
-        self.unavailable[name] = reason if reason.startswith("unavailable") else f"unavailable: {reason}"
+        self.unavailable[name] = (
+            reason if reason.startswith("unavailable") else f"unavailable: {reason}"
+        )
         self.specs.pop(name, None)
 
 
@@ -140,18 +177,26 @@ def _weight_digests(spec: MetricSpec, settings: dict) -> dict[str, str]:
         return {}
     from sla2_eval import weights
 
-    return {name: file_digest(weights.path_of(name, settings.get("files"))) for name in spec.weights}
+    return {
+        name: file_digest(weights.path_of(name, settings.get("files"))) for name in spec.weights
+    }
 
 
 def _plan(run: _Run, videos: list[Entry], references: list[Entry] | None) -> list[_Task]:
-    """Tasks for what the store lacks. A reference is decoded beside its video, or alone where only sets want it."""
+    """Tasks for what the store lacks. A reference is decoded beside its video, or alone where only
+    sets want it.
+    """
     tasks, paired_names = [], set()
     for entry, reference in pair(videos, references or []):
         if not run.read_digest("video", entry):
             continue
         if reference:
             paired_names.add(reference.file_name)
-        if references is not None and reference is None and any(s.kind == "paired" for s in run.specs.values()):
+        if (
+            references is not None
+            and reference is None
+            and any(s.kind == "paired" for s in run.specs.values())
+        ):
             run.failures["video", entry.file_name, "reference"] = (
                 f"{entry.path}: expected a reference video of the same name, got none"
             )
@@ -167,7 +212,9 @@ def _plan(run: _Run, videos: list[Entry], references: list[Entry] | None) -> lis
     if any(spec.kind == "set" for spec in run.specs.values()):
         for entry in references or []:
             if entry.file_name not in paired_names and run.read_digest("reference", entry):
-                wanted = [n for n in run.missing("reference", entry, None) if run.specs[n].kind == "set"]
+                wanted = [
+                    n for n in run.missing("reference", entry, None) if run.specs[n].kind == "set"
+                ]
                 if wanted:
                     tasks.append(_Task(entry, None, wanted, [], side="reference"))
     return tasks
@@ -181,22 +228,33 @@ def _finish(run: _Run, task: _Task, outcome: dict | WorkerDied) -> bool:
         if last:
             why = f" ({outcome})" if str(outcome).startswith("exit") else ""
             run.failures[side, task.video.file_name, "*"] = (
-                f"{task.video.path}: expected a video that scores, got a worker that died {ATTEMPTS} times{why}"
+                f"{task.video.path}: expected a video that scores, got a worker that died"
+                f" {ATTEMPTS} times{why}"
             )
         return not last
     for name, reason in outcome["unavailable"].items():
         run.drop(name, reason)
     known = run.specs.keys()
-    run.keep(side, task.video, task.reference, {n: r for n, r in outcome["results"].items() if n in known})
+    run.keep(
+        side,
+        task.video,
+        task.reference,
+        {n: r for n, r in outcome["results"].items() if n in known},
+    )
     if task.reference:
         run.keep(
-            "reference", task.reference, None, {n: r for n, r in outcome["reference_results"].items() if n in known}
+            "reference",
+            task.reference,
+            None,
+            {n: r for n, r in outcome["reference_results"].items() if n in known},
         )
     errors, reference_errors = outcome["errors"], outcome["reference_errors"]
     if "*" not in errors:
         unpaired_done = set(outcome["results"]) | set(outcome["unavailable"])
         task.wanted = [name for name in task.wanted if name not in unpaired_done]
-        task.reference_wanted = [n for n in task.reference_wanted if n not in outcome["reference_results"]]
+        task.reference_wanted = [
+            n for n in task.reference_wanted if n not in outcome["reference_results"]
+        ]
     if not errors and not reference_errors:
         return False
     if last:
@@ -213,7 +271,9 @@ def _finish(run: _Run, task: _Task, outcome: dict | WorkerDied) -> bool:
 class _Counter:
     """Progress of each metric over the videos."""
 
-    def __init__(self, progress: Progress | None, names: Iterable[str], total: int, tasks: list[_Task]):
+    def __init__(
+        self, progress: Progress | None, names: Iterable[str], total: int, tasks: list[_Task]
+    ):
         self.progress, self.total = progress, total
         waiting = [name for task in tasks if task.side == "video" for name in task.wanted]
         self.done = {name: total - waiting.count(name) - 1 for name in names}
@@ -228,9 +288,16 @@ class _Counter:
 
 
 def _execute(
-    run: _Run, tasks: list[_Task], counter: _Counter, device: str, num_workers: int, address: str | None
+    run: _Run,
+    tasks: list[_Task],
+    counter: _Counter,
+    device: str,
+    num_workers: int,
+    address: str | None,
 ) -> int:
-    """Run the tasks; returns how many workers died. Failing ones go to the end of the queue until their last attempt."""
+    """Run the tasks; returns how many workers died. Failing ones go to the end of the queue until
+    their last attempt.
+    """
     deaths = 0
     waiting = deque(range(len(tasks)))
     started: set[int] = set()
@@ -262,7 +329,9 @@ def _execute(
     return deaths
 
 
-def _chosen(names, settings: dict, reference, num_workers: int, device: str) -> dict[str, MetricSpec]:
+def _chosen(
+    names, settings: dict, reference, num_workers: int, device: str
+) -> dict[str, MetricSpec]:
     """The metrics asked for; raises ValueError for a bad argument of `score`."""
     chosen = metrics.select(names)
     for name, given in settings.items():
@@ -271,7 +340,9 @@ def _chosen(names, settings: dict, reference, num_workers: int, device: str) -> 
         for key in given:
             known = [*chosen[name].settings, "files"]
             if key not in (*known, "digests"):
-                raise ValueError(f"settings: expected {', '.join(known)} or digests for {name}, got {key!r}")
+                raise ValueError(
+                    f"settings: expected {', '.join(known)} or digests for {name}, got {key!r}"
+                )
     if reference is None:
         paired = [name for name, spec in chosen.items() if spec.kind != "unpaired"]
         if paired:
@@ -302,14 +373,16 @@ def score(
 
     The VBench dimensions among them are also in `out`/vbench_eval_results.json, in VBench's form.
 
-    `videos`, `reference`: folders or JSONL manifests, paired by file name. `metrics`: names of `metrics.specs()`.
-    `num_workers`: 1 is a child process, more are Ray actors, of the cluster at `ray_address` if given ("auto" finds one).
-    `progress(metric, done, total)` is called as videos finish. `settings`: by metric, over the metric's defaults.
-    `decoder`: "pyav", or "torchcodec" where it is installed and finds an FFmpeg. `store`: where results are kept for
-    reruns, `out`/store if not given; several runs may share one.
+    `videos`, `reference`: folders or JSONL manifests, paired by file name. `metrics`: names of
+    `metrics.specs()`. `num_workers`: 1 is a child process, more are Ray actors, of the cluster at
+    `ray_address` if given ("auto" finds one). `progress(metric, done, total)` is called as videos
+    finish. `settings`: by metric, over the metric's defaults. `decoder`: "pyav", or "torchcodec"
+    where it is installed and finds an FFmpeg. `store`: where results are kept for reruns,
+    `out`/store if not given; several runs may share one.
 
-    Raises ValueError for bad arguments and manifests, OSError if results cannot be written, and ScoringError, after
-    results.json is written, if any video failed and `allow_failures` is not set.
+    Raises ValueError for bad arguments and manifests, OSError if results cannot be written, and
+    ScoringError, after results.json is written, if any video failed and `allow_failures` is not
+    set.
     """
     started = time.time()
     names = list(metrics)
@@ -327,16 +400,32 @@ def score(
     deaths = _execute(run, tasks, counter, device, num_workers, ray_address) if tasks else 0
     results = document(run, entries, references, names)
     inputs = {"videos": videos} | ({} if reference is None else {"reference": reference})
-    write_atomic(out / INPUTS, json.dumps({side: str(Path(path).resolve()) for side, path in inputs.items()}) + "\n")
-    write_atomic(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(
+        out / INPUTS,
+        json.dumps({side: str(Path(path).resolve()) for side, path in inputs.items()}) + "\n",
+    )
+    write_atomic(
+        out / "results.json",
+        json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+    )
     if theirs := as_vbench(results):
-        write_atomic(out / "vbench_eval_results.json", json.dumps(theirs, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(
+            out / "vbench_eval_results.json",
+            json.dumps(theirs, indent=1, ensure_ascii=False) + "\n",
+        )
     else:
         (out / "vbench_eval_results.json").unlink(missing_ok=True)  # of an earlier run
-    timing = {"seconds": round(time.time() - started, 3), "tasks": len(tasks), "workers": num_workers, "deaths": deaths}
+    timing = {
+        "seconds": round(time.time() - started, 3),
+        "tasks": len(tasks),
+        "workers": num_workers,
+        "deaths": deaths,
+    }
     write_atomic(out / "timing.json", json.dumps(timing) + "\n")
     if results["failed"] and not allow_failures:
         broken = {row["file_name"] for row in results["failed"]}
         first = results["failed"][0]["error"]
-        raise ScoringError(f"{len(broken)} of {len(entries)} videos failed, the first with: {first}", results)
+        raise ScoringError(
+            f"{len(broken)} of {len(entries)} videos failed, the first with: {first}", results
+        )
     return results

@@ -1,4 +1,6 @@
-"""YAML settings of the commands, validated: an unknown key or a wrong value is one line that names the file and the key."""
+"""YAML settings of the commands, validated: an unknown key or a wrong value is one line that names
+the file and the key.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class Settings(BaseModel):
 
 
 class AttentionSettings(Settings):
-    """Fields of SLA2Config that a settings file may set; head_dim and num_heads come from the model."""
+    """Fields of SLA2Config that a settings file may set; head_dim and num_heads come from the
+    model.
+    """
 
     topk: float = Field(0.03, gt=0, le=1)
     block_q: int = Field(32, ge=1)
@@ -40,7 +44,9 @@ class AttentionSettings(Settings):
 
 
 class DataSettings(Settings):
-    """Captioned videos to train on: a folder, or `num_videos` of the built-in scenes, written as mp4 files."""
+    """Captioned videos to train on: a folder, or `num_videos` of the built-in scenes, written as
+    mp4 files.
+    """
 
     videos: Path | None = None
     num_videos: int = Field(256, ge=1)
@@ -76,7 +82,9 @@ class Stage2Settings(Settings):
 
 
 class SamplingSettings(Settings):
-    """How videos are sampled: Euler steps, classifier-free guidance, and how many videos at a time."""
+    """How videos are sampled: Euler steps, classifier-free guidance, and how many
+    videos at a time.
+    """
 
     steps: int = Field(20, ge=1)
     guidance: float = Field(2.0, ge=0)
@@ -86,7 +94,9 @@ class SamplingSettings(Settings):
 
 
 class GridSettings(SamplingSettings):
-    """Sampling of every variant of a grid: the first `num_prompts` lines of `prompts` (None: the built-in scenes)."""
+    """Sampling of every variant of a grid: the first `num_prompts` lines of `prompts` (None: the
+    built-in scenes).
+    """
 
     prompts: Path | None = None
     num_prompts: int = Field(24, ge=1)
@@ -95,7 +105,8 @@ class GridSettings(SamplingSettings):
 class VariantSettings(Settings):
     """One variant of a grid: what differs from the base, and how it is trained.
 
-    `train_precision` is the sparse branch's precision in stage 2; None trains in the precision it runs in (QAT).
+    `train_precision` is the sparse branch's precision in stage 2; None trains in the precision it
+    runs in (QAT).
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
@@ -107,7 +118,9 @@ class VariantSettings(Settings):
 
 
 class AblationSettings(Settings):
-    """`sla2 ablate` and `sla2 quickstart`: a grid of variants over seeds, each compared with full attention."""
+    """`sla2 ablate` and `sla2 quickstart`: a grid of variants over seeds, each compared with full
+    attention.
+    """
 
     title: str = "SLA2 ablation"
     model: str = "tiny"
@@ -124,7 +137,9 @@ class AblationSettings(Settings):
 
 
 class TeacherSettings(Settings):
-    """`sla2 train teacher`: fields of TeacherConfig, and a folder of captioned videos instead of the built-in scenes."""
+    """`sla2 train teacher`: fields of TeacherConfig, and a folder of captioned videos instead of
+    the built-in scenes.
+    """
 
     videos: Path | None = None
     num_videos: int = Field(6000, ge=1)
@@ -168,7 +183,9 @@ def _known_keys(model: type[BaseModel], location: tuple) -> list[str]:
 
 
 def validate(values: object, model: type[Model], where: str) -> Model:
-    """`values` as `model`. Raises SettingsError, one line beginning with `where`, for the first thing that is wrong."""
+    """`values` as `model`. Raises SettingsError, one line beginning with `where`, for the first
+    thing that is wrong.
+    """
     if not isinstance(values, dict):
         raise SettingsError(f"{where}: expected keys and values, got {type(values).__name__}")
     try:
@@ -182,13 +199,16 @@ def validate(values: object, model: type[Model], where: str) -> Model:
         if first["type"] == "missing":
             raise SettingsError(f"{where}: {key}: expected a value, got none") from None
         message = first["msg"][0].lower() + first["msg"][1:]
-        raise SettingsError(f"{where}: {key}: {message}, got {str(first['input'])[:80]!r}") from None
+        raise SettingsError(
+            f"{where}: {key}: {message}, got {str(first['input'])[:80]!r}"
+        ) from None
 
 
 def load_settings(path: str | Path, model: type[Model]) -> Model:
     """Read a YAML file as `model`; relative paths in it are resolved against its folder.
 
-    Raises SettingsError naming the file, and the line or key, if it is missing, not YAML, or holds unknown or wrong values.
+    Raises SettingsError naming the file, and the line or key, if it is missing, not YAML, or holds
+    unknown or wrong values.
     """
     path = Path(path)
     try:

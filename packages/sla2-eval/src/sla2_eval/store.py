@@ -1,4 +1,6 @@
-"""One small JSON file per (sha256 of the video, metric, hash of the settings): written whole, verified when read."""
+"""One small JSON file per (sha256 of the video, metric, hash of the settings): written whole,
+verified when read.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from pathlib import Path
 
 def canonical(value: object) -> str:
     """JSON with sorted keys and no spaces; refuses NaN and infinities with a ValueError."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
 
 
 def digest(value: object) -> str:
@@ -26,7 +30,9 @@ def file_digest(path: Path) -> str:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write `data` in place only when complete and on disk. Raises OSError, leaving nothing behind."""
+    """Write `data` in place only when complete and on disk. Raises OSError, leaving
+    nothing behind.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex}.partial")
     try:
@@ -40,7 +46,9 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 class ResultStore:
-    """Results under `root`/<metric>/<first two digits>/<video>-<settings>.json. Several runs may share one."""
+    """Results under `root`/<metric>/<first two digits>/<video>-<settings>.json. Several runs may
+    share one.
+    """
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
@@ -50,7 +58,9 @@ class ResultStore:
         return self.root / metric / video[:2] / f"{video}-{settings[:16]}.json"
 
     def get(self, video: str, metric: str, settings: str) -> dict | None:
-        """The stored result, or None if there is none, or if what is there is damaged or answers another question."""
+        """The stored result, or None if there is none, or if what is there is damaged or answers
+        another question.
+        """
         try:
             entry = json.loads(self.path(video, metric, settings).read_text(encoding="utf-8"))
             key = {"video": video, "metric": metric, "settings": settings}
@@ -61,7 +71,9 @@ class ResultStore:
         return None
 
     def put(self, video: str, metric: str, settings: str, result: dict) -> None:
-        """Store a result. Raises OSError (a full disk, an unwritable folder), leaving nothing half-written."""
+        """Store a result. Raises OSError (a full disk, an unwritable folder), leaving nothing
+        half-written.
+        """
         key = {"video": video, "metric": metric, "settings": settings}
         entry = {"key": key, "result": result, "digest": digest(result)}
         write_atomic(self.path(video, metric, settings), canonical(entry) + "\n")

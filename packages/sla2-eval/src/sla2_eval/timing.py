@@ -1,4 +1,6 @@
-"""Timing of several functions in one process: interleaved, each repetition between two events, median and spread."""
+"""Timing of several functions in one process: interleaved, each repetition between two events,
+median and spread.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,11 @@ def interleave(
     warmups: int = 2,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict]:
-    """Milliseconds of each case: {"median", "low", "high"} (quartiles), or {"error"} in one line for one that fails.
+    """Milliseconds of each case: {"median", "low", "high"} (quartiles), or {"error"} in one line
+    for one that fails.
 
-    Each repetition runs every case once, so that a change of the machine's speed meets all alike. `clock(f)` runs f and
-    returns its milliseconds.
+    Each repetition runs every case once, so that a change of the machine's speed meets all alike.
+    `clock(f)` runs f and returns its milliseconds.
     """
     times: dict[str, list[float]] = {}
     found: dict[str, dict] = {}
@@ -32,7 +35,9 @@ def interleave(
             times[name].append(clock(cases[name]))
         report(repetition + 1, repetitions)
     for name, values in times.items():
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        low, median, high = (
+            statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        )
         found[name] = {"median": median, "low": low, "high": high}
     return {name: found[name] for name in cases}
 

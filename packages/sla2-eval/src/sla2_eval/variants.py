@@ -1,4 +1,6 @@
-"""Variants of a model from the same noise: an adapter each, the videos spread over processes or over GPUs with Ray."""
+"""Variants of a model from the same noise: an adapter each, the videos spread over processes or
+over GPUs with Ray.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +34,21 @@ def generate_part(
     stage: str = "generate",
     report: Report = silent,
 ) -> None:
-    """Load the model and write the videos of these requests that are not there yet: the work of one process."""
+    """Load the model and write the videos of these requests that are not there yet: the work of one
+    process.
+    """
     if all((folder / request.file_name).exists() for request in requests):
         report(stage, len(requests), len(requests))
         return
-    write_videos(load_generator(model, adapter), requests, folder, config, stage=stage, report=report)
+    write_videos(
+        load_generator(model, adapter), requests, folder, config, stage=stage, report=report
+    )
 
 
 def read_variants(given: Sequence[str], out: Path) -> dict[Path, str | None]:
-    """NAME=ADAPTER, or NAME=full for full attention -> {folder below `out`: adapter or None}. Raises ValueError."""
+    """NAME=ADAPTER, or NAME=full for full attention -> {folder below `out`: adapter or None}.
+    Raises ValueError.
+    """
     found: dict[Path, str | None] = {}
     for text in given:
         name, _, adapter = text.partition("=")
@@ -63,21 +71,25 @@ def generate_variants(
     ray_address: str | None = None,
     report: Report = silent,
 ) -> list[Path]:
-    """Write `{prompt}-{index}.mp4` and a manifest into the folder of each variant; finished files are not done twice.
+    """Write `{prompt}-{index}.mp4` and a manifest into the folder of each variant; finished files
+    are not done twice.
 
-    Every variant starts from the same noise. On a machine with several GPUs, or the Ray cluster at `ray_address` ("auto"
-    finds one), each variant's videos are shared by all GPUs, one Ray task each; else by `workers` processes of one thread,
-    or done here. The nodes of a cluster must see model, adapters and folders under the same paths.
+    Every variant starts from the same noise. On a machine with several GPUs, or the Ray cluster at
+    `ray_address` ("auto" finds one), each variant's videos are shared by all GPUs, one Ray task
+    each; else by `workers` processes of one thread, or done here. The nodes of a cluster must see
+    model, adapters and folders under the same paths.
 
     Args:
-        variants: {folder: adapter, or None for full attention}. indices: numbers of the videos of each prompt.
+        variants: {folder: adapter, or None for full attention}. indices: numbers of the videos of
+            each prompt.
 
     Returns:
         The manifests, in the order of `variants`.
 
     Raises:
-        ValueError: as generate; an adapter that is no folder, an address of no cluster. OSError: a folder that cannot be
-            written. RuntimeError: Ray cannot be started or joined, or workers died over some videos every time.
+        ValueError: as generate; an adapter that is no folder, an address of no cluster. OSError: a
+            folder that cannot be written. RuntimeError: Ray cannot be started or joined, or workers
+            died over some videos every time.
     """
     if ray_address is not None:
         check_address(ray_address)
@@ -95,7 +107,11 @@ def generate_variants(
             name = f"videos in {folder}" if len(variants) > 1 else "generate"
             for number in range(parts):
                 stage = f"{name}, part {number + 1} of {parts}" if parts > 1 else name
-                arguments = {"model": model, "adapter": adapter, "requests": requests[number::parts]}
+                arguments = {
+                    "model": model,
+                    "adapter": adapter,
+                    "requests": requests[number::parts],
+                }
                 arguments |= {"folder": folder, "config": config, "stage": stage}
                 tasks[stage] = Task("sla2_eval.variants:generate_part", arguments)
         pool.run(tasks)

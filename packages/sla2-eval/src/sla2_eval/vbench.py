@@ -1,4 +1,6 @@
-"""To the original VBench and back: the folder and info file it expects, its own command, and its results."""
+"""To the original VBench and back: the folder and info file it expects, its own command, and its
+results.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def dimensions() -> list[str]:
 
 
 def as_vbench(results: dict) -> dict[str, list]:
-    """The VBench dimensions of a results.json in VBench's form, {dimension: [mean, [{video_path, video_results}]]}."""
+    """The VBench dimensions of a results.json in VBench's form, {dimension: [mean, [{video_path,
+    video_results}]]}.
+    """
     found = {}
     for name, about in results["metrics"].items():
         rows = [
@@ -31,24 +35,37 @@ def as_vbench(results: dict) -> dict[str, list]:
             if name in row["scores"]
         ]
         if about.get("vbench") and rows:
-            found[about["vbench"]] = [math.fsum(row["video_results"] for row in rows) / len(rows), rows]
+            found[about["vbench"]] = [
+                math.fsum(row["video_results"] for row in rows) / len(rows),
+                rows,
+            ]
     return found
 
 
 def export(videos: str | Path, out: str | Path, chosen: list[str] | None = None) -> Path:
-    """Write `out`/videos in VBench's naming, indices from 0 for each prompt, and `out`/VBench_full_info.json.
+    """Write `out`/videos in VBench's naming, indices from 0 for each prompt, and
+    `out`/VBench_full_info.json.
 
-    Files are linked where the file system can, else copied. `chosen`: dimensions, all known ones if None. Raises
-    ValueError for an unknown dimension, a prompt that cannot be part of a file name, or a video that is not there.
+    Files are linked where the file system can, else copied. `chosen`: dimensions, all known ones if
+    None. Raises ValueError for an unknown dimension, a prompt that cannot be part of a file name,
+    or a video that is not there.
     """
     known, out = dimensions(), Path(out)
     chosen = known if chosen is None else chosen
     for dimension in chosen:
         if dimension not in known:
-            raise ValueError(f"dimensions: expected names among {', '.join(known)}, got {dimension!r}")
-    entries = sorted(read_manifest(videos), key=lambda entry: (entry.prompt, entry.index, entry.file_name))
-    if inside := next((e.path for e in entries if e.path.resolve().is_relative_to((out / VIDEOS).resolve())), None):
-        raise ValueError(f"{out}: expected a folder for copies, got one whose {VIDEOS}/ holds {inside} itself")
+            raise ValueError(
+                f"dimensions: expected names among {', '.join(known)}, got {dimension!r}"
+            )
+    entries = sorted(
+        read_manifest(videos), key=lambda entry: (entry.prompt, entry.index, entry.file_name)
+    )
+    if inside := next(
+        (e.path for e in entries if e.path.resolve().is_relative_to((out / VIDEOS).resolve())), None
+    ):
+        raise ValueError(
+            f"{out}: expected a folder for copies, got one whose {VIDEOS}/ holds {inside} itself"
+        )
     names: dict[str, str] = {}
     lists: dict[str, list[str]] = {}
     for entry in entries:
@@ -58,7 +75,8 @@ def export(videos: str | Path, out: str | Path, chosen: list[str] | None = None)
         name = f"{entry.prompt}-{index}.mp4"
         if "/" in name or "\0" in name or len(name.encode()) > 255:
             raise ValueError(
-                f"{entry.file_name}: expected a prompt that VBench can use as a file name, got {entry.prompt!r}"
+                f"{entry.file_name}: expected a prompt that VBench can use as a file name, got"
+                f" {entry.prompt!r}"
             )
         names[name] = entry.file_name
         lists[entry.prompt].append(str((out / VIDEOS / name).resolve()))
@@ -67,14 +85,19 @@ def export(videos: str | Path, out: str | Path, chosen: list[str] | None = None)
         (out / VIDEOS / name).unlink(missing_ok=True)
     for entry, name in zip(entries, names, strict=True):
         _link(entry.path, out / VIDEOS / name)
-    info = [{"prompt_en": prompt, "dimension": chosen, "video_list": paths} for prompt, paths in lists.items()]
+    info = [
+        {"prompt_en": prompt, "dimension": chosen, "video_list": paths}
+        for prompt, paths in lists.items()
+    ]
     write_atomic(out / NAMES, json.dumps(names, indent=1, ensure_ascii=False) + "\n")
     write_atomic(out / INFO, json.dumps(info, indent=1, ensure_ascii=False) + "\n")
     return out / INFO
 
 
 def _exported(out: Path) -> dict[str, str]:
-    """What an earlier export wrote into `out`/videos: the videos' own names by those it gave them."""
+    """What an earlier export wrote into `out`/videos: the videos' own names by those it
+    gave them.
+    """
     return json.loads((out / NAMES).read_text(encoding="utf-8")) if (out / NAMES).is_file() else {}
 
 
@@ -94,9 +117,18 @@ def run(out: str | Path, chosen: list[str]) -> dict[str, dict]:
     out = Path(out)
     command = shutil.which("vbench")
     if command is None:
-        raise RuntimeError("vbench: expected the vbench command (pip install vbench, a GPU), got none on the path")
+        raise RuntimeError(
+            "vbench: expected the vbench command (pip install vbench, a GPU), got none on the path"
+        )
     for dimension in chosen:
-        arguments = ["--videos_path", str(out / VIDEOS), "--full_json_dir", str(out / INFO), "--output_path", str(out)]
+        arguments = [
+            "--videos_path",
+            str(out / VIDEOS),
+            "--full_json_dir",
+            str(out / INFO),
+            "--output_path",
+            str(out),
+        ]
         done = subprocess.run(
             [command, "evaluate", *arguments, "--dimension", dimension],
             capture_output=True,
@@ -105,15 +137,18 @@ def run(out: str | Path, chosen: list[str]) -> dict[str, dict]:
         )
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-            raise RuntimeError(f"vbench evaluate --dimension {dimension}: exit code {done.returncode}: {last}")
+            raise RuntimeError(
+                f"vbench evaluate --dimension {dimension}: exit code {done.returncode}: {last}"
+            )
     return read(out)
 
 
 def read(out: str | Path) -> dict[str, dict]:
-    """The results that VBench left in a folder: {dimension: {"mean", "normalised", "videos": {file name: value}}}.
+    """The results that VBench left in a folder: {dimension: {"mean", "normalised", "videos": {file
+    name: value}}}.
 
-    File names are those of the exported videos before their renaming. Raises ValueError naming the file for one of
-    another form, and if there is none.
+    File names are those of the exported videos before their renaming. Raises ValueError naming the
+    file for one of another form, and if there is none.
     """
     out = Path(out)
     paths = sorted(out.glob("*_eval_results.json"))
@@ -128,7 +163,9 @@ def read(out: str | Path) -> dict[str, dict]:
                 values = {Path(row["video_path"]).name: float(row["video_results"]) for row in rows}
                 found[dimension] = {
                     "mean": float(mean),
-                    "normalised": specs[dimension].normalised(float(mean)) if dimension in specs else None,
+                    "normalised": (
+                        specs[dimension].normalised(float(mean)) if dimension in specs else None
+                    ),
                     "videos": {names.get(name, name): value for name, value in values.items()},
                 }
         except (ValueError, TypeError, KeyError, AttributeError) as error:

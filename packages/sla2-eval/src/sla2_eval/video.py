@@ -1,4 +1,6 @@
-"""Reading and writing video files (PyAV, which brings its own ffmpeg; torchcodec on demand). The only door to video codecs."""
+"""Reading and writing video files (PyAV, which brings its own ffmpeg; torchcodec on demand). The
+only door to video codecs.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Video:
 
 
 DECODERS = ("pyav", "torchcodec")
-# Of FFmpeg's formats those that hold a video: a playlist would open other files, and a picture is no video.
+# Of FFmpeg's formats those that hold a video: a playlist would open other files, and a picture is
+# no video.
 _CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,nut,ivf,h264,hevc,yuv4mpegpipe"
 
 
@@ -37,29 +40,45 @@ def check_decoder(name: str) -> None:
     try:
         import torchcodec
     except ImportError:
-        raise ValueError("decoder: expected the Python package torchcodec, got none (pip install torchcodec)") from None
+        raise ValueError(
+            "decoder: expected the Python package torchcodec, got none (pip install torchcodec)"
+        ) from None
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"decoder: expected a torchcodec that loads, got: {_first_line(error)}") from error
+        raise ValueError(
+            f"decoder: expected a torchcodec that loads, got: {_first_line(error)}"
+        ) from error
     if getattr(torchcodec, "ffmpeg_major_version", 0) is None:
-        raise ValueError("decoder: expected an FFmpeg whose libraries torchcodec finds, got none (apt install ffmpeg)")
+        raise ValueError(
+            "decoder: expected an FFmpeg whose libraries torchcodec finds, got none (apt install"
+            " ffmpeg)"
+        )
 
 
 def read_video(path: str | Path, decoder: str = "pyav") -> Video:
-    """Decode every frame of `path`. Raises VideoError if the file is missing, empty, not a video, or truncated.
+    """Decode every frame of `path`. Raises VideoError if the file is missing, empty, not a video,
+    or truncated.
 
-    `decoder`: one of DECODERS. torchcodec uses the system's FFmpeg and gives the same frames as PyAV on its version.
+    `decoder`: one of DECODERS. torchcodec uses the system's FFmpeg and gives the same frames as
+    PyAV on its version.
     """
     path = Path(path)
     if not path.is_file():
-        raise VideoError(f"{path}: expected a video file, got {'a folder' if path.is_dir() else 'nothing there'}")
+        raise VideoError(
+            f"{path}: expected a video file, got {'a folder' if path.is_dir() else 'nothing there'}"
+        )
     if path.stat().st_size == 0:
         raise VideoError(f"{path}: expected a video file, got an empty file")
     # Whole paths, as FFmpeg takes what stands before a colon for a protocol.
-    frames, fps, declared = (_pyav if decoder == "pyav" else _torchcodec)(path, os.path.abspath(path))
+    frames, fps, declared = (_pyav if decoder == "pyav" else _torchcodec)(
+        path, os.path.abspath(path)
+    )
     if not len(frames):
         raise VideoError(f"{path}: expected at least one frame, got a video stream without frames")
     if declared and len(frames) < declared:
-        raise VideoError(f"{path}: expected {declared} frames as its header says, got {len(frames)} (truncated file)")
+        raise VideoError(
+            f"{path}: expected {declared} frames as its header says, got {len(frames)} (truncated"
+            " file)"
+        )
     return Video(frames=frames, fps=fps)
 
 
@@ -69,33 +88,55 @@ def frame_rate(path: str | Path) -> float:
 
     try:
         with av.open(os.path.abspath(path), options={"format_whitelist": _CONTAINERS}) as container:
-            return float(container.streams.video[0].average_rate or 0) if container.streams.video else 0.0
+            return (
+                float(container.streams.video[0].average_rate or 0)
+                if container.streams.video
+                else 0.0
+            )
     except (av.FFmpegError, UnicodeDecodeError):
         return 0.0
 
 
 def _pyav(path: Path, whole: str) -> tuple[np.ndarray, float, int]:
-    """The frames, the frame rate, and how many frames the header declares (0 if it does not say); `whole`: the whole path."""
+    """The frames, the frame rate, and how many frames the header declares (0 if it does not say);
+    `whole`: the whole path.
+    """
     import av
     from av.stream import Disposition
 
     try:
         with av.open(whole, options={"format_whitelist": _CONTAINERS}) as container:
-            videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            videos = [
+                s for s in container.streams.video if not s.disposition & Disposition.attached_pic
+            ]
             if not videos:
-                raise VideoError(f"{path}: expected a video stream, got {len(container.streams.audio)} audio stream(s)")
+                raise VideoError(
+                    f"{path}: expected a video stream, got {len(container.streams.audio)} audio"
+                    " stream(s)"
+                )
             stream = videos[0]
             if stream.codec_context.width * stream.codec_context.height <= 1 << 16:
-                stream.codec_context.thread_count = 1  # threads only wait for one another on small frames
-            kept = sum(not entry.is_discard for entry in stream.index_entries)  # without what an edit list cuts off
+                stream.codec_context.thread_count = (
+                    1  # threads only wait for one another on small frames
+                )
+            kept = sum(
+                not entry.is_discard for entry in stream.index_entries
+            )  # without what an edit list cuts off
             declared = stream.frames and (kept or stream.frames)
             fps = float(stream.average_rate or 0)
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
     except (av.FFmpegError, UnicodeDecodeError) as error:
-        reason = "another kind of file" if isinstance(error, av.ArgumentError) else f"a decoding error: {error}"
+        reason = (
+            "another kind of file"
+            if isinstance(error, av.ArgumentError)
+            else f"a decoding error: {error}"
+        )
         raise VideoError(f"{path}: expected a readable video, got {reason}") from error
     if len({frame.shape for frame in frames}) > 1:
-        raise VideoError(f"{path}: expected frames of one size, got {sorted({frame.shape[:2] for frame in frames})}")
+        raise VideoError(
+            f"{path}: expected frames of one size, got"
+            f" {sorted({frame.shape[:2] for frame in frames})}"
+        )
     return np.stack(frames) if frames else np.empty((0, 0, 0, 3), np.uint8), fps, declared
 
 
@@ -106,9 +147,17 @@ def _torchcodec(path: Path, whole: str) -> tuple[np.ndarray, float, int]:
     try:
         found = VideoDecoder(whole, dimension_order="NHWC", num_ffmpeg_threads=1)
         about, count = found.metadata, len(found)
-        frames = found.get_frames_in_range(0, count).data.numpy() if count else np.empty((0, 0, 0, 3), np.uint8)
+        frames = (
+            found.get_frames_in_range(0, count).data.numpy()
+            if count
+            else np.empty((0, 0, 0, 3), np.uint8)
+        )
     except Exception as error:
-        reason = "no video stream" if "No valid stream" in str(error) else f"a decoding error: {_first_line(error)}"
+        reason = (
+            "no video stream"
+            if "No valid stream" in str(error)
+            else f"a decoding error: {_first_line(error)}"
+        )
         raise VideoError(f"{path}: expected a readable video, got {reason}") from error
     return frames, float(about.average_fps_from_header or 0), about.num_frames_from_header or 0
 
@@ -120,16 +169,23 @@ def _first_line(error: Exception) -> str:
 def write_video(path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 12) -> None:
     """Encode uint8 (T, H, W, 3) RGB frames as H.264 yuv420p mp4, in place only when complete.
 
-    Height and width must be even. Raises ValueError for another shape or dtype, OSError where the folder is unwritable.
+    Height and width must be even. Raises ValueError for another shape or dtype, OSError where the
+    folder is unwritable.
     """
     import av
 
     path = Path(path)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) == 0:
-        raise ValueError(f"frames: expected uint8 (T, H, W, 3) with T >= 1, got {frames.dtype} {frames.shape}")
+        raise ValueError(
+            f"frames: expected uint8 (T, H, W, 3) with T >= 1, got {frames.dtype} {frames.shape}"
+        )
     if frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise ValueError(f"frames: expected even height and width (H.264 yuv420p), got {frames.shape[1:3]}")
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial.mp4")  # the name itself may be as long as may be
+        raise ValueError(
+            f"frames: expected even height and width (H.264 yuv420p), got {frames.shape[1:3]}"
+        )
+    partial = path.with_name(
+        f".{uuid.uuid4().hex}.partial.mp4"
+    )  # the name itself may be as long as may be
     try:
         with av.open(os.path.abspath(partial), mode="w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))

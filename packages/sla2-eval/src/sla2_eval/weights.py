@@ -1,4 +1,6 @@
-"""The weight files that metrics need: what they are, where they lie, and fetching them with a checksum. Never by itself."""
+"""The weight files that metrics need: what they are, where they lie, and fetching them with a
+checksum. Never by itself.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,16 @@ from sla2_eval.store import file_digest, write_atomic
 
 
 class WeightsError(RuntimeError):
-    """A weight file that is missing, of another content than pinned, or cannot be fetched; the message is one line."""
+    """A weight file that is missing, of another content than pinned, or cannot be fetched; the
+    message is one line.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFile:
-    """A file of weights. `sha256` is the digest or its beginning; None: pinned on this machine when first fetched."""
+    """A file of weights. `sha256` is the digest or its beginning; None: pinned on this machine when
+    first fetched.
+    """
 
     name: str
     file_name: str
@@ -41,45 +47,116 @@ _IMAGENET = "BSD-3-Clause (torchvision); trained on data with terms of their own
 _CLIP = "MIT (OpenAI CLIP)"
 _B32 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
 _L14 = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
-# name, megabytes, licence, sha256, metrics, source, address there; and the file's name here if it is another
+# name, megabytes, licence, sha256, metrics, source, address there; and the file's name here if it
+# is another
 _TABLE = (
     ("alexnet", 233, _IMAGENET, "7be5be79", "lpips", "torchvision", "alexnet-owt-7be5be79.pth"),
     ("vgg16", 528, _IMAGENET, "397923af", "lpips_vgg", "torchvision", "vgg16-397923af.pth"),
-    ("squeezenet", 5, _IMAGENET, "b8a52dc0", "lpips_squeeze", "torchvision", "squeezenet1_1-b8a52dc0.pth"),
-    ("raft", 20, _IMAGENET, "1bb1363a", "dynamic_degree", "torchvision", "raft_large_C_T_V2-1bb1363a.pth"),
     (
-        "clip_b32", 338, _CLIP, _B32, "clip_score clip_similarity background_consistency",
-        "openai", f"{_B32}/ViT-B-32.pt",
+        "squeezenet",
+        5,
+        _IMAGENET,
+        "b8a52dc0",
+        "lpips_squeeze",
+        "torchvision",
+        "squeezenet1_1-b8a52dc0.pth",
+    ),
+    (
+        "raft",
+        20,
+        _IMAGENET,
+        "1bb1363a",
+        "dynamic_degree",
+        "torchvision",
+        "raft_large_C_T_V2-1bb1363a.pth",
+    ),
+    (
+        "clip_b32",
+        338,
+        _CLIP,
+        _B32,
+        "clip_score clip_similarity background_consistency",
+        "openai",
+        f"{_B32}/ViT-B-32.pt",
     ),
     ("clip_l14", 890, _CLIP, _L14, "aesthetic_quality", "openai", f"{_L14}/ViT-L-14.pt"),
     (
-        "aesthetic_head", 1, "MIT (LAION aesthetic-predictor)", None, "aesthetic_quality",
-        "laion", "sa_0_4_vit_l_14_linear.pth",
+        "aesthetic_head",
+        1,
+        "MIT (LAION aesthetic-predictor)",
+        None,
+        "aesthetic_quality",
+        "laion",
+        "sa_0_4_vit_l_14_linear.pth",
     ),
     (
-        "dino_b16", 327, "Apache-2.0 (DINO)", None, "subject_consistency",
-        "dino", "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+        "dino_b16",
+        327,
+        "Apache-2.0 (DINO)",
+        None,
+        "subject_consistency",
+        "dino",
+        "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
     ),
-    ("i3d", 49, "Apache-2.0 (Kinetics-400 I3D)", None, "fvd", "stylegan-v", "i3d_torchscript.pt?dl=1"),
     (
-        "videomae", 346, "CC-BY-NC-4.0 (VideoMAE)", None, "fvd_videomae",
-        "hub", "MCG-NJU/videomae-base-finetuned-kinetics/resolve/main/model.safetensors",
+        "i3d",
+        49,
+        "Apache-2.0 (Kinetics-400 I3D)",
+        None,
+        "fvd",
+        "stylegan-v",
+        "i3d_torchscript.pt?dl=1",
+    ),
+    (
+        "videomae",
+        346,
+        "CC-BY-NC-4.0 (VideoMAE)",
+        None,
+        "fvd_videomae",
+        "hub",
+        "MCG-NJU/videomae-base-finetuned-kinetics/resolve/main/model.safetensors",
         "videomae_base_kinetics.safetensors",
     ),
-    ("musiq", 104, "Apache-2.0 (MUSIQ)", "358bb6af", "imaging_quality", "pyiqa", "musiq_spaq_ckpt-358bb6af.pth"),
-    ("amt_s", 12, "CC-BY-NC-4.0 (AMT)", None, "motion_smoothness", "hub", "lalala125/AMT/resolve/main/amt-s.pth"),
     (
-        "viclip", 1710, "Apache-2.0 (InternVid)", None, "overall_consistency",
-        "hub", "OpenGVLab/VBench_Used_Models/resolve/main/ViClip-InternVid-10M-FLT.pth",
+        "musiq",
+        104,
+        "Apache-2.0 (MUSIQ)",
+        "358bb6af",
+        "imaging_quality",
+        "pyiqa",
+        "musiq_spaq_ckpt-358bb6af.pth",
     ),
-)  # fmt: skip
+    (
+        "amt_s",
+        12,
+        "CC-BY-NC-4.0 (AMT)",
+        None,
+        "motion_smoothness",
+        "hub",
+        "lalala125/AMT/resolve/main/amt-s.pth",
+    ),
+    (
+        "viclip",
+        1710,
+        "Apache-2.0 (InternVid)",
+        None,
+        "overall_consistency",
+        "hub",
+        "OpenGVLab/VBench_Used_Models/resolve/main/ViClip-InternVid-10M-FLT.pth",
+    ),
+)
 
 
 def _row(name, megabytes, licence, sha256, metrics, source, address, file_name=None) -> WeightFile:
     return WeightFile(
-        name=name, file_name=file_name or address.rpartition("/")[2].partition("?")[0], url=_SOURCES[source] + address,
-        megabytes=megabytes, licence=licence, sha256=sha256, used_by=tuple(metrics.split()),
-    )  # fmt: skip
+        name=name,
+        file_name=file_name or address.rpartition("/")[2].partition("?")[0],
+        url=_SOURCES[source] + address,
+        megabytes=megabytes,
+        licence=licence,
+        sha256=sha256,
+        used_by=tuple(metrics.split()),
+    )
 
 
 _FILES = tuple(_row(*row) for row in _TABLE)
@@ -87,7 +164,9 @@ FILES: dict[str, WeightFile] = {file.name: file for file in _FILES}
 
 
 def folder() -> Path:
-    """Where weight files lie: SLA2_WEIGHTS, else sla2/weights in the user's cache folder. Makes nothing."""
+    """Where weight files lie: SLA2_WEIGHTS, else sla2/weights in the user's cache folder. Makes
+    nothing.
+    """
     if named := os.environ.get("SLA2_WEIGHTS"):
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sla2" / "weights"
@@ -100,7 +179,9 @@ def _known(name: str) -> WeightFile:
 
 
 def path_of(name: str, files: Mapping[str, str] | None = None) -> Path:
-    """The path a weight file has, whether it is there or not; `files` names other places for some of them."""
+    """The path a weight file has, whether it is there or not; `files` names other places for some
+    of them.
+    """
     if files and name in files:
         return Path(files[name]).expanduser()
     return folder() / _known(name).file_name
@@ -123,34 +204,49 @@ def _pinned(name: str, path: Path) -> str | None:
     return next(iter(note.read_text().split()), None) if note.is_file() else None
 
 
-def verified(name: str, files: Mapping[str, str] | None = None, digests: Mapping[str, str] | None = None) -> Path:
+def verified(
+    name: str, files: Mapping[str, str] | None = None, digests: Mapping[str, str] | None = None
+) -> Path:
     """The path of a weight file whose content has the pinned digest.
 
-    A file of one's own, named in `files`, needs its digest in `digests`. Raises WeightsError if the file is missing, has
-    no pinned digest, or has another content.
+    A file of one's own, named in `files`, needs its digest in `digests`. Raises WeightsError if the
+    file is missing, has no pinned digest, or has another content.
     """
     path = path_of(name, files)
     if not path.is_file():
-        raise WeightsError(f"{path}: expected the weights {name}, got nothing there; run {how_to_get(name)}")
-    expected = (digests or {}).get(name) or (None if files and name in files else _pinned(name, path))
+        raise WeightsError(
+            f"{path}: expected the weights {name}, got nothing there; run {how_to_get(name)}"
+        )
+    expected = (digests or {}).get(name) or (
+        None if files and name in files else _pinned(name, path)
+    )
     if not expected:
-        raise WeightsError(f"{path}: expected a pinned sha256 in {path.name}.sha256 or `digests`, got none")
+        raise WeightsError(
+            f"{path}: expected a pinned sha256 in {path.name}.sha256 or `digests`, got none"
+        )
     actual = file_digest(path)
     if not actual.startswith(expected):
-        raise WeightsError(f"{path}: expected sha256 {expected}, got {actual}; run {how_to_get(name)} again")
+        raise WeightsError(
+            f"{path}: expected sha256 {expected}, got {actual}; run {how_to_get(name)} again"
+        )
     return path
 
 
 def weights_list() -> list[dict]:
     """Every weight file with its size, licence, metrics, where it goes and whether it is there."""
-    return [{**asdict(file), "path": str(path_of(file.name)), "present": is_present(file.name)} for file in _FILES]
+    return [
+        {**asdict(file), "path": str(path_of(file.name)), "present": is_present(file.name)}
+        for file in _FILES
+    ]
 
 
 def weights_fetch(name: str, progress: Callable[[int, int], None] | None = None) -> Path:
-    """Download a weight file into `folder()` and check its digest; what is there and right is kept, what is wrong replaced.
+    """Download a weight file into `folder()` and check its digest; what is there and right is kept,
+    what is wrong replaced.
 
-    `progress` is called with the bytes got and expected (0 if unknown). A file without a published digest is pinned by
-    NAME.sha256 beside it. Raises ValueError for an unknown name, WeightsError for a failed download or another content.
+    `progress` is called with the bytes got and expected (0 if unknown). A file without a published
+    digest is pinned by NAME.sha256 beside it. Raises ValueError for an unknown name, WeightsError
+    for a failed download or another content.
     """
     import urllib.request
 

@@ -1,7 +1,8 @@
-"""Scores one video: decodes it once, runs all its metrics, returns plain data. Runs in a process that may die.
+"""Scores one video: decodes it once, runs all its metrics, returns plain data. Runs in a process
+that may die.
 
-`python -m sla2_eval.worker` reads tasks and writes outcomes as JSON lines on its standard streams, for the driver of
-`pools.ProcessPool`; `pools.RayPool` calls `Worker` inside an actor.
+`python -m sla2_eval.worker` reads tasks and writes outcomes as JSON lines on its standard streams,
+for the driver of `pools.ProcessPool`; `pools.RayPool` calls `Worker` inside an actor.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def pack(features: np.ndarray) -> dict:
     array = np.ascontiguousarray(features, dtype="<f4")
     if array.ndim != 2 or not np.isfinite(array).all():
         raise ValueError(
-            f"features: expected finite float (n, d), got {array.shape} with non-finite values or another shape"
+            f"features: expected finite float (n, d), got {array.shape} with non-finite values or"
+            " another shape"
         )
     return {"shape": list(array.shape), "float32": base64.b64encode(array.tobytes()).decode()}
 
@@ -64,20 +66,34 @@ def _check_pair(path: str, video: Video, reference: Video) -> None:
 
     if video.frames.shape != reference.frames.shape or abs(video.fps - reference.fps) > 0.01:
         sizes = [
-            f"{v.frames.shape[0]} frames of {v.frames.shape[1]} x {v.frames.shape[2]} at {v.fps:g} a second"
+            f"{v.frames.shape[0]} frames of {v.frames.shape[1]} x {v.frames.shape[2]} at {v.fps:g}"
+            " a second"
             for v in (reference, video)
         ]
         raise VideoError(f"{path}: expected its reference's {sizes[0]}, got {sizes[1]}")
 
 
 class Worker:
-    """Holds the loaded metrics of one process. Every computation runs on one CPU thread, so that sums come out alike."""
+    """Holds the loaded metrics of one process. Every computation runs on one CPU thread, so that
+    sums come out alike.
+    """
 
-    def __init__(self, settings: dict[str, dict], device: str, decoder: str, place: tuple[str, bool] | None = None):
+    def __init__(
+        self,
+        settings: dict[str, dict],
+        device: str,
+        decoder: str,
+        place: tuple[str, bool] | None = None,
+    ):
         """`place`: the driver's, in a worker of Ray's, which starts elsewhere."""
         if place:
             enter(*place)
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        for name in (
+            "OMP_NUM_THREADS",
+            "MKL_NUM_THREADS",
+            "OPENBLAS_NUM_THREADS",
+            "NUMBA_NUM_THREADS",
+        ):
             os.environ[name] = "1"
         self.settings, self.device, self.decoder = settings, device, decoder
         self.specs = metrics.specs()
@@ -95,10 +111,17 @@ class Worker:
     def run(self, task: dict) -> dict:
         """Score one task {"video", "reference", "prompt", "metrics", "reference_metrics"}.
 
-        Returns {"results", "reference_results", "errors", "reference_errors", "unavailable"}, each by metric; an error
-        under "*" is of the file itself. Raises nothing that a file or a metric can cause.
+        Returns {"results", "reference_results", "errors", "reference_errors", "unavailable"}, each
+        by metric; an error under "*" is of the file itself. Raises nothing that a file or a metric
+        can cause.
         """
-        out = {"results": {}, "reference_results": {}, "errors": {}, "reference_errors": {}, "unavailable": {}}
+        out = {
+            "results": {},
+            "reference_results": {},
+            "errors": {},
+            "reference_errors": {},
+            "unavailable": {},
+        }
         video = _decode(task["video"], self.decoder, out["errors"])
         reference = None
         if task["reference"]:
@@ -106,20 +129,32 @@ class Worker:
         if reference:
             sample = Sample(reference.frames, reference.fps, None, task["prompt"])
             self._score(
-                sample, task["reference_metrics"], out["reference_results"], out["reference_errors"], out["unavailable"]
+                sample,
+                task["reference_metrics"],
+                out["reference_results"],
+                out["reference_errors"],
+                out["unavailable"],
             )
-        if video and reference and any(self.specs[name].kind == "paired" for name in task["metrics"]):
+        if (
+            video
+            and reference
+            and any(self.specs[name].kind == "paired" for name in task["metrics"])
+        ):
             try:
                 _check_pair(task["video"], video, reference)
             except ValueError as error:
                 out["reference_errors"]["*"] = one_line(error)
                 reference = None
         if video:
-            sample = Sample(video.frames, video.fps, reference.frames if reference else None, task["prompt"])
+            sample = Sample(
+                video.frames, video.fps, reference.frames if reference else None, task["prompt"]
+            )
             self._score(sample, task["metrics"], out["results"], out["errors"], out["unavailable"])
         return out
 
-    def _score(self, sample: Sample, names: list[str], results: dict, errors: dict, unavailable: dict) -> None:
+    def _score(
+        self, sample: Sample, names: list[str], results: dict, errors: dict, unavailable: dict
+    ) -> None:
         import math
 
         for name in names:
@@ -141,7 +176,9 @@ class Worker:
 
 
 def main() -> None:
-    """Serve tasks until the input ends. The first line holds the arguments of Worker, and where the driver finds modules."""
+    """Serve tasks until the input ends. The first line holds the arguments of Worker, and where the
+    driver finds modules.
+    """
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not mix with the outcomes
     hello = json.loads(sys.stdin.readline())

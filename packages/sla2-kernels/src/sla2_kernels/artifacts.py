@@ -1,4 +1,6 @@
-"""Built kernels in the cache folder: looked up without a lock, built under one, written whole, checked on load."""
+"""Built kernels in the cache folder: looked up without a lock, built under one, written whole,
+checked on load.
+"""
 
 from __future__ import annotations
 
@@ -87,8 +89,9 @@ def _private_folder() -> tempfile.TemporaryDirectory:
 def get(key: str, suffix: str, build: Callable[[], tuple[bytes, dict]]) -> Artifact:
     """The artifact of `key`, built if it is missing.
 
-    `build()` -> (bytes of the file, notes for its JSON). Of many processes that ask at once, one builds and the others
-    wait for it. Where the cache folder cannot be written, the file goes to a folder that lives as long as this process.
+    `build()` -> (bytes of the file, notes for its JSON). Of many processes that ask at once, one
+    builds and the others wait for it. Where the cache folder cannot be written, the file goes to a
+    folder that lives as long as this process.
     """
     from filelock import FileLock
 
@@ -105,7 +108,9 @@ def get(key: str, suffix: str, build: Callable[[], tuple[bytes, dict]]) -> Artif
     try:
         if found := lookup(key, suffix):
             return found
-        for left in where.glob(f"{key}*.tmp"):  # of a process killed in mid-write: nobody else writes under the lock
+        for left in where.glob(
+            f"{key}*.tmp"
+        ):  # of a process killed in mid-write: nobody else writes under the lock
             left.unlink(missing_ok=True)
         data, notes = build()
         try:
@@ -125,6 +130,8 @@ def contents() -> dict:
         "folder": str(where),
         "artifacts": sum(path.suffix == ".json" for path in files),
         "bytes": sum(path.stat().st_size for path in files),
-        "damaged": sum(path.suffix == ".bad" and not path.name.endswith(".json.bad") for path in files),
+        "damaged": sum(
+            path.suffix == ".bad" and not path.name.endswith(".json.bad") for path in files
+        ),
         "writable": os.access(existing, os.W_OK),
     }

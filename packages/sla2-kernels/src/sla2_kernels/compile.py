@@ -1,4 +1,6 @@
-"""KernelSpec to cubin through NVRTC: the only door to it. Needs no GPU, no driver and no compiler on the machine."""
+"""KernelSpec to cubin through NVRTC: the only door to it. Needs no GPU, no driver and no compiler
+on the machine.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _OPTIONS = ("-std=c++17", "--ptxas-options=-v")
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas says of a kernel: registers a thread, bytes of spill, of stack a thread, of static shared memory."""
+    """What ptxas says of a kernel: registers a thread, bytes of spill, of stack a thread, of static
+    shared memory.
+    """
 
     registers: int
     spill_stores: int
@@ -39,7 +43,9 @@ class Compiled:
 
 
 def _candidates() -> list[Path]:
-    """NVRTC libraries of the nvidia wheels (CUDA 13: nvidia/cu13/lib, 12: nvidia/cuda_nvrtc/lib) and of CUDA_PATH."""
+    """NVRTC libraries of the nvidia wheels (CUDA 13: nvidia/cu13/lib, 12: nvidia/cuda_nvrtc/lib)
+    and of CUDA_PATH.
+    """
     patterns = (
         "cu[0-9]*/lib/libnvrtc.so.*",
         "cuda_nvrtc/lib/libnvrtc.so.*",
@@ -56,7 +62,9 @@ def _candidates() -> list[Path]:
     for root, globs in roots:
         for pattern in globs:
             found += [
-                p for p in sorted(root.glob(pattern), reverse=True) if "alt" not in p.name and "builtins" not in p.name
+                p
+                for p in sorted(root.glob(pattern), reverse=True)
+                if "alt" not in p.name and "builtins" not in p.name
             ]
     return found
 
@@ -67,19 +75,26 @@ def _nvidia_roots() -> list[str]:
 
 
 def find_nvrtc() -> Path:
-    """The NVRTC library: $SLA2_NVRTC, else the newest of the nvidia wheels and the CUDA toolkit that the driver can follow.
+    """The NVRTC library: $SLA2_NVRTC, else the newest of the nvidia wheels and the CUDA toolkit
+    that the driver can follow.
 
     Raises RuntimeError in one line if there is none.
     """
     if chosen := os.environ.get("SLA2_NVRTC"):
         if not Path(chosen).is_file():
-            raise RuntimeError(f"SLA2_NVRTC: expected the NVRTC library, got {chosen!r}, which is no file")
+            raise RuntimeError(
+                f"SLA2_NVRTC: expected the NVRTC library, got {chosen!r}, which is no file"
+            )
         return Path(chosen)
     found = _candidates()
     if not found:
-        raise RuntimeError("NVRTC is not installed; pip install 'sla2-kernels[cuda13]' (or [cuda12])")
+        raise RuntimeError(
+            "NVRTC is not installed; pip install 'sla2-kernels[cuda13]' (or [cuda12])"
+        )
     newest_first = sorted(found, key=_major, reverse=True)
-    return next((path for path in newest_first if _major(path) <= _driver_major()), newest_first[-1])
+    return next(
+        (path for path in newest_first if _major(path) <= _driver_major()), newest_first[-1]
+    )
 
 
 def _major(path: Path) -> int:
@@ -117,12 +132,16 @@ def nvrtc_version(path: Path) -> str:
 
 
 def options_of(spec: KernelSpec) -> tuple[str, ...]:
-    """The options NVRTC gets: language, architecture, definitions. No fast math, no flushing of subnormals."""
+    """The options NVRTC gets: language, architecture, definitions. No fast math, no flushing of
+    subnormals.
+    """
     return (*_OPTIONS, f"--gpu-architecture={spec.arch}", *spec.definitions)
 
 
 def kernel_key(spec: KernelSpec) -> str:
-    """The cache key: sources with every header they reach, options, architecture, NVRTC's version, the schema."""
+    """The cache key: sources with every header they reach, options, architecture, NVRTC's version,
+    the schema.
+    """
     parts = [SCHEMA, nvrtc_version(find_nvrtc()), *options_of(spec)]
     return key_of(parts + [text for pair in gather(spec.path).items() for text in pair])
 
@@ -130,7 +149,8 @@ def kernel_key(spec: KernelSpec) -> str:
 def compile_kernel(spec: KernelSpec) -> Compiled:
     """The cubin of a spec, from the cache or compiled now (about a tenth of a second).
 
-    Raises RuntimeError with NVRTC's first error lines, or saying that NVRTC is missing; FileNotFoundError for a header.
+    Raises RuntimeError with NVRTC's first error lines, or saying that NVRTC is missing;
+    FileNotFoundError for a header.
     """
     texts, nvrtc = gather(spec.path), find_nvrtc()
     parts = [SCHEMA, nvrtc_version(nvrtc), *options_of(spec)]
@@ -144,8 +164,11 @@ def _build(spec: KernelSpec, texts: dict[str, str], nvrtc: Path) -> tuple[bytes,
     cubin, log = _nvrtc(nvrtc, texts, options_of(spec))
     kernels = {name: asdict(numbers) for name, numbers in parse_log(log).items()}
     return cubin, {
-        "source": spec.path.name, "options": options_of(spec), "nvrtc": nvrtc_version(nvrtc), "kernels": kernels
-    }  # fmt: skip
+        "source": spec.path.name,
+        "options": options_of(spec),
+        "nvrtc": nvrtc_version(nvrtc),
+        "kernels": kernels,
+    }
 
 
 def _nvrtc(path: Path, texts: dict[str, str], options: tuple[str, ...]) -> tuple[bytes, str]:
@@ -154,7 +177,9 @@ def _nvrtc(path: Path, texts: dict[str, str], options: tuple[str, ...]) -> tuple
 
     def check(code: int, what: str) -> None:
         if code:
-            raise RuntimeError(f"NVRTC {nvrtc_version(path)}: {what}: {library.nvrtcGetErrorString(code).decode()}")
+            raise RuntimeError(
+                f"NVRTC {nvrtc_version(path)}: {what}: {library.nvrtcGetErrorString(code).decode()}"
+            )
 
     def fetch(name: str, what: str) -> bytes:
         size = ctypes.c_size_t()
@@ -167,23 +192,34 @@ def _nvrtc(path: Path, texts: dict[str, str], options: tuple[str, ...]) -> tuple
     strings = ctypes.c_char_p * len(headers)
     program = ctypes.c_void_p()
     code = library.nvrtcCreateProgram(
-        ctypes.byref(program), text, name, len(headers), strings(*[h[1] for h in headers]), strings(*[h[0] for h in headers])
-    )  # fmt: skip
+        ctypes.byref(program),
+        text,
+        name,
+        len(headers),
+        strings(*[h[1] for h in headers]),
+        strings(*[h[0] for h in headers]),
+    )
     check(code, name.decode())
     try:
         arguments = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
         code = library.nvrtcCompileProgram(program, len(options), arguments)
         log = fetch(name.decode(), "ProgramLog").rstrip(b"\0").decode(errors="replace")
         if code:
-            errors = [line for line in log.splitlines() if "error" in line.lower()] or log.splitlines()
-            raise RuntimeError(f"NVRTC {nvrtc_version(path)}: {name.decode()}: " + " | ".join(errors[:3]))
+            errors = [
+                line for line in log.splitlines() if "error" in line.lower()
+            ] or log.splitlines()
+            raise RuntimeError(
+                f"NVRTC {nvrtc_version(path)}: {name.decode()}: " + " | ".join(errors[:3])
+            )
         return fetch(name.decode(), "CUBIN"), log
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
 def parse_log(log: str) -> dict[str, Resources]:
-    """What ptxas -v says of each entry function; RuntimeError if it says nothing that can be read."""
+    """What ptxas -v says of each entry function; RuntimeError if it says nothing that
+    can be read.
+    """
     found: dict[str, Resources] = {}
     for part in re.split(r"Compiling entry function '", log)[1:]:
         name = part.split("'", 1)[0]
@@ -205,20 +241,33 @@ def parse_log(log: str) -> dict[str, Resources]:
 
 
 def gate(spec: KernelSpec, compiled: Compiled) -> list[str]:
-    """Why a compiled kernel breaks its spec or its architecture's limits: lines, none if it is fine."""
+    """Why a compiled kernel breaks its spec or its architecture's limits: lines, none if it is
+    fine.
+    """
     if spec.entry not in compiled.kernels:
         return [f"{spec.label} {spec.arch}: no such entry in {spec.source}"]
-    used, limits, where = compiled.kernels[spec.entry], ARCHITECTURES[spec.arch], f"{spec.label} {spec.arch}"
+    used, limits, where = (
+        compiled.kernels[spec.entry],
+        ARCHITECTURES[spec.arch],
+        f"{spec.label} {spec.arch}",
+    )
     found = []
     if used.spill_stores or used.spill_loads:
-        found.append(f"{where}: spills {used.spill_stores} + {used.spill_loads} bytes, expected none")
+        found.append(
+            f"{where}: spills {used.spill_stores} + {used.spill_loads} bytes, expected none"
+        )
     if used.registers > spec.max_registers:
         found.append(f"{where}: {used.registers} registers, expected at most {spec.max_registers}")
     if used.registers * spec.threads > limits.registers_per_sm:
-        found.append(f"{where}: {used.registers} registers x {spec.threads} threads do not fit on a multiprocessor")
+        found.append(
+            f"{where}: {used.registers} registers x {spec.threads} threads do not fit on a"
+            " multiprocessor"
+        )
     if used.shared + spec.shared_bytes > limits.shared_per_block:
         total = used.shared + spec.shared_bytes
-        found.append(f"{where}: {total} bytes of shared memory, expected at most {limits.shared_per_block}")
+        found.append(
+            f"{where}: {total} bytes of shared memory, expected at most {limits.shared_per_block}"
+        )
     return found
 
 
@@ -228,8 +277,16 @@ def row_of(spec: KernelSpec, compiled: Compiled) -> dict:
     shared = used.shared + spec.shared_bytes
     blocks = limits.resident_blocks(spec.threads, used.registers, shared)
     return {
-        "kernel": spec.label, "arch": spec.arch, "threads": spec.threads, "registers": used.registers,
-        "ceiling": spec.max_registers, "spills": used.spill_stores + used.spill_loads, "stack": used.stack,
-        "shared": shared, "blocks_per_sm": blocks, "occupancy": blocks * spec.threads / limits.threads_per_sm,
-        "cubin": str(compiled.path), "problems": gate(spec, compiled),
-    }  # fmt: skip
+        "kernel": spec.label,
+        "arch": spec.arch,
+        "threads": spec.threads,
+        "registers": used.registers,
+        "ceiling": spec.max_registers,
+        "spills": used.spill_stores + used.spill_loads,
+        "stack": used.stack,
+        "shared": shared,
+        "blocks_per_sm": blocks,
+        "occupancy": blocks * spec.threads / limits.threads_per_sm,
+        "cubin": str(compiled.path),
+        "problems": gate(spec, compiled),
+    }

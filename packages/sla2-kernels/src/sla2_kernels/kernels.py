@@ -1,4 +1,6 @@
-"""Which kernels there are: entry -> threads, shared memory and limits for a geometry. Must agree with csrc/*.cu."""
+"""Which kernels there are: entry -> threads, shared memory and limits for a geometry. Must agree
+with csrc/*.cu.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from sla2_kernels.specs import ARCHITECTURES, DTYPES, HEAD_DIMS, PRECISIONS, Architecture, KernelSpec
+from sla2_kernels.specs import (
+    ARCHITECTURES,
+    DTYPES,
+    HEAD_DIMS,
+    PRECISIONS,
+    Architecture,
+    KernelSpec,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,16 +30,22 @@ class Geometry:
 
     def __post_init__(self):
         if self.head_dim not in HEAD_DIMS:
-            raise ValueError(f"head_dim: expected one of {', '.join(map(str, HEAD_DIMS))}, got {self.head_dim}")
+            raise ValueError(
+                f"head_dim: expected one of {', '.join(map(str, HEAD_DIMS))}, got {self.head_dim}"
+            )
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+            raise ValueError(
+                f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
         if not (16 <= self.block_q <= 128 and self.block_q % 16 == 0):
             raise ValueError(f"block_q: expected a multiple of 16 in [16, 128], got {self.block_q}")
         step = 16 if self.precision == "full" else 32
         if not (16 <= self.block_k <= 64 and self.block_k % step == 0):
-            raise ValueError(f"block_k: expected a multiple of {step} in [{step}, 64], got {self.block_k}")
+            raise ValueError(
+                f"block_k: expected a multiple of {step} in [{step}, 64], got {self.block_k}"
+            )
 
     @property
     def row_bytes(self) -> int:
@@ -101,15 +116,21 @@ _KERNELS = {
     "sla2_column_bits": _Kernel("route.cu", _fixed(128), _none),
     "sla2_column_offsets": _Kernel("route.cu", _fixed(256), _none),
     "sla2_column_rows": _Kernel("route.cu", _fixed(128), _none),
-    "sla2_states": _Kernel("linear.cu", lambda g, _: 2 * g.head_dim, lambda g: 2 * g.block_k * g.row_bytes),
+    "sla2_states": _Kernel(
+        "linear.cu", lambda g, _: 2 * g.head_dim, lambda g: 2 * g.block_k * g.row_bytes
+    ),
     "sla2_masked_sum": _Kernel("linear.cu", _fixed(256), lambda g: 4 * 32 * 256),
     "sla2_sparse_fwd": _Kernel("sparse_fwd.cu", _forward_threads, _sparse_forward_shared),
-    "sla2_sparse_fwd_low": _Kernel("sparse_fwd_low.cu", lambda g, _: 2 * g.block_q, _sparse_forward_low_shared, _LOW),
+    "sla2_sparse_fwd_low": _Kernel(
+        "sparse_fwd_low.cu", lambda g, _: 2 * g.block_q, _sparse_forward_low_shared, _LOW
+    ),
     "sla2_bwd_row_dot": _Kernel("sparse_bwd.cu", lambda g, _: 2 * g.block_q, _none),
     "sla2_sparse_bwd_q": _Kernel(
         "sparse_bwd.cu", lambda g, _: 2 * _backward_rows(g), _backward_q_shared, ("full", *_LOW)
     ),
-    "sla2_sparse_bwd_kv": _Kernel("sparse_bwd.cu", lambda g, _: 2 * g.block_k, _backward_kv_shared, ("full", *_LOW)),
+    "sla2_sparse_bwd_kv": _Kernel(
+        "sparse_bwd.cu", lambda g, _: 2 * g.block_k, _backward_kv_shared, ("full", *_LOW)
+    ),
     "sla2_widen": _Kernel("sparse_bwd_matched.cu", _fixed(256), _none, _LOW),
     "sla2_round_values": _Kernel("sparse_bwd_matched.cu", _fixed(256), _none, _LOW),
     "sla2_bwd_matched_rows": _Kernel(
@@ -122,7 +143,9 @@ _KERNELS = {
         lambda g: (2 * g.block_q + g.head_dim) * g.row_bytes + 12 * g.block_q,
     ),
     "sla2_linear_bwd_kv": _Kernel(
-        "linear_bwd.cu", lambda g, _: 2 * g.block_k, lambda g: (2 * g.block_k + g.head_dim) * g.row_bytes
+        "linear_bwd.cu",
+        lambda g, _: 2 * g.block_k,
+        lambda g: (2 * g.block_k + g.head_dim) * g.row_bytes,
     ),
 }
 
@@ -134,11 +157,18 @@ def supports(arch: str, precision: str) -> bool:
 
 @cache
 def spec_of(name: str, arch: str, geometry: Geometry) -> KernelSpec:
-    """The spec of kernel `name` for an architecture such as "sm_90a"; ValueError if the architecture cannot run it."""
+    """The spec of kernel `name` for an architecture such as "sm_90a"; ValueError if the
+    architecture cannot run it.
+    """
     kernel = _KERNELS[name]
-    precision = geometry.precision if geometry.precision in kernel.precisions else kernel.precisions[0]
+    precision = (
+        geometry.precision if geometry.precision in kernel.precisions else kernel.precisions[0]
+    )
     if not supports(arch, precision):
-        raise ValueError(f"precision: expected 'full' or 'int8_int8' on {arch}, which has no FP8, got {precision!r}")
+        raise ValueError(
+            f"precision: expected 'full' or 'int8_int8' on {arch}, which has no FP8, got"
+            f" {precision!r}"
+        )
     return KernelSpec(
         source=kernel.source,
         entry=name,
@@ -157,7 +187,9 @@ def spec_of(name: str, arch: str, geometry: Geometry) -> KernelSpec:
 
 
 def all_specs(arch: str) -> list[KernelSpec]:
-    """Every kernel of an architecture: what `sla2 compile` builds and the gate checks; ValueError for an unknown one."""
+    """Every kernel of an architecture: what `sla2 compile` builds and the gate checks; ValueError
+    for an unknown one.
+    """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}, got {arch!r}")
     return [

@@ -1,4 +1,6 @@
-"""Loads a kernel and launches it with raw pointers: the same call for the GPU (CuPy) and for the emulator."""
+"""Loads a kernel and launches it with raw pointers: the same call for the GPU (CuPy) and for the
+emulator.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ TARGETS = ("cuda", "emulator")
 
 @dataclass(frozen=True)
 class Pointer:
-    """An address in device memory (GPU) or host memory (emulator); `owner` keeps the memory alive."""
+    """An address in device memory (GPU) or host memory (emulator); `owner` keeps the
+    memory alive.
+    """
 
     address: int
     owner: Any = None
@@ -33,13 +37,17 @@ class Pointer:
         if array is None:
             return cls(0)
         if not array.flags.c_contiguous:
-            raise ValueError(f"array: expected C-contiguous, got strides {array.strides} for shape {array.shape}")
+            raise ValueError(
+                f"array: expected C-contiguous, got strides {array.strides} for shape {array.shape}"
+            )
         return cls(array.ctypes.data, array)
 
 
 @dataclass(frozen=True)
 class LoadedKernel:
-    """A kernel ready to launch. `handle` is CuPy's function or the emulator's kernel; `device` the GPU's index."""
+    """A kernel ready to launch. `handle` is CuPy's function or the emulator's kernel; `device` the
+    GPU's index.
+    """
 
     spec: KernelSpec
     target: str
@@ -50,8 +58,9 @@ class LoadedKernel:
 def load(spec: KernelSpec, target: str = "cuda", device: int = 0) -> LoadedKernel:
     """The kernel of `spec`, built if need be; once per process and device.
 
-    `target` is "cuda" (GPU number `device`, whose architecture the spec must have been made for) or "emulator".
-    Raises ValueError for another target, RuntimeError if something that is needed is missing or the build fails.
+    `target` is "cuda" (GPU number `device`, whose architecture the spec must have been made for) or
+    "emulator". Raises ValueError for another target, RuntimeError if something that is needed is
+    missing or the build fails.
     """
     if target not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
@@ -81,11 +90,12 @@ def launch(
     args: Sequence[Pointer | np.generic],
     stream: int | None = None,
 ) -> None:
-    """Launch a kernel: asynchronously on `stream` (a cudaStream_t as an int; None: the default stream), or emulated.
+    """Launch a kernel: asynchronously on `stream` (a cudaStream_t as an int; None: the default
+    stream), or emulated.
 
-    `grid` and `block` are up to three integers, `args` Pointers and numpy scalars of exactly the kernel's parameter types.
-    An empty grid launches nothing. Raises TypeError for an argument that is neither; EmulatorError (a RuntimeError) if
-    the emulated kernel breaks a rule.
+    `grid` and `block` are up to three integers, `args` Pointers and numpy scalars of exactly the
+    kernel's parameter types. An empty grid launches nothing. Raises TypeError for an argument that
+    is neither; EmulatorError (a RuntimeError) if the emulated kernel breaks a rule.
     """
     sizes = tuple((*map(int, extent), 1, 1)[:3] for extent in (grid, block))
     if 0 in sizes[0]:
@@ -98,7 +108,8 @@ def launch(
             values.append(value)
         else:
             raise TypeError(
-                f"{kernel.spec.entry}: argument {index}: expected a Pointer or a numpy scalar, got {value!r}"
+                f"{kernel.spec.entry}: argument {index}: expected a Pointer or a numpy scalar, got"
+                f" {value!r}"
             )
     if isinstance(kernel.handle, EmulatedKernel):
         return run(kernel.handle, *sizes, shared_bytes, values)
@@ -129,7 +140,9 @@ def _cupy_stream(handle: int, device: int):
 
 
 def _driver_version() -> int | None:
-    """The CUDA version that the driver supports, as 1000 * major + 10 * minor; None without a driver."""
+    """The CUDA version that the driver supports, as 1000 * major + 10 * minor; None without a
+    driver.
+    """
     try:
         library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError:
@@ -139,9 +152,14 @@ def _driver_version() -> int | None:
 
 
 def missing_for_cuda() -> str | None:
-    """One line saying what `backend="cuda"` lacks on this machine and how to get it; None if nothing."""
+    """One line saying what `backend="cuda"` lacks on this machine and how to get it; None if
+    nothing.
+    """
     if (version := _driver_version()) is None:
-        return "no NVIDIA driver (libcuda.so.1); it needs a machine with an NVIDIA GPU and driver 570 or later"
+        return (
+            "no NVIDIA driver (libcuda.so.1); it needs a machine with an NVIDIA GPU and driver 570"
+            " or later"
+        )
     extra = "cuda13" if version >= 13000 else "cuda12"
     if importlib.util.find_spec("cupy") is None:
         return f"CuPy is not installed; pip install 'sla2-kernels[{extra}]'"
@@ -159,14 +177,18 @@ def missing_for_cuda() -> str | None:
 
 
 def require_cuda() -> None:
-    """RuntimeError with one line that names what is missing, if kernels cannot run on a GPU here."""
+    """RuntimeError with one line that names what is missing, if kernels cannot run on a
+    GPU here.
+    """
     if missing := missing_for_cuda():
         raise RuntimeError(f"backend='cuda': {missing}")
 
 
 @cache
 def device_architecture(device: int = 0) -> str:
-    """The architecture to compile for on GPU number `device`, such as "sm_90a"; RuntimeError if it is too old."""
+    """The architecture to compile for on GPU number `device`, such as "sm_90a"; RuntimeError if it
+    is too old.
+    """
     import cupy
 
     number = cupy.cuda.Device(device).compute_capability

@@ -1,8 +1,9 @@
-"""The whole operator on raw pointers, forward: prologue -> route -> linear states -> sparse forward, on GPU or emulator.
+"""The whole operator on raw pointers, forward: prologue -> route -> linear states -> sparse
+forward, on GPU or emulator.
 
-Nothing here reads device memory, so nothing waits for the device: every launch goes to the caller's stream. Memory comes
-from the caller's allocator. Q, K, V and O are `Strided`, all other tensors C-contiguous; 16-bit ones are bfloat16 or float16
-as `Problem.dtype` says.
+Nothing here reads device memory, so nothing waits for the device: every launch goes to the caller's
+stream. Memory comes from the caller's allocator. Q, K, V and O are `Strided`, all other tensors
+C-contiguous; 16-bit ones are bfloat16 or float16 as `Problem.dtype` says.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from sla2_kernels.problem import NULL, ONE, Alpha, Device, Map, Problem, Strided
 
 @dataclass(frozen=True, kw_only=True)
 class Prologue:
-    """q, k, v padded to the kernels' width, K smoothed (16 bit, (B, H, N, width)), and what is derived from them.
+    """q, k, v padded to the kernels' width, K smoothed (16 bit, (B, H, N, width)), and what is
+    derived from them.
 
-    phi_q, phi_k like q and k; pooled_q (B H, T_m, width) and pooled_k (B H, T_n, width) fp32; for low bit q_bytes, k_bytes
-    like q and k, v_bytes (B H, T_n, width, block_k), scales q (B H, T_m), k (B H, T_n), v (B H, width). NULL: not made.
+    phi_q, phi_k like q and k; pooled_q (B H, T_m, width) and pooled_k (B H, T_n, width) fp32; for
+    low bit q_bytes, k_bytes like q and k, v_bytes (B H, T_n, width, block_k), scales q (B H, T_m),
+    k (B H, T_n), v (B H, width). NULL: not made.
     """
 
     q: Strided
@@ -41,7 +44,9 @@ class Prologue:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """bits uint32 (B H, T_m, ceil(T_n / 32)), rest_inverse fp32 (B H, T_m), H (B H, T_m, width, width) 16 bit, Z fp32."""
+    """bits uint32 (B H, T_m, ceil(T_n / 32)), rest_inverse fp32 (B H, T_m), H (B H, T_m, width,
+    width) 16 bit, Z fp32.
+    """
 
     bits: Pointer
     rest_inverse: Pointer
@@ -51,7 +56,8 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
-    """O (B, H, n_q, d) and the natural log-sum-exp L fp32 (B, H, n_q) of the selected scores; the rest is for backward().
+    """O (B, H, n_q, d) and the natural log-sum-exp L fp32 (B, H, n_q) of the selected scores; the
+    rest is for backward().
 
     `out_sparse` is O_s (B, H, n_q, width), kept with `save` (without a linear branch it is O).
     """
@@ -67,16 +73,25 @@ class Forward:
 
 
 def run_kernel(device: Device, problem: Problem, name: str, grid: tuple[int, ...], *args) -> None:
-    """Launch kernel `name` of the problem's geometry on the device's stream; `args` as the kernel lists them."""
+    """Launch kernel `name` of the problem's geometry on the device's stream; `args` as the kernel
+    lists them.
+    """
     kernel = load(spec_of(name, device.arch, problem.geometry), device.target, device.index)
     spec = kernel.spec
     launch(kernel, (*grid, 1, 1)[:3], (spec.threads, 1, 1), spec.shared_bytes, args, device.stream)
 
 
 def copy_columns(
-    device: Device, problem: Problem, source: Strided, tokens: int, columns: int, target_columns: int
+    device: Device,
+    problem: Problem,
+    source: Strided,
+    tokens: int,
+    columns: int,
+    target_columns: int,
 ) -> Pointer:
-    """Rows of `columns` values copied into contiguous rows of `target_columns`, cut or padded with zeros."""
+    """Rows of `columns` values copied into contiguous rows of `target_columns`, cut or padded with
+    zeros.
+    """
     target = device.allocate((problem.pairs, tokens, target_columns), problem.dtype)
     grid = min(65535, -(-tokens * target_columns // 256)), problem.pairs
     sizes = map(np.int32, (problem.heads, tokens, columns, target_columns))
@@ -85,18 +100,24 @@ def copy_columns(
 
 
 def widened(device: Device, problem: Problem, x: Strided, tokens: int) -> Strided:
-    """x (B, H, tokens, head_dim) as the kernels read it: itself, or a contiguous copy padded to their width."""
+    """x (B, H, tokens, head_dim) as the kernels read it: itself, or a contiguous copy padded to
+    their width.
+    """
     p = problem
     if p.head_dim == p.width and x.fits:
         return x
-    return Strided.of(copy_columns(device, p, x, tokens, p.head_dim, p.width), p.heads, tokens, p.width)
+    return Strided.of(
+        copy_columns(device, p, x, tokens, p.head_dim, p.width), p.heads, tokens, p.width
+    )
 
 
 def contiguous(device: Device, problem: Problem, x: Strided, tokens: int) -> Pointer:
     """x (B, H, tokens, width) as contiguous rows: its own memory, or a copy."""
     p = problem
     whole = Strided.of(x.pointer, p.heads, tokens, p.width).strides
-    if x.fits and all(n == 1 or a == b for n, a, b in zip((p.batch, p.heads, tokens), x.strides, whole)):
+    if x.fits and all(
+        n == 1 or a == b for n, a, b in zip((p.batch, p.heads, tokens), x.strides, whole)
+    ):
         return x.pointer
     return copy_columns(device, p, x, tokens, p.width, p.width)
 
@@ -112,7 +133,9 @@ def prologue(
     linear: bool = True,
     pool: bool = False,
 ) -> Prologue:
-    """Pad, smooth K, pool, take phi and the 8-bit copies: what the later steps need, and no more."""
+    """Pad, smooth K, pool, take phi and the 8-bit copies: what the later steps need,
+    and no more.
+    """
     p, new, dtype = problem, device.allocate, problem.dtype
     q = widened(device, p, q, p.n_q)
     k, v = (widened(device, p, x, p.n_k) for x in (k, v))
@@ -131,9 +154,19 @@ def prologue(
         args = *k.arguments, *v.arguments, p.kv_lengths, sums, tops, heads, n_k
         run_kernel(device, p, "sla2_key_sums", per_key, *args)
         run_kernel(
-            device, p, "sla2_key_mean", (p.pairs,),
-            sums, tops, p.kv_lengths, mean, made["v_scale"], heads, n_k, t_n,
-        )  # fmt: skip
+            device,
+            p,
+            "sla2_key_mean",
+            (p.pairs,),
+            sums,
+            tops,
+            p.kv_lengths,
+            mean,
+            made["v_scale"],
+            heads,
+            n_k,
+            t_n,
+        )
     if smooth_k:
         smooth = new(rows_k, dtype)
     else:
@@ -146,21 +179,46 @@ def prologue(
     if p.low:
         made["q_bytes"], made["k_bytes"] = new(rows_q, "uint8"), new(rows_k, "uint8")
         made["v_bytes"] = new((p.pairs, p.t_n, p.width, p.block_k), "uint8")
-        made["q_scale"], made["k_scale"] = new((p.pairs, p.t_m), "float32"), new((p.pairs, p.t_n), "float32")
+        made["q_scale"], made["k_scale"] = (
+            new((p.pairs, p.t_m), "float32"),
+            new((p.pairs, p.t_n), "float32"),
+        )
 
     def get(name: str) -> Pointer:
         return made.get(name, NULL)
 
     run_kernel(
-        device, p, "sla2_prologue_k", per_key,
-        *k.arguments, mean, p.kv_lengths, smooth, get("phi_k"), get("pooled_k"), get("k_bytes"), get("k_scale"),
-        heads, n_k, channels,
-    )  # fmt: skip
+        device,
+        p,
+        "sla2_prologue_k",
+        per_key,
+        *k.arguments,
+        mean,
+        p.kv_lengths,
+        smooth,
+        get("phi_k"),
+        get("pooled_k"),
+        get("k_bytes"),
+        get("k_scale"),
+        heads,
+        n_k,
+        channels,
+    )
     if linear or pool or p.low:
         run_kernel(
-            device, p, "sla2_prologue_q", (p.t_m, p.pairs),
-            *q.arguments, get("phi_q"), get("pooled_q"), get("q_bytes"), get("q_scale"), heads, n_q, channels,
-        )  # fmt: skip
+            device,
+            p,
+            "sla2_prologue_q",
+            (p.t_m, p.pairs),
+            *q.arguments,
+            get("phi_q"),
+            get("pooled_q"),
+            get("q_bytes"),
+            get("q_scale"),
+            heads,
+            n_q,
+            channels,
+        )
     if p.low:
         args = *v.arguments, made["v_scale"], p.kv_lengths, made["v_bytes"], heads, n_k
         run_kernel(device, p, "sla2_prologue_v", per_key, *args)
@@ -180,8 +238,8 @@ def route(
 ) -> tuple[Map, Pointer]:
     """The block map of the k% best key blocks of each row, and the scores fp32 (B, H, T_m, T_n).
 
-    weight_q, weight_k are fp32 (weight_heads, d, d), weight_heads 1 or H; topk in (0, 1]. Scores of blocks without a valid
-    token are -inf.
+    weight_q, weight_k are fp32 (weight_heads, d, d), weight_heads 1 or H; topk in (0, 1]. Scores of
+    blocks without a valid token are -inf.
     """
     p, new = problem, device.allocate
     heads, channels = np.int32(p.heads), np.int32(p.head_dim)
@@ -194,30 +252,65 @@ def route(
     scores = new((p.batch, p.heads, p.t_m, p.t_n), "float32")
     t_m, t_n, n_k = np.int32(p.t_m), np.int32(p.t_n), np.int32(p.n_k)
     run_kernel(
-        device, p, "sla2_scores", (-(-p.t_n // 32), -(-p.t_m // 32), p.pairs),
-        *projected, p.kv_lengths, scores, heads, t_m, t_n, n_k, p.softmax_scale,
-    )  # fmt: skip
+        device,
+        p,
+        "sla2_scores",
+        (-(-p.t_n // 32), -(-p.t_m // 32), p.pairs),
+        *projected,
+        p.kv_lengths,
+        scores,
+        heads,
+        t_m,
+        t_n,
+        n_k,
+        p.softmax_scale,
+    )
     width = max(1, round(topk * p.t_n))
     indices = new((p.batch, p.heads, p.t_m, width), "int32")
     counts = new((p.batch, p.heads, p.t_m), "int32")
     run_kernel(
-        device, p, "sla2_topk", (-(-p.t_m // 4), p.pairs),
-        scores, p.kv_lengths, indices, counts, heads, t_m, t_n, n_k, np.int32(width), np.float64(topk),
-    )  # fmt: skip
+        device,
+        p,
+        "sla2_topk",
+        (-(-p.t_m // 4), p.pairs),
+        scores,
+        p.kv_lengths,
+        indices,
+        counts,
+        heads,
+        t_m,
+        t_n,
+        n_k,
+        np.int32(width),
+        np.float64(topk),
+    )
     return Map(indices, counts, width), scores
 
 
 def linear_states(device: Device, problem: Problem, made: Prologue, block_map: Map) -> Linear:
-    """H and Z of every row block, summed over the key blocks it does not select and divided by their number."""
+    """H and Z of every row block, summed over the key blocks it does not select and divided by
+    their number.
+    """
     p, new = problem, device.allocate
     heads, n_k, t_m, t_n = map(np.int32, (p.heads, p.n_k, p.t_m, p.t_n))
     bits = new((p.pairs, p.t_m, -(-p.t_n // 32)), "uint32")
     rest_inverse = new((p.pairs, p.t_m), "float32")
     run_kernel(
-        device, p, "sla2_row_bits", (-(-p.t_m // 4), p.pairs),
-        block_map.indices, block_map.counts, p.kv_lengths, bits, rest_inverse,
-        heads, t_m, t_n, n_k, np.int32(block_map.width),
-    )  # fmt: skip
+        device,
+        p,
+        "sla2_row_bits",
+        (-(-p.t_m // 4), p.pairs),
+        block_map.indices,
+        block_map.counts,
+        p.kv_lengths,
+        bits,
+        rest_inverse,
+        heads,
+        t_m,
+        t_n,
+        n_k,
+        np.int32(block_map.width),
+    )
     states = new((p.pairs, p.t_n, p.width * (p.width + 1)), p.dtype)
     args = made.phi_k, *made.v.arguments, p.kv_lengths, states, heads, n_k
     run_kernel(device, p, "sla2_states", (p.t_n, p.pairs), *args)
@@ -226,16 +319,33 @@ def linear_states(device: Device, problem: Problem, made: Prologue, block_map: M
 
 
 def masked_sum(
-    device: Device, problem: Problem, bits: Pointer, x: Pointer, row_scale: Pointer, rows: int, depth: int
+    device: Device,
+    problem: Problem,
+    bits: Pointer,
+    x: Pointer,
+    row_scale: Pointer,
+    rows: int,
+    depth: int,
 ) -> tuple[Pointer, Pointer]:
-    """(1 - M) x for bits (B H, rows, ceil(depth / 32)) and x (B H, depth, width (width + 1)): matrix and vector part."""
+    """(1 - M) x for bits (B H, rows, ceil(depth / 32)) and x (B H, depth, width (width + 1)):
+    matrix and vector part.
+    """
     p = problem
     matrix = device.allocate((p.pairs, rows, p.width, p.width), p.dtype)
     vector = device.allocate((p.pairs, rows, p.width), "float32")
     run_kernel(
-        device, p, "sla2_masked_sum", (-(-p.width * (p.width + 1) // 128), -(-rows // 128), p.pairs),
-        bits, x, row_scale, matrix, vector, np.int32(rows), np.int32(depth),
-    )  # fmt: skip
+        device,
+        p,
+        "sla2_masked_sum",
+        (-(-p.width * (p.width + 1) // 128), -(-rows // 128), p.pairs),
+        bits,
+        x,
+        row_scale,
+        matrix,
+        vector,
+        np.int32(rows),
+        np.int32(depth),
+    )
     return matrix, vector
 
 
@@ -249,7 +359,8 @@ def sparse_forward(
     save: bool,
     out: Strided | None = None,
 ) -> tuple[Strided, Pointer, Strided]:
-    """O (B, H, n_q, width), written to `out` if given, L, and O_s, which is NULL where a linear branch is mixed in and `save`
+    """O (B, H, n_q, width), written to `out` if given, L, and O_s, which is NULL where a linear
+    branch is mixed in and `save`
     is off."""
     p, new = problem, device.allocate
     rows = (p.pairs, p.n_q, p.width)
@@ -264,11 +375,26 @@ def sparse_forward(
         name, inputs = "sla2_sparse_fwd", (*made.q.arguments, k, *made.v.arguments)
     mixed = (made.phi_q, linear.state, linear.norm) if linear else (NULL, NULL, NULL)
     run_kernel(
-        device, p, name, (p.t_m, p.pairs),
-        *inputs, block_map.indices, block_map.counts, np.int32(block_map.width), p.kv_lengths,
-        *mixed, alpha.values, *map(np.int32, alpha.strides), *out.arguments, out_sparse, lse,
-        np.int32(p.heads), np.int32(p.n_q), np.int32(p.n_k), p.softmax_scale,
-    )  # fmt: skip
+        device,
+        p,
+        name,
+        (p.t_m, p.pairs),
+        *inputs,
+        block_map.indices,
+        block_map.counts,
+        np.int32(block_map.width),
+        p.kv_lengths,
+        *mixed,
+        alpha.values,
+        *map(np.int32, alpha.strides),
+        *out.arguments,
+        out_sparse,
+        lse,
+        np.int32(p.heads),
+        np.int32(p.n_q),
+        np.int32(p.n_k),
+        p.softmax_scale,
+    )
     return out, lse, Strided.of(out_sparse, p.heads, p.n_q, p.width) if linear else out
 
 
@@ -300,8 +426,16 @@ def forward(
     alpha = alpha or ONE
     out, lse, out_sparse = sparse_forward(device, p, made, block_map, linear, alpha, save, out)
     if p.head_dim != p.width:
-        out = Strided.of(copy_columns(device, p, out, p.n_q, p.width, p.head_dim), p.heads, p.n_q, p.head_dim)
+        out = Strided.of(
+            copy_columns(device, p, out, p.n_q, p.width, p.head_dim), p.heads, p.n_q, p.head_dim
+        )
     return Forward(
-        out=out, lse=lse, prologue=made, block_map=block_map, alpha=alpha, linear=linear,
-        out_sparse=out_sparse, smooth_k=smooth_k,
-    )  # fmt: skip
+        out=out,
+        lse=lse,
+        prologue=made,
+        block_map=block_map,
+        alpha=alpha,
+        linear=linear,
+        out_sparse=out_sparse,
+        smooth_k=smooth_k,
+    )

@@ -1,4 +1,6 @@
-"""What a call of the operator is about: its shapes and settings, where it runs, and where its tensors lie."""
+"""What a call of the operator is about: its shapes and settings, where it runs, and where its
+tensors lie.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,12 @@ Allocate = Callable[[tuple[int, ...], str], Pointer]
 
 @dataclass(frozen=True)
 class Strided:
-    """A 16-bit tensor (B, H, N, channels) in any layout with adjacent channels, such as a transposed (B, N, H, channels).
+    """A 16-bit tensor (B, H, N, channels) in any layout with adjacent channels, such as a
+    transposed (B, N, H, channels).
 
-    `strides`: elements from a batch item, a head and a token to the next. They and the address must be multiples of 16
-    bytes where the kernels read it directly, which is where channels are 64 or 128; see `fits`.
+    `strides`: elements from a batch item, a head and a token to the next. They and the address must
+    be multiples of 16 bytes where the kernels read it directly, which is where channels are 64 or
+    128; see `fits`.
     """
 
     pointer: Pointer
@@ -32,8 +36,14 @@ class Strided:
 
     @property
     def fits(self) -> bool:
-        """Whether the kernels can read and write it 16 bytes at a time, with 32-bit offsets within a block of tokens."""
-        return not self.pointer.address % 16 and not any(s % 8 for s in self.strides) and self.strides[2] < 1 << 20
+        """Whether the kernels can read and write it 16 bytes at a time, with 32-bit offsets within
+        a block of tokens.
+        """
+        return (
+            not self.pointer.address % 16
+            and not any(s % 8 for s in self.strides)
+            and self.strides[2] < 1 << 20
+        )
 
     @property
     def owner(self) -> object:
@@ -49,10 +59,12 @@ class Strided:
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """Where kernels run: target "cuda" or "emulator", architecture, GPU number, CUDA stream, and the allocator.
+    """Where kernels run: target "cuda" or "emulator", architecture, GPU number, CUDA stream, and
+    the allocator.
 
-    `allocate(shape, dtype)` returns a Pointer to uninitialised memory of that shape, 16-byte aligned; dtype is "float32",
-    "int32", "uint32", "uint8", "bfloat16" or "float16". The Pointer's owner must keep the memory alive.
+    `allocate(shape, dtype)` returns a Pointer to uninitialised memory of that shape, 16-byte
+    aligned; dtype is "float32", "int32", "uint32", "uint8", "bfloat16" or "float16". The Pointer's
+    owner must keep the memory alive.
     """
 
     allocate: Allocate
@@ -64,9 +76,11 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Shapes and settings of a call: q (B, H, n_q, d), k and v (B, H, n_k, d), d <= 128; see sla2_core.functional.
+    """Shapes and settings of a call: q (B, H, n_q, d), k and v (B, H, n_k, d), d <= 128; see
+    sla2_core.functional.
 
-    `kv_lengths` is a device pointer to int32 (B,), or NULL. Raises ValueError naming the argument for what no kernel takes.
+    `kv_lengths` is a device pointer to int32 (B,), or NULL. Raises ValueError naming the argument
+    for what no kernel takes.
     """
 
     batch: int
@@ -98,7 +112,11 @@ class Problem:
     @property
     def geometry(self) -> Geometry:
         return Geometry(
-            head_dim=self.width, dtype=self.dtype, block_q=self.block_q, block_k=self.block_k, precision=self.precision
+            head_dim=self.width,
+            dtype=self.dtype,
+            block_q=self.block_q,
+            block_k=self.block_k,
+            precision=self.precision,
         )
 
     @property
@@ -125,7 +143,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Map:
-    """A block map on the device: indices int32 (B, H, T_m, width), ascending, -1 past counts int32 (B, H, T_m)."""
+    """A block map on the device: indices int32 (B, H, T_m, width), ascending, -1 past counts int32
+    (B, H, T_m).
+    """
 
     indices: Pointer
     counts: Pointer

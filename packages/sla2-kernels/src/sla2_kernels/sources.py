@@ -16,7 +16,8 @@ EMULATED = ("emulated_ptx.h",)  # the emulator's own headers: only reached under
 
 
 def gather(path: Path) -> dict[str, str]:
-    """Name -> text of the file (first) and of all headers it includes with quotes, from its folder or csrc/.
+    """Name -> text of the file (first) and of all headers it includes with quotes, from its folder
+    or csrc/.
 
     Raises FileNotFoundError naming the header that is nowhere.
     """
@@ -29,7 +30,9 @@ def gather(path: Path) -> dict[str, str]:
                 continue
             found = next((f for f in (path.parent / name, CSRC / name) if f.is_file()), None)
             if found is None:
-                raise FileNotFoundError(f"{includer}: includes {name!r}, which is neither beside it nor in csrc")
+                raise FileNotFoundError(
+                    f"{includer}: includes {name!r}, which is neither beside it nor in csrc"
+                )
             texts[name] = found.read_text()
             todo.append(name)
     return texts

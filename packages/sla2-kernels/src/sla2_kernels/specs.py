@@ -1,4 +1,6 @@
-"""KernelSpec: which kernel, for which data type, head dimension, tile and architecture, and with what limits."""
+"""KernelSpec: which kernel, for which data type, head dimension, tile and architecture, and with
+what limits.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ HEAD_DIMS = (64, 128)
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What a block may use on a GPU architecture (CUDA programming guide, table of compute capabilities).
+    """What a block may use on a GPU architecture (CUDA programming guide, table of compute
+    capabilities).
 
-    `number` is the SLA2_ARCH macro; shared memory in bytes; a resident block reserves 1 KB of shared memory more.
+    `number` is the SLA2_ARCH macro; shared memory in bytes; a resident block reserves 1 KB of
+    shared memory more.
     """
 
     number: int
@@ -27,7 +31,9 @@ class Architecture:
 
     @property
     def fast_mma(self) -> bool:
-        """Whether tensor cores outrun shared memory at 16 rows a warp (FAST_MMA in mix.cuh): the data centre's GPUs."""
+        """Whether tensor cores outrun shared memory at 16 rows a warp (FAST_MMA in mix.cuh): the
+        data centre's GPUs.
+        """
         return self.number in (80, 90, 100)
 
     def resident_blocks(self, threads: int, registers: int, shared_bytes: int) -> int:
@@ -46,22 +52,46 @@ class Architecture:
 _KB = 1024
 ARCHITECTURES = {
     "sm_80": Architecture(
-        number=80, shared_per_block=163 * _KB, shared_per_sm=164 * _KB, threads_per_sm=2048, blocks_per_sm=32
+        number=80,
+        shared_per_block=163 * _KB,
+        shared_per_sm=164 * _KB,
+        threads_per_sm=2048,
+        blocks_per_sm=32,
     ),
     "sm_86": Architecture(
-        number=86, shared_per_block=99 * _KB, shared_per_sm=100 * _KB, threads_per_sm=1536, blocks_per_sm=16
+        number=86,
+        shared_per_block=99 * _KB,
+        shared_per_sm=100 * _KB,
+        threads_per_sm=1536,
+        blocks_per_sm=16,
     ),
     "sm_89": Architecture(
-        number=89, shared_per_block=99 * _KB, shared_per_sm=100 * _KB, threads_per_sm=1536, blocks_per_sm=24
+        number=89,
+        shared_per_block=99 * _KB,
+        shared_per_sm=100 * _KB,
+        threads_per_sm=1536,
+        blocks_per_sm=24,
     ),
     "sm_90a": Architecture(
-        number=90, shared_per_block=227 * _KB, shared_per_sm=228 * _KB, threads_per_sm=2048, blocks_per_sm=32
+        number=90,
+        shared_per_block=227 * _KB,
+        shared_per_sm=228 * _KB,
+        threads_per_sm=2048,
+        blocks_per_sm=32,
     ),
     "sm_100a": Architecture(
-        number=100, shared_per_block=227 * _KB, shared_per_sm=228 * _KB, threads_per_sm=2048, blocks_per_sm=32
+        number=100,
+        shared_per_block=227 * _KB,
+        shared_per_sm=228 * _KB,
+        threads_per_sm=2048,
+        blocks_per_sm=32,
     ),
     "sm_120a": Architecture(
-        number=120, shared_per_block=99 * _KB, shared_per_sm=100 * _KB, threads_per_sm=1536, blocks_per_sm=24
+        number=120,
+        shared_per_block=99 * _KB,
+        shared_per_sm=100 * _KB,
+        threads_per_sm=1536,
+        blocks_per_sm=24,
     ),
 }
 # What "a" leaves out: cubins that later chips of the family run too (10.3: B300; 12.1: GB10).
@@ -70,7 +100,9 @@ _LATER_CHIPS = {87: "sm_86", 103: "sm_100", 121: "sm_120"}
 
 
 def architecture_of(major: int, minor: int) -> str:
-    """The architecture to compile for on a GPU of compute capability (major, minor); RuntimeError if there is none."""
+    """The architecture to compile for on a GPU of compute capability (major, minor); RuntimeError
+    if there is none.
+    """
     number = 10 * major + minor
     exact = (name for name, architecture in ARCHITECTURES.items() if architecture.number == number)
     if found := next(exact, _LATER_CHIPS.get(number)):
@@ -83,9 +115,10 @@ def architecture_of(major: int, minor: int) -> str:
 class KernelSpec:
     """One kernel as it is compiled and launched.
 
-    `source` is a file of csrc/ (or an absolute path), `entry` its extern "C" function, `macros` (name, value) pairs;
-    `shared_bytes` is the dynamic shared memory of a launch; `max_registers` the ceiling that the compile gate holds
-    (it allows no spills). Specs with equal source, macros and arch share a compilation.
+    `source` is a file of csrc/ (or an absolute path), `entry` its extern "C" function, `macros`
+    (name, value) pairs; `shared_bytes` is the dynamic shared memory of a launch; `max_registers`
+    the ceiling that the compile gate holds (it allows no spills). Specs with equal source, macros
+    and arch share a compilation.
     """
 
     source: str
@@ -114,5 +147,7 @@ class KernelSpec:
         if "SLA2_HEAD_DIM" in values:
             parts.append(f"d{values['SLA2_HEAD_DIM']}")
         parts += [name for name, number in DTYPES.items() if values.get("SLA2_DTYPE") == number]
-        parts += [name for name, number in PRECISIONS.items() if values.get("SLA2_PRECISION") == number]
+        parts += [
+            name for name, number in PRECISIONS.items() if values.get("SLA2_PRECISION") == number
+        ]
         return " ".join(parts)

@@ -1,1 +1,3 @@
-"""SLA2 in other people's models: diffusers transformers by family, and call sites of scaled_dot_product_attention."""
+"""SLA2 in other people's models: diffusers transformers by family, and call sites of
+scaled_dot_product_attention.
+"""

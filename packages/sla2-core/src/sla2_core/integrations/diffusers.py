@@ -1,4 +1,6 @@
-"""apply_sla2: give every self-attention layer of a diffusers transformer sparse-linear attention."""
+"""apply_sla2: give every self-attention layer of a diffusers transformer sparse-linear
+attention.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,16 @@ def apply_sla2(
     dense_steps: int = 0,
     base_model: str | None = None,
 ) -> SLA2Handle:
-    """Replace the self-attention of a diffusers transformer by SLA2 (or SLA), in place; cross-attention stays.
+    """Replace the self-attention of a diffusers transformer by SLA2 (or SLA), in place;
+    cross-attention stays.
 
     Args:
-        transformer: e.g. `pipe.transformer`, compiled or not; see integrations.families.known_classes(). The handle's is
-            the module inside torch.compile's wrapper.
+        transformer: e.g. `pipe.transformer`, compiled or not; see
+            integrations.families.known_classes(). The handle's is the module inside torch.compile's
+            wrapper.
         config: its head_dim and num_heads are the model's.
-        skip_layers: self-attention layers that keep full attention; negative numbers count from the end.
+        skip_layers: self-attention layers that keep full attention; negative numbers count from the
+            end.
         dense_steps: the first denoising steps of each generation keep full attention.
         base_model: hub id or folder of the weights, stored in adapters and compared on load.
 
@@ -38,18 +43,27 @@ def apply_sla2(
         A handle to enable, disable, configure, save and load.
 
     Raises:
-        ValueError: a class without an integration, other heads or head dimension than the model's, a layer that does not
-            exist, a model that already has SLA2, whose weights are offloaded to meta tensors, or whose processors have
-            weights (an IP adapter), which SLA2's would leave out.
+        ValueError: a class without an integration, other heads or head dimension than the model's,
+            a layer that does not exist, a model that already has SLA2, whose weights are offloaded
+            to meta tensors, or whose processors have weights (an IP adapter), which SLA2's would
+            leave out.
     """
-    transformer = unwrapped(transformer)  # names in its state_dict, and so in adapters, are those of the model itself
+    transformer = unwrapped(
+        transformer
+    )  # names in its state_dict, and so in adapters, are those of the model itself
     family = family_of(transformer)
     found = family.attention_layers(transformer)
     if not found:
-        raise ValueError(f"transformer: expected self-attention layers, found none in {type(transformer).__name__}")
+        raise ValueError(
+            "transformer: expected self-attention layers, found none in"
+            f" {type(transformer).__name__}"
+        )
     skipped = {_layer_number(i, len(found)) for i in skip_layers}
     if len(skipped) == len(found):
-        raise ValueError(f"skip_layers: expected at least one of the {len(found)} layers to be left, got all of them")
+        raise ValueError(
+            f"skip_layers: expected at least one of the {len(found)} layers to be left, got all of"
+            " them"
+        )
     if isinstance(dense_steps, bool) or not isinstance(dense_steps, int) or dense_steps < 0:
         raise ValueError(f"dense_steps: expected an integer >= 0, got {dense_steps!r}")
     names = {i: name for i, name in enumerate(found) if i not in skipped}
@@ -57,18 +71,26 @@ def apply_sla2(
         heads, head_dim = family.heads(found[name])
         for field, expected in (("num_heads", heads), ("head_dim", head_dim)):
             if getattr(config, field) != expected:
-                raise ValueError(f"config: expected {field}={expected} as in {name}, got {getattr(config, field)}")
+                raise ValueError(
+                    f"config: expected {field}={expected} as in {name}, got"
+                    f" {getattr(config, field)}"
+                )
         if isinstance(found[name].processor, SLA2Processor):
             raise ValueError(
-                f"transformer: expected a model without SLA2, but {name} has it; call handle.remove() first"
+                f"transformer: expected a model without SLA2, but {name} has it; call"
+                " handle.remove() first"
             )
         own = found[name].processor
         if isinstance(own, nn.Module) and any(True for _ in own.parameters()):
-            raise ValueError(f"transformer: expected a processor without weights at {name}, got {type(own).__name__}")
+            raise ValueError(
+                f"transformer: expected a processor without weights at {name}, got"
+                f" {type(own).__name__}"
+            )
     device = next(transformer.parameters()).device
     if device.type == "meta":
         raise ValueError(
-            "transformer: expected weights, got meta tensors; SLA2 does not work with sequential CPU offload"
+            "transformer: expected weights, got meta tensors; SLA2 does not work with sequential"
+            " CPU offload"
         )
     compiled.register()
     switch = Switch()
@@ -77,7 +99,9 @@ def apply_sla2(
         processor = family.processor(attention, found[name].processor, layer, switch)
         processor.train(transformer.training)
         found[name].set_processor(processor)
-    return SLA2Handle(transformer, family, names, switch, dense_steps=dense_steps, base_model=base_model)
+    return SLA2Handle(
+        transformer, family, names, switch, dense_steps=dense_steps, base_model=base_model
+    )
 
 
 def _layer_number(layer: int, count: int) -> int:

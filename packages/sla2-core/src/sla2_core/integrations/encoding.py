@@ -1,4 +1,6 @@
-"""What a diffusers pipeline makes of a video and its caption: the latents its transformer trains on, and the conditions."""
+"""What a diffusers pipeline makes of a video and its caption: the latents its transformer trains
+on, and the conditions.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ Sample = dict[str, Tensor]
 
 
 class Encoder(NamedTuple):
-    """video: (pipe, pixels (1, 3, T, H, W) in [-1, 1]) -> latents, and the conditions that follow from their shape.
+    """video: (pipe, pixels (1, 3, T, H, W) in [-1, 1]) -> latents, and the conditions that follow
+    from their shape.
 
     text: (pipe, caption) -> conditions. Both without a batch dimension, in fp32 or int64.
     """
@@ -23,14 +26,20 @@ class Encoder(NamedTuple):
 
 
 def encoder_of(pipe: Any) -> Encoder:
-    """The encoder of a pipeline. Raises ValueError, in one line, for a class without one or a part that is missing."""
+    """The encoder of a pipeline. Raises ValueError, in one line, for a class without one or a part
+    that is missing.
+    """
     name = type(pipe).__name__
     if name in _MISSING:
-        raise ValueError(f"pipe: expected one of {', '.join(_ENCODERS)}, got {name}, {_MISSING[name]}")
+        raise ValueError(
+            f"pipe: expected one of {', '.join(_ENCODERS)}, got {name}, {_MISSING[name]}"
+        )
     if name not in _ENCODERS:
         raise ValueError(f"pipe: expected one of {', '.join(_ENCODERS)}, got {name}")
     if name in _NEEDS_TRANSFORMER and pipe.transformer is None:
-        raise ValueError(f"pipe: expected a {name} with its transformer, {_NEEDS_TRANSFORMER[name]}, got none")
+        raise ValueError(
+            f"pipe: expected a {name} with its transformer, {_NEEDS_TRANSFORMER[name]}, got none"
+        )
     return _ENCODERS[name]
 
 
@@ -56,17 +65,24 @@ def _wan_video(pipe: Any, pixels: Tensor) -> Sample:
     """(C, t, h, w), by the mean and the standard deviation of each channel."""
     latents, config = _mode(pipe, pixels)[0], pipe.vae.config
     mean, std = (
-        torch.tensor(x, device=latents.device).view(-1, 1, 1, 1) for x in (config.latents_mean, config.latents_std)
+        torch.tensor(x, device=latents.device).view(-1, 1, 1, 1)
+        for x in (config.latents_mean, config.latents_std)
     )
     return {"latents": (latents - mean) / std}
 
 
 def _hunyuan_video15_video(pipe: Any, pixels: Tensor) -> Sample:
-    """(C, t, h, w); no first frame is given: its latents, its mask and the image embeddings are 0, as in text to video."""
+    """(C, t, h, w); no first frame is given: its latents, its mask and the image embeddings are 0,
+    as in text to video.
+    """
     latents = _scaled(pipe, pixels)
     given = pipe.prepare_cond_latents_and_mask(latents[None], latents.dtype, latents.device)
     images = torch.zeros(pipe.vision_num_semantic_tokens, pipe.vision_states_dim)
-    return {"latents": latents, "condition_latents": torch.cat(given, dim=1)[0], "image_embeds": images}
+    return {
+        "latents": latents,
+        "condition_latents": torch.cat(given, dim=1)[0],
+        "image_embeds": images,
+    }
 
 
 def _cogvideox_video(pipe: Any, pixels: Tensor) -> Sample:
@@ -75,20 +91,24 @@ def _cogvideox_video(pipe: Any, pixels: Tensor) -> Sample:
     config = pipe.transformer.config
     if len(latents) % (config.patch_size_t or 1):
         raise ValueError(
-            f"num_frames: expected latent frames that {config.patch_size_t} divides, as in the model's patches, "
-            f"got {len(latents)} from {pixels.shape[2]} frames"
+            f"num_frames: expected latent frames that {config.patch_size_t} divides, as in the"
+            f" model's patches, got {len(latents)} from {pixels.shape[2]} frames"
         )
     if not config.use_rotary_positional_embeddings:
         return {"latents": latents}
     height, width = pixels.shape[3:]
-    cos, sin = pipe._prepare_rotary_positional_embeddings(height, width, len(latents), latents.device)
+    cos, sin = pipe._prepare_rotary_positional_embeddings(
+        height, width, len(latents), latents.device
+    )
     return {"latents": latents, "rotary_cos": cos, "rotary_sin": sin}
 
 
 def _flux_video(pipe: Any, pixels: Tensor) -> Sample:
     """(N, 4 C), packed 2 x 2, of the only frame."""
     if pixels.shape[2] != 1:
-        raise ValueError(f"num_frames: expected 1 for FluxPipeline, a model of images, got {pixels.shape[2]}")
+        raise ValueError(
+            f"num_frames: expected 1 for FluxPipeline, a model of images, got {pixels.shape[2]}"
+        )
     config = pipe.vae.config
     latents = (_mode(pipe, pixels[:, :, 0]) - config.shift_factor) * config.scaling_factor
     _, channels, height, width = latents.shape
@@ -97,11 +117,15 @@ def _flux_video(pipe: Any, pixels: Tensor) -> Sample:
 
 
 def _text(names: tuple[str | None, ...], **options: Any) -> Callable[[Any, str], Sample]:
-    """encode_prompt's results under the transformer's names; None leaves one out. Masks become int64."""
+    """encode_prompt's results under the transformer's names; None leaves one out. Masks become
+    int64.
+    """
 
     @torch.no_grad()
     def encode(pipe: Any, caption: str) -> Sample:
-        found = pipe.encode_prompt(caption, device=_part(pipe, "text_encoder").device, **options, **_length(pipe))
+        found = pipe.encode_prompt(
+            caption, device=_part(pipe, "text_encoder").device, **options, **_length(pipe)
+        )
         return {
             name: value[0].long() if "mask" in name else value[0].float()
             for name, value in zip(names, found, strict=True)
@@ -122,11 +146,17 @@ def _flux_text(pipe: Any, caption: str) -> Sample:
         text, pooled, ids = pipe.encode_prompt(
             caption, None, device=_part(pipe, "text_encoder").device, **_length(pipe)
         )
-    return {"encoder_hidden_states": text[0].float(), "pooled_projections": pooled[0].float(), "txt_ids": ids.float()}
+    return {
+        "encoder_hidden_states": text[0].float(),
+        "pooled_projections": pooled[0].float(),
+        "txt_ids": ids.float(),
+    }
 
 
 _ENCODERS: Mapping[str, Encoder] = {
-    "WanPipeline": Encoder(_wan_video, _text(("encoder_hidden_states", None), do_classifier_free_guidance=False)),
+    "WanPipeline": Encoder(
+        _wan_video, _text(("encoder_hidden_states", None), do_classifier_free_guidance=False)
+    ),
     "HunyuanVideoPipeline": Encoder(
         lambda pipe, pixels: {"latents": _scaled(pipe, pixels)},
         _text(("encoder_hidden_states", "pooled_projections", "encoder_attention_mask")),
@@ -152,6 +182,10 @@ _NEEDS_TRANSFORMER = {
     "HunyuanVideo15Pipeline": "whose configuration gives the size of the image embeddings",
 }
 _MISSING = {
-    "LTX2Pipeline": "whose transformer also takes the latents of a sound track, which is not read here",
-    "WanImageToVideoPipeline": "whose transformer also takes the first frame, which is not encoded here",
+    "LTX2Pipeline": (
+        "whose transformer also takes the latents of a sound track, which is not read here"
+    ),
+    "WanImageToVideoPipeline": (
+        "whose transformer also takes the first frame, which is not encoded here"
+    ),
 }

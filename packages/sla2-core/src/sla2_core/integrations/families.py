@@ -1,4 +1,6 @@
-"""The model families apply_sla2 knows: which attention layers a transformer has, and how its forward is called."""
+"""The model families apply_sla2 knows: which attention layers a transformer has, and how its
+forward is called.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,19 @@ class Family:
 
     Args:
         name: short name, for messages and adapters.
-        attention_layers: transformer -> {name: self-attention module}, in the order of the forward pass.
+        attention_layers: transformer -> {name: self-attention module}, in the order of the forward
+            pass.
         processor: the SLA2Processor class of these layers.
         heads: an attention module -> (number of heads, head dimension).
-        predict: (transformer, noisy latents, sigma (B,) in [0, 1], conditions) -> the model's prediction, a tensor.
+        predict: (transformer, noisy latents, sigma (B,) in [0, 1], conditions) -> the model's
+            prediction, a tensor.
         tokens: (transformer config, latent frames, height, width) -> video tokens.
-        latent_shape: (frames, height, width) of the latents in the model's usual setting, for reports.
-        alphas_cumprod: transformer config -> (T,) for models that predict v on a variance-preserving schedule; None for
-            flow matching.
-        install_hooks: (transformer, layer names) -> hook handles, where a processor needs to see more than its arguments.
+        latent_shape: (frames, height, width) of the latents in the model's usual setting, for
+            reports.
+        alphas_cumprod: transformer config -> (T,) for models that predict v on a
+            variance-preserving schedule; None for flow matching.
+        install_hooks: (transformer, layer names) -> hook handles, where a processor needs to see
+            more than its arguments.
     """
 
     name: str
@@ -55,12 +61,18 @@ def known_classes() -> tuple[str, ...]:
 
 
 def family_of(transformer: nn.Module) -> Family:
-    """The family of a diffusers transformer. Raises ValueError for a class without an integration."""
-    return importlib.import_module(f"sla2_core.integrations.{_MODULES[class_name(transformer)]}").FAMILY
+    """The family of a diffusers transformer. Raises ValueError for a class without an
+    integration.
+    """
+    return importlib.import_module(
+        f"sla2_core.integrations.{_MODULES[class_name(transformer)]}"
+    ).FAMILY
 
 
 def class_name(transformer: nn.Module) -> str:
-    """The diffusers class of a transformer, also of a subclass, such as FSDP2 makes. Raises ValueError for an unknown one."""
+    """The diffusers class of a transformer, also of a subclass, such as FSDP2 makes. Raises
+    ValueError for an unknown one.
+    """
     own = type(unwrapped(transformer))
     for cls in own.__mro__:
         if cls.__name__ in _MODULES:

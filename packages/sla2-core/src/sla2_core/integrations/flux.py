@@ -1,4 +1,6 @@
-"""Flux (diffusers' FluxTransformer2DModel): joint attention of text and image tokens in double and single blocks."""
+"""Flux (diffusers' FluxTransformer2DModel): joint attention of text and image tokens in double and
+single blocks.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from sla2_core.integrations.processor import SLA2Processor
 
 
 class FluxSLA2Processor(SLA2Processor):
-    """SLA2 for Flux. A single block hands over text and image in one tensor; a hook on it notes the `text_tokens`."""
+    """SLA2 for Flux. A single block hands over text and image in one tensor; a hook on it notes the
+    `text_tokens`.
+    """
 
     text_tokens = 0
 
@@ -66,13 +70,19 @@ def _note_text_tokens(block: nn.Module, args: tuple, kwargs: dict) -> None:
 def _install_hooks(transformer: nn.Module, names: Sequence[str]) -> list[Any]:
     single = [name.removesuffix(".attn") for name in names if name.startswith("single_")]
     return [
-        transformer.get_submodule(name).register_forward_pre_hook(_note_text_tokens, with_kwargs=True)
+        transformer.get_submodule(name).register_forward_pre_hook(
+            _note_text_tokens, with_kwargs=True
+        )
         for name in single
     ]
 
 
-def _predict(transformer: nn.Module, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-    """Packed latents (B, N, C); `conditions`: encoder_hidden_states, pooled_projections, txt_ids, img_ids; guidance."""
+def _predict(
+    transformer: nn.Module, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]
+) -> Tensor:
+    """Packed latents (B, N, C); `conditions`: encoder_hidden_states, pooled_projections, txt_ids,
+    img_ids; guidance.
+    """
     conditions = dict(conditions)
     for name in ("txt_ids", "img_ids"):
         if conditions[name].ndim == 3:
@@ -88,7 +98,9 @@ def _tokens(config: Mapping, frames: int, height: int, width: int) -> int:
 
 FAMILY = Family(
     name="flux",
-    attention_layers=block_attention({"transformer_blocks": "attn", "single_transformer_blocks": "attn"}),
+    attention_layers=block_attention(
+        {"transformer_blocks": "attn", "single_transformer_blocks": "attn"}
+    ),
     processor=FluxSLA2Processor,
     heads=lambda attn: (attn.heads, attn.head_dim),
     predict=_predict,

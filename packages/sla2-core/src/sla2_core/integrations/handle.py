@@ -23,10 +23,11 @@ _GROUPS = ("router", "alpha", "proj", "model")
 
 
 class StepCounter:
-    """A forward pre-hook that sets `switch.dense_step` during the first `dense_steps` denoising steps.
+    """A forward pre-hook that sets `switch.dense_step` during the first `dense_steps` denoising
+    steps.
 
-    A step is a new timestep, however often the model runs at it; a timestep above the last one starts a new video. Not
-    in training mode, where timesteps come in any order.
+    A step is a new timestep, however often the model runs at it; a timestep above the last one
+    starts a new video. Not in training mode, where timesteps come in any order.
     """
 
     def __init__(self, switch: Switch, dense_steps: int):
@@ -47,7 +48,9 @@ class StepCounter:
 
 
 def timestep_of(transformer: nn.Module, args: tuple, kwargs: dict) -> float:
-    """The largest `timestep` of a call of the transformer's forward (image-conditioned tokens have 0)."""
+    """The largest `timestep` of a call of the transformer's forward (image-conditioned tokens have
+    0).
+    """
     if "timestep" in kwargs:
         return float(kwargs["timestep"].max())
     place = list(inspect.signature(transformer.forward).parameters).index("timestep")
@@ -59,7 +62,8 @@ class SLA2Handle:
 
     Attributes:
         transformer: the model. family: its Family. base_model: id of its weights, or None.
-        names: {layer: module name} of the replaced layers. attentions: {layer: SLA2Attention or SLAAttention}.
+        names: {layer: module name} of the replaced layers. attentions: {layer: SLA2Attention or
+            SLAAttention}.
         dense_steps: denoising steps that run with full attention first.
     """
 
@@ -76,7 +80,9 @@ class SLA2Handle:
         self.transformer, self.family, self.names = transformer, family, names
         self.base_model, self.dense_steps = base_model, dense_steps
         self._switch = switch
-        self._hooks = family.install_hooks(transformer, tuple(names.values())) if family.install_hooks else []
+        self._hooks = (
+            family.install_hooks(transformer, tuple(names.values())) if family.install_hooks else []
+        )
         if dense_steps:
             counter = StepCounter(switch, dense_steps)
             self._hooks.append(transformer.register_forward_pre_hook(counter, with_kwargs=True))
@@ -87,12 +93,17 @@ class SLA2Handle:
 
     @property
     def processors(self) -> dict[int, SLA2Processor]:
-        found = {i: self.transformer.get_submodule(name).processor for i, name in self.names.items()}
+        found = {
+            i: self.transformer.get_submodule(name).processor for i, name in self.names.items()
+        }
         for layer, processor in found.items():
-            if not isinstance(processor, SLA2Processor):  # as CogVideoX's fuse_qkv_projections leaves it
+            if not isinstance(
+                processor, SLA2Processor
+            ):  # as CogVideoX's fuse_qkv_projections leaves it
                 raise ValueError(
-                    f"transformer: expected SLA2's processor at {self.names[layer]}, got {type(processor).__name__}, set "
-                    "after apply_sla2; fuse projections and set processors before it"
+                    f"transformer: expected SLA2's processor at {self.names[layer]}, got"
+                    f" {type(processor).__name__}, set after apply_sla2; fuse projections and set"
+                    " processors before it"
                 )
         return found
 
@@ -136,22 +147,33 @@ class SLA2Handle:
     def configure(self, **changes: Any) -> None:
         """Change k%, precision, backend, qat_backward or tau of every layer.
 
-        Raises ValueError for a field that fixes the shape or meaning of a trained parameter, or a bad value.
+        Raises ValueError for a field that fixes the shape or meaning of a trained parameter, or a
+        bad value.
         """
         for name in changes:
-            if name in files.GEOMETRY or name not in {field.name for field in dataclasses.fields(SLA2Config)}:
-                allowed = [f.name for f in dataclasses.fields(SLA2Config) if f.name not in files.GEOMETRY]
-                raise ValueError(f"{name}: expected a field that may change, one of {', '.join(allowed)}")
+            if name in files.GEOMETRY or name not in {
+                field.name for field in dataclasses.fields(SLA2Config)
+            }:
+                allowed = [
+                    f.name for f in dataclasses.fields(SLA2Config) if f.name not in files.GEOMETRY
+                ]
+                raise ValueError(
+                    f"{name}: expected a field that may change, one of {', '.join(allowed)}"
+                )
         config = dataclasses.replace(self.config, **changes)
         for processor in self.processors.values():
             processor.configure(config)
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by group: router, alpha, proj (of SLA), model (everything that is not SLA2's)."""
+        """Parameters by group: router, alpha, proj (of SLA), model (everything that is
+        not SLA2's).
+        """
         groups: dict[str, list[nn.Parameter]] = {group: [] for group in _GROUPS}
         for attention in self.attentions.values():
             for name, parameter in attention.named_parameters():
-                groups[{"router": "router", "mixing": "alpha", "proj": "proj"}[name.split(".")[0]]].append(parameter)
+                groups[
+                    {"router": "router", "mixing": "alpha", "proj": "proj"}[name.split(".")[0]]
+                ].append(parameter)
         own = {id(p) for group in groups.values() for p in group}
         groups["model"] = [p for p in self.transformer.parameters() if id(p) not in own]
         return groups
@@ -168,7 +190,9 @@ class SLA2Handle:
         """The transformer's own tensors, "model.<name>", as live views."""
         prefixes = tuple(f"{name}.processor." for name in self.names.values())
         state = self.transformer.state_dict(keep_vars=True)
-        return {f"model.{name}": value for name, value in state.items() if not name.startswith(prefixes)}
+        return {
+            f"model.{name}": value for name, value in state.items() if not name.startswith(prefixes)
+        }
 
     def model_identity(self) -> dict[str, Any]:
         """Class and public configuration of the transformer: what an adapter is bound to."""
@@ -176,66 +200,99 @@ class SLA2Handle:
         return {"class": class_name(self.transformer), "config": _plain(config)}
 
     def save(
-        self, folder: str | Path, *, include_model: bool = False, state: Mapping[str, Tensor] | None = None
+        self,
+        folder: str | Path,
+        *,
+        include_model: bool = False,
+        state: Mapping[str, Tensor] | None = None,
     ) -> Path:
-        """Write the adapter; `include_model` adds the transformer's weights, as fine-tuned in stage 2.
+        """Write the adapter; `include_model` adds the transformer's weights, as fine-tuned in stage
+        2.
 
-        `state` is the transformer's whole state_dict where it was gathered from several processes; None takes its own.
+        `state` is the transformer's whole state_dict where it was gathered from several processes;
+        None takes its own.
         """
         tensors = self.adapter_tensors() | (self.model_tensors() if include_model else {})
         if state is not None:
-            prefixes = {f"layers.{i}.": f"{name}.processor.attention." for i, name in self.names.items()} | {
-                "model.": ""
-            }
+            prefixes = {
+                f"layers.{i}.": f"{name}.processor.attention." for i, name in self.names.items()
+            } | {"model.": ""}
             for short, long in prefixes.items():
-                tensors |= {n: state[long + n.removeprefix(short)] for n in tensors if n.startswith(short)}
+                tensors |= {
+                    n: state[long + n.removeprefix(short)] for n in tensors if n.startswith(short)
+                }
         return files.save_adapter(
             files.Adapter(
-                config=self.config, layers=self.layers, model=self.model_identity(), tensors=tensors,
-                base_model=self.base_model, dense_steps=self.dense_steps,
+                config=self.config,
+                layers=self.layers,
+                model=self.model_identity(),
+                tensors=tensors,
+                base_model=self.base_model,
+                dense_steps=self.dense_steps,
             ),
             folder,
-        )  # fmt: skip
+        )
 
     def load(self, folder: str | Path, *, keep_settings: bool = False) -> None:
         """Load an adapter, with its k% and precision unless `keep_settings`.
 
-        The transformer's own weights, where the adapter holds them, are rounded to the dtype that the model is held in.
+        The transformer's own weights, where the adapter holds them, are rounded to the dtype that
+        the model is held in.
 
-        Raises FileNotFoundError or ValueError naming the file for another geometry, other layers, another model, or a
-        key, shape or dtype that does not fit; nothing is changed then.
+        Raises FileNotFoundError or ValueError naming the file for another geometry, other layers,
+        another model, or a key, shape or dtype that does not fit; nothing is changed then.
         """
         found = files.load_adapter(folder)
         source = str(Path(folder) / files.CONFIG_NAME)
         files.check_geometry(source, found.config, self.config)
         if found.layers != self.layers:
-            raise ValueError(f"{source}: expected layers {list(self.layers)} as applied, got {list(found.layers)}")
+            raise ValueError(
+                f"{source}: expected layers {list(self.layers)} as applied, got"
+                f" {list(found.layers)}"
+            )
         self._check_model(source, found)
         expected = self.adapter_tensors()
-        model = self.model_tensors() if any(name.startswith("model.") for name in found.tensors) else {}
-        weights = {name: _in_dtype_of(found.tensors.get(name), value) for name, value in model.items()}
-        files.check_tensors(str(Path(folder) / files.WEIGHTS_NAME), found.tensors, expected | weights)
+        model = (
+            self.model_tensors() if any(name.startswith("model.") for name in found.tensors) else {}
+        )
+        weights = {
+            name: _in_dtype_of(found.tensors.get(name), value) for name, value in model.items()
+        }
+        files.check_tensors(
+            str(Path(folder) / files.WEIGHTS_NAME), found.tensors, expected | weights
+        )
         expected |= model
         files.copy_tensors(found.tensors, expected)
         if not keep_settings:
-            changeable = {f.name for f in dataclasses.fields(SLA2Config)} - set(files.GEOMETRY) - {"backend"}
+            changeable = (
+                {f.name for f in dataclasses.fields(SLA2Config)} - set(files.GEOMETRY) - {"backend"}
+            )
             self.configure(**{name: getattr(found.config, name) for name in changeable})
 
     def _check_model(self, source: str, found: files.Adapter) -> None:
         own = self.model_identity()
         if found.model.get("class") != own["class"]:
-            raise ValueError(f"{source}: expected an adapter of {own['class']}, got one of {found.model.get('class')}")
+            raise ValueError(
+                f"{source}: expected an adapter of {own['class']}, got one of"
+                f" {found.model.get('class')}"
+            )
         other = found.model.get("config", {})
         for key in sorted(set(own["config"]) | set(other)):
             mine, theirs = own["config"].get(key), other.get(key)
             if key in own["config"] and key in other and mine != theirs:
-                raise ValueError(f"{source}: expected an adapter of a model with {key}={mine}, got {theirs}")
+                raise ValueError(
+                    f"{source}: expected an adapter of a model with {key}={mine}, got {theirs}"
+                )
         if self.base_model and found.base_model and self.base_model != found.base_model:
-            raise ValueError(f"{source}: expected an adapter of {self.base_model}, got one of {found.base_model}")
+            raise ValueError(
+                f"{source}: expected an adapter of {self.base_model}, got one of {found.base_model}"
+            )
 
     @contextlib.contextmanager
     def recording(self, recorder: Callable[..., None]) -> Iterator[None]:
-        """Full attention inside a with block, with recorder(layer, q, k, v, text_tokens, kv_lengths) at every layer."""
+        """Full attention inside a with block, with recorder(layer, q, k, v, text_tokens,
+        kv_lengths) at every layer.
+        """
         before, self._switch.recorder = self._switch.recorder, recorder
         try:
             with self.disabled():
@@ -254,7 +311,9 @@ class SLA2Handle:
         return maps
 
     def dense_copy(self) -> nn.Module:
-        """A frozen copy of the transformer with its own processors: the teacher of loss="distill"."""
+        """A frozen copy of the transformer with its own processors: the teacher of
+        loss="distill".
+        """
         twin = copy.deepcopy(self.transformer)
         for name in self.names.values():
             attn = twin.get_submodule(name)
@@ -264,7 +323,9 @@ class SLA2Handle:
 
 
 def _in_dtype_of(found: Tensor | None, value: Tensor) -> Tensor:
-    """What is expected of `found` where `value` will hold it: its shape, and any floating dtype if it has one itself."""
+    """What is expected of `found` where `value` will hold it: its shape, and any floating dtype if
+    it has one itself.
+    """
     if found is None or not (found.is_floating_point() and value.is_floating_point()):
         return value
     return torch.empty_like(value, dtype=found.dtype, device="meta")

@@ -1,4 +1,6 @@
-"""Views of a router and a mixing ratio that hold some of the heads: for sampled heads and for heads spread over ranks."""
+"""Views of a router and a mixing ratio that hold some of the heads: for sampled heads and for heads
+spread over ranks.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,9 @@ def for_heads(module: nn.Module, heads: Sequence[int] | slice) -> nn.Module:
     """
     view = copy.copy(module)
     view.__dict__["_parameters"], view.__dict__["_buffers"] = {}, {}
-    for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+    for name, value in [
+        *module.named_parameters(recurse=False),
+        *module.named_buffers(recurse=False),
+    ]:
         view.__dict__[name] = value if value.shape[0] == 1 else value[heads]
     return view

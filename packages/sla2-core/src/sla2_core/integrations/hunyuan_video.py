@@ -1,4 +1,6 @@
-"""HunyuanVideo (diffusers' HunyuanVideoTransformer3DModel): joint attention of video and text, text last, padding masked."""
+"""HunyuanVideo (diffusers' HunyuanVideoTransformer3DModel): joint attention of video and text, text
+last, padding masked.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from sla2_core.integrations.joint_processor import (
 
 
 def project(attn: nn.Module, video: Tensor, text: Tensor, rotary) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (B, N, H, d), text last; the rotary embedding acts on the video tokens after the norms."""
+    """q, k, v (B, N, H, d), text last; the rotary embedding acts on the video tokens after the
+    norms.
+    """
     from diffusers.models.embeddings import apply_rotary_emb
 
     own = (attn.to_q, attn.to_k, attn.to_v)
@@ -29,7 +33,10 @@ def project(attn: nn.Module, video: Tensor, text: Tensor, rotary) -> tuple[Tenso
     q, k, v = split_heads(own, video, attn.heads)
     q, k = normed(norms[0], q), normed(norms[1], k)
     if rotary is not None:
-        q, k = apply_rotary_emb(q, rotary, sequence_dim=1), apply_rotary_emb(k, rotary, sequence_dim=1)
+        q, k = (
+            apply_rotary_emb(q, rotary, sequence_dim=1),
+            apply_rotary_emb(k, rotary, sequence_dim=1),
+        )
     text_q, text_k, text_v = split_heads(added, text, attn.heads)
     text_q, text_k = normed(added_norms[0], text_q), normed(added_norms[1], text_k)
     return join((q, k, v), (text_q, text_k, text_v))
@@ -56,20 +63,30 @@ class HunyuanVideoSLA2Processor(JointSLA2Processor):
         attention_mask: Tensor | None,
         image_rotary_emb: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        """`attention_mask` is bool (B, 1, 1, N) over video and text keys, its padding at the end of the text."""
+        """`attention_mask` is bool (B, 1, 1, N) over video and text keys, its padding at the end of
+        the text.
+        """
         text_tokens = encoder_hidden_states.shape[1]
         q, k, v = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        lengths = None if attention_mask is None else attention_mask.flatten(1).sum(-1, dtype=torch.int64)
+        lengths = (
+            None if attention_mask is None else attention_mask.flatten(1).sum(-1, dtype=torch.int64)
+        )
         out = self.self_attention(q, k, v, text_tokens, lengths).to(q.dtype)
         return finish(attn, out, text_tokens)
 
 
-def _predict(transformer: nn.Module, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-    """`conditions`: encoder_hidden_states, encoder_attention_mask, pooled_projections; guidance (1,000 times the scale)."""
+def _predict(
+    transformer: nn.Module, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]
+) -> Tensor:
+    """`conditions`: encoder_hidden_states, encoder_attention_mask, pooled_projections; guidance
+    (1,000 times the scale).
+    """
     conditions = dict(conditions)
     if transformer_config(transformer).get("guidance_embeds") and "guidance" not in conditions:
         conditions["guidance"] = torch.full_like(sigma, 1000.0)
-    return transformer(hidden_states=noisy, timestep=sigma * 1000, **conditions, return_dict=False)[0]
+    return transformer(hidden_states=noisy, timestep=sigma * 1000, **conditions, return_dict=False)[
+        0
+    ]
 
 
 def transformer_config(transformer: nn.Module) -> Mapping:
@@ -84,7 +101,9 @@ def _tokens(config: Mapping, frames: int, height: int, width: int) -> int:
 
 FAMILY = Family(
     name="hunyuan_video",
-    attention_layers=block_attention({"transformer_blocks": "attn", "single_transformer_blocks": "attn"}),
+    attention_layers=block_attention(
+        {"transformer_blocks": "attn", "single_transformer_blocks": "attn"}
+    ),
     processor=HunyuanVideoSLA2Processor,
     heads=heads_of,
     predict=_predict,

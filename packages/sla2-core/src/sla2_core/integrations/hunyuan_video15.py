@@ -1,4 +1,6 @@
-"""HunyuanVideo 1.5 (diffusers' HunyuanVideo15Transformer3DModel): joint attention, padded text neither asks nor answers."""
+"""HunyuanVideo 1.5 (diffusers' HunyuanVideo15Transformer3DModel): joint attention, padded text
+neither asks nor answers.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,16 @@ class HunyuanVideo15SLA2Processor(JointSLA2Processor):
         attention_mask: Tensor | None,
         image_rotary_emb: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        """`attention_mask` is (B, L) over the text, valid tokens first; the output of padded text is 0."""
+        """`attention_mask` is (B, L) over the text, valid tokens first; the output of padded text
+        is 0.
+        """
         video_tokens, text_tokens = hidden_states.shape[1], encoder_hidden_states.shape[1]
         q, k, v = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        lengths = None if attention_mask is None else video_tokens + attention_mask.sum(-1, dtype=torch.int64)
+        lengths = (
+            None
+            if attention_mask is None
+            else video_tokens + attention_mask.sum(-1, dtype=torch.int64)
+        )
         out = self.self_attention(q, k, v, text_tokens, lengths).to(q.dtype)
         if lengths is not None:
             token = torch.arange(out.shape[1], device=out.device)
@@ -34,8 +42,12 @@ class HunyuanVideo15SLA2Processor(JointSLA2Processor):
         return finish(attn, out, text_tokens)
 
 
-def _predict(transformer: nn.Module, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-    """`conditions`: the text arguments of the model and image_embeds; condition_latents go on the channels."""
+def _predict(
+    transformer: nn.Module, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]
+) -> Tensor:
+    """`conditions`: the text arguments of the model and image_embeds; condition_latents go on the
+    channels.
+    """
     conditions = dict(conditions)
     image = conditions.pop("condition_latents", None)
     if image is not None:

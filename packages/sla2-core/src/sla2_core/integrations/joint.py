@@ -1,4 +1,6 @@
-"""Routed attention of one call: video queries over video and text keys, text queries dense, for all heads or some."""
+"""Routed attention of one call: video queries over video and text keys, text queries dense, for all
+heads or some.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def key_mask(n_k: int, kv_lengths: Tensor | None) -> Tensor | None:
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor | None = None) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V on (B, H, N, d), keys at or past `kv_lengths` (B,) hidden."""
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=key_mask(k.shape[2], kv_lengths))
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=key_mask(k.shape[2], kv_lengths)
+    )
 
 
 def _route(
@@ -36,7 +40,9 @@ def _route(
     kv_lengths: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, BlockMap]:
-    """Router scores (B, H, T_m, T_n), -inf for padding, and the map: top-k of the blocks without text, and all with text."""
+    """Router scores (B, H, T_m, T_n), -inf for padding, and the map: top-k of the blocks without
+    text, and all with text.
+    """
     config, (n_q, n_k) = attention.config, (q.shape[2], k.shape[2])
     sizes = dict(block_q=config.block_q, block_k=config.block_k, n_q=n_q)
     smooth = config.smooth_k or config.method == "sla"
@@ -46,14 +52,18 @@ def _route(
         scores = scores.masked_fill((start >= kv_lengths[:, None])[:, None, None], -torch.inf)
     if not text_tokens:
         return scores, top_k_map(scores, config.topk, n_k=n_k, kv_lengths=kv_lengths, **sizes)
-    routable = (n_k - text_tokens) // config.block_k  # padding is at the end of the text, which is not routed
+    routable = (
+        n_k - text_tokens
+    ) // config.block_k  # padding is at the end of the text, which is not routed
     text = torch.arange(routable, scores.shape[-1], dtype=torch.int32, device=q.device)
     if kv_lengths is not None:
         text = torch.where(start[routable:] < kv_lengths[:, None], text, -1)[:, None, None]
     text = text.expand(*scores.shape[:3], -1)
     counts = (text >= 0).sum(-1, dtype=torch.int32)
     if routable:
-        chosen = top_k_map(scores[..., :routable], config.topk, n_k=routable * config.block_k, **sizes)
+        chosen = top_k_map(
+            scores[..., :routable], config.topk, n_k=routable * config.block_k, **sizes
+        )
         text, counts = torch.cat([chosen.indices, text], -1), counts + chosen.counts
     return scores, BlockMap._trusted(Rows(text.contiguous(), counts), n_k=n_k, **sizes)
 
@@ -73,12 +83,13 @@ def routed_attention(
     Args:
         attention: SLA2Attention or SLAAttention.
         q, k, v: (B, H, N, d), video tokens first; H counts `heads`, a part of the module's heads.
-        text_tokens: how many of the N tokens are text. Key blocks with any text in them are always selected, k% counts
-            the others.
+        text_tokens: how many of the N tokens are text. Key blocks with any text in them are always
+            selected, k% counts the others.
         kv_lengths: int64 (B,), valid keys of each item (the end of the text is padding), or None.
 
     Returns:
-        (B, H, N, d), and of the video queries the block map and alpha (B|1, H|1, T_m|1; None for SLA).
+        (B, H, N, d), and of the video queries the block map and alpha (B|1, H|1, T_m|1; None for
+        SLA).
     """
     q, k, v = autocast_qkv(q, k, v)
     config = attention.config
@@ -91,19 +102,37 @@ def routed_attention(
         video, k, v = (x.contiguous() for x in (video, k, v))
     with torch.autocast(q.device.type, enabled=False):
         with torch.set_grad_enabled(torch.is_grad_enabled() and learned and config.alpha == "mass"):
-            scores, block_map = _route(attention, router, video, k, text_tokens, kv_lengths, backend)
+            scores, block_map = _route(
+                attention, router, video, k, text_tokens, kv_lengths, backend
+            )
         mask = block_map.mask() if config.alpha == "mass" else None
         alpha = for_heads(attention.mixing, heads)(scores, mask) if learned else None
     if learned:
         out = sla2_attention(
-            video, k, v, block_map, alpha, precision=config.precision, qat_backward=config.qat_backward,
-            smooth_k=config.smooth_k, kv_lengths=kv_lengths, backend=backend,
-        )  # fmt: skip
+            video,
+            k,
+            v,
+            block_map,
+            alpha,
+            precision=config.precision,
+            qat_backward=config.qat_backward,
+            smooth_k=config.smooth_k,
+            kv_lengths=kv_lengths,
+            backend=backend,
+        )
     else:
         out = sla_attention(
-            video, k, v, block_map, attention.proj.weight, attention.proj.bias,
-            precision=config.precision, qat_backward=config.qat_backward, kv_lengths=kv_lengths, backend=backend,
-        )  # fmt: skip
+            video,
+            k,
+            v,
+            block_map,
+            attention.proj.weight,
+            attention.proj.bias,
+            precision=config.precision,
+            qat_backward=config.qat_backward,
+            kv_lengths=kv_lengths,
+            backend=backend,
+        )
     if text_tokens:
         out = torch.cat([out, full_attention(q[:, :, n_video:], k, v, kv_lengths)], dim=2)
     return out, block_map, alpha

@@ -11,12 +11,21 @@ from sla2_core.integrations.processor import SLA2Processor
 
 
 class JointSLA2Processor(SLA2Processor):
-    """Base of the processors whose layers hand over video and text tokens apart and take them back so."""
+    """Base of the processors whose layers hand over video and text tokens apart and take them back
+    so.
+    """
 
     def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+        self,
+        attn,
+        hidden_states,
+        encoder_hidden_states=None,
+        attention_mask=None,
+        image_rotary_emb=None,
     ) -> tuple[Tensor, Tensor]:  # diffusers' Attention reads the signature
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        return super().__call__(
+            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+        )
 
 
 def join(video: tuple[Tensor, ...], text: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -37,7 +46,8 @@ def refuse_mask(name: str, mask: Tensor | None) -> None:
     """A mask per token pair has no block form. Raises ValueError for one."""
     if mask is not None:
         raise ValueError(
-            f"{name}: expected None with SLA2, got a mask; handle.disable() runs the model's own attention"
+            f"{name}: expected None with SLA2, got a mask; handle.disable() runs the model's own"
+            " attention"
         )
 
 

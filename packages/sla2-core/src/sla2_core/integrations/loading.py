@@ -1,4 +1,6 @@
-"""Loading from a folder or a hub id: adapters onto a model, and whole models saved with SLA2 folded in."""
+"""Loading from a folder or a hub id: adapters onto a model, and whole models saved with SLA2 folded
+in.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from sla2_core.integrations.handle import SLA2Handle
 
 
 def local_folder(source: str | Path, patterns: list[str], revision: str | None = None) -> Path:
-    """`source` itself if it is a folder, else the hub snapshot of that id with the files that match `patterns`.
+    """`source` itself if it is a folder, else the hub snapshot of that id with the files that match
+    `patterns`.
 
     Raises FileNotFoundError in one line if it is neither.
     """
@@ -27,11 +30,17 @@ def local_folder(source: str | Path, patterns: list[str], revision: str | None =
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except Exception as error:  # every failure of the hub means the same here
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{source}: expected a folder or a hub id that can be reached, got: {reason}") from None
+        raise FileNotFoundError(
+            f"{source}: expected a folder or a hub id that can be reached, got: {reason}"
+        ) from None
 
 
 def apply_adapter(
-    transformer: nn.Module, source: str | Path, *, base_model: str | None = None, revision: str | None = None
+    transformer: nn.Module,
+    source: str | Path,
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
 ) -> SLA2Handle:
     """Apply SLA2 as an adapter says (configuration, layers, dense steps) and load its weights.
 
@@ -60,18 +69,25 @@ def _apply(transformer: nn.Module, found: files.Adapter, base_model: str | None)
     count = len(family_of(transformer).attention_layers(transformer))
     unknown = [i for i in found.layers if not 0 <= i < count]
     if unknown:
-        raise ValueError(f"transformer: expected at least {max(unknown) + 1} self-attention layers, got {count}")
+        raise ValueError(
+            f"transformer: expected at least {max(unknown) + 1} self-attention layers, got {count}"
+        )
     skip = [i for i in range(count) if i not in found.layers]
     return apply_sla2(
-        transformer, found.config, skip_layers=skip, dense_steps=found.dense_steps, base_model=base_model or found.base_model
-    )  # fmt: skip
+        transformer,
+        found.config,
+        skip_layers=skip,
+        dense_steps=found.dense_steps,
+        base_model=base_model or found.base_model,
+    )
 
 
 def save_pretrained(handle: SLA2Handle, folder: str | Path, **options: Any) -> Path:
-    """Save the transformer with SLA2 folded in: diffusers' own files, which hold SLA2's weights too, and the adapter's.
+    """Save the transformer with SLA2 folded in: diffusers' own files, which hold SLA2's weights
+    too, and the adapter's.
 
-    diffusers alone loads such a folder as the plain model; from_pretrained loads it with SLA2. `options` go to the
-    transformer's save_pretrained.
+    diffusers alone loads such a folder as the plain model; from_pretrained loads it with SLA2.
+    `options` go to the transformer's save_pretrained.
     """
     handle.transformer.save_pretrained(folder, **options)
     return handle.save(folder)
@@ -87,11 +103,13 @@ def from_pretrained(
     """Load a transformer saved by save_pretrained; the handle's `transformer` goes into a pipeline.
 
     Args:
-        source: folder of the transformer, or of a pipeline with `subfolder` in it, or a hub id of one.
+        source: folder of the transformer, or of a pipeline with `subfolder` in it, or a hub id of
+            one.
         torch_dtype: of the model; router and alpha stay fp32.
 
     Raises:
-        FileNotFoundError, ValueError: no such folder, no SLA2 in it, or files that do not fit; each names the file.
+        FileNotFoundError, ValueError: no such folder, no SLA2 in it, or files that do not fit; each
+            names the file.
     """
     import diffusers
 
@@ -100,8 +118,12 @@ def from_pretrained(
     found = files.load_adapter(folder)
     name = files.read_json(folder / "config.json").get("_class_name")
     if name not in known_classes():
-        raise ValueError(f"{folder / 'config.json'}: expected one of {', '.join(known_classes())}, got {name!r}")
-    transformer = getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch_dtype, use_safetensors=True)
+        raise ValueError(
+            f"{folder / 'config.json'}: expected one of {', '.join(known_classes())}, got {name!r}"
+        )
+    transformer = getattr(diffusers, name).from_pretrained(
+        folder, torch_dtype=torch_dtype, use_safetensors=True
+    )
     handle = _apply(transformer, found, found.base_model)
     files.check_tensors(str(folder / files.WEIGHTS_NAME), found.tensors, handle.adapter_tensors())
     files.copy_tensors(found.tensors, handle.adapter_tensors())

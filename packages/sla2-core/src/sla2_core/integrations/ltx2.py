@@ -1,4 +1,6 @@
-"""LTX-2 (diffusers' LTX2VideoTransformer3DModel): the video's self-attention; audio and cross-attention stay dense."""
+"""LTX-2 (diffusers' LTX2VideoTransformer3DModel): the video's self-attention; audio and
+cross-attention stay dense.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,33 @@ from sla2_core.integrations.processor import SLA2Processor
 
 
 class LTX2SLA2Processor(SLA2Processor):
-    """SLA2 for LTX-2's `attn1`, with its output gates and perturbation (spatio-temporal guidance)."""
+    """SLA2 for LTX-2's `attn1`, with its output gates and perturbation (spatio-temporal
+    guidance).
+    """
 
     def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, query_rotary_emb=None,
-        key_rotary_emb=None, perturbation_mask=None, all_perturbed=None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        attn,
+        hidden_states,
+        encoder_hidden_states=None,
+        attention_mask=None,
+        query_rotary_emb=None,
+        key_rotary_emb=None,
+        perturbation_mask=None,
+        all_perturbed=None,
+    ) -> Tensor:
         # LTX2Attention reads the signature.
         perturbed = {}
         if perturbation_mask is not None or all_perturbed is not None:
             perturbed = {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
         return super().__call__(
-            attn, hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb, key_rotary_emb, **perturbed
+            attn,
+            hidden_states,
+            encoder_hidden_states,
+            attention_mask,
+            query_rotary_emb,
+            key_rotary_emb,
+            **perturbed,
         )
 
     def attend(
@@ -38,7 +55,10 @@ class LTX2SLA2Processor(SLA2Processor):
         perturbation_mask: Tensor | None = None,
         all_perturbed: bool | None = None,
     ) -> Tensor:
-        from diffusers.models.transformers.transformer_ltx2 import apply_interleaved_rotary_emb, apply_split_rotary_emb
+        from diffusers.models.transformers.transformer_ltx2 import (
+            apply_interleaved_rotary_emb,
+            apply_split_rotary_emb,
+        )
 
         refuse_mask("video_self_attention_mask", attention_mask)
         value = attn.to_v(hidden_states)
@@ -49,7 +69,11 @@ class LTX2SLA2Processor(SLA2Processor):
         else:
             q, k = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
             if query_rotary_emb is not None:
-                rotate = apply_interleaved_rotary_emb if attn.rope_type == "interleaved" else apply_split_rotary_emb
+                rotate = (
+                    apply_interleaved_rotary_emb
+                    if attn.rope_type == "interleaved"
+                    else apply_split_rotary_emb
+                )
                 q, k = (
                     rotate(q, query_rotary_emb),
                     rotate(k, query_rotary_emb if key_rotary_emb is None else key_rotary_emb),
@@ -67,17 +91,27 @@ class LTX2SLA2Processor(SLA2Processor):
 _SIZES = ("num_frames", "height", "width", "audio_num_frames")
 
 
-def _predict(transformer: nn.Module, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-    """Packed video latents (B, N, C) beside clean audio (audio_hidden_states, at timestep 0): the video's velocity.
+def _predict(
+    transformer: nn.Module, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]
+) -> Tensor:
+    """Packed video latents (B, N, C) beside clean audio (audio_hidden_states, at timestep 0): the
+    video's velocity.
 
-    `conditions`: the model's text arguments, audio_hidden_states, and num_frames, height, width, audio_num_frames as
-    integers, the same for every sample.
+    `conditions`: the model's text arguments, audio_hidden_states, and num_frames, height, width,
+    audio_num_frames as integers, the same for every sample.
     """
-    conditions = {name: int(x.flatten()[0]) if name in _SIZES else x for name, x in conditions.items()}
+    conditions = {
+        name: int(x.flatten()[0]) if name in _SIZES else x for name, x in conditions.items()
+    }
     return transformer(
-        hidden_states=noisy, timestep=sigma * 1000, sigma=sigma * 1000, audio_timestep=torch.zeros_like(sigma),
-        audio_sigma=torch.zeros_like(sigma), **conditions, return_dict=False,
-    )[0]  # fmt: skip
+        hidden_states=noisy,
+        timestep=sigma * 1000,
+        sigma=sigma * 1000,
+        audio_timestep=torch.zeros_like(sigma),
+        audio_sigma=torch.zeros_like(sigma),
+        **conditions,
+        return_dict=False,
+    )[0]
 
 
 def _tokens(config: Mapping, frames: int, height: int, width: int) -> int:

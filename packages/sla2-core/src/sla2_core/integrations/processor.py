@@ -1,4 +1,6 @@
-"""SLA2Processor: what every family's attention processor shares: the routed call, full attention, recording."""
+"""SLA2Processor: what every family's attention processor shares: the routed call, full attention,
+recording.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,10 @@ from sla2_core.integrations.ulysses import Ulysses
 class Switch:
     """State that the processors of one model share.
 
-    `enabled` is the user's choice, `dense_step` is set while one of the first `dense_steps` steps runs. `recorder`, if
-    set, is called as recorder(layer, q, k, v, text_tokens, kv_lengths) with (B, N, H, d) tensors after the rotary
-    embedding, and `observer` as observer(layer, block_map) at each routed call.
+    `enabled` is the user's choice, `dense_step` is set while one of the first `dense_steps` steps
+    runs. `recorder`, if set, is called as recorder(layer, q, k, v, text_tokens, kv_lengths) with
+    (B, N, H, d) tensors after the rotary embedding, and `observer` as observer(layer, block_map) at
+    each routed call.
     """
 
     enabled: bool = True
@@ -31,10 +34,12 @@ class Switch:
 
 
 class SLA2Processor(nn.Module):
-    """Base of the families' processors: an nn.Module whose `attention` holds the trained parameters.
+    """Base of the families' processors: an nn.Module whose `attention` holds the trained
+    parameters.
 
-    A family implements `attend(attn, ...)`, the projections, norms and rotary embedding of its own layer, and calls
-    `self.self_attention(q, k, v)` in the middle. When SLA2 is off the model's own processor runs instead.
+    A family implements `attend(attn, ...)`, the projections, norms and rotary embedding of its own
+    layer, and calls `self.self_attention(q, k, v)` in the middle. When SLA2 is off the model's own
+    processor runs instead.
     """
 
     _attention_backend = None
@@ -46,9 +51,14 @@ class SLA2Processor(nn.Module):
         self.config_text = config_text(attention.config)
         self.layer = layer
         self.switch = switch
-        for name in ("_attention_backend", "_parallel_config"):  # diffusers may have set them before
+        for name in (
+            "_attention_backend",
+            "_parallel_config",
+        ):  # diffusers may have set them before
             setattr(self, name, getattr(original, name, None))
-        self._original = (original,)  # in a tuple, so that a processor that is a module is not registered twice
+        self._original = (
+            original,
+        )  # in a tuple, so that a processor that is a module is not registered twice
 
     @property
     def original(self) -> Any:
@@ -77,12 +87,19 @@ class SLA2Processor(nn.Module):
         raise NotImplementedError
 
     def self_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, text_tokens: int = 0, kv_lengths: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        text_tokens: int = 0,
+        kv_lengths: Tensor | None = None,
     ) -> Tensor:
-        """Routed or full attention of (B, N, H, d) queries, keys and values after the rotary embedding.
+        """Routed or full attention of (B, N, H, d) queries, keys and values after the rotary
+        embedding.
 
-        The last `text_tokens` tokens are text: their keys are always selected, their queries dense. `kv_lengths`, int64
-        (B,), counts the valid keys of each item. Under Ulysses the tokens are this rank's.
+        The last `text_tokens` tokens are text: their keys are always selected, their queries dense.
+        `kv_lengths`, int64 (B,), counts the valid keys of each item. Under Ulysses the tokens are
+        this rank's.
         """
         ulysses = None
         if self._parallel_config is not None:
@@ -97,16 +114,28 @@ class SLA2Processor(nn.Module):
         if self.switch.recorder is not None:
             self.switch.recorder(self.layer, q, k, v, text_tokens, kv_lengths)
         if not self.routed:
-            out = full_attention(*(x.transpose(1, 2) for x in (q, k, v)), kv_lengths).transpose(1, 2)
+            out = full_attention(*(x.transpose(1, 2) for x in (q, k, v)), kv_lengths).transpose(
+                1, 2
+            )
         elif torch.compiler.is_compiling() and ulysses is None:
-            out = routed_operator(self.attention, self.config_text, q, k, v, text_tokens, kv_lengths)
-        elif ulysses is None and not text_tokens and kv_lengths is None and self.switch.observer is None:
+            out = routed_operator(
+                self.attention, self.config_text, q, k, v, text_tokens, kv_lengths
+            )
+        elif (
+            ulysses is None
+            and not text_tokens
+            and kv_lengths is None
+            and self.switch.observer is None
+        ):
             out = self.attention(q, k, v, layout="bnhd")
         else:
             out, block_map, _ = routed_attention(
-                self.attention, *(x.transpose(1, 2) for x in (q, k, v)), text_tokens=text_tokens,
-                kv_lengths=kv_lengths, heads=slice(None) if ulysses is None else ulysses.heads,
-            )  # fmt: skip
+                self.attention,
+                *(x.transpose(1, 2) for x in (q, k, v)),
+                text_tokens=text_tokens,
+                kv_lengths=kv_lengths,
+                heads=slice(None) if ulysses is None else ulysses.heads,
+            )
             out = out.transpose(1, 2)
             if self.switch.observer is not None:
                 self.switch.observer(self.layer, block_map)

@@ -1,4 +1,6 @@
-"""Ulysses context parallelism: every rank gives up tokens for heads before the attention, and back after it."""
+"""Ulysses context parallelism: every rank gives up tokens for heads before the attention, and back
+after it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def _all_to_all(x: Tensor, group) -> Tensor:
 
 
 def _to_heads(x: Tensor, group) -> Tensor:
-    """(B, n, H, d) of this rank's tokens -> (B, P n, H / P, d) of all tokens and this rank's heads."""
+    """(B, n, H, d) of this rank's tokens -> (B, P n, H / P, d) of all tokens and this
+    rank's heads.
+    """
     ranks = dist.get_world_size(group)
     x = x.unflatten(2, (ranks, -1)).permute(2, 0, 1, 3, 4).contiguous()
     return _all_to_all(x, group).permute(1, 0, 2, 3, 4).flatten(1, 2)
@@ -45,30 +49,42 @@ class _Exchange(torch.autograd.Function):
 class Ulysses:
     """The exchange that a diffusers `_parallel_config` asks for.
 
-    Raises ValueError for ring attention and for shards of unequal size: those would need a distributed softmax, and
-    attention over the local tokens alone would be wrong in silence.
+    Raises ValueError for ring attention and for shards of unequal size: those would need a
+    distributed softmax, and attention over the local tokens alone would be wrong in silence.
     """
 
     def __init__(self, parallel_config: Any, num_heads: int):
         config = parallel_config.context_parallel_config
         if config.ring_degree > 1:
-            raise ValueError(f"_parallel_config: expected Ulysses alone for SLA2, got ring_degree={config.ring_degree}")
+            raise ValueError(
+                "_parallel_config: expected Ulysses alone for SLA2, got"
+                f" ring_degree={config.ring_degree}"
+            )
         if config.ulysses_anything:
-            raise ValueError("_parallel_config: expected equal shards for SLA2, got ulysses_anything=True")
+            raise ValueError(
+                "_parallel_config: expected equal shards for SLA2, got ulysses_anything=True"
+            )
         self.ranks = config.ulysses_degree
         if num_heads % self.ranks:
-            raise ValueError(f"_parallel_config: expected ulysses_degree to divide {num_heads} heads, got {self.ranks}")
+            raise ValueError(
+                f"_parallel_config: expected ulysses_degree to divide {num_heads} heads, got"
+                f" {self.ranks}"
+            )
         self.group = config._ulysses_mesh.get_group()
         share = num_heads // self.ranks
         first = dist.get_rank(self.group) * share
         self.heads = slice(first, first + share)
 
     def gather_tokens(self, x: Tensor, text_tokens: int) -> Tensor:
-        """(B, n, H, d) of local tokens, text last -> (B, N, H / P, d), all video tokens first, then all text."""
+        """(B, n, H, d) of local tokens, text last -> (B, N, H / P, d), all video tokens first, then
+        all text.
+        """
         if not text_tokens:
             return _Exchange.apply(x, self.group, True)
         parts = x.split([x.shape[1] - text_tokens, text_tokens], dim=1)
-        return torch.cat([_Exchange.apply(part.contiguous(), self.group, True) for part in parts], dim=1)
+        return torch.cat(
+            [_Exchange.apply(part.contiguous(), self.group, True) for part in parts], dim=1
+        )
 
     def scatter_tokens(self, x: Tensor, text_tokens: int) -> Tensor:
         """Inverse of gather_tokens; `text_tokens` counts the local ones."""
@@ -76,4 +92,6 @@ class Ulysses:
             return _Exchange.apply(x, self.group, False)
         text = text_tokens * self.ranks
         parts = x.split([x.shape[1] - text, text], dim=1)
-        return torch.cat([_Exchange.apply(part.contiguous(), self.group, False) for part in parts], dim=1)
+        return torch.cat(
+            [_Exchange.apply(part.contiguous(), self.group, False) for part in parts], dim=1
+        )

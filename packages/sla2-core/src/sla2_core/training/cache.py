@@ -1,4 +1,6 @@
-"""Training data encoded once: latents and text embeddings of each sample in its own safetensors file, read when drawn."""
+"""Training data encoded once: latents and text embeddings of each sample in its own safetensors
+file, read when drawn.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ UNCONDITIONAL_NAME = "unconditional.safetensors"
 class CachedData:
     """A folder of encoded samples: a data set for train_stage2.
 
-    `unconditional` holds the conditions of the empty caption, if they were encoded. Raises FileNotFoundError or
-    ValueError, naming the file, for a folder without an index or with a missing or damaged sample.
+    `unconditional` holds the conditions of the empty caption, if they were encoded. Raises
+    FileNotFoundError or ValueError, naming the file, for a folder without an index or with a
+    missing or damaged sample.
     """
 
     def __init__(self, folder: str | Path):
@@ -26,7 +29,8 @@ class CachedData:
         content = read_json(self.folder / INDEX_NAME)
         if content.get("format_version") != 1:
             raise ValueError(
-                f"{self.folder / INDEX_NAME}: expected format_version 1, got {content.get('format_version')!r}"
+                f"{self.folder / INDEX_NAME}: expected format_version 1, got"
+                f" {content.get('format_version')!r}"
             )
         self.names: list[str] = content["names"]
         path = self.folder / UNCONDITIONAL_NAME
@@ -54,12 +58,14 @@ def encode_samples(
         names: what each sample is called (its file), to notice another data set.
         encode: i -> {"latents": ..., condition: ...} of sample i, without a batch dimension.
         folder: gets one file per sample, and the index when all are there.
-        settings: JSON values that fix the encoding (model, size, frames); a folder with others is refused.
+        settings: JSON values that fix the encoding (model, size, frames); a folder with others is
+            refused.
         unconditional: () -> the conditions of the empty caption.
         progress: called as progress(done, total).
 
     Raises:
-        ValueError: the folder holds other samples or other settings. Whatever encode raises: samples done before it stay.
+        ValueError: the folder holds other samples or other settings. Whatever encode raises:
+            samples done before it stay.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +75,9 @@ def encode_samples(
         found = read_json(plan)
         for key, value in wanted.items():
             if found.get(key) != value:
-                raise ValueError(f"{plan}: expected the {key} given, got others; encode into a new folder")
+                raise ValueError(
+                    f"{plan}: expected the {key} given, got others; encode into a new folder"
+                )
     else:
         write_json(plan, wanted)
     if unconditional is not None and not (folder / UNCONDITIONAL_NAME).exists():
@@ -80,5 +88,7 @@ def encode_samples(
             write_tensors(path, encode(index))
         if progress:
             progress(index + 1, len(names))
-    write_json(folder / INDEX_NAME, {"format_version": 1, "names": list(names), "settings": dict(settings)})
+    write_json(
+        folder / INDEX_NAME, {"format_version": 1, "names": list(names), "settings": dict(settings)}
+    )
     return CachedData(folder)

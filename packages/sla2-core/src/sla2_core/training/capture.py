@@ -1,4 +1,6 @@
-"""Capture of Q, K, V from a running model: sampled layers, heads and timesteps, as safetensors shards with an index."""
+"""Capture of Q, K, V from a running model: sampled layers, heads and timesteps, as safetensors
+shards with an index.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,10 @@ class CaptureConfig:
         layers: layers to keep; None keeps every layer SLA2 was applied to.
         layers_per_sample: how many of them each sample keeps, drawn at random; None keeps all.
         heads: heads to keep of each layer, drawn per sample; None keeps all.
-        every: keep one in `every` forward calls of the transformer, from a random one on; 1 keeps all.
-        max_bytes: size the shards may reach together; the capture ends before the shard that would pass it.
+        every: keep one in `every` forward calls of the transformer, from a random one on; 1 keeps
+            all.
+        max_bytes: size the shards may reach together; the capture ends before the shard that would
+            pass it.
         dtype: "float32", "bfloat16" or "float16"; None keeps the model's.
         seed: of everything drawn here.
     """
@@ -44,18 +48,25 @@ class CaptureConfig:
     def __post_init__(self):
         check_fields(
             self,
-            {"an integer >= 1": ("layers_per_sample", "heads", "every", "max_bytes"), "an integer >= 0": ("seed",)},
+            {
+                "an integer >= 1": ("layers_per_sample", "heads", "every", "max_bytes"),
+                "an integer >= 0": ("seed",),
+            },
             optional=("layers_per_sample", "heads"),
         )
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype: expected float32, bfloat16, float16 or None, got {self.dtype!r}")
+            raise ValueError(
+                f"dtype: expected float32, bfloat16, float16 or None, got {self.dtype!r}"
+            )
 
 
 @dataclass(frozen=True)
 class Captured:
-    """One attention call: q, k, v (B, H', N, d) after the rotary embedding, of the heads `heads` of `layer`.
+    """One attention call: q, k, v (B, H', N, d) after the rotary embedding, of the heads `heads` of
+    `layer`.
 
-    The last `text_tokens` keys and queries are text; `kv_lengths` counts the valid keys of each item, None if all are.
+    The last `text_tokens` keys and queries are text; `kv_lengths` counts the valid keys of each
+    item, None if all are.
     """
 
     layer: int
@@ -80,7 +91,8 @@ class Captures:
         content = read_json(self.folder / INDEX_NAME)
         if content.get("format_version") != 1:
             raise ValueError(
-                f"{self.folder / INDEX_NAME}: expected format_version 1, got {content.get('format_version')!r}"
+                f"{self.folder / INDEX_NAME}: expected format_version 1, got"
+                f" {content.get('format_version')!r}"
             )
         self.settings: dict[str, Any] = content["settings"]
         self.samples: list[dict[str, Any]] = content["samples"]
@@ -112,27 +124,41 @@ class Captures:
             raise ValueError(f"{path}: expected a readable shard, got: {error}") from None
         lengths = call["kv_lengths"]
         return Captured(
-            call["layer"], call["sample"], call["timestep"], tuple(call["heads"]), q, k, v,
-            call["text_tokens"], None if lengths is None else tuple(lengths),
-        )  # fmt: skip
+            call["layer"],
+            call["sample"],
+            call["timestep"],
+            tuple(call["heads"]),
+            q,
+            k,
+            v,
+            call["text_tokens"],
+            None if lengths is None else tuple(lengths),
+        )
 
     def __iter__(self) -> Iterator[Captured]:
         return (self.load(call) for call in self.calls)
 
 
 class _Recorder:
-    """Collects the calls of one sample; a forward pre-hook counts the transformer's calls and notes their timestep."""
+    """Collects the calls of one sample; a forward pre-hook counts the transformer's calls and notes
+    their timestep.
+    """
 
     def __init__(self, sample: int, layers: Sequence[int], num_heads: int, config: CaptureConfig):
         rng = np.random.default_rng([config.seed, sample])
         kept = config.layers_per_sample or len(layers)
         if kept > len(layers):
-            raise ValueError(f"layers_per_sample: expected at most the {len(layers)} layers there are, got {kept}")
+            raise ValueError(
+                f"layers_per_sample: expected at most the {len(layers)} layers there are, got"
+                f" {kept}"
+            )
         if (config.heads or 1) > num_heads:
             raise ValueError(f"heads: expected at most the model's {num_heads}, got {config.heads}")
         self.layers = {int(i) for i in rng.choice(layers, size=kept, replace=False)}
         self.heads = {
-            i: sorted(int(h) for h in rng.choice(num_heads, size=config.heads or num_heads, replace=False))
+            i: sorted(
+                int(h) for h in rng.choice(num_heads, size=config.heads or num_heads, replace=False)
+            )
             for i in sorted(self.layers)
         }
         self.first = int(rng.integers(config.every))
@@ -145,22 +171,32 @@ class _Recorder:
         self.forward += 1
         self.timestep = timestep_of(transformer, args, kwargs)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, text_tokens: int = 0, kv_lengths=None) -> None:
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, text_tokens: int = 0, kv_lengths=None
+    ) -> None:
         if layer not in self.layers or self.forward % self.config.every != self.first:
             return
         heads = self.heads[layer]
         key = f"forward{self.forward}.layer{layer}"
         dtype = getattr(torch, self.config.dtype) if self.config.dtype else q.dtype
         for name, x in zip("qkv", (q, k, v)):
-            self.tensors[f"{key}.{name}"] = x.detach()[:, :, heads].transpose(1, 2).to("cpu", dtype).contiguous()
+            self.tensors[f"{key}.{name}"] = (
+                x.detach()[:, :, heads].transpose(1, 2).to("cpu", dtype).contiguous()
+            )
         lengths = None if kv_lengths is None else [int(n) for n in kv_lengths]
         self.calls.append(
             {
-                "shard": _shard_name(self.sample), "key": key, "layer": layer, "sample": self.sample,
-                "timestep": self.timestep, "heads": heads, "shape": list(self.tensors[f"{key}.q"].shape),
-                "text_tokens": text_tokens, "kv_lengths": lengths,
+                "shard": _shard_name(self.sample),
+                "key": key,
+                "layer": layer,
+                "sample": self.sample,
+                "timestep": self.timestep,
+                "heads": heads,
+                "shape": list(self.tensors[f"{key}.q"].shape),
+                "text_tokens": text_tokens,
+                "kv_lengths": lengths,
             }
-        )  # fmt: skip
+        )
 
 
 def _shard_name(sample: int) -> str:
@@ -176,16 +212,19 @@ def capture(
     config: CaptureConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Captures:
-    """Run the model `samples` times with full attention and keep Q, K, V; started again, it goes on where it was.
+    """Run the model `samples` times with full attention and keep Q, K, V; started again, it goes on
+    where it was.
 
     Args:
         handle: of the model that run() runs.
-        run: run(i) runs the transformer once or many times (a whole pipeline), with everything random drawn from i.
+        run: run(i) runs the transformer once or many times (a whole pipeline), with everything
+            random drawn from i.
         folder: gets one shard per sample and an index, which lists only finished shards.
         progress: called as progress(done, samples).
 
     Raises:
-        ValueError: the folder holds captures with other settings or of another model, or run() did not call the model.
+        ValueError: the folder holds captures with other settings or of another model, or run() did
+            not call the model.
     """
     config = config or CaptureConfig()
     folder = Path(folder)
@@ -209,7 +248,10 @@ def capture(
             size = sum(t.numel() * t.element_size() for t in record.tensors.values())
             if sum(s["bytes"] for s in content["samples"]) + size > config.max_bytes:
                 if not content["samples"]:
-                    raise ValueError(f"max_bytes: expected room for one sample of {size} bytes, got {config.max_bytes}")
+                    raise ValueError(
+                        f"max_bytes: expected room for one sample of {size} bytes, got"
+                        f" {config.max_bytes}"
+                    )
                 content["full"] = True
             else:
                 write_tensors(folder / _shard_name(sample), record.tensors)
@@ -220,7 +262,9 @@ def capture(
     return Captures(folder)
 
 
-def _one_sample(handle: SLA2Handle, run, sample: int, layers: Sequence[int], config: CaptureConfig) -> _Recorder:
+def _one_sample(
+    handle: SLA2Handle, run, sample: int, layers: Sequence[int], config: CaptureConfig
+) -> _Recorder:
     record = _Recorder(sample, layers, handle.config.num_heads, config)
     hook = handle.transformer.register_forward_pre_hook(record.hook, with_kwargs=True)
     try:
@@ -230,6 +274,7 @@ def _one_sample(handle: SLA2Handle, run, sample: int, layers: Sequence[int], con
         hook.remove()
     if not record.calls:
         raise ValueError(
-            f"run: expected run({sample}) to call the transformer more than {record.first} times, it did not"
+            f"run: expected run({sample}) to call the transformer more than {record.first} times,"
+            " it did not"
         )
     return record

@@ -15,10 +15,13 @@ class TensorData:
     def __init__(self, latents: Tensor, text: Tensor):
         for name, x in (("latents", latents), ("text", text)):
             if not isinstance(x, Tensor):
-                raise TypeError(f"data: expected tensors (latents, text), got {type(x).__name__} for {name}")
+                raise TypeError(
+                    f"data: expected tensors (latents, text), got {type(x).__name__} for {name}"
+                )
         if len(latents) != len(text) or not len(latents):
             raise ValueError(
-                f"data: expected as many latents as texts, at least one, got {len(latents)} and {len(text)}"
+                f"data: expected as many latents as texts, at least one, got {len(latents)} and"
+                f" {len(text)}"
             )
         self.latents, self.text = latents, text
 
@@ -30,22 +33,30 @@ class TensorData:
 
 
 def as_dataset(data: Any) -> Any:
-    """`data` itself if it has len() and items, or TensorData of a (latents, text) pair. Raises TypeError or ValueError."""
+    """`data` itself if it has len() and items, or TensorData of a (latents, text) pair. Raises
+    TypeError or ValueError.
+    """
     if isinstance(data, tuple):
         if len(data) != 2:
             raise ValueError(f"data: expected (latents, text), got a tuple of {len(data)}")
         return TensorData(*data)
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise TypeError(f"data: expected (latents, text) or a data set with len() and items, got {type(data).__name__}")
+        raise TypeError(
+            "data: expected (latents, text) or a data set with len() and items, got"
+            f" {type(data).__name__}"
+        )
     if not len(data):
         raise ValueError("data: expected at least one sample, got none")
     return data
 
 
 def collate(
-    items: Sequence[Mapping[str, Tensor]], dropped: Sequence[bool], unconditional: Mapping[str, Tensor] | None
+    items: Sequence[Mapping[str, Tensor]],
+    dropped: Sequence[bool],
+    unconditional: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
-    """Stack samples; where `dropped`, conditions become `unconditional` (only its keys), or zero text embeddings.
+    """Stack samples; where `dropped`, conditions become `unconditional` (only its keys), or zero
+    text embeddings.
 
     Raises ValueError for samples with other keys or shapes than the first.
     """
@@ -54,7 +65,10 @@ def collate(
         values = []
         for item, drop in zip(items, dropped):
             if set(item) != set(items[0]):
-                raise ValueError(f"data: expected the keys {sorted(items[0])} in every sample, got {sorted(item)}")
+                raise ValueError(
+                    f"data: expected the keys {sorted(items[0])} in every sample, got"
+                    f" {sorted(item)}"
+                )
             value = item[name]
             if drop and unconditional is not None and name in unconditional:
                 value = unconditional[name]
@@ -62,6 +76,9 @@ def collate(
                 value = torch.zeros_like(value)
             values.append(value)
         if any(v.shape != values[0].shape for v in values):
-            raise ValueError(f"data: expected one shape for {name}, got {sorted({tuple(v.shape) for v in values})}")
+            raise ValueError(
+                f"data: expected one shape for {name}, got"
+                f" {sorted({tuple(v.shape) for v in values})}"
+            )
         out[name] = torch.stack(values)
     return out

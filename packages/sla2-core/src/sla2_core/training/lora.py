@@ -11,7 +11,8 @@ _NAME = "sla2"
 
 
 def add(transformer: nn.Module, rank: int, targets: Sequence[str], seed: int) -> None:
-    """Add LoRA matrices to the linear layers whose names end in one of `targets`; the base weights are frozen.
+    """Add LoRA matrices to the linear layers whose names end in one of `targets`; the base weights
+    are frozen.
 
     The initial matrices follow from `seed`; those of a run that was stopped are taken out first.
     Raises ModuleNotFoundError without peft, ValueError if no layer fits.
@@ -19,7 +20,9 @@ def add(transformer: nn.Module, rank: int, targets: Sequence[str], seed: int) ->
     try:
         from peft import LoraConfig
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("peft: expected it for lora_rank, install sla2-core[train]") from None
+        raise ModuleNotFoundError(
+            "peft: expected it for lora_rank, install sla2-core[train]"
+        ) from None
     if _NAME in getattr(transformer, "peft_config", {}):
         transformer.unload_lora()
     with torch.random.fork_rng(devices=[]):
@@ -28,7 +31,9 @@ def add(transformer: nn.Module, rank: int, targets: Sequence[str], seed: int) ->
         try:
             transformer.add_adapter(config, adapter_name=_NAME)
         except ValueError as error:
-            raise ValueError(f"lora_targets: expected names of linear layers, got {list(targets)}: {error}") from None
+            raise ValueError(
+                f"lora_targets: expected names of linear layers, got {list(targets)}: {error}"
+            ) from None
 
 
 def merge(transformer: nn.Module) -> None:

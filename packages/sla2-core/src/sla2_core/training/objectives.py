@@ -1,4 +1,6 @@
-"""What stage 2 asks of the model: noise levels, noisy latents and targets, from the family's objective."""
+"""What stage 2 asks of the model: noise levels, noisy latents and targets, from the family's
+objective.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,11 @@ from torch import Tensor
 
 
 def draw_sigma(rng: np.random.Generator, count: int, kind: str, shift: float) -> Tensor:
-    """Noise levels in (0, 1), fp32 (count,): a logit-normal or uniform u, moved to shift u / (1 + (shift - 1) u).
+    """Noise levels in (0, 1), fp32 (count,): a logit-normal or uniform u, moved to shift u / (1 +
+    (shift - 1) u).
 
-    This is the shift of diffusers' FlowMatchEulerDiscreteScheduler, so training sees the levels sampling uses.
+    This is the shift of diffusers' FlowMatchEulerDiscreteScheduler, so training sees the levels
+    sampling uses.
     """
     u = 1 / (1 + np.exp(-rng.normal(size=count))) if kind == "logit_normal" else rng.random(count)
     return torch.from_numpy(shift * u / (1 + (shift - 1) * u)).float()
@@ -21,12 +25,16 @@ def noisy_and_target(
 ) -> tuple[Tensor, Tensor]:
     """The noisy latents and what the model should predict from them, both in fp32.
 
-    Flow matching: x = (1 - sigma) clean + sigma noise, target noise - clean. With `alphas_cumprod` (T,), at the timestep
-    t = round(sigma (T - 1)): x = sqrt(a_t) clean + sqrt(1 - a_t) noise, target v = sqrt(a_t) noise - sqrt(1 - a_t) clean.
+    Flow matching: x = (1 - sigma) clean + sigma noise, target noise - clean. With `alphas_cumprod`
+    (T,), at the timestep t = round(sigma (T - 1)): x = sqrt(a_t) clean + sqrt(1 - a_t) noise,
+    target v = sqrt(a_t) noise - sqrt(1 - a_t) clean.
     """
     shape = (-1, *([1] * (clean.ndim - 1)))
     if alphas_cumprod is None:
         return torch.lerp(clean, noise, sigma.to(clean).view(shape)), noise - clean
     step = (sigma.to(clean.device) * (len(alphas_cumprod) - 1)).round().long()
     alpha = alphas_cumprod.to(clean)[step].view(shape)
-    return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+    return (
+        alpha.sqrt() * clean + (1 - alpha).sqrt() * noise,
+        alpha.sqrt() * noise - (1 - alpha).sqrt() * clean,
+    )

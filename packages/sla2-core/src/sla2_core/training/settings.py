@@ -1,4 +1,6 @@
-"""Checks of the settings of capture and both stages, each one line that names the field: its range, and what a folder has."""
+"""Checks of the settings of capture and both stages, each one line that names the field: its range,
+and what a folder has.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +29,23 @@ _FITS = {
     "a number in [0, 1]": lambda x: _number(x) and 0 <= x <= 1,
     "a number in [0, 1)": lambda x: _number(x) and 0 <= x < 1,
     "True or False": lambda x: isinstance(x, bool),
-    "fractions in (0, 1]": lambda x: isinstance(x, tuple | list) and x and all(_number(k) and 0 < k <= 1 for k in x),
-    "a list of names": lambda x: isinstance(x, tuple | list) and x and all(isinstance(n, str) for n in x),
+    "fractions in (0, 1]": lambda x: (
+        isinstance(x, tuple | list) and x and all(_number(k) and 0 < k <= 1 for k in x)
+    ),
+    "a list of names": lambda x: (
+        isinstance(x, tuple | list) and x and all(isinstance(n, str) for n in x)
+    ),
 }
 
 
-def check_fields(config: Any, expected: Mapping[str, Collection[str]], optional: Collection[str] = ()) -> None:
+def check_fields(
+    config: Any, expected: Mapping[str, Collection[str]], optional: Collection[str] = ()
+) -> None:
     """Check the fields of a configuration.
 
     Args:
-        expected: {what is expected, one of _FITS: names of fields}. optional: fields that may also be None.
+        expected: {what is expected, one of _FITS: names of fields}. optional: fields that may also
+            be None.
 
     Raises:
         ValueError: a value of another kind; the message names the field.
@@ -49,11 +58,15 @@ def check_fields(config: Any, expected: Mapping[str, Collection[str]], optional:
 
 
 def check_same(path: Path, wanted: Mapping[str, Any]) -> None:
-    """Check that the JSON file of a folder's settings holds those wanted. Raises ValueError naming the file and the field."""
+    """Check that the JSON file of a folder's settings holds those wanted. Raises ValueError naming
+    the file and the field.
+    """
     different = _difference("", json.loads(json.dumps(wanted)), read_json(path))
     if different:
         name, given, found = different
-        raise ValueError(f"{path}: expected {name}={given!r} as given, got {found!r}; use a new folder")
+        raise ValueError(
+            f"{path}: expected {name}={given!r} as given, got {found!r}; use a new folder"
+        )
 
 
 def _difference(name: str, wanted: Any, found: Any) -> tuple[str, Any, Any] | None:

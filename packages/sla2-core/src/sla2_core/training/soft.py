@@ -1,4 +1,6 @@
-"""What stage 1 computes on one captured call: the soft operator beside full attention, and true block masses, by rows."""
+"""What stage 1 computes on one captured call: the soft operator beside full attention, and true
+block masses, by rows.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ from sla2_core.training.capture import Captured
 class Call:
     """A captured call prepared for row-wise work on a few of its heads: K smoothed, Q and K pooled.
 
-    Text tokens stand last. Their queries are dense in the model, so only video queries count here; key blocks that hold
-    any text are always selected (`forced`).
+    Text tokens stand last. Their queries are dense in the model, so only video queries count here;
+    key blocks that hold any text are always selected (`forced`).
     """
 
     def __init__(self, captured: Captured, config: SLA2Config, chunk: slice):
@@ -28,7 +30,11 @@ class Call:
         self.heads = list(captured.heads)[chunk]
         n_video = captured.q.shape[2] - captured.text_tokens
         q, k, v = captured.q[:, chunk, :n_video], captured.k[:, chunk], captured.v[:, chunk]
-        self.lengths = None if captured.kv_lengths is None else torch.tensor(captured.kv_lengths, device=q.device)
+        self.lengths = (
+            None
+            if captured.kv_lengths is None
+            else torch.tensor(captured.kv_lengths, device=q.device)
+        )
         self.q, self.v = q, v
         self.k = smooth_keys(k, self.lengths) if config.smooth_k else k
         self.pooled_q = pool(q, config.block_q)
@@ -51,9 +57,9 @@ class Call:
     def count(self, topk: float) -> Tensor:
         """How many routable blocks a row selects: (B|1, 1, 1, 1)."""
         routable = (~(self.forced | self.dead)).sum(-1, keepdim=True)
-        return torch.tensor([blocks_to_select(topk, int(n)) for n in routable.flatten()], device=self.q.device).view(
-            routable.shape
-        )
+        return torch.tensor(
+            [blocks_to_select(topk, int(n)) for n in routable.flatten()], device=self.q.device
+        ).view(routable.shape)
 
     def scores(self, router: nn.Module, rows: Tensor) -> Tensor:
         """Router scores (B, H, rows, T_n); -inf for blocks of padding."""
@@ -66,7 +72,9 @@ class Call:
         return torch.where(self.forced & ~self.dead, 1.0, soft)
 
     def hard_mask(self, ranking: Tensor, topk: float) -> Tensor:
-        """bool (B, H, rows, T_n): the best routable blocks of each row of `ranking`, and the forced ones."""
+        """bool (B, H, rows, T_n): the best routable blocks of each row of `ranking`, and the forced
+        ones.
+        """
         routable = ranking.masked_fill(self.forced | self.dead, -torch.inf)
         rank = torch.argsort(routable, dim=-1, descending=True, stable=True).argsort(-1)
         return (rank < self.count(topk)) & ~self.dead | (self.forced & ~self.dead)
@@ -77,10 +85,14 @@ class Call:
     def attend(self, rows: Tensor, mask: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """(SLA2 with `mask`, full attention) of the query blocks `rows`, each (B, H, n, d)."""
         c = self.config
-        return soft_attention(self.tokens(rows), self.k, self.v, mask, alpha, c.block_q, c.block_k, self.lengths)
+        return soft_attention(
+            self.tokens(rows), self.k, self.v, mask, alpha, c.block_q, c.block_k, self.lengths
+        )
 
     def block_masses(self, rows: Tensor) -> Tensor:
-        """The full-softmax probability of each key block, mean over the tokens of each query block: (B, H, rows, T_n)."""
+        """The full-softmax probability of each key block, mean over the tokens of each query block:
+        (B, H, rows, T_n).
+        """
         q = self.tokens(rows).float()
         scores = (q @ self.k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
         if self.lengths is not None:
@@ -88,12 +100,17 @@ class Call:
             scores = scores.masked_fill((token >= self.lengths[:, None])[:, None, None], -torch.inf)
         probability = torch.softmax(scores, -1)
         pad = self.t_n * self.config.block_k - self.k.shape[2]
-        per_token = torch.nn.functional.pad(probability, (0, pad)).unflatten(-1, (self.t_n, -1)).sum(-1)
+        per_token = (
+            torch.nn.functional.pad(probability, (0, pad)).unflatten(-1, (self.t_n, -1)).sum(-1)
+        )
         return pool(per_token, self.config.block_q)
 
 
-def calls(captured: Captured, config: SLA2Config, num_rows: int, max_scores: int) -> Iterator[tuple[Call, float]]:
-    """The captured call in chunks of heads whose score matrix for `num_rows` query blocks has at most `max_scores` elements.
+def calls(
+    captured: Captured, config: SLA2Config, num_rows: int, max_scores: int
+) -> Iterator[tuple[Call, float]]:
+    """The captured call in chunks of heads whose score matrix for `num_rows` query blocks has at
+    most `max_scores` elements.
 
     Yields (call, share of the heads).
     """

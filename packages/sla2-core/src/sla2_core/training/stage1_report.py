@@ -1,4 +1,6 @@
-"""How much of the possible gain a router has learnt: routed mass and error against the heuristic router and the oracle."""
+"""How much of the possible gain a router has learnt: routed mass and error against the heuristic
+router and the oracle.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,19 @@ from sla2_core.training.soft import calls
 
 @torch.no_grad()
 def layer_report(
-    layer: int, captured: Captured, config: SLA2Config, router: nn.Module, mixing: nn.Module, topk: float, rows: Tensor,
+    layer: int,
+    captured: Captured,
+    config: SLA2Config,
+    router: nn.Module,
+    mixing: nn.Module,
+    topk: float,
+    rows: Tensor,
     max_scores: int,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """One layer at one k%, on the query blocks `rows` of one captured call.
 
-    The oracle selects the top-k of the true block masses (full-softmax probability, mean over the query block). All three
-    maps run through the hard operator with the learned alpha.
+    The oracle selects the top-k of the true block masses (full-softmax probability, mean over the
+    query block). All three maps run through the hard operator with the learned alpha.
     """
     mass = dict.fromkeys(("learned", "heuristic", "oracle"), 0.0)
     error = dict(mass)

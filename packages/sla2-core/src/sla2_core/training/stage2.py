@@ -1,4 +1,6 @@
-"""Stage 2 (Alg. 1): fine-tune the model and alpha with hard top-k, a frozen router and the low-bit forward switched on."""
+"""Stage 2 (Alg. 1): fine-tune the model and alpha with hard top-k, a frozen router and the low-bit
+forward switched on.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ SETTINGS_NAME = "stage2.json"
 
 
 class TrainingStopped(FloatingPointError):
-    """A loss or gradient was not finite; the message names the step, the layer and the last good checkpoint."""
+    """A loss or gradient was not finite; the message names the step, the layer and the last good
+    checkpoint.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +37,27 @@ class Stage2Config:
     """Settings of stage 2.
 
     Args:
-        steps, batch_size: optimiser steps and samples in each (over all processes); the paper: 500, 64 for 1.3B.
-        learning_rate: of the model's weights. alpha_learning_rate: of alpha and of SLA's projection. 0 freezes.
+        steps, batch_size: optimiser steps and samples in each (over all processes); the paper: 500,
+            64 for 1.3B.
+        learning_rate: of the model's weights. alpha_learning_rate: of alpha and of SLA's
+            projection. 0 freezes.
         warmup: steps of linear warm-up. decay: "constant" or "cosine" (to 0) afterwards.
         weight_decay, beta2, grad_clip: of AdamW; alpha is not decayed.
-        loss: "diffusion" (the family's objective) or "distill" (the velocity of the frozen full-attention model).
+        loss: "diffusion" (the family's objective) or "distill" (the velocity of the frozen
+            full-attention model).
         sigma: noise levels, "logit_normal" or "uniform", moved by `shift` as in the scheduler.
         caption_dropout: share of the samples trained without their condition.
-        autocast: "bfloat16", "float16" (without loss scaling: small gradients vanish) or None, of the forward pass.
-        accumulate: micro-batches per step. gradient_checkpointing: recompute the blocks in the backward pass.
-        lora_rank: train LoRA matrices of this rank on the layers named `lora_targets` instead of the model's weights; they
-            are merged into the weights in the end. None trains the weights.
-        ema: decay of an exponential moving average of what is trained, saved instead of the last weights; None is off.
-        checkpoint_every, keep: steps between checkpoints, and how many to keep. seed: of every draw.
+        autocast: "bfloat16", "float16" (without loss scaling: small gradients vanish) or None, of
+            the forward pass.
+        accumulate: micro-batches per step. gradient_checkpointing: recompute the blocks in the
+            backward pass.
+        lora_rank: train LoRA matrices of this rank on the layers named `lora_targets` instead of
+            the model's weights; they are merged into the weights in the end. None trains the
+            weights.
+        ema: decay of an exponential moving average of what is trained, saved instead of the last
+            weights; None is off.
+        checkpoint_every, keep: steps between checkpoints, and how many to keep. seed: of every
+            draw.
         tensorboard: also write the metrics as TensorBoard events.
     """
 
@@ -77,7 +89,14 @@ class Stage2Config:
         check_fields(
             self,
             {
-                "an integer >= 1": ("steps", "batch_size", "accumulate", "checkpoint_every", "keep", "lora_rank"),
+                "an integer >= 1": (
+                    "steps",
+                    "batch_size",
+                    "accumulate",
+                    "checkpoint_every",
+                    "keep",
+                    "lora_rank",
+                ),
                 "an integer >= 0": ("warmup", "seed"),
                 "a number >= 0": ("learning_rate", "alpha_learning_rate", "weight_decay"),
                 "a number > 0": ("grad_clip", "shift"),
@@ -87,7 +106,7 @@ class Stage2Config:
                 "a list of names": ("lora_targets",),
             },
             optional=("lora_rank", "ema"),
-        )  # fmt: skip
+        )
         for name, allowed in (
             ("loss", ("diffusion", "distill")),
             ("sigma", ("logit_normal", "uniform")),
@@ -95,7 +114,10 @@ class Stage2Config:
             ("autocast", ("bfloat16", "float16", None)),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(map(str, allowed))}, got"
+                    f" {getattr(self, name)!r}"
+                )
 
 
 @dataclass(kw_only=True)
@@ -121,23 +143,30 @@ def train_stage2(
     accelerator: Any = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> Stage2Report:
-    """Fine-tune; started again with the same folder, it goes on from its last checkpoint, to the bit in one process.
+    """Fine-tune; started again with the same folder, it goes on from its last checkpoint, to the
+    bit in one process.
 
     Args:
-        handle: SLA2 on the model to train, its k% and precision in force. The router is frozen meanwhile. The weights are
-            best held in fp32, with `autocast` for the forward: in bf16 small updates round away.
-        data: (latents, text embeddings) tensors, or a data set with len() whose items are {"latents": ..., condition: ...};
-            an attribute `unconditional` = {condition: ...} replaces dropped conditions (zeros without it).
+        handle: SLA2 on the model to train, its k% and precision in force. The router is frozen
+            meanwhile. The weights are best held in fp32, with `autocast` for the forward: in bf16
+            small updates round away.
+        data: (latents, text embeddings) tensors, or a data set with len() whose items are
+            {"latents": ..., condition: ...}; an attribute `unconditional` = {condition: ...}
+            replaces dropped conditions (zeros without it).
         folder: checkpoints, metrics, and in the end adapter/ with the model's weights.
-        teacher: the full-attention model for loss="distill"; None copies the model as it is now, so a run that goes on
-            needs its handle on the model it began with, not on one trained in part.
-        accelerator: accelerate's Accelerator; None makes one, which reads `accelerate launch`'s or torchrun's environment.
-            Under FSDP2 checkpoints and adapter are gathered whole, so that another number of processes can go on.
-        progress: called as progress(step, steps, {"loss": ..., "grad_norm": ...}), by the main process.
+        teacher: the full-attention model for loss="distill"; None copies the model as it is now, so
+            a run that goes on needs its handle on the model it began with, not on one trained in
+            part.
+        accelerator: accelerate's Accelerator; None makes one, which reads `accelerate launch`'s or
+            torchrun's environment. Under FSDP2 checkpoints and adapter are gathered whole, so that
+            another number of processes can go on.
+        progress: called as progress(step, steps, {"loss": ..., "grad_norm": ...}), by the main
+            process.
 
     Raises:
-        TrainingStopped: loss or gradients are not finite. ValueError: a disabled handle, batch_size that the processes and `accumulate` do not
-            divide, a folder of a run with other settings, data of the wrong form, FSDP settings that cannot work here.
+        TrainingStopped: loss or gradients are not finite. ValueError: a disabled handle, batch_size
+            that the processes and `accumulate` do not divide, a folder of a run with other
+            settings, data of the wrong form, FSDP settings that cannot work here.
             ModuleNotFoundError: no accelerate.
     """
     folder = Path(folder)
@@ -146,12 +175,17 @@ def train_stage2(
     if accelerator is None:
         accelerator = _accelerator()
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.cpu_ram_efficient_loading:  # of which accelerate asks methods that diffusers lacks
-        raise ValueError("fsdp_cpu_ram_efficient_loading: expected false for a diffusers model, got true")
+    if (
+        plugin is not None and plugin.cpu_ram_efficient_loading
+    ):  # of which accelerate asks methods that diffusers lacks
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading: expected false for a diffusers model, got true"
+        )
     parts = accelerator.num_processes * config.accumulate
     if config.batch_size % parts:
         raise ValueError(
-            f"batch_size: expected a multiple of processes x accumulate = {parts}, got {config.batch_size}"
+            f"batch_size: expected a multiple of processes x accumulate = {parts}, got"
+            f" {config.batch_size}"
         )
     data = as_dataset(data)
     if accelerator.is_main_process:
@@ -168,7 +202,9 @@ def _accelerator():
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("accelerate: expected it for stage 2, install sla2-core[train]") from None
+        raise ModuleNotFoundError(
+            "accelerate: expected it for stage 2, install sla2-core[train]"
+        ) from None
     # The last block of a joint model computes text, and LTX-2 audio, that no loss reads.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
@@ -186,8 +222,16 @@ def _check_settings(path: Path, settings: dict[str, Any], accelerator) -> None:
 class _Run:
     """The training loop: everything random about a step follows from (seed, step)."""
 
-    def __init__(self, handle: SLA2Handle, data, config: Stage2Config, folder: Path, teacher, accelerator):
-        self.handle, self.data, self.config, self.folder, self.accelerator = handle, data, config, folder, accelerator
+    def __init__(
+        self, handle: SLA2Handle, data, config: Stage2Config, folder: Path, teacher, accelerator
+    ):
+        self.handle, self.data, self.config, self.folder, self.accelerator = (
+            handle,
+            data,
+            config,
+            folder,
+            accelerator,
+        )
         self.family, self.transformer = handle.family, handle.transformer
         alphas = self.family.alphas_cumprod
         self.alphas_cumprod = None if alphas is None else alphas(self.transformer.config)
@@ -213,12 +257,19 @@ class _Run:
         ]
         wanted = [group for group in wanted if group["params"]]
         if not wanted:
-            raise ValueError("learning_rate, alpha_learning_rate: expected something to train, got nothing")
+            raise ValueError(
+                "learning_rate, alpha_learning_rate: expected something to train, got nothing"
+            )
         optimizer = torch.optim.AdamW(
-            wanted, lr=config.learning_rate, betas=(0.9, config.beta2), weight_decay=config.weight_decay
+            wanted,
+            lr=config.learning_rate,
+            betas=(0.9, config.beta2),
+            weight_decay=config.weight_decay,
         )
         self.model, self.optimizer = accelerator.prepare(self.transformer, optimizer)
-        self.teacher = None if teacher is None else teacher.to(accelerator.device).eval().requires_grad_(False)
+        self.teacher = (
+            None if teacher is None else teacher.to(accelerator.device).eval().requires_grad_(False)
+        )
         self.ema = state.start_ema(self.model) if config.ema is not None else None
         self.report = Stage2Report()
 
@@ -238,7 +289,15 @@ class _Run:
                 report.loss.append(loss)
                 report.grad_norm.append(norm)
                 if report.steps % config.checkpoint_every == 0 or report.steps == config.steps:
-                    state.save(self.folder, self.accelerator, self.model, self.optimizer, self.ema, report, config.keep)
+                    state.save(
+                        self.folder,
+                        self.accelerator,
+                        self.model,
+                        self.optimizer,
+                        self.ema,
+                        report,
+                        config.keep,
+                    )
                 if writer:
                     writer.add_scalar("loss", loss, report.steps)
                     writer.add_scalar("grad_norm", norm, report.steps)
@@ -289,12 +348,20 @@ class _Run:
 
     def _sync(self, part: int):
         """Gradients are exchanged with the last micro-batch only."""
-        return contextlib.nullcontext() if part == self.config.accumulate - 1 else self.accelerator.no_sync(self.model)
+        return (
+            contextlib.nullcontext()
+            if part == self.config.accumulate - 1
+            else self.accelerator.no_sync(self.model)
+        )
 
     def _batch(self, step: int, index, sigma: Tensor, dropped, first: int) -> dict[str, Any]:
-        """Clean and noisy latents, noise levels, target and conditions of a micro-batch, on the device."""
+        """Clean and noisy latents, noise levels, target and conditions of a micro-batch, on the
+        device.
+        """
         device = self.accelerator.device
-        items = collate([self.data[int(i)] for i in index], dropped, getattr(self.data, "unconditional", None))
+        items = collate(
+            [self.data[int(i)] for i in index], dropped, getattr(self.data, "unconditional", None)
+        )
         clean = items.pop("latents").to(device).float()
         noise = []
         for place in range(
@@ -302,15 +369,26 @@ class _Run:
         ):  # by the sample's place in the whole batch: any number of processes draws the same
             rng = np.random.default_rng([self.config.seed, 4, step, first + place])
             noise.append(torch.from_numpy(rng.standard_normal(clean.shape[1:], dtype=np.float32)))
-        noisy, target = noisy_and_target(clean, torch.stack(noise).to(device), sigma.to(device), self.alphas_cumprod)
+        noisy, target = noisy_and_target(
+            clean, torch.stack(noise).to(device), sigma.to(device), self.alphas_cumprod
+        )
         conditions = {name: value.to(device) for name, value in items.items()}
-        return {"noisy": noisy, "sigma": sigma.to(device), "target": target, "conditions": conditions}
+        return {
+            "noisy": noisy,
+            "sigma": sigma.to(device),
+            "target": target,
+            "conditions": conditions,
+        }
 
     def _predict(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         dtype = getattr(torch, self.config.autocast) if self.config.autocast else torch.bfloat16
         own = next(self.transformer.parameters()).dtype
-        cast = {k: v.to(own) if v.dtype.is_floating_point else v for k, v in batch["conditions"].items()}
-        with torch.autocast(batch["noisy"].device.type, dtype, enabled=self.config.autocast is not None):
+        cast = {
+            k: v.to(own) if v.dtype.is_floating_point else v for k, v in batch["conditions"].items()
+        }
+        with torch.autocast(
+            batch["noisy"].device.type, dtype, enabled=self.config.autocast is not None
+        ):
             return self.family.predict(model, batch["noisy"].to(own), batch["sigma"], cast).float()
 
     def _loss(self, batch: Mapping[str, Any]) -> Tensor:
@@ -321,12 +399,15 @@ class _Run:
         return torch.nn.functional.mse_loss(self._predict(self.model, batch), target)
 
     def _stop(self, step: int, loss: float, norm: float, batches: list[dict[str, Any]]) -> None:
-        """Raise TrainingStopped, naming the first weight, data or layer whose numbers are not finite."""
+        """Raise TrainingStopped, naming the first weight, data or layer whose numbers are not
+        finite.
+        """
         layer = self._first_bad_layer(batches)
         good = state.latest(self.folder)
         last = str(good) if good else "none yet"
         raise TrainingStopped(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}, first not finite in {layer}; last good checkpoint: {last}"
+            f"step {step + 1}: loss {loss}, gradient norm {norm}, first not finite in {layer}; last"
+            f" good checkpoint: {last}"
         )
 
     def _first_bad_layer(self, batches: list[dict[str, Any]]) -> str:
@@ -335,7 +416,9 @@ class _Run:
         def watch(name: str):
             def hook(_module, _inputs, output):
                 outputs = output if isinstance(output, (tuple, list)) else (output,)
-                if any(isinstance(x, Tensor) and not bool(torch.isfinite(x).all()) for x in outputs):
+                if any(
+                    isinstance(x, Tensor) and not bool(torch.isfinite(x).all()) for x in outputs
+                ):
                     found.append(name)
 
             return hook
@@ -366,7 +449,9 @@ class _Run:
 
 
 def _freeze(handle: SLA2Handle, config: Stage2Config) -> dict[str, bool]:
-    """Set requires_grad for stage 2; returns what it was before, by name. A model parameter frozen before stays frozen."""
+    """Set requires_grad for stage 2; returns what it was before, by name. A model parameter frozen
+    before stays frozen.
+    """
     groups = handle.parameters()
     before = {name: p.requires_grad for name, p in handle.transformer.named_parameters()}
     for parameter in groups["router"]:
@@ -380,7 +465,9 @@ def _freeze(handle: SLA2Handle, config: Stage2Config) -> dict[str, bool]:
 
 
 def _restore(transformer: nn.Module, flags: dict[str, bool]) -> None:
-    """Set requires_grad as it was; by name, since sharding replaces the parameters and LoRA moves them."""
+    """Set requires_grad as it was; by name, since sharding replaces the parameters and LoRA moves
+    them.
+    """
     for name, parameter in transformer.named_parameters():
         plain = state.plain_name(name).replace(".base_layer.", ".")
         parameter.requires_grad_(flags.get(plain, parameter.requires_grad))

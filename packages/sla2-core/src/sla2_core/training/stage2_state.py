@@ -1,4 +1,6 @@
-"""Checkpoints of stage 2: weights, optimiser and moving average as one safetensors file, written whole or not at all."""
+"""Checkpoints of stage 2: weights, optimiser and moving average as one safetensors file, written
+whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,20 @@ def _options():
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint of a run, if there is one."""
-    found = sorted(path for path in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(path.name))
+    found = sorted(
+        path for path in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(path.name)
+    )
     return found[-1] if found else None
 
 
 def save(
-    folder: Path, accelerator, model: nn.Module, optimizer, ema: dict[str, Tensor] | None, report, keep: int
+    folder: Path,
+    accelerator,
+    model: nn.Module,
+    optimizer,
+    ema: dict[str, Tensor] | None,
+    report,
+    keep: int,
 ) -> None:
     """Write the checkpoint of `report.steps` and delete all but the last `keep`."""
     from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -43,8 +53,13 @@ def save(
         tensors["loss"] = torch.tensor(report.loss, dtype=torch.float64)
         tensors["grad_norm"] = torch.tensor(report.grad_norm, dtype=torch.float64)
         write_tensors(folder / f"checkpoint-{report.steps:08d}.safetensors", tensors)
-        old = sorted(path for path in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(path.name))
-        for path in [*old[:-keep], *folder.glob(".checkpoint-*.partial")]:  # the latter of a process that was killed
+        old = sorted(
+            path for path in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(path.name)
+        )
+        for path in [
+            *old[:-keep],
+            *folder.glob(".checkpoint-*.partial"),
+        ]:  # the latter of a process that was killed
             path.unlink()
     accelerator.wait_for_everyone()
 
@@ -78,11 +93,16 @@ def load_latest(
     ]  # gathered, only the first process has them
     try:
         set_state_dict(
-            model, _inner(optimizer), model_state_dict=weights,
-            optim_state_dict={"state": moments, "param_groups": groups}, options=_options(),
-        )  # fmt: skip
+            model,
+            _inner(optimizer),
+            model_state_dict=weights,
+            optim_state_dict={"state": moments, "param_groups": groups},
+            options=_options(),
+        )
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: expected a checkpoint of this model, got: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"{path}: expected a checkpoint of this model, got: {str(error).splitlines()[0]}"
+        ) from None
     if ema is not None:
         for name, value in ema.items():
             _fill(value, average[name])
@@ -94,7 +114,10 @@ def _inner(optimizer):
 
 
 def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in tensors.items()}
+    return {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in tensors.items()
+    }
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -113,13 +136,19 @@ def _fill(target: Tensor, value: Tensor) -> None:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name in the model itself, out of the wrappers of data parallelism and checkpointing."""
+    """A parameter's name in the model itself, out of the wrappers of data parallelism and
+    checkpointing.
+    """
     return name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
 
 
 def start_ema(model: nn.Module) -> dict[str, Tensor]:
     """A copy of everything that is trained, by parameter name."""
-    return {plain_name(name): p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        plain_name(name): p.detach().clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 @torch.no_grad()
@@ -148,12 +177,15 @@ def save_adapter(handle: SLA2Handle, accelerator, model: nn.Module, folder: Path
 
 
 def open_writer(folder: Path, steps: int) -> Any:
-    """A TensorBoard writer of a run that has done `steps`; what was written of later ones, before a kill, is dropped.
+    """A TensorBoard writer of a run that has done `steps`; what was written of later ones, before a
+    kill, is dropped.
 
     Raises ModuleNotFoundError if tensorboard is missing.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("tensorboard: expected it for tensorboard=True, install sla2-core[train]") from None
+        raise ModuleNotFoundError(
+            "tensorboard: expected it for tensorboard=True, install sla2-core[train]"
+        ) from None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=steps + 1)

@@ -1,4 +1,6 @@
-"""sla2 ablate: a grid of variants, each trained, generated, scored and compared with full attention."""
+"""sla2 ablate: a grid of variants, each trained, generated, scored and compared with full
+attention.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,21 @@ import click
 @click.command("ablate")
 @click.option("--config", required=True, type=click.Path(), help="YAML file of the grid.")
 @click.option("--out", required=True, type=click.Path(), help="Folder of the run.")
-@click.option("--workers", type=click.IntRange(0), help="Processes of one thread each; the file's if not given.")
-@click.option("--ray-address", help="Run as Ray tasks on this cluster, a GPU each where it has any; 'auto' finds one.")
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    help="Processes of one thread each; the file's if not given.",
+)
+@click.option(
+    "--ray-address",
+    help="Run as Ray tasks on this cluster, a GPU each where it has any; 'auto' finds one.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(config, out, workers, ray_address, as_json):
     """Run a grid of variants over seeds; run again, finished parts are not done twice.
 
-    On a machine with several GPUs, or a Ray cluster, it runs as Ray tasks of one GPU each instead of --workers processes.
+    On a machine with several GPUs, or a Ray cluster, it runs as Ray tasks of one GPU each instead
+    of --workers processes.
 
     \b
     Example:

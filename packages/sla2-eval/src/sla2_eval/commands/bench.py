@@ -10,14 +10,18 @@ import click
 
 from sla2_eval.commands.tables import show
 
-# name -> module with `measure(report, quick) -> {"suite", "hardware", "rows": [...], ...}`, COLUMNS of the table, and
-# perhaps plot(result, path)
+# name -> module with `measure(report, quick) -> {"suite", "hardware", "rows": [...], ...}`, COLUMNS
+# of the table, and perhaps plot(result, path)
 SUITES = {"paper": "sla2_eval.bench_paper", "cpu": "sla2_eval.bench_cpu"}
 
 
 @click.command("bench")
 @click.option(
-    "--suite", type=click.Choice(list(SUITES)), default="paper", show_default=True, help="paper: the GPU; cpu."
+    "--suite",
+    type=click.Choice(list(SUITES)),
+    default="paper",
+    show_default=True,
+    help="paper: the GPU; cpu.",
 )
 @click.option("--quick", is_flag=True, help="Fewer settings and repetitions.")
 @click.option(
@@ -27,7 +31,8 @@ SUITES = {"paper": "sla2_eval.bench_paper", "cpu": "sla2_eval.bench_cpu"}
     help="Write everything to this file; a plot beside it.",
 )
 def command(suite, quick, json_file):
-    """Time SLA2 whole and by stage against dense attention in one process, interleaved; median and spread.
+    """Time SLA2 whole and by stage against dense attention in one process, interleaved; median and
+    spread.
 
     \b
     Example:

@@ -22,14 +22,17 @@ _COLUMNS = (
 
 @click.command("compile")
 @click.option(
-    "--arch", "archs", multiple=True, help="Architecture, such as sm_90a; several times for several. Default: all."
+    "--arch",
+    "archs",
+    multiple=True,
+    help="Architecture, such as sm_90a; several times for several. Default: all.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(archs, as_json):
     """Build every kernel for these architectures into the cache; needs NVRTC, no GPU.
 
-    Registers are a thread's, shared memory a block's in bytes; occupancy is resident threads over the most there can be.
-    Ends with 1 if a kernel spills or is over its limits.
+    Registers are a thread's, shared memory a block's in bytes; occupancy is resident threads over
+    the most there can be. Ends with 1 if a kernel spills or is over its limits.
 
     \b
     Example:
@@ -44,7 +47,9 @@ def command(archs, as_json):
     from sla2_eval.progress import ProgressDisplay
 
     if unknown := [arch for arch in archs if arch not in ARCHITECTURES]:
-        raise click.BadParameter(f"expected one of {', '.join(ARCHITECTURES)}, got {unknown[0]!r}", param_hint="--arch")
+        raise click.BadParameter(
+            f"expected one of {', '.join(ARCHITECTURES)}, got {unknown[0]!r}", param_hint="--arch"
+        )
     specs = [spec for arch in archs or ARCHITECTURES for spec in all_specs(arch)]
     with ThreadPoolExecutor(2) as pool, ProgressDisplay() as report:
         rows = []

@@ -10,7 +10,9 @@ from sla2_eval.commands.tables import show
 
 
 def run(grid: Callable, out: str, as_json: bool) -> int:
-    """Call grid(report) with a progress display, print its table and where the report is; 1 if a video failed or a task was lost."""
+    """Call grid(report) with a progress display, print its table and where the report is; 1 if a
+    video failed or a task was lost.
+    """
     from sla2_eval.generation import can_write
     from sla2_eval.progress import ProgressDisplay
 

@@ -9,25 +9,55 @@ from sla2_eval.commands.tables import show
 
 @click.command("score")
 @click.option("--videos", type=click.Path(), help="Folder of mp4 files, or a JSONL manifest.")
-@click.option("--reference", type=click.Path(), help="Folder of the same file names, for paired and set metrics.")
-@click.option("--metrics", "names", help="Comma-separated names; see --list.")
-@click.option("--out", type=click.Path(), help="Folder for results.json and the store of per-video results.")
 @click.option(
-    "--num-workers", default=1, show_default=True, type=click.IntRange(1), help="Processes that decode and score."
+    "--reference",
+    type=click.Path(),
+    help="Folder of the same file names, for paired and set metrics.",
+)
+@click.option("--metrics", "names", help="Comma-separated names; see --list.")
+@click.option(
+    "--out", type=click.Path(), help="Folder for results.json and the store of per-video results."
+)
+@click.option(
+    "--num-workers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Processes that decode and score.",
 )
 @click.option("--ray-address", help="Join this Ray cluster; 'auto' finds one.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
-    "--decoder", type=click.Choice(["pyav", "torchcodec"]), default="pyav", show_default=True, help="Of the videos."
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
 )
 @click.option(
-    "--allow-failures", is_flag=True, help="Exit code 0 even if some videos failed; they are listed all the same."
+    "--decoder",
+    type=click.Choice(["pyav", "torchcodec"]),
+    default="pyav",
+    show_default=True,
+    help="Of the videos.",
 )
-@click.option("--list", "list_metrics", is_flag=True, help="List the metrics and whether they can run here.")
+@click.option(
+    "--allow-failures",
+    is_flag=True,
+    help="Exit code 0 even if some videos failed; they are listed all the same.",
+)
+@click.option(
+    "--list", "list_metrics", is_flag=True, help="List the metrics and whether they can run here."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(
-    videos, reference, names, out, num_workers, ray_address, device, decoder, allow_failures, list_metrics, as_json
-):  # fmt: skip
+    videos,
+    reference,
+    names,
+    out,
+    num_workers,
+    ray_address,
+    device,
+    decoder,
+    allow_failures,
+    list_metrics,
+    as_json,
+):
     """Score every video of a folder, alone or against a reference folder.
 
     \b
@@ -55,10 +85,16 @@ def command(
     with ProgressDisplay() as report:
         try:
             results = score(
-                videos, reference, chosen, out, num_workers, ray_address,
+                videos,
+                reference,
+                chosen,
+                out,
+                num_workers,
+                ray_address,
                 progress=lambda name, done, total: report(f"score {name}", done, total),
-                device=device, decoder=decoder,
-            )  # fmt: skip
+                device=device,
+                decoder=decoder,
+            )
         except ScoringError as error:
             results, failed = error.results, 0 if allow_failures else 1
     rows = [_row(name, results) for name in chosen]
@@ -73,11 +109,19 @@ def _row(name: str, results: dict) -> dict:
         return {"metric": name, "note": results["unavailable"][name]}
     found = results["metrics"][name]
     low, high = found.get("interval") or (None, None)
-    row = {"metric": name, "mean": found["mean"], "low": low, "high": high, "videos": found.get("num_videos")}
+    row = {
+        "metric": name,
+        "mean": found["mean"],
+        "low": low,
+        "high": high,
+        "videos": found.get("num_videos"),
+    }
     difference = found.get("difference")
     if difference:
         row["difference"] = difference["mean"]
-        row["note"] = "difference to the reference within noise" if difference["within_noise"] else ""
+        row["note"] = (
+            "difference to the reference within noise" if difference["within_noise"] else ""
+        )
     if found.get("warnings"):
         row["note"] = "; ".join(found["warnings"])
     return row

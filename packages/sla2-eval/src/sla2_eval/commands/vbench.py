@@ -8,9 +8,15 @@ from sla2_eval.commands.tables import show
 
 
 @click.command("vbench")
-@click.option("--videos", type=click.Path(), help="Folder of mp4 files, or a JSONL manifest, to export.")
-@click.option("--out", required=True, type=click.Path(), help="Folder for VBench's input and results.")
-@click.option("--dimensions", help="Comma-separated dimensions; all that are known here if not given.")
+@click.option(
+    "--videos", type=click.Path(), help="Folder of mp4 files, or a JSONL manifest, to export."
+)
+@click.option(
+    "--out", required=True, type=click.Path(), help="Folder for VBench's input and results."
+)
+@click.option(
+    "--dimensions", help="Comma-separated dimensions; all that are known here if not given."
+)
 @click.option("--run", is_flag=True, help="Call `vbench evaluate`, which must be installed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(videos, out, dimensions, run, as_json):
@@ -22,7 +28,11 @@ def command(videos, out, dimensions, run, as_json):
     """
     from sla2_eval import vbench
 
-    chosen = [name.strip() for name in dimensions.split(",") if name.strip()] if dimensions else vbench.dimensions()
+    chosen = (
+        [name.strip() for name in dimensions.split(",") if name.strip()]
+        if dimensions
+        else vbench.dimensions()
+    )
     if videos:
         click.echo(vbench.export(videos, out, chosen), err=as_json)
     if run:

@@ -50,5 +50,7 @@ def fetch(names):
             raise click.UsageError(f"NAME: expected one of {', '.join(FILES)}, got {name!r}")
     with ProgressDisplay() as report:
         for name in names:
-            path = weights_fetch(name, lambda got, expected, name=name: report(name, got, expected or got + 1))
+            path = weights_fetch(
+                name, lambda got, expected, name=name: report(name, got, expected or got + 1)
+            )
             click.echo(path)

@@ -1,4 +1,6 @@
-"""The registry of metrics. Importing it imports no torch, no metric library and no model; `load` does."""
+"""The registry of metrics. Importing it imports no torch, no metric library and no model; `load`
+does.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def specs() -> dict[str, MetricSpec]:
 
 
 def select(names: Iterable[str]) -> dict[str, MetricSpec]:
-    """The metrics called `names`, in the registry's order. Raises ValueError for an unknown or repeated one."""
+    """The metrics called `names`, in the registry's order. Raises ValueError for an unknown or
+    repeated one.
+    """
     known, names = specs(), list(names)
     if not names:
         raise ValueError("metrics: expected at least one name, got none")
@@ -44,7 +48,9 @@ def select(names: Iterable[str]) -> dict[str, MetricSpec]:
         if name not in known:
             raise ValueError(f"metrics: expected names among {', '.join(known)}, got {name!r}")
         if names.count(name) > 1:
-            raise ValueError(f"metrics: expected each name once, got {name!r} {names.count(name)} times")
+            raise ValueError(
+                f"metrics: expected each name once, got {name!r} {names.count(name)} times"
+            )
     return {name: spec for name, spec in known.items() if name in names}
 
 
@@ -56,7 +62,11 @@ def why_unavailable(spec: MetricSpec, settings: dict | None = None) -> str | Non
         name, _, how = package.partition(" ")
         if importlib.util.find_spec(name) is None:
             return f"unavailable: needs the Python package {name} {how}".strip()
-    missing = [name for name in spec.weights if not weights.is_present(name, (settings or {}).get("files", {}))]
+    missing = [
+        name
+        for name in spec.weights
+        if not weights.is_present(name, (settings or {}).get("files", {}))
+    ]
     if missing:
         return "unavailable: run " + " && ".join(weights.how_to_get(name) for name in missing)
     return None
@@ -71,7 +81,9 @@ def module_of(name: str):
 
 
 def load(name: str, settings: dict, device: str = "cpu") -> Callable:
-    """The scorer of the metric `name`, its model loaded. Raises MetricUnavailable if its weights or packages are missing."""
+    """The scorer of the metric `name`, its model loaded. Raises MetricUnavailable if its weights or
+    packages are missing.
+    """
     module = module_of(name)
     spec = specs()[name]
     if reason := why_unavailable(spec, settings):
@@ -79,4 +91,12 @@ def load(name: str, settings: dict, device: str = "cpu") -> Callable:
     return module.load(name, {**spec.settings, **settings}, device)
 
 
-__all__ = ["MetricSpec", "MetricUnavailable", "load", "module_of", "select", "specs", "why_unavailable"]
+__all__ = [
+    "MetricSpec",
+    "MetricUnavailable",
+    "load",
+    "module_of",
+    "select",
+    "specs",
+    "why_unavailable",
+]

@@ -11,7 +11,9 @@ SPECS = (
         name="aesthetic_quality",
         kind="unpaired",
         title="Aesthetic quality",
-        definition="LAION's linear head on normalised CLIP ViT-L/14 features, / 10, mean over frames",
+        definition=(
+            "LAION's linear head on normalised CLIP ViT-L/14 features, / 10, mean over frames"
+        ),
         source="VBench, aesthetic_quality.py",
         value_range=(0.0, 1.0),
         higher_is_better=True,
@@ -31,10 +33,14 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
 
     clip = Clip("clip_l14", settings, device)
     head = load_tensors("aesthetic_head", settings)
-    if sorted(head) != ["bias", "weight"] or head["weight"].shape != (1, clip.model.visual.output_dim):
+    if sorted(head) != ["bias", "weight"] or head["weight"].shape != (
+        1,
+        clip.model.visual.output_dim,
+    ):
         shapes = {key: tuple(value.shape) for key, value in head.items()}
         raise MetricUnavailable(
-            f"unavailable: aesthetic_head: expected weight (1, {clip.model.visual.output_dim}) and bias (1,), got {shapes}"
+            f"unavailable: aesthetic_head: expected weight (1, {clip.model.visual.output_dim}) and"
+            f" bias (1,), got {shapes}"
         )
     weight, bias = head["weight"][0].to(device).float(), head["bias"].to(device).float()
 

@@ -14,20 +14,25 @@ KINDS = ("paired", "unpaired", "set")
 
 
 class MetricUnavailable(RuntimeError):
-    """A metric that cannot run here; the message is one line that says what is missing and how to get it."""
+    """A metric that cannot run here; the message is one line that says what is missing and how to
+    get it.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricSpec:
     """The description of a metric, which `sla2 score --list` prints and every result refers to.
 
-    A module of this package describes its metrics in `SPECS` and offers `load(name, settings, device)`, which returns a
-    function of one Sample: a float, or for `kind="set"` float features (n, d), which `reduce(name, features,
-    reference_features, settings)` of the same module turns into {"value": float, "warnings": [str, ...]}.
+    A module of this package describes its metrics in `SPECS` and offers `load(name, settings,
+    device)`, which returns a function of one Sample: a float, or for `kind="set"` float features
+    (n, d), which `reduce(name, features, reference_features, settings)` of the same module turns
+    into {"value": float, "warnings": [str, ...]}.
     """
 
     name: str
-    kind: str  # "paired": against the reference of the same name; "unpaired": by itself; "set": all videos against all references
+    # "paired": against the reference of the same name; "unpaired": by itself; "set": all videos
+    # against all references
+    kind: str
     title: str
     definition: str
     source: str
@@ -46,7 +51,9 @@ class MetricSpec:
     revision: int = 1  # raised when the same settings give another number
 
     def normalised(self, value: float) -> float | None:
-        """VBench's normalisation, (value - min) / (max - min), unclipped; None for metrics that VBench does not have."""
+        """VBench's normalisation, (value - min) / (max - min), unclipped; None for metrics that
+        VBench does not have.
+        """
         if self.vbench is None:
             return None
         low, high = self.vbench_range
@@ -55,7 +62,9 @@ class MetricSpec:
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded video: uint8 (T, H, W, 3) RGB frames, the reference's frames for paired metrics, and the prompt."""
+    """One decoded video: uint8 (T, H, W, 3) RGB frames, the reference's frames for paired metrics,
+    and the prompt.
+    """
 
     frames: np.ndarray
     fps: float
@@ -64,7 +73,9 @@ class Sample:
 
 
 def chunks(frames: np.ndarray, device: str, size: int) -> Iterator[Tensor]:
-    """Float32 (n, 3, H, W) pieces of uint8 (T, H, W, 3) frames in [0, 1], n <= `size`, so that memory stays bounded."""
+    """Float32 (n, 3, H, W) pieces of uint8 (T, H, W, 3) frames in [0, 1], n <= `size`, so that
+    memory stays bounded.
+    """
     import torch
 
     for start in range(0, len(frames), size):

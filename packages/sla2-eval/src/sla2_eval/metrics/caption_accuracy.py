@@ -11,7 +11,10 @@ SPECS = (
         name="caption_accuracy",
         kind="unpaired",
         title="Caption accuracy",
-        definition="share of videos in which the exact detector finds the captioned colour, shape and motion",
+        definition=(
+            "share of videos in which the exact detector finds the captioned colour, shape and"
+            " motion"
+        ),
         source="sla2_eval.tiny.detector",
         value_range=(0.0, 1.0),
         higher_is_better=True,
@@ -22,7 +25,9 @@ SPECS = (
 
 
 def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
-    """The scorer: 1 if every captioned attribute is seen, else 0. It raises ValueError for a foreign caption."""
+    """The scorer: 1 if every captioned attribute is seen, else 0. It raises ValueError for a
+    foreign caption.
+    """
     import numpy as np
 
     from sla2_eval.tiny.detector import detect
@@ -32,7 +37,8 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
         count, height, width = sample.frames.shape[:3]
         if height % SIZE or width != height:
             raise ValueError(
-                f"caption_accuracy: expected square frames of a multiple of {SIZE}, got {height} x {width}"
+                f"caption_accuracy: expected square frames of a multiple of {SIZE}, got {height} x"
+                f" {width}"
             )
         factor = height // SIZE
         cells = sample.frames.reshape(count, SIZE, factor, SIZE, factor, 3)

@@ -11,7 +11,10 @@ SPECS = (
         name="clip_similarity",
         kind="paired",
         title="CLIP similarity",
-        definition="cosine of the CLIP ViT-B/32 image features of frame and reference frame, mean over frames",
+        definition=(
+            "cosine of the CLIP ViT-B/32 image features of frame and reference frame, mean over"
+            " frames"
+        ),
         source="Radford et al. 2021; open_clip",
         value_range=(-1.0, 1.0),
         higher_is_better=True,
@@ -44,7 +47,13 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
     clip = Clip("clip_b32", settings, device)
 
     def similarity(sample: Sample) -> float:
-        return (clip.images(sample.frames) * clip.images(sample.reference)).sum(-1).double().mean().item()
+        return (
+            (clip.images(sample.frames) * clip.images(sample.reference))
+            .sum(-1)
+            .double()
+            .mean()
+            .item()
+        )
 
     def agreement(sample: Sample) -> float:
         return (clip.images(sample.frames) @ clip.text(sample.prompt)).double().mean().item()

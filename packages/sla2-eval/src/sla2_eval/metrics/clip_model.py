@@ -1,4 +1,6 @@
-"""OpenAI's CLIP through open_clip, from a local file: image and text features, normalised. Used by several metrics."""
+"""OpenAI's CLIP through open_clip, from a local file: image and text features, normalised. Used by
+several metrics.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CHUNK = 16
-_EXTRA = ("input_resolution", "context_length", "vocab_size")  # of OpenAI's archives; not parameters
+_EXTRA = (
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+)  # of OpenAI's archives; not parameters
 
 
 class Clip:
-    """A CLIP model built from settings["model"] (a name of open_clip's, or its configuration) and the weights `name`."""
+    """A CLIP model built from settings["model"] (a name of open_clip's, or its configuration) and
+    the weights `name`.
+    """
 
     def __init__(self, name: str, settings: dict, device: str):
         import open_clip
@@ -26,7 +34,9 @@ class Clip:
         tensors = {k: v.float() for k, v in load_tensors(name, settings).items() if k not in _EXTRA}
         config.pop("custom_text", None)
         self.model = fill(open_clip.CLIP(**config), tensors, name).to(device)
-        self.tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
+        self.tokenizer = open_clip.SimpleTokenizer(
+            context_length=config["text_cfg"]["context_length"]
+        )
         self.device = device
 
     def images(self, frames: np.ndarray, antialias: bool = True) -> Tensor:
@@ -37,9 +47,15 @@ class Clip:
         with torch.inference_mode():
             for start in range(0, len(frames), _CHUNK):
                 x = prepared(
-                    frames[start : start + _CHUNK], self.device, self.side, CLIP_MEAN, CLIP_STD,
-                    mode="bicubic", crop=True, antialias=antialias,
-                )  # fmt: skip
+                    frames[start : start + _CHUNK],
+                    self.device,
+                    self.side,
+                    CLIP_MEAN,
+                    CLIP_STD,
+                    mode="bicubic",
+                    crop=True,
+                    antialias=antialias,
+                )
                 found.append(self.model.encode_image(x, normalize=True))
         return torch.cat(found)
 
@@ -48,4 +64,6 @@ class Clip:
         import torch
 
         with torch.inference_mode():
-            return self.model.encode_text(self.tokenizer([prompt]).to(self.device), normalize=True)[0]
+            return self.model.encode_text(self.tokenizer([prompt]).to(self.device), normalize=True)[
+                0
+            ]

@@ -11,7 +11,10 @@ SPECS = (
         name="subject_consistency",
         kind="unpaired",
         title="Subject consistency",
-        definition="mean over i >= 1 of (max(0, cos(f_i-1, f_i)) + max(0, cos(f_0, f_i))) / 2 of DINO ViT-B/16 features",
+        definition=(
+            "mean over i >= 1 of (max(0, cos(f_i-1, f_i)) + max(0, cos(f_0, f_i))) / 2 of DINO"
+            " ViT-B/16 features"
+        ),
         source="VBench, subject_consistency.py",
         value_range=(0.0, 1.0),
         higher_is_better=True,
@@ -61,7 +64,9 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
 
 
 def consistency(features) -> float:
-    """Mean over i >= 1 of (max(0, cos(f_i-1, f_i)) + max(0, cos(f_0, f_i))) / 2 of features (T, d)."""
+    """Mean over i >= 1 of (max(0, cos(f_i-1, f_i)) + max(0, cos(f_0, f_i))) / 2 of
+    features (T, d).
+    """
     import numpy as np
 
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
@@ -71,7 +76,9 @@ def consistency(features) -> float:
 
 
 def _dino(settings: dict, device: str) -> Callable:
-    """Class-token features of DINO's ViT; frames keep their shape, with the short side 224, as VBench feeds them."""
+    """Class-token features of DINO's ViT; frames keep their shape, with the short side 224, as
+    VBench feeds them.
+    """
     import timm
     import torch
 
@@ -84,7 +91,10 @@ def _dino(settings: dict, device: str) -> Callable:
 
     def class_tokens(x):
         patches = model.patch_embed(x)  # (n, rows, columns, d)
-        first, others = model.pos_embed[:, :1], positions(model.pos_embed[:, 1:], patches.shape[1:3])
+        first, others = (
+            model.pos_embed[:, :1],
+            positions(model.pos_embed[:, 1:], patches.shape[1:3]),
+        )
         first = (model.cls_token + first).expand(len(x), -1, -1)
         return model.norm(model.blocks(torch.cat((first, patches.flatten(1, 2) + others), 1)))[:, 0]
 
@@ -93,19 +103,31 @@ def _dino(settings: dict, device: str) -> Callable:
         with torch.inference_mode():
             for start in range(0, len(frames), 8):
                 x = prepared(
-                    frames[start : start + 8], device, settings["size"], IMAGENET_MEAN, IMAGENET_STD,
-                    mode="bilinear", crop=False, antialias=False,
-                )  # fmt: skip
-                found.append(class_tokens(x[..., : x.shape[-2] // patch * patch, : x.shape[-1] // patch * patch]))
+                    frames[start : start + 8],
+                    device,
+                    settings["size"],
+                    IMAGENET_MEAN,
+                    IMAGENET_STD,
+                    mode="bilinear",
+                    crop=False,
+                    antialias=False,
+                )
+                found.append(
+                    class_tokens(
+                        x[..., : x.shape[-2] // patch * patch, : x.shape[-1] // patch * patch]
+                    )
+                )
         return torch.cat(found)
 
     return features
 
 
 def positions(table, grid: tuple[int, int]):
-    """DINO's position embeddings (1, n, d) of a square grid for another `grid`: bicubic, by its scale with 0.1 patch added.
+    """DINO's position embeddings (1, n, d) of a square grid for another `grid`: bicubic, by its
+    scale with 0.1 patch added.
 
-    Source: facebookresearch/dino, vision_transformer.py, interpolate_pos_encoding. timm's own resizing is antialiased.
+    Source: facebookresearch/dino, vision_transformer.py, interpolate_pos_encoding. timm's own
+    resizing is antialiased.
     """
     from torch.nn.functional import interpolate
 

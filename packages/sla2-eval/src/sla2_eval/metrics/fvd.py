@@ -15,7 +15,10 @@ SPECS = (
         name="fvd",
         kind="set",
         title="FVD (I3D)",
-        definition="Frechet distance of I3D Kinetics-400 logits (400-d) of 16-frame clips, 224 x 224, [-1, 1]; float64, by eigenvalues",
+        definition=(
+            "Frechet distance of I3D Kinetics-400 logits (400-d) of 16-frame clips, 224 x 224, [-1,"
+            " 1]; float64, by eigenvalues"
+        ),
         source="Unterthiner et al. 2018; StyleGAN-V's TorchScript I3D",
         value_range=(0.0, None),
         higher_is_better=False,
@@ -27,7 +30,10 @@ SPECS = (
         name="fvd_videomae",
         kind="set",
         title="FVD (VideoMAE)",
-        definition="the same distance of VideoMAE ViT-B features (768-d), which see motion more than I3D does",
+        definition=(
+            "the same distance of VideoMAE ViT-B features (768-d), which see motion more than I3D"
+            " does"
+        ),
         source="Ge et al. 2024 (content-debiased FVD)",
         value_range=(0.0, None),
         higher_is_better=False,
@@ -40,7 +46,9 @@ SPECS = (
 
 
 def load(name: str, settings: dict, device: str) -> Callable[[Sample], np.ndarray]:
-    """The extractor: features (clips, d) of a video's consecutive clips. It raises ValueError for a shorter video."""
+    """The extractor: features (clips, d) of a video's consecutive clips. It raises ValueError for a
+    shorter video.
+    """
     import numpy as np
     import torch
 
@@ -86,52 +94,74 @@ def _videomae(settings: dict, device: str) -> Callable:
     from sla2_eval.metrics.loading import IMAGENET_MEAN, IMAGENET_STD, fill, load_tensors
 
     config = VideoMAEConfig(
-        **{"image_size": settings["size"], "num_frames": settings["clip_frames"], **settings["model"]}
+        **{
+            "image_size": settings["size"],
+            "num_frames": settings["clip_frames"],
+            **settings["model"],
+        }
     )
     model = VideoMAEModel(config)
     tensors = _as_named_now(load_tensors("videomae", settings), model.state_dict())
     model = fill(model, tensors, "videomae").to(device)
-    mean, std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        torch.tensor(value, device=device).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD)
+    )
 
     def features(frames: np.ndarray):
-        return model((_square(frames, device, settings["size"]) - mean)[None] / std).last_hidden_state[0].mean(0)
+        return (
+            model((_square(frames, device, settings["size"]) - mean)[None] / std)
+            .last_hidden_state[0]
+            .mean(0)
+        )
 
     return features
 
 
 def _as_named_now(published: dict, expected: dict) -> dict:
-    """The encoder's tensors of a published VideoMAE, under the names of this version of transformers.
+    """The encoder's tensors of a published VideoMAE, under the names of this version of
+    transformers.
 
-    The published files keep the attention's biases as `q_bias` and `v_bias`, and have none for the keys.
+    The published files keep the attention's biases as `q_bias` and `v_bias`, and have none for the
+    keys.
     """
     import torch
 
     found = {}
     for name, tensor in published.items():
         name = name.removeprefix("videomae.")
-        if name.startswith(("classifier.", "fc_norm.", "decoder", "encoder_to_decoder", "mask_token")):
+        if name.startswith(
+            ("classifier.", "fc_norm.", "decoder", "encoder_to_decoder", "mask_token")
+        ):
             continue
         for short, linear in ((".q_bias", ".query.bias"), (".v_bias", ".value.bias")):
             renamed = name.removesuffix(short) + linear
             name = renamed if name.endswith(short) and renamed in expected else name
         found[name] = tensor
-    keys = {name: tensor for name, tensor in expected.items() if name.endswith(".key.bias") and name not in found}
+    keys = {
+        name: tensor
+        for name, tensor in expected.items()
+        if name.endswith(".key.bias") and name not in found
+    }
     return found | {name: torch.zeros_like(tensor) for name, tensor in keys.items()}
 
 
 def frechet(first: np.ndarray, second: np.ndarray) -> float:
-    """The squared Frechet distance of the Gaussians fitted to two sets of features (n, d) and (m, d), in float64.
+    """The squared Frechet distance of the Gaussians fitted to two sets of features (n, d) and (m,
+    d), in float64.
 
-    |mean1 - mean2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)). With S = R'R, the eigenvalues of S1 S2 are the squared
-    singular values of R1 R2', so their roots come without a matrix square root, which rank-deficient sets would break.
-    Rows are sorted first, so that the order of the videos does not change a bit. Raises ValueError below two rows.
+    |mean1 - mean2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)). With S = R'R, the eigenvalues of S1
+    S2 are the squared singular values of R1 R2', so their roots come without a matrix square root,
+    which rank-deficient sets would break. Rows are sorted first, so that the order of the videos
+    does not change a bit. Raises ValueError below two rows.
     """
     import numpy as np
 
     means, roots = [], []
     for features in (first, second):
         if features.ndim != 2 or len(features) < 2:
-            raise ValueError(f"fvd: expected at least 2 clips a side, got features of shape {features.shape}")
+            raise ValueError(
+                f"fvd: expected at least 2 clips a side, got features of shape {features.shape}"
+            )
         x = np.asarray(features, dtype=np.float64)
         x = x[np.lexsort(x.T[::-1])]
         means.append(x.mean(axis=0))
@@ -142,12 +172,20 @@ def frechet(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def reduce(name: str, features: np.ndarray, reference: np.ndarray, settings: dict) -> dict:
-    """The distance between the videos' and the references' features, and warnings where few clips make it worth little."""
+    """The distance between the videos' and the references' features, and warnings where few clips
+    make it worth little.
+    """
     warnings = []
     for side, found in (("videos", features), ("references", reference)):
         count, dimension = found.shape
         if count < 256:
-            warnings.append(f"{count} clips of the {side}: under 256 the distance says little, and is biased upwards")
+            warnings.append(
+                f"{count} clips of the {side}: under 256 the distance says little, and is biased"
+                " upwards"
+            )
         if count <= dimension:
-            warnings.append(f"{count} clips of the {side} for {dimension} dimensions: the covariance is rank-deficient")
+            warnings.append(
+                f"{count} clips of the {side} for {dimension} dimensions: the covariance is"
+                " rank-deficient"
+            )
     return {"value": frechet(features, reference), "warnings": warnings}

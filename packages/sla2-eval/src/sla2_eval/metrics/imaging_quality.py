@@ -42,7 +42,10 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
                 scale = settings["long_side"] / max(height, width)
                 if scale < 1:
                     frame = interpolate(
-                        frame, (int(scale * height), int(scale * width)), mode="bilinear", align_corners=False
+                        frame,
+                        (int(scale * height), int(scale * width)),
+                        mode="bilinear",
+                        align_corners=False,
                     )
                 values.append(float(model(frame)) / 100)
         return sum(values) / len(values)

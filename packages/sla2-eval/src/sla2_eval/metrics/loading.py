@@ -18,7 +18,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def weight_path(name: str, settings: dict) -> Path:
-    """The verified weight file `name`, or the one that settings["files"] names. Raises MetricUnavailable if it is not right."""
+    """The verified weight file `name`, or the one that settings["files"] names. Raises
+    MetricUnavailable if it is not right.
+    """
     try:
         return weights.verified(name, settings.get("files"), settings.get("digests"))
     except weights.WeightsError as error:
@@ -33,7 +35,8 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def load_tensors(name: str, settings: dict) -> dict[str, Tensor]:
-    """The state dict in a weight file: safetensors, a pickle of tensors alone, or a TorchScript archive's tensors.
+    """The state dict in a weight file: safetensors, a pickle of tensors alone, or a TorchScript
+    archive's tensors.
 
     Raises MetricUnavailable if the file is missing, has another digest, or holds anything else.
     """
@@ -49,11 +52,17 @@ def load_tensors(name: str, settings: dict) -> dict[str, Tensor]:
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise MetricUnavailable(f"unavailable: {path}: expected tensors, got {str(error).splitlines()[0]}") from error
+        raise MetricUnavailable(
+            f"unavailable: {path}: expected tensors, got {str(error).splitlines()[0]}"
+        ) from error
     for key in ("state_dict", "params"):  # as AMT's and pyiqa's trainers wrap them
         found = found.get(key, found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise MetricUnavailable(f"unavailable: {path}: expected a state dict, got {type(found).__name__}")
+    if not isinstance(found, dict) or not all(
+        isinstance(value, torch.Tensor) for value in found.values()
+    ):
+        raise MetricUnavailable(
+            f"unavailable: {path}: expected a state dict, got {type(found).__name__}"
+        )
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}
 
 
@@ -71,7 +80,9 @@ def load_script(name: str, settings: dict, device: str):
 
 
 def fill(module, tensors: dict[str, Tensor], path: str):
-    """Load every tensor of `module`, no more and no fewer, and freeze it. Raises MetricUnavailable for another model's."""
+    """Load every tensor of `module`, no more and no fewer, and freeze it. Raises MetricUnavailable
+    for another model's.
+    """
     try:
         module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
@@ -81,11 +92,21 @@ def fill(module, tensors: dict[str, Tensor], path: str):
 
 
 def prepared(
-    frames: np.ndarray, device: str, side: int, mean: tuple, std: tuple, *, mode: str, crop: bool, antialias: bool
+    frames: np.ndarray,
+    device: str,
+    side: int,
+    mean: tuple,
+    std: tuple,
+    *,
+    mode: str,
+    crop: bool,
+    antialias: bool,
 ) -> Tensor:
-    """Frames as a network takes them: float (n, 3, h, w), the short side `side`, perhaps centre-cropped, normalised.
+    """Frames as a network takes them: float (n, 3, h, w), the short side `side`, perhaps
+    centre-cropped, normalised.
 
-    `frames` is uint8 (n, H, W, 3). `antialias=False` is how VBench resizes; the original CLIP does it with.
+    `frames` is uint8 (n, H, W, 3). `antialias=False` is how VBench resizes; the original CLIP does
+    it with.
     """
     import torch
     from torch.nn.functional import interpolate
@@ -99,4 +120,6 @@ def prepared(
     if crop:
         top, left = round((size[0] - side) / 2), round((size[1] - side) / 2)
         x = x[..., top : top + side, left : left + side]
-    return (x - torch.tensor(mean, device=device).view(3, 1, 1)) / torch.tensor(std, device=device).view(3, 1, 1)
+    return (x - torch.tensor(mean, device=device).view(3, 1, 1)) / torch.tensor(
+        std, device=device
+    ).view(3, 1, 1)

@@ -15,7 +15,10 @@ SPECS = tuple(
         name=name,
         kind="paired",
         title="LPIPS" if name == "lpips" else f"LPIPS ({title})",
-        definition=f"distance of {title} features per frame, linearly weighted, mean over frames; input in [-1, 1]",
+        definition=(
+            f"distance of {title} features per frame, linearly weighted, mean over frames; input in"
+            " [-1, 1]"
+        ),
         source="Zhang et al. 2018; lpips 0.1",
         value_range=(0.0, None),
         higher_is_better=False,
@@ -29,7 +32,9 @@ SPECS = tuple(
 
 
 def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
-    """The scorer. The linear heads come with the package; the network's features from torchvision's file."""
+    """The scorer. The linear heads come with the package; the network's features from torchvision's
+    file.
+    """
     import warnings
 
     import lpips
@@ -54,13 +59,16 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
 
 
 def _fill_features(net, tensors: dict, name: str) -> None:
-    """Put torchvision's `features.N.*` into lpips's slices, which name the same layers `sliceK.N.*`."""
+    """Put torchvision's `features.N.*` into lpips's slices, which name the same layers
+    `sliceK.N.*`.
+    """
     state = {}
     for key, value in net.state_dict().items():
         source = "features." + key.partition(".")[2]
         if source not in tensors or tensors[source].shape != value.shape:
             raise MetricUnavailable(
-                f"unavailable: {name}: expected {source} of shape {tuple(value.shape)} in its weights"
+                f"unavailable: {name}: expected {source} of shape {tuple(value.shape)} in its"
+                " weights"
             )
         state[key] = tensors[source]
     net.load_state_dict(state)

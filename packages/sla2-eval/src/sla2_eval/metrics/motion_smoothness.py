@@ -1,4 +1,6 @@
-"""VBench's motion smoothness: how well the even frames foretell the odd ones, with a linear or a learned interpolator."""
+"""VBench's motion smoothness: how well the even frames foretell the odd ones, with a linear or a
+learned interpolator.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,10 @@ SPECS = (
         name="motion_smoothness",
         kind="unpaired",
         title="Motion smoothness",
-        definition="1 - mean |odd frame - its interpolation from the even ones| / 255; the interpolator is AMT-S",
+        definition=(
+            "1 - mean |odd frame - its interpolation from the even ones| / 255; the interpolator is"
+            " AMT-S"
+        ),
         source="VBench, motion_smoothness.py",
         value_range=(0.0, 1.0),
         higher_is_better=True,
@@ -27,7 +32,10 @@ SPECS = (
         name="motion_smoothness_linear",
         kind="unpaired",
         title="Motion smoothness (linear)",
-        definition="1 - mean |odd frame - mean of its two neighbours| / 255; not VBench's number, whose interpolator is AMT-S",
+        definition=(
+            "1 - mean |odd frame - mean of its two neighbours| / 255; not VBench's number, whose"
+            " interpolator is AMT-S"
+        ),
         source="VBench, motion_smoothness.py, with a linear interpolator",
         value_range=(0.0, 1.0),
         higher_is_better=True,
@@ -50,7 +58,9 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
 
 
 def _linear() -> Callable:
-    """Twice the summed absolute difference of a frame to the mean of its neighbours, an exact integer."""
+    """Twice the summed absolute difference of a frame to the mean of its neighbours, an exact
+    integer.
+    """
     import numpy as np
 
     def difference(before, now, after) -> int:
@@ -61,25 +71,33 @@ def _linear() -> Callable:
 
 
 def _amt(settings: dict, device: str) -> Callable:
-    """The same to AMT-S's interpolation, cut to whole grey levels as VBench does; the network is VBench's own copy."""
+    """The same to AMT-S's interpolation, cut to whole grey levels as VBench does; the network is
+    VBench's own copy.
+    """
     import importlib
 
     import numpy as np
     import torch
     from torch.nn.functional import pad
 
-    network = importlib.import_module("vbench.third_party.amt.networks.AMT-S").Model(**settings["model"])
+    network = importlib.import_module("vbench.third_party.amt.networks.AMT-S").Model(
+        **settings["model"]
+    )
     network = fill(network, load_tensors("amt_s", settings), "amt_s").to(device)
     half = torch.full((1, 1, 1, 1), 0.5, device=device)
 
     def padded(frame):
         x = torch.from_numpy(frame).to(device).permute(2, 0, 1)[None].float() / 255.0
         down, across = -x.shape[-2] % 16, -x.shape[-1] % 16
-        return pad(x, (across // 2, across - across // 2, down // 2, down - down // 2), mode="replicate")
+        return pad(
+            x, (across // 2, across - across // 2, down // 2, down - down // 2), mode="replicate"
+        )
 
     def difference(before, now, after) -> int:
         with torch.inference_mode():
-            found = network(padded(before), padded(after), half, scale_factor=1.0, eval=True)["imgt_pred"][0]
+            found = network(padded(before), padded(after), half, scale_factor=1.0, eval=True)[
+                "imgt_pred"
+            ][0]
         top, left = (-now.shape[0] % 16) // 2, (-now.shape[1] % 16) // 2
         found = found[:, top : top + now.shape[0], left : left + now.shape[1]].permute(1, 2, 0)
         grey = (found * 255.0).clamp(0, 255).to(torch.uint8).cpu().numpy()

@@ -29,7 +29,9 @@ SPECS = (
 
 
 def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
-    """The scorer: VBench's own copy of ViCLIP, with `encode_vision(video, test=True)` and `encode_text(text)`."""
+    """The scorer: VBench's own copy of ViCLIP, with `encode_vision(video, test=True)` and
+    `encode_text(text)`.
+    """
     import numpy as np
     import torch
     from torch.nn.functional import normalize
@@ -40,11 +42,19 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
 
     vocabulary = files(viclip.__package__) / "bpe_simple_vocab_16e6.txt.gz"
     tokenizer = SimpleTokenizer(str(vocabulary))
-    model = viclip.ViCLIP(tokenizer=tokenizer, pretrain=str(weight_path("viclip", settings))).to(device).eval()
+    model = (
+        viclip.ViCLIP(tokenizer=tokenizer, pretrain=str(weight_path("viclip", settings)))
+        .to(device)
+        .eval()
+    )
 
     def score(sample: Sample) -> float:
-        chosen = np.ascontiguousarray(sample.frames[middles(len(sample.frames), settings["frames"])])
-        x = prepared(chosen, device, 224, CLIP_MEAN, CLIP_STD, mode="bicubic", crop=True, antialias=False)
+        chosen = np.ascontiguousarray(
+            sample.frames[middles(len(sample.frames), settings["frames"])]
+        )
+        x = prepared(
+            chosen, device, 224, CLIP_MEAN, CLIP_STD, mode="bicubic", crop=True, antialias=False
+        )
         with torch.inference_mode():
             video = normalize(model.encode_vision(x[None], test=True).float(), dim=-1)
             text = normalize(model.encode_text(sample.prompt).float(), dim=-1)
@@ -54,7 +64,9 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
 
 
 def middles(length: int, count: int) -> list[int]:
-    """The middle frame of each of `count` equal parts of a video; the last is repeated where there are too few."""
+    """The middle frame of each of `count` equal parts of a video; the last is repeated where there
+    are too few.
+    """
     import numpy as np
 
     parts = np.linspace(0, length, min(count, length) + 1).astype(int)

@@ -13,8 +13,13 @@ SPECS = (
         name="ssim",
         kind="paired",
         title="SSIM",
-        definition="structural similarity per frame (Gaussian, sigma 1.5; a border of half the window left out), mean over frames",
-        source="Wang et al. 2004; torchmetrics.functional.image.structural_similarity_index_measure",
+        definition=(
+            "structural similarity per frame (Gaussian, sigma 1.5; a border of half the window left"
+            " out), mean over frames"
+        ),
+        source=(
+            "Wang et al. 2004; torchmetrics.functional.image.structural_similarity_index_measure"
+        ),
         value_range=(-1.0, 1.0),
         higher_is_better=True,
         settings={"data_range": 1.0, "sigma": 1.5},
@@ -23,8 +28,14 @@ SPECS = (
         name="ms_ssim",
         kind="paired",
         title="MS-SSIM",
-        definition="structural similarity at five scales per frame, then mean over frames; frames of at least 176 x 176; data range 1",
-        source="Wang et al. 2003; torchmetrics.functional.image.multiscale_structural_similarity_index_measure",
+        definition=(
+            "structural similarity at five scales per frame, then mean over frames; frames of at"
+            " least 176 x 176; data range 1"
+        ),
+        source=(
+            "Wang et al. 2003;"
+            " torchmetrics.functional.image.multiscale_structural_similarity_index_measure"
+        ),
         value_range=(0.0, 1.0),
         higher_is_better=True,
         settings={"data_range": 1.0, "sigma": 1.5, "betas": list(_BETAS)},
@@ -33,7 +44,9 @@ SPECS = (
 
 
 def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
-    """The scorer. It raises ValueError for frames smaller than the window (at five scales, 16 times it)."""
+    """The scorer. It raises ValueError for frames smaller than the window (at five scales, 16 times
+    it).
+    """
     from sla2_eval.metrics.torchmetrics_functions import image_function
 
     options = {"data_range": settings["data_range"], "sigma": settings["sigma"]}
@@ -42,7 +55,9 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
         similarity = image_function("ssim", "multiscale_structural_similarity_index_measure")
         options |= {"betas": tuple(settings["betas"]), "normalize": "relu", "reduction": "none"}
         scales = len(settings["betas"])
-        least = max(2 * border * 2 ** (scales - 1) + 1, 11 * max(1, scales - 1) ** 2)  # the latter is torchmetrics' own
+        least = max(
+            2 * border * 2 ** (scales - 1) + 1, 11 * max(1, scales - 1) ** 2
+        )  # the latter is torchmetrics' own
     else:
         similarity = image_function("ssim", "structural_similarity_index_measure")
         options |= {"return_full_image": True}
@@ -51,10 +66,15 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
     def score(sample: Sample) -> float:
         height, width = sample.frames.shape[1:3]
         if min(height, width) < least:
-            raise ValueError(f"{name}: expected frames of at least {least} x {least} pixels, got {height} x {width}")
+            raise ValueError(
+                f"{name}: expected frames of at least {least} x {least} pixels, got {height} x"
+                f" {width}"
+            )
         values = []
         # A frame at a time, which holds some twenty more of its size while it is computed.
-        pairs = zip(chunks(sample.frames, device, 1), chunks(sample.reference, device, 1), strict=True)
+        pairs = zip(
+            chunks(sample.frames, device, 1), chunks(sample.reference, device, 1), strict=True
+        )
         for video, reference in pairs:
             found = similarity(video, reference, **options)
             if name == "ssim":

@@ -1,4 +1,6 @@
-"""torchmetrics' image functions without torchmetrics' `__init__`, which takes 6 s of scipy, transformers and torchvision."""
+"""torchmetrics' image functions without torchmetrics' `__init__`, which takes 6 s of scipy,
+transformers and torchvision.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ _PACKAGES = ("torchmetrics", "torchmetrics.functional", "torchmetrics.functional
 def image_function(module: str, name: str) -> Callable:
     """`torchmetrics.functional.image.<module>.<name>`, imported with its own dependencies alone.
 
-    The parent packages are empty while it is imported and forgotten afterwards, so that a later `import torchmetrics` is
-    the ordinary one. Where the library's layout does not allow that, the ordinary import is used.
+    The parent packages are empty while it is imported and forgotten afterwards, so that a later
+    `import torchmetrics` is the ordinary one. Where the library's layout does not allow that, the
+    ordinary import is used.
     """
     if "torchmetrics" not in sys.modules:
         try:

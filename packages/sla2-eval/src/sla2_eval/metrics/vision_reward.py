@@ -17,14 +17,18 @@ SPECS = (
         value_range=(None, None),
         higher_is_better=True,
         licence="as the model's authors say",
-        packages=("vision_reward (a module with `score(frames, fps, prompt)`, on the Python path)",),
+        packages=(
+            "vision_reward (a module with `score(frames, fps, prompt)`, on the Python path)",
+        ),
         needs_prompt=True,
     ),
 )
 
 
 def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
-    """The scorer: `vision_reward.score(frames, fps, prompt)` of the user's own module, with uint8 (T, H, W, 3) frames."""
+    """The scorer: `vision_reward.score(frames, fps, prompt)` of the user's own module, with uint8
+    (T, H, W, 3) frames.
+    """
     import vision_reward
 
     def score(sample: Sample) -> float:

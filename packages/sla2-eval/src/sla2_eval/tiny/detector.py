@@ -1,4 +1,6 @@
-"""Reads colour, shape and motion back from a video of shapes, without a learned part: the caption accuracy of the tiny model."""
+"""Reads colour, shape and motion back from a video of shapes, without a learned part: the caption
+accuracy of the tiny model.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sla2_eval.tiny.shapes import BACKGROUND, COLOURS, MOTIONS, RADIUS, SHAPES, Scene, coverage, parse_caption
+from sla2_eval.tiny.shapes import (
+    BACKGROUND,
+    COLOURS,
+    MOTIONS,
+    RADIUS,
+    SHAPES,
+    Scene,
+    coverage,
+    parse_caption,
+)
 
 _NOMINAL_AREA = {shape: float(coverage(shape, 16.0, 16.0).sum()) for shape in SHAPES}
 _MIN_TRAVEL = 6.0  # pixels over the whole video; the data set moves at least 12
@@ -15,7 +26,9 @@ _MAX_STEP = 3.5  # pixels between neighbouring frames; the data set moves at mos
 
 @dataclass(frozen=True)
 class Detection:
-    """Whether the captioned mover was found in its colour, and which of its other attributes agree with the caption."""
+    """Whether the captioned mover was found in its colour, and which of its other attributes agree
+    with the caption.
+    """
 
     visible: bool
     shape: bool
@@ -24,12 +37,16 @@ class Detection:
 
     @property
     def correct(self) -> bool:
-        """The captioned shape, in the captioned colour, moving the captioned way; `other` is reported beside it."""
+        """The captioned shape, in the captioned colour, moving the captioned way; `other` is
+        reported beside it.
+        """
         return bool(self.visible and self.shape and self.motion)
 
 
 def colour_masks(video: np.ndarray) -> dict[str, np.ndarray]:
-    """Pixels nearest to each palette colour: bool (T, H, W) each. `video` is float (T, H, W, 3) in [0, 1]."""
+    """Pixels nearest to each palette colour: bool (T, H, W) each. `video` is float (T, H, W, 3) in
+    [0, 1].
+    """
     palette = np.asarray([BACKGROUND, *COLOURS.values()], dtype=np.float32)
     distance = ((video[..., None, :] - palette) ** 2).sum(-1)
     nearest = np.where(distance.min(-1) < 0.25, distance.argmin(-1), -1)
@@ -42,7 +59,9 @@ def _centroid(mask: np.ndarray) -> np.ndarray:
 
 
 def _shape_of(mask: np.ndarray) -> str:
-    """The template with the best overlap at the mask's bounding-box centre, shifted by up to a pixel."""
+    """The template with the best overlap at the mask's bounding-box centre, shifted by up to a
+    pixel.
+    """
     y, x = np.nonzero(mask)
     cx, cy = x.mean(), y.mean()
     scores = {}
@@ -58,12 +77,16 @@ def _shape_of(mask: np.ndarray) -> str:
 
 
 def _moves(track: np.ndarray, frames: np.ndarray, scene: Scene) -> bool:
-    """The track (n, 2), seen at `frames` (n,), goes along the captioned axis: steadily, or there and back if it collides."""
+    """The track (n, 2), seen at `frames` (n,), goes along the captioned axis: steadily, or there
+    and back if it collides.
+    """
     axis = MOTIONS[scene.motion]
     along, across = track[:, axis], track[:, 1 - axis]
     if along[len(along) // 2] < along[0]:  # either way along the axis
         along = -along
-    smooth = bool((np.abs(np.diff(along)) <= _MAX_STEP * np.diff(frames)).all()) and bool(np.ptp(across) <= 4.0)
+    smooth = bool((np.abs(np.diff(along)) <= _MAX_STEP * np.diff(frames)).all()) and bool(
+        np.ptp(across) <= 4.0
+    )
     if scene.relation == "colliding with":
         turn = int(along.argmax())
         return smooth and along[turn] - along[0] >= 2.0 and along[turn] - along[-1] >= 2.0
@@ -71,7 +94,9 @@ def _moves(track: np.ndarray, frames: np.ndarray, scene: Scene) -> bool:
 
 
 def _found(mask: np.ndarray, shape: str, least: int) -> tuple[np.ndarray, bool]:
-    """Frames that show at least half the shape's area, and whether the best-seen of them have that shape."""
+    """Frames that show at least half the shape's area, and whether the best-seen of them have that
+    shape.
+    """
     area = mask.sum((1, 2)) / _NOMINAL_AREA[shape]
     frames = np.nonzero((area > 0.5) & (area < 1.6))[0]
     if len(frames) < least:
@@ -82,13 +107,17 @@ def _found(mask: np.ndarray, shape: str, least: int) -> tuple[np.ndarray, bool]:
 
 
 def detect(video: np.ndarray, caption: str) -> Detection:
-    """Compare `video`, float (T, H, W, 3) in [0, 1], with `caption`. Raises ValueError for a foreign caption."""
+    """Compare `video`, float (T, H, W, 3) in [0, 1], with `caption`. Raises ValueError for a
+    foreign caption.
+    """
     scene = parse_caption(caption)
     masks = colour_masks(video)
     num_frames = len(video)
     frames, shape_ok = _found(masks[scene.colour], scene.shape, num_frames // 2)
     visible = len(frames) >= num_frames // 2
-    motion = visible and _moves(np.stack([_centroid(masks[scene.colour][t]) for t in frames]), frames, scene)
+    motion = visible and _moves(
+        np.stack([_centroid(masks[scene.colour][t]) for t in frames]), frames, scene
+    )
     other = True
     if scene.relation != "alone":
         _, other = _found(masks[scene.other_colour], scene.other_shape, num_frames // 3)

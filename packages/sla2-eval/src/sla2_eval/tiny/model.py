@@ -1,4 +1,6 @@
-"""The built-in tiny Wan: its transformer, its caption encoder, and its weights in diffusers' folder format."""
+"""The built-in tiny Wan: its transformer, its caption encoder, and its weights in diffusers' folder
+format.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ LATENT_SHAPE = (3, NUM_FRAMES, SIZE, SIZE)
 
 
 def build_transformer():
-    """A WanTransformer3DModel of 1.2 M parameters: 4 layers, 4 heads of 32, 1,024 tokens for 16 frames of 32 x 32 pixels."""
+    """A WanTransformer3DModel of 1.2 M parameters: 4 layers, 4 heads of 32, 1,024 tokens for 16
+    frames of 32 x 32 pixels.
+    """
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(
@@ -37,7 +41,8 @@ def build_transformer():
 
 
 def encode_captions(captions: list[str]) -> Tensor:
-    """One-hot words beside one-hot positions: float32 (n, CAPTION_LENGTH, TEXT_DIM). The empty caption is all zeros.
+    """One-hot words beside one-hot positions: float32 (n, CAPTION_LENGTH, TEXT_DIM). The empty
+    caption is all zeros.
 
     Raises ValueError for a word outside the vocabulary or a caption that is too long.
     """
@@ -46,9 +51,14 @@ def encode_captions(captions: list[str]) -> Tensor:
         words = caption.split()
         unknown = [word for word in words if word not in WORDS]
         if unknown:
-            raise ValueError(f"caption: expected words among {', '.join(WORDS)}, got {unknown[0]!r} in {caption!r}")
+            raise ValueError(
+                f"caption: expected words among {', '.join(WORDS)}, got {unknown[0]!r} in"
+                f" {caption!r}"
+            )
         if len(words) > CAPTION_LENGTH:
-            raise ValueError(f"caption: expected at most {CAPTION_LENGTH} words, got {len(words)} in {caption!r}")
+            raise ValueError(
+                f"caption: expected at most {CAPTION_LENGTH} words, got {len(words)} in {caption!r}"
+            )
         for position, word in enumerate(words):
             out[row, position, WORDS.index(word)] = 1.0
             out[row, position, len(WORDS) + position] = 1.0
@@ -56,7 +66,9 @@ def encode_captions(captions: list[str]) -> Tensor:
 
 
 def to_latents(videos) -> Tensor:
-    """uint8 (n, T, H, W, 3) -> float32 (n, 3, T, H, W) in [-1, 1]: the tiny model works on pixels."""
+    """uint8 (n, T, H, W, 3) -> float32 (n, 3, T, H, W) in [-1, 1]: the tiny model works
+    on pixels.
+    """
     return torch.as_tensor(videos).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1.0)
 
 

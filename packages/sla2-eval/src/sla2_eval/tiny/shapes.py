@@ -1,7 +1,9 @@
-"""The built-in data set: short videos of moving, colliding and occluding shapes, each with a caption.
+"""The built-in data set: short videos of moving, colliding and occluding shapes, each with a
+caption.
 
-A scene is drawn from a numpy Generator and rendered exactly (anti-aliased, constant velocity, elastic collisions), so a
-video and its caption follow from (seed, index) alone. `detector.py` reads the same attributes back from pixels.
+A scene is drawn from a numpy Generator and rendered exactly (anti-aliased, constant velocity,
+elastic collisions), so a video and its caption follow from (seed, index) alone. `detector.py` reads
+the same attributes back from pixels.
 """
 
 from __future__ import annotations
@@ -23,18 +25,34 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "cyan": (0.15, 0.90, 0.90),
 }
 SHAPES = ("circle", "square", "triangle")
-MOTIONS: dict[str, int] = {"horizontally": 0, "vertically": 1}  # the axis; which way along it the caption does not say
+MOTIONS: dict[str, int] = {
+    "horizontally": 0,
+    "vertically": 1,
+}  # the axis; which way along it the caption does not say
 RELATIONS = ("alone", "in front of", "behind", "colliding with")
 RADIUS = 5.0  # pixels; every shape has about the same area
 
 WORDS = (
-    "a", "and", "moving", "in", "front", "of", "behind", "colliding", "with", *COLOURS, *SHAPES, *MOTIONS,
-)  # fmt: skip
+    "a",
+    "and",
+    "moving",
+    "in",
+    "front",
+    "of",
+    "behind",
+    "colliding",
+    "with",
+    *COLOURS,
+    *SHAPES,
+    *MOTIONS,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a caption says: the mover, its axis of motion, and how it meets the second shape (if there is one)."""
+    """What a caption says: the mover, its axis of motion, and how it meets the second shape (if
+    there is one).
+    """
 
     colour: str
     shape: str
@@ -52,7 +70,9 @@ class Scene:
 
 
 def parse_caption(caption: str) -> Scene:
-    """The Scene a caption describes. Raises ValueError, with the caption, if it is not of this data set's form."""
+    """The Scene a caption describes. Raises ValueError, with the caption, if it is not of this data
+    set's form.
+    """
     for relation in RELATIONS[1:]:
         head, found, tail = caption.partition(f" {relation} ")
         if found:
@@ -63,19 +83,34 @@ def parse_caption(caption: str) -> Scene:
     ok = len(words) == 5 and words[0] == "a" and words[3] == "moving"
     ok = ok and words[1] in COLOURS and words[2] in SHAPES and words[4] in MOTIONS
     if relation != "alone":
-        ok = ok and len(others) == 3 and others[0] == "a" and others[1] in COLOURS and others[2] in SHAPES
+        ok = (
+            ok
+            and len(others) == 3
+            and others[0] == "a"
+            and others[1] in COLOURS
+            and others[2] in SHAPES
+        )
     if not ok:
-        raise ValueError(f"caption: expected 'a COLOUR SHAPE moving AXIS [RELATION a COLOUR SHAPE]', got {caption!r}")
+        raise ValueError(
+            "caption: expected 'a COLOUR SHAPE moving AXIS [RELATION a COLOUR SHAPE]', got"
+            f" {caption!r}"
+        )
     second = {} if relation == "alone" else {"other_colour": others[1], "other_shape": others[2]}
     return Scene(colour=words[1], shape=words[2], motion=words[4], relation=relation, **second)
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """Half of the scenes hold one shape; the others split evenly over passing in front, behind, and colliding."""
+    """Half of the scenes hold one shape; the others split evenly over passing in front, behind, and
+    colliding.
+    """
     colours = rng.permutation(list(COLOURS))
     shapes = rng.choice(SHAPES, size=2)
     relation = "alone" if rng.random() < 0.5 else str(rng.choice(RELATIONS[1:]))
-    second = {} if relation == "alone" else {"other_colour": str(colours[1]), "other_shape": str(shapes[1])}
+    second = (
+        {}
+        if relation == "alone"
+        else {"other_colour": str(colours[1]), "other_shape": str(shapes[1])}
+    )
     return Scene(
         colour=str(colours[0]),
         shape=str(shapes[0]),
@@ -86,7 +121,9 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 
 def coverage(shape: str, x: float, y: float, radius: float = RADIUS) -> np.ndarray:
-    """Fraction of each pixel that the shape centred at (x, y) covers: float32 (SIZE, SIZE), anti-aliased edges."""
+    """Fraction of each pixel that the shape centred at (x, y) covers: float32 (SIZE, SIZE),
+    anti-aliased edges.
+    """
     grid = np.arange(SIZE, dtype=np.float32)
     dx, dy = grid[None, :] - x, grid[:, None] - y
     if shape == "circle":
@@ -111,8 +148,13 @@ def _tracks(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
         speed, contact = rng.uniform(0.7, 1.0), 2 * RADIUS
         meet = (low + high) / 2 + rng.uniform(-1.0, 1.0)
         frame = rng.uniform(6.0, 8.0)  # of the collision
-        swing = np.abs(time - frame) * speed  # distance from the contact point, shrinking then growing
-        mover, other = np.repeat(centre[None], NUM_FRAMES, 0), np.repeat(centre[None], NUM_FRAMES, 0)
+        swing = (
+            np.abs(time - frame) * speed
+        )  # distance from the contact point, shrinking then growing
+        mover, other = (
+            np.repeat(centre[None], NUM_FRAMES, 0),
+            np.repeat(centre[None], NUM_FRAMES, 0),
+        )
         mover[:, along] = np.clip(meet - sign * (contact / 2 + swing[:, 0]), low - 1.0, high + 1.0)
         other[:, along] = np.clip(meet + sign * (contact / 2 + swing[:, 0]), low - 1.0, high + 1.0)
         return mover, other
@@ -134,17 +176,23 @@ def _tracks(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
 
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The video of a scene, positions and speed drawn from `rng`: float32 (NUM_FRAMES, SIZE, SIZE, 3) in [0, 1]."""
+    """The video of a scene, positions and speed drawn from `rng`: float32 (NUM_FRAMES, SIZE, SIZE,
+    3) in [0, 1].
+    """
     mover, other = _tracks(scene, rng)
     layers = [(scene.shape, scene.colour, mover)]
     if other is not None:
-        layers.insert(1 if scene.relation == "behind" else 0, (scene.other_shape, scene.other_colour, other))
+        layers.insert(
+            1 if scene.relation == "behind" else 0, (scene.other_shape, scene.other_colour, other)
+        )
     video = np.empty((NUM_FRAMES, SIZE, SIZE, 3), dtype=np.float32)
     video[:] = BACKGROUND
     for shape, colour, track in layers:
         for t in range(NUM_FRAMES):
             cover = coverage(shape, *track[t])[..., None]
-            video[t] = video[t] * (1 - cover) + np.asarray(COLOURS[colour], dtype=np.float32) * cover
+            video[t] = (
+                video[t] * (1 - cover) + np.asarray(COLOURS[colour], dtype=np.float32) * cover
+            )
     return video
 
 

@@ -1,4 +1,6 @@
-"""Trains the tiny teacher from scratch: flow matching on captioned mp4 files, Muon for the matrices and AdamW for the rest."""
+"""Trains the tiny teacher from scratch: flow matching on captioned mp4 files, Muon for the matrices
+and AdamW for the rest.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from sla2_eval.tiny.shapes import FPS, NUM_FRAMES, SIZE, sample
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """Settings of `sla2 train teacher`; `steps` includes the linear cooldown of the last `cooldown` steps."""
+    """Settings of `sla2 train teacher`; `steps` includes the linear cooldown of the last `cooldown`
+    steps.
+    """
 
     num_videos: int = 6000
     seed: int = 0
@@ -39,7 +43,9 @@ class TeacherConfig:
 
 
 def per_video_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Full attention on (B, N, H, d), a video at a time, so that the N x N scores of one stay in the CPU's cache."""
+    """Full attention on (B, N, H, d), a video at a time, so that the N x N scores of one stay in
+    the CPU's cache.
+    """
     out = []
     for q, k, v in zip(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)):
         scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
@@ -50,13 +56,20 @@ def per_video_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _optimizers(transformer, config: TeacherConfig) -> list[torch.optim.Optimizer]:
     matrices, rest = [], []
     for name, parameter in transformer.named_parameters():
-        hidden = parameter.ndim == 2 and name.startswith("blocks.") and "scale_shift_table" not in name
+        hidden = (
+            parameter.ndim == 2 and name.startswith("blocks.") and "scale_shift_table" not in name
+        )
         (matrices if hidden else rest).append(parameter)
     return [
         torch.optim.Muon(
-            matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            matrices,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
         ),
-        torch.optim.AdamW(rest, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)),
+        torch.optim.AdamW(
+            rest, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
+        ),
     ]
 
 
@@ -65,13 +78,17 @@ def _rate(step: int, config: TeacherConfig) -> float:
 
 
 def _draw(step: int, config: TeacherConfig, num_videos: int):
-    """Everything random about one step, from (seed, step) alone, so that a resumed run repeats the original."""
+    """Everything random about one step, from (seed, step) alone, so that a resumed run repeats the
+    original.
+    """
     rng = np.random.default_rng([config.seed, 1, step])
     index = rng.integers(num_videos, size=config.batch_size)
     u = 1 / (1 + np.exp(-rng.normal(size=config.batch_size)))
     sigma = torch.from_numpy(tiny.SHIFT * u / (1 + (tiny.SHIFT - 1) * u)).float()
     dropped = torch.from_numpy(rng.random(config.batch_size) < config.caption_dropout)
-    noise = torch.from_numpy(rng.standard_normal((config.batch_size, *tiny.LATENT_SHAPE), dtype=np.float32))
+    noise = torch.from_numpy(
+        rng.standard_normal((config.batch_size, *tiny.LATENT_SHAPE), dtype=np.float32)
+    )
     return index, sigma, dropped, noise
 
 
@@ -86,9 +103,13 @@ def _save(folder: Path, step: int, transformer, ema, optimizers) -> None:
     tensors |= {f"ema.{k}": v for k, v in ema.items()}
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"opt{number}.{index}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
+            tensors |= {
+                f"opt{number}.{index}.{k}": v for k, v in state.items() if isinstance(v, Tensor)
+            }
     tensors["step"] = torch.tensor(step)
-    _write(folder, "checkpoint.safetensors", {k: v.contiguous().clone() for k, v in tensors.items()})
+    _write(
+        folder, "checkpoint.safetensors", {k: v.contiguous().clone() for k, v in tensors.items()}
+    )
 
 
 def _load(path: Path, transformer, ema, optimizers) -> int:
@@ -119,10 +140,11 @@ def train_teacher(
     videos: Path | None = None,
     report: Callable[[int, float], None] | None = None,
 ) -> Path:
-    """Train and return the folder of the finished transformer; run again, it goes on from its last checkpoint.
+    """Train and return the folder of the finished transformer; run again, it goes on from its last
+    checkpoint.
 
-    `videos` is a folder that `dataset.read_folder` accepts; None writes the built-in data set to `out`/data first. Raises
-    ValueError for an `out` of a training with other settings.
+    `videos` is a folder that `dataset.read_folder` accepts; None writes the built-in data set to
+    `out`/data first. Raises ValueError for an `out` of a training with other settings.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
     from sla2_core.integrations.wan import WanSelfAttnProcessor
@@ -152,7 +174,9 @@ def train_teacher(
         text[dropped] = 0
         weight = sigma.view(-1, 1, 1, 1, 1)
         with torch.autocast("cpu", getattr(torch, config.dtype), enabled=config.dtype != "float32"):
-            velocity = transformer(torch.lerp(clean, noise, weight), sigma * 1000, text, return_dict=False)[0]
+            velocity = transformer(
+                torch.lerp(clean, noise, weight), sigma * 1000, text, return_dict=False
+            )[0]
         loss = torch.nn.functional.mse_loss(velocity.float(), noise - clean)
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -172,7 +196,12 @@ def train_teacher(
         if (step + 1) % 50 == 0:
             mean, recent = float(np.mean(recent)), []
             with log.open("a") as file:
-                file.write(json.dumps({"step": step + 1, "loss": mean, "seconds": round(time.time() - started)}) + "\n")
+                file.write(
+                    json.dumps(
+                        {"step": step + 1, "loss": mean, "seconds": round(time.time() - started)}
+                    )
+                    + "\n"
+                )
             if report:
                 report(step + 1, mean)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:

@@ -1,4 +1,6 @@
-"""Gradients: per query block dQ, d alpha and the gradient of (H, Z); per key block dK and dV over the transposed map."""
+"""Gradients: per query block dQ, d alpha and the gradient of (H, Z); per key block dK and dV over
+the transposed map.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def _softmax_backward(phi, d_phi, rows, d):
 
 @inner
 def _linear_backward(phi, sums, bh, row, d, rows, weight, below, o_l, grad, turned, d_sum, d_phi):
-    """From dO_l = (1 - weight) grad: d_phi <- gradient of phi, d_sum <- (dH, dZ) of this query block. Uses up `grad`, o_l."""
+    """From dO_l = (1 - weight) grad: d_phi <- gradient of phi, d_sum <- (dH, dZ) of this query
+    block. Uses up `grad`, o_l.
+    """
     wide = phi.shape[1]
     one, zero = phi.dtype.type(1), phi.dtype.type(0)
     start = (bh * sums.shape[1] + row) * sums.shape[2]
@@ -43,7 +47,22 @@ def _linear_backward(phi, sums, bh, row, d, rows, weight, below, o_l, grad, turn
             d_sum[wide, c] += below[r] * phi[r, c]
     # d_phi transposed = H grad transposed: H is the left factor, read by rows
     transpose(grad, turned)
-    gemm(sums, start, wide, 1, turned, 0, turned.shape[1], d_phi, 0, turned.shape[1], wide, turned.shape[1], wide, 0)
+    gemm(
+        sums,
+        start,
+        wide,
+        1,
+        turned,
+        0,
+        turned.shape[1],
+        d_phi,
+        0,
+        turned.shape[1],
+        wide,
+        turned.shape[1],
+        wide,
+        0,
+    )
     for c in range(wide):
         for r in range(rows):
             d_phi[c, r] += below[r] * sums[bh, row, wide * wide + c]
@@ -51,13 +70,37 @@ def _linear_backward(phi, sums, bh, row, d, rows, weight, below, o_l, grad, turn
 
 @kernel
 def d_query_blocks(
-    q, grad_out, o_s, lse, indices, counts, tokens, block, kt, k_rows, vt, sums, share, alpha,
-    d_q, d_alpha, d_sums, d_rows, q_rows, q_turned, g_rows, g_turned, lo, hi,
-):  # fmt: skip
-    """One head's query block per item: d_q (G, N_q, d), d_alpha (G, T_m), and what the pass over key blocks needs.
+    q,
+    grad_out,
+    o_s,
+    lse,
+    indices,
+    counts,
+    tokens,
+    block,
+    kt,
+    k_rows,
+    vt,
+    sums,
+    share,
+    alpha,
+    d_q,
+    d_alpha,
+    d_sums,
+    d_rows,
+    q_rows,
+    q_turned,
+    g_rows,
+    g_turned,
+    lo,
+    hi,
+):
+    """One head's query block per item: d_q (G, N_q, d), d_alpha (G, T_m), and what the pass over
+    key blocks needs.
 
-    kt scaled by log2(e) / sqrt(d). d_rows (G, 2, T_m, R) <- L log2(e), +inf where there is nothing, and D; q_rows, g_rows
-    (G, T_m, R, D) and q_turned, g_turned (G, T_m, D, R): Q and dO_s; d_sums panels (G, P, T_m, S) of (dH, dZ).
+    kt scaled by log2(e) / sqrt(d). d_rows (G, 2, T_m, R) <- L log2(e), +inf where there is nothing,
+    and D; q_rows, g_rows (G, T_m, R, D) and q_turned, g_turned (G, T_m, D, R): Q and dO_s; d_sums
+    panels (G, P, T_m, S) of (dH, dZ).
     """
     t_m, t_n = counts.shape[1], tokens.shape[1]
     n_q, d = q.shape[1], q.shape[2]
@@ -99,7 +142,9 @@ def d_query_blocks(
                     for c in range(d):
                         total += grad[r, c] * (o_s[bh, start + r, c] - o_l[r, c])
                 d_alpha[bh, i] = total
-            _linear_backward(x, sums, bh, i, d, rows, weight, below, o_l, grad, turned, d_sum, d_phi)
+            _linear_backward(
+                x, sums, bh, i, d, rows, weight, below, o_l, grad, turned, d_sum, d_phi
+            )
             to_panels(d_sum, bh, i, d_sums)
             transpose(d_phi, acc)
             _softmax_backward(x, acc, rows, d)
@@ -136,7 +181,20 @@ def d_query_blocks(
                 for c in range(width):
                     d_scores[r, c] = exp2(scores[r, c] - shift) * (d_scores[r, c] - mean) * scale
             gemm(
-                d_scores, 0, width, 1, k_rows, (bh * t_n + j) * width * wide, wide, acc, 0, wide, padded, wide, width, 1
+                d_scores,
+                0,
+                width,
+                1,
+                k_rows,
+                (bh * t_n + j) * width * wide,
+                wide,
+                acc,
+                0,
+                wide,
+                padded,
+                wide,
+                width,
+                1,
             )
         for r in range(rows):
             for c in range(d):
@@ -145,12 +203,30 @@ def d_query_blocks(
 
 @kernel
 def d_key_blocks(
-    k, v, queries, query_counts, tokens, block, kt, vt, d_rows, q_rows, q_turned, g_rows, g_turned, d_states,
-    d_k, d_v, lo, hi,
-):  # fmt: skip
-    """One head's key block per item: d_k, d_v (G, N_k, d). queries (G, T_n, Q), query_counts (G, T_n): the transposed map.
+    k,
+    v,
+    queries,
+    query_counts,
+    tokens,
+    block,
+    kt,
+    vt,
+    d_rows,
+    q_rows,
+    q_turned,
+    g_rows,
+    g_turned,
+    d_states,
+    d_k,
+    d_v,
+    lo,
+    hi,
+):
+    """One head's key block per item: d_k, d_v (G, N_k, d). queries (G, T_n, Q), query_counts (G,
+    T_n): the transposed map.
 
-    d_states (G, padded T_n, (D + 1) D): the gradient of (h_j, z_j), or with 0 rows: no linear branch.
+    d_states (G, padded T_n, (D + 1) D): the gradient of (h_j, z_j), or with 0 rows: no linear
+    branch.
     """
     t_n, t_m = tokens.shape[1], q_rows.shape[1]
     d = k.shape[2]
@@ -174,15 +250,49 @@ def d_key_blocks(
         for s in range(query_counts[bh, j] if count else 0):
             i = queries[bh, j, s]
             square = (bh * t_m + i) * padded * wide
-            gemm(kt, place, 1, width, q_turned, square, padded, scores, 0, padded, width, padded, d, 0)
-            gemm(vt, place, 1, width, g_turned, square, padded, d_scores, 0, padded, width, padded, d, 0)
+            gemm(
+                kt,
+                place,
+                1,
+                width,
+                q_turned,
+                square,
+                padded,
+                scores,
+                0,
+                padded,
+                width,
+                padded,
+                d,
+                0,
+            )
+            gemm(
+                vt,
+                place,
+                1,
+                width,
+                g_turned,
+                square,
+                padded,
+                d_scores,
+                0,
+                padded,
+                width,
+                padded,
+                d,
+                0,
+            )
             for r in range(width):
                 for c in range(padded):
                     p = exp2(scores[r, c] - d_rows[bh, 0, i, c])
                     scores[r, c] = p
                     d_scores[r, c] = p * (d_scores[r, c] - d_rows[bh, 1, i, c]) * scale
-            gemm(scores, 0, padded, 1, g_rows, square, wide, values, 0, wide, width, wide, padded, 1)
-            gemm(d_scores, 0, padded, 1, q_rows, square, wide, keys, 0, wide, width, wide, padded, 1)
+            gemm(
+                scores, 0, padded, 1, g_rows, square, wide, values, 0, wide, width, wide, padded, 1
+            )
+            gemm(
+                d_scores, 0, padded, 1, q_rows, square, wide, keys, 0, wide, width, wide, padded, 1
+            )
         if d_states.shape[1]:
             load_rows(k, bh, start, count, kind(1), phi)
             softmax_rows(phi, count, d)

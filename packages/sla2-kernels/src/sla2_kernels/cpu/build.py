@@ -1,4 +1,6 @@
-"""How the numba kernels are declared, cached in the project's cache folder, and run on several threads."""
+"""How the numba kernels are declared, cached in the project's cache folder, and run on several
+threads.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from pathlib import Path
 
 import numba
 
-# Without "nnan" and "ninf": NaN and inf must come out as NaN or inf. Division and order of sums are free.
+# Without "nnan" and "ninf": NaN and inf must come out as NaN or inf. Division and order of sums are
+# free.
 FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 
 _lock = threading.Lock()
@@ -28,11 +31,13 @@ _stages: dict[str, float] | None = None
 def inner(function):
     """A function that kernels call; inlined into them.
 
-    Left to LLVM, a call may stay and bind to whichever copy of the function is loaded first: one that was compiled for
-    another kernel, with its sums in another order. A process that compiled the kernels then rounds otherwise than one
-    that found them in the cache.
+    Left to LLVM, a call may stay and bind to whichever copy of the function is loaded first: one
+    that was compiled for another kernel, with its sums in another order. A process that compiled
+    the kernels then rounds otherwise than one that found them in the cache.
     """
-    return numba.njit(function, fastmath=FASTMATH, error_model="numpy", nogil=True, forceinline=True)
+    return numba.njit(
+        function, fastmath=FASTMATH, error_model="numpy", nogil=True, forceinline=True
+    )
 
 
 def exact_inner(function):
@@ -48,7 +53,9 @@ def exact_kernel(function):
 
 
 def kernel(function):
-    """A compiled function (*arrays and numbers, lo, hi) over the work items lo..hi; run it with `run`."""
+    """A compiled function (*arrays and numbers, lo, hi) over the work items lo..hi; run it with
+    `run`.
+    """
     dispatcher = numba.njit(function, fastmath=FASTMATH, error_model="numpy", nogil=True)
     _registered.append(dispatcher)
     return dispatcher
@@ -62,7 +69,9 @@ def _fingerprint() -> str:
 
 
 def _enable_cache() -> None:
-    """Point numba's cache of every kernel at the project's cache folder; a folder that cannot be written is no error."""
+    """Point numba's cache of every kernel at the project's cache folder; a folder that cannot be
+    written is no error.
+    """
     from sla2_kernels.cache import cache_folder
 
     folder = cache_folder() / "numba" / _fingerprint()
@@ -114,7 +123,8 @@ def _compile(dispatcher, arguments) -> None:
             dispatcher.compile(signature)
         except numba.core.errors.NumbaError:
             raise
-        except Exception:  # a damaged entry fails as pickle pleases, a full disk with OSError after the code was made
+        # a damaged entry fails as pickle pleases, a full disk with OSError after the code was made
+        except Exception:
             _drop_cached(dispatcher)
             dispatcher.compile(signature)
         name = dispatcher.py_func.__name__
@@ -130,13 +140,20 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pools.clear)  # the parent's threads do not exist in a forked child
+    os.register_at_fork(
+        after_in_child=_pools.clear
+    )  # the parent's threads do not exist in a forked child
 
 
 def run(dispatcher, items: int, threads: int, *arguments) -> None:
-    """Call a kernel on all of `items` work items, in up to 4 ranges a thread; each item is computed whole by one thread."""
+    """Call a kernel on all of `items` work items, in up to 4 ranges a thread; each item is computed
+    whole by one thread.
+    """
     arguments = (*arguments, 0, items)
-    if (id(dispatcher), arguments[0].dtype) not in _compiled:  # the first array's dtype fixes all the others'
+    if (
+        id(dispatcher),
+        arguments[0].dtype,
+    ) not in _compiled:  # the first array's dtype fixes all the others'
         _compile(dispatcher, arguments)
     start = time.perf_counter()
     _spread(dispatcher, items, threads, arguments)

@@ -1,4 +1,6 @@
-"""exp2, row reductions, softmax, rounding to low-bit formats, transposes inside the kernels; LLVM vectorises them."""
+"""exp2, row reductions, softmax, rounding to low-bit formats, transposes inside the kernels; LLVM
+vectorises them.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,16 @@ def _call(builder, name: str, *values):
     """An LLVM intrinsic of one floating type."""
     kind = values[0].type
     name = f"llvm.{name}.{'f32' if kind == ir.FloatType() else 'f64'}"
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * len(values)), name)
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(kind, [kind] * len(values)), name
+    )
     return builder.call(function, values)
 
 
 @intrinsic
 def exp2(context, x):
-    """2 ** x: 2 ** round(x) by exponent bits, times a Taylor polynomial of the rest (error 5e-9, 4e-18 in fp64).
+    """2 ** x: 2 ** round(x) by exponent bits, times a Taylor polynomial of the rest (error 5e-9,
+    4e-18 in fp64).
 
     0 below the normal numbers; NaN stays NaN; for x up to the largest exponent.
     """
@@ -45,8 +50,14 @@ def exp2(context, x):
         y = builder.select(above, number(bias), y)
         whole = _call(builder, "rint", y)
         rest = builder.fsub(y, whole)
-        terms = [float(np.float32(LN_2**i / math.factorial(i))) if bits == 32 else LN_2**i / math.factorial(i)
-                 for i in range(degree + 1)]  # fmt: skip
+        terms = [
+            (
+                float(np.float32(LN_2**i / math.factorial(i)))
+                if bits == 32
+                else LN_2**i / math.factorial(i)
+            )
+            for i in range(degree + 1)
+        ]
         total = number(terms[-1])
         for term in reversed(terms[:-1]):
             total = _call(builder, "fmuladd", total, rest, number(term))
@@ -114,7 +125,9 @@ def softmax_rows(x, rows, d):
 
 @inner
 def round_e4m3(x, row, count):
-    """x[row, :count] in [0, 1] <- the nearest multiple of 1/448 that FP8 E4M3 holds, ties to even."""
+    """x[row, :count] in [0, 1] <- the nearest multiple of 1/448 that FP8 E4M3 holds,
+    ties to even.
+    """
     limit, least, eighth = x.dtype.type(448), x.dtype.type(2.0**-6), x.dtype.type(0.125)
     for c in range(count):
         value = x[row, c] * limit

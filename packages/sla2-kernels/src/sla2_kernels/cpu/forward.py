@@ -1,4 +1,6 @@
-"""Per query block: softmax over the selected key blocks, the linear branch over the others, and their mixture."""
+"""Per query block: softmax over the selected key blocks, the linear branch over the others, and
+their mixture.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,22 @@ def scores_of_block(x, depth, blocks, block, tokens, scores, column):
     x (rows, D). blocks is a contiguous (..., D, W) array seen as a list of blocks.
     """
     wide, width, total = x.shape[1], blocks.shape[3], scores.shape[1]
-    gemm(x, 0, wide, 1, blocks, block * wide * width, width, scores, column, total, x.shape[0], width, depth, 0)
+    gemm(
+        x,
+        0,
+        wide,
+        1,
+        blocks,
+        block * wide * width,
+        width,
+        scores,
+        column,
+        total,
+        x.shape[0],
+        width,
+        depth,
+        0,
+    )
     if tokens < width:
         for r in range(x.shape[0]):
             for c in range(column + tokens, column + width):
@@ -34,7 +51,9 @@ def scores_of_block(x, depth, blocks, block, tokens, scores, column):
 
 @inner
 def linear_of_block(phi, sums, bh, row, d, below, out):
-    """out <- phi H / (phi . Z), below <- phi . Z; sums[bh, row] holds (H, Z). Rows with phi . Z = 0 become 0."""
+    """out <- phi H / (phi . Z), below <- phi . Z; sums[bh, row] holds (H, Z). Rows with phi . Z = 0
+    become 0.
+    """
     wide = phi.shape[1]
     start = (bh * sums.shape[1] + row) * sums.shape[2]
     gemm(phi, 0, wide, 1, sums, start, wide, out, 0, wide, phi.shape[0], wide, d, 0)
@@ -50,15 +69,34 @@ def linear_of_block(phi, sums, bh, row, d, below, out):
 
 @kernel
 def query_blocks(
-    q_low, q, indices, counts, tokens, block, group, rounding, kt, v_rows, sums, share, alpha, o_s, lse, out, lo, hi
+    q_low,
+    q,
+    indices,
+    counts,
+    tokens,
+    block,
+    group,
+    rounding,
+    kt,
+    v_rows,
+    sums,
+    share,
+    alpha,
+    o_s,
+    lse,
+    out,
+    lo,
+    hi,
 ):
-    """One head's query block per item: O_s and L (natural) of the sparse branch; with `sums` also the mixture.
+    """One head's query block per item: O_s and L (natural) of the sparse branch; with `sums` also
+    the mixture.
 
-    q_low, q: (G, N_q, d), what the sparse branch and the linear branch see. indices (G, T_m, K), counts (G, T_m).
-    group: key blocks whose scores are held at once; all of them if `rounding` (0 none, 1 FP8 E4M3, 2 INT8 of P~).
-    kt, v_rows from key_blocks, kt scaled by log2(e) / sqrt(d). sums (G, rows, (D + 1) D) or with 0 rows: no linear branch.
-    share, alpha: (G, T_m). o_s, out: (G, N_q, d); lse: (G, N_q).
-    """  # fmt: skip
+    q_low, q: (G, N_q, d), what the sparse branch and the linear branch see. indices (G, T_m, K),
+    counts (G, T_m). group: key blocks whose scores are held at once; all of them if `rounding` (0
+    none, 1 FP8 E4M3, 2 INT8 of P~). kt, v_rows from key_blocks, kt scaled by log2(e) / sqrt(d).
+    sums (G, rows, (D + 1) D) or with 0 rows: no linear branch. share, alpha: (G, T_m). o_s, out:
+    (G, N_q, d); lse: (G, N_q).
+    """
     t_m, t_n = counts.shape[1], tokens.shape[1]
     n_q, d = q.shape[1], q.shape[2]
     wide, width = kt.shape[2], kt.shape[3]
@@ -71,7 +109,11 @@ def query_blocks(
         np.empty((padded, wide), q.dtype),
     )
     scores = np.empty((padded, group * width), q.dtype)
-    top, total, below = np.empty(padded, q.dtype), np.empty(padded, q.dtype), np.empty(padded, q.dtype)
+    top, total, below = (
+        np.empty(padded, q.dtype),
+        np.empty(padded, q.dtype),
+        np.empty(padded, q.dtype),
+    )
     for item in range(lo, hi):
         bh, i = item // t_m, item % t_m
         start = i * block
@@ -90,7 +132,9 @@ def query_blocks(
             for s in range(first, last):
                 j = indices[bh, i, s]
                 if tokens[bh, j] > 0:
-                    scores_of_block(x[:height], d, kt, bh * t_n + j, tokens[bh, j], scores, used * width)
+                    scores_of_block(
+                        x[:height], d, kt, bh * t_n + j, tokens[bh, j], scores, used * width
+                    )
                     used += 1
             if used:
                 seen = True
@@ -113,9 +157,21 @@ def query_blocks(
                     j = indices[bh, i, s]
                     if tokens[bh, j] > 0:
                         gemm(
-                            scores, used * width, scores.shape[1], 1, v_rows, (bh * t_n + j) * width * wide, wide,
-                            acc, 0, wide, height, wide, width, 1,
-                        )  # fmt: skip
+                            scores,
+                            used * width,
+                            scores.shape[1],
+                            1,
+                            v_rows,
+                            (bh * t_n + j) * width * wide,
+                            wide,
+                            acc,
+                            0,
+                            wide,
+                            height,
+                            wide,
+                            width,
+                            1,
+                        )
                         used += 1
             first = last
         for r in range(rows):
@@ -133,4 +189,6 @@ def query_blocks(
         for r in range(rows):
             for c in range(d):
                 sparse = o_s[bh, start + r, c]
-                out[bh, start + r, c] = sparse if share[bh, i] == 2 else linear[r, c] + weight * (sparse - linear[r, c])
+                out[bh, start + r, c] = (
+                    sparse if share[bh, i] == 2 else linear[r, c] + weight * (sparse - linear[r, c])
+                )

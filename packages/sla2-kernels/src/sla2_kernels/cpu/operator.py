@@ -1,4 +1,6 @@
-"""The operator's forward and backward on numpy arrays: which kernel runs on what, for a few heads at a time."""
+"""The operator's forward and backward on numpy arrays: which kernel runs on what, for a few heads
+at a time.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from sla2_kernels.cpu.states import complement, key_blocks, masked_sum
 from sla2_kernels.cpu.tiles import PAD
 
 ROUNDING = {"none": 0, "fp8": 1, "int8": 2}
-_STATE_BYTES = 64 << 20  # of the heads that are worked on together, unless one head alone needs more
+_STATE_BYTES = (
+    64 << 20
+)  # of the heads that are worked on together, unless one head alone needs more
 _SCORES = 1 << 16  # scores held at once by a thread: 256 KB in fp32, within the second-level cache
 
 
@@ -25,7 +29,8 @@ def _up(n: int, step: int) -> int:
 
 @dataclass(frozen=True)
 class Map:
-    """A block map of G heads (batch and head flattened): indices int32 (G, T_m, K), counts int32 (G, T_m), and its geometry.
+    """A block map of G heads (batch and head flattened): indices int32 (G, T_m, K), counts int32
+    (G, T_m), and its geometry.
 
     lengths int64 (G,): valid key tokens.
     """
@@ -43,7 +48,14 @@ class Map:
         return np.clip(self.lengths[:, None] - start, 0, self.block_k)
 
     def heads(self, part: slice) -> Map:
-        return Map(self.indices[part], self.counts[part], self.lengths[part], self.block_q, self.block_k, self.n_k)
+        return Map(
+            self.indices[part],
+            self.counts[part],
+            self.lengths[part],
+            self.block_q,
+            self.block_k,
+            self.n_k,
+        )
 
 
 def _groups(block_map: Map, wide: int, itemsize: int):
@@ -55,7 +67,9 @@ def _groups(block_map: Map, wide: int, itemsize: int):
 
 
 class _Keys:
-    """K and V of some heads laid out by key block, and the linear branch's sums over unselected blocks."""
+    """K and V of some heads laid out by key block, and the linear branch's sums over unselected
+    blocks.
+    """
 
     def __init__(self, here: Map, k_low, v_low, k, v, linear: bool, backward: bool, threads: int):
         kind, d = k.dtype, k.shape[2]
@@ -68,17 +82,44 @@ class _Keys:
             return np.empty((heads, t_n if wanted else 0, rows, columns), kind)
 
         self.kt, self.vt = layout(self.wide, width, True), layout(self.wide, width, backward)
-        self.k_rows, self.v_rows = layout(width, self.wide, backward), layout(width, self.wide, not backward)
+        self.k_rows, self.v_rows = (
+            layout(width, self.wide, backward),
+            layout(width, self.wide, not backward),
+        )
         self.panel = next(size for size in (64, 32, 16) if self.wide % size == 0)
         self.panels = (self.wide + 1) * (self.wide // self.panel) if linear else 0
         states = np.empty((heads, self.panels, t_n, self.panel), kind)
-        run(key_blocks, heads * t_n, threads, k_low, v_low, k, v, self.tokens, here.block_k, kind.type(LOG2_E / d**0.5),
-            self.kt, self.k_rows, self.vt, self.v_rows, states)  # fmt: skip
+        run(
+            key_blocks,
+            heads * t_n,
+            threads,
+            k_low,
+            v_low,
+            k,
+            v,
+            self.tokens,
+            here.block_k,
+            kind.type(LOG2_E / d**0.5),
+            self.kt,
+            self.k_rows,
+            self.vt,
+            self.v_rows,
+            states,
+        )
         self.rest = np.empty((heads, _up(t_m, 8) if linear else 0, _up(t_n, 8)), kind)
         self.share = np.empty((heads, t_m), np.int8)
         self.sums = np.empty((heads, self.rest.shape[1], self.wide * (self.wide + 1)), kind)
         if linear:
-            run(complement, heads, threads, self.rest, here.indices, here.counts, self.tokens, self.share)
+            run(
+                complement,
+                heads,
+                threads,
+                self.rest,
+                here.indices,
+                here.counts,
+                self.tokens,
+                self.share,
+            )
             run(masked_sum, heads * self.panels, threads, self.rest, states, False, self.sums)
 
 
@@ -108,20 +149,44 @@ def forward(q, k, v, block_map: Map, alpha, low=None, rounding: str = "none", th
     for part in _groups(block_map, _up(d, PAD), kind.itemsize):
         here = block_map.heads(part)
         keys = _Keys(here, k_low[part], v_low[part], k[part], v[part], linear, False, threads)
-        run(query_blocks, keys.share.size, threads, q_low[part], q[part], here.indices, here.counts, keys.tokens,
-            here.block_q, group, ROUNDING[rounding], keys.kt, keys.v_rows, keys.sums, keys.share, alpha[part],
-            o_s[part], lse[part], out[part])  # fmt: skip
+        run(
+            query_blocks,
+            keys.share.size,
+            threads,
+            q_low[part],
+            q[part],
+            here.indices,
+            here.counts,
+            keys.tokens,
+            here.block_q,
+            group,
+            ROUNDING[rounding],
+            keys.kt,
+            keys.v_rows,
+            keys.sums,
+            keys.share,
+            alpha[part],
+            o_s[part],
+            lse[part],
+            out[part],
+        )
     return out, o_s, lse
 
 
 def backward(grad_out, q, k, v, block_map: Map, alpha, o_s, lse, threads: int = 1):
-    """dQ, dK, dV (shapes of q, k, v) and d alpha (G, T_m; zeros without alpha) from the forward's O_s and L (Alg. 3).
+    """dQ, dK, dV (shapes of q, k, v) and d alpha (G, T_m; zeros without alpha) from the forward's
+    O_s and L (Alg. 3).
 
     Arguments as of `forward`; grad_out and o_s (G, N_q, d), lse (G, N_q).
     """
     (g, _, d), kind = q.shape, q.dtype
     t_m, linear = block_map.counts.shape[1], alpha is not None
-    d_q, d_k, d_v, d_alpha = np.empty_like(q), np.empty_like(k), np.empty_like(v), np.empty((g, t_m), kind)
+    d_q, d_k, d_v, d_alpha = (
+        np.empty_like(q),
+        np.empty_like(k),
+        np.empty_like(v),
+        np.empty((g, t_m), kind),
+    )
     alpha = alpha if linear else d_alpha
     for part in _groups(block_map, _up(d, PAD), kind.itemsize):
         here = block_map.heads(part)
@@ -132,13 +197,58 @@ def backward(grad_out, q, k, v, block_map: Map, alpha, o_s, lse, threads: int = 
         q_turned, g_turned = (np.empty((heads, t_m, keys.wide, tall), kind) for _ in range(2))
         d_rows = np.empty((heads, 2, t_m, tall), kind)
         d_sums = np.empty((heads, keys.panels, t_m, keys.panel), kind)
-        run(d_query_blocks, heads * t_m, threads, q[part], grad_out[part], o_s[part], lse[part], here.indices, here.counts,
-            keys.tokens, here.block_q, keys.kt, keys.k_rows, keys.vt, keys.sums, keys.share, alpha[part], d_q[part],
-            d_alpha[part], d_sums, d_rows, q_rows, q_turned, g_rows, g_turned)  # fmt: skip
-        d_states = np.empty((heads, keys.rest.shape[2] if linear else 0, keys.wide * (keys.wide + 1)), kind)
+        run(
+            d_query_blocks,
+            heads * t_m,
+            threads,
+            q[part],
+            grad_out[part],
+            o_s[part],
+            lse[part],
+            here.indices,
+            here.counts,
+            keys.tokens,
+            here.block_q,
+            keys.kt,
+            keys.k_rows,
+            keys.vt,
+            keys.sums,
+            keys.share,
+            alpha[part],
+            d_q[part],
+            d_alpha[part],
+            d_sums,
+            d_rows,
+            q_rows,
+            q_turned,
+            g_rows,
+            g_turned,
+        )
+        d_states = np.empty(
+            (heads, keys.rest.shape[2] if linear else 0, keys.wide * (keys.wide + 1)), kind
+        )
         if linear:
             run(masked_sum, heads * keys.panels, threads, keys.rest, d_sums, True, d_states)
         queries, query_counts = transposed_map(here.indices, here.counts, t_n)
-        run(d_key_blocks, heads * t_n, threads, k[part], v[part], queries, query_counts, keys.tokens, here.block_k,
-            keys.kt, keys.vt, d_rows, q_rows, q_turned, g_rows, g_turned, d_states, d_k[part], d_v[part])  # fmt: skip
+        run(
+            d_key_blocks,
+            heads * t_n,
+            threads,
+            k[part],
+            v[part],
+            queries,
+            query_counts,
+            keys.tokens,
+            here.block_k,
+            keys.kt,
+            keys.vt,
+            d_rows,
+            q_rows,
+            q_turned,
+            g_rows,
+            g_turned,
+            d_states,
+            d_k[part],
+            d_v[part],
+        )
     return d_q, d_k, d_v, d_alpha

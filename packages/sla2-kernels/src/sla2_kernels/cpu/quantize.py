@@ -1,4 +1,6 @@
-"""Q, K and V rounded to a low-bit format and back, to the bit as the plain definition rounds: no fast math here."""
+"""Q, K and V rounded to a low-bit format and back, to the bit as the plain definition rounds: no
+fast math here.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ _CHUNK = 256  # tokens of a work item
 
 @exact_inner
 def _round_row(x, scale, limit, fp8, out):
-    """out <- x / scale rounded to integers or, with fp8, to E4M3, saturating at +-limit, times scale."""
+    """out <- x / scale rounded to integers or, with fp8, to E4M3, saturating at +-limit, times
+    scale.
+    """
     least, eighth = x.dtype.type(2.0**-6), x.dtype.type(0.125)
     for c in range(len(x)):
         value = x[c] / scale[c]
@@ -81,21 +85,46 @@ def _bits(x):
 def quantize_blocks(x, lengths, block: int, fmt: str, threads: int = 1):
     """Q or K after the round trip, one scale max|x| / limit per block of tokens and head.
 
-    x (G, N, d): contiguous float32 or float64. lengths int64 (G,): valid tokens; the others become 0. fmt: a key of LIMITS.
+    x (G, N, d): contiguous float32 or float64. lengths int64 (G,): valid tokens; the others become
+    0. fmt: a key of LIMITS.
     """
     out = np.empty_like(x)
     items = x.shape[0] * -(-x.shape[1] // block)
-    run(_quantize_blocks, items, threads, x, _bits(x), lengths, block, x.dtype.type(LIMITS[fmt]), fmt == "fp8", out)
+    run(
+        _quantize_blocks,
+        items,
+        threads,
+        x,
+        _bits(x),
+        lengths,
+        block,
+        x.dtype.type(LIMITS[fmt]),
+        fmt == "fp8",
+        out,
+    )
     return out
 
 
 def quantize_channels(x, lengths, fmt: str, threads: int = 1):
-    """V after the round trip, one scale per channel over the whole sequence. Arguments as of quantize_blocks."""
+    """V after the round trip, one scale per channel over the whole sequence. Arguments as of
+    quantize_blocks.
+    """
     out, bits, limit = np.empty_like(x), _bits(x), x.dtype.type(LIMITS[fmt])
     g, n, d = x.shape
     tops = np.empty((g, -(-n // _CHUNK), d), bits.dtype)
     run(_channel_tops, tops.shape[0] * tops.shape[1], threads, bits, lengths, _CHUNK, tops)
     scale = tops.max(1).view(x.dtype) / limit
     scale[scale == 0] = 1
-    run(_quantize_channels, tops.shape[0] * tops.shape[1], threads, x, lengths, _CHUNK, scale, limit, fmt == "fp8", out)
+    run(
+        _quantize_channels,
+        tops.shape[0] * tops.shape[1],
+        threads,
+        x,
+        lengths,
+        _CHUNK,
+        scale,
+        limit,
+        fmt == "fp8",
+        out,
+    )
     return out

@@ -42,12 +42,15 @@ def transposed_map(indices, counts, t_n: int, threads: int = 1):
 
 @inner
 def _sift(heap, places, size, at):
-    """Restore the heap below `at`: its top is the worst, the lowest score and of equal ones the highest place."""
+    """Restore the heap below `at`: its top is the worst, the lowest score and of equal ones the
+    highest place.
+    """
     while True:
         worst = at
         for child in (2 * at + 1, 2 * at + 2):
             if child < size and (
-                heap[child] < heap[worst] or (heap[child] == heap[worst] and places[child] > places[worst])
+                heap[child] < heap[worst]
+                or (heap[child] == heap[worst] and places[child] > places[worst])
             ):
                 worst = child
         if worst == at:
@@ -60,7 +63,11 @@ def _sift(heap, places, size, at):
 @kernel
 def _select(scores, count, indices, lo, hi):
     t_m, t_n = scores.shape[1], scores.shape[2]
-    heap, places, chosen = np.empty(count, scores.dtype), np.empty(count, np.int32), np.empty(t_n, np.bool_)
+    heap, places, chosen = (
+        np.empty(count, scores.dtype),
+        np.empty(count, np.int32),
+        np.empty(t_n, np.bool_),
+    )
     for item in range(lo, hi):
         bh, i = item // t_m, item % t_m
         for s in range(count):
@@ -85,7 +92,9 @@ def _select(scores, count, indices, lo, hi):
 
 
 def top_k(scores, count: int, threads: int = 1):
-    """The `count` largest of each row, ties to the lower index, NaN first, ascending: (G, T_m, T_n) -> int32 (G, T_m, count)."""
+    """The `count` largest of each row, ties to the lower index, NaN first, ascending: (G, T_m, T_n)
+    -> int32 (G, T_m, count).
+    """
     indices = np.empty((*scores.shape[:2], count), np.int32)
     run(_select, scores.shape[0] * scores.shape[1], threads, scores, count, indices)
     return indices

@@ -1,4 +1,6 @@
-"""SoftTop-k's shift of each row: Newton's steps inside a bracket that is halved where they leave it."""
+"""SoftTop-k's shift of each row: Newton's steps inside a bracket that is halved where they leave
+it.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ def _soft_top_k(x, k, out, lo, hi):
             for c in range(width):
                 out[row, c] = kind(x[row, c] != kind(-np.inf))
             continue
-        # With every sigmoid equal to k / valid at the row's maximum the sum is at most k, at its minimum at least k.
+        # With every sigmoid equal to k / valid at the row's maximum the sum is at most k, at its
+        # minimum at least k.
         share = min(max(k[row] / valid, kind(1e-7)), kind(1) - kind(1e-7))
         centre = np.log(share / (kind(1) - share))
         low, high = centre - top, centre - bottom
@@ -71,8 +74,8 @@ def _soft_top_k(x, k, out, lo, hi):
 def soft_top_k(x, k, threads: int = 1):
     """sigmoid(x + lambda) with lambda such that each row sums to k (Eq. 17).
 
-    x (rows, T_n): float32 or float64, scores / tau; -inf marks blocks that cannot be chosen. k (rows,) of x's dtype. A row
-    with NaN is NaN; one with no more than k blocks chooses them all.
+    x (rows, T_n): float32 or float64, scores / tau; -inf marks blocks that cannot be chosen. k
+    (rows,) of x's dtype. A row with NaN is NaN; one with no more than k blocks chooses them all.
     """
     out = np.empty_like(x)
     run(_soft_top_k, len(x), threads, x, k, out)

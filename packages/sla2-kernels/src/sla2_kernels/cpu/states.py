@@ -1,4 +1,6 @@
-"""Per key block: K and V laid out for the products, and the linear branch's states h_j, z_j; their masked sums."""
+"""Per key block: K and V laid out for the products, and the linear branch's states h_j, z_j; their
+masked sums.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,13 @@ def to_panels(x, bh, j, panels):
 
 @kernel
 def key_blocks(k_low, v_low, k, v, tokens, block, scale, kt, k_rows, vt, v_rows, states, lo, hi):
-    """Lay out one head's key block per item: D and W are d and block_k padded. Outputs with T_n = 0 are left out.
+    """Lay out one head's key block per item: D and W are d and block_k padded. Outputs with T_n = 0
+    are left out.
 
-    k_low, v_low; k, v: (G, N_k, d), what the sparse branch sees; what the linear branch sees. tokens (G, T_n): valid ones.
-    kt (G, T_n, D, W) <- scale K_low transposed; k_rows (G, T_n, W, D) <- K_low; vt, v_rows likewise, unscaled.
-    states (G, P, T_n, S): (h_j, z_j), (D + 1) D numbers, in P panels of S, so that a panel of all blocks is contiguous.
+    k_low, v_low; k, v: (G, N_k, d), what the sparse branch sees; what the linear branch sees.
+    tokens (G, T_n): valid ones. kt (G, T_n, D, W) <- scale K_low transposed; k_rows (G, T_n, W, D)
+    <- K_low; vt, v_rows likewise, unscaled. states (G, P, T_n, S): (h_j, z_j), (D + 1) D numbers,
+    in P panels of S, so that a panel of all blocks is contiguous.
     """
     t_n, d = tokens.shape[1], k.shape[2]
     wide, width = kt.shape[2], kt.shape[3]
@@ -73,7 +77,8 @@ def key_blocks(k_low, v_low, k, v, tokens, block, scale, kt, k_rows, vt, v_rows,
 
 @kernel
 def complement(rest, indices, counts, tokens, share, lo, hi):
-    """rest (G, rows, T_n padded) <- 1 where a valid key block is not selected; share (G, T_m) <- 0 nothing selected,
+    """rest (G, rows, T_n padded) <- 1 where a valid key block is not selected; share (G, T_m) <- 0
+    nothing selected,
 
     2 everything selected, 1 otherwise; one head per item.
     """
@@ -96,7 +101,8 @@ def complement(rest, indices, counts, tokens, share, lo, hi):
 
 @kernel
 def masked_sum(rest, panels, turned, out, lo, hi):
-    """out[i] <- sum_j rest[i, j] panels[j], or out[j] <- sum_i rest[i, j] panels[i] if `turned`; one panel per item.
+    """out[i] <- sum_j rest[i, j] panels[j], or out[j] <- sum_i rest[i, j] panels[i] if `turned`;
+    one panel per item.
 
     rest (G, rows, columns), both padded. panels (G, P, n, S). out (G, padded rows, P S).
     """
@@ -106,8 +112,18 @@ def masked_sum(rest, panels, turned, out, lo, hi):
         bh, p = item // count, item % count
         for k in range(0, depth, DEPTH):
             gemm(
-                rest, bh * rest.shape[1] * rest.shape[2] + k * depth_step, row_step, depth_step,
-                panels, ((bh * count + p) * depth + k) * size, size,
-                out, bh * out.shape[1] * out.shape[2] + p * size, out.shape[2],
-                out.shape[1], size, min(DEPTH, depth - k), k,
-            )  # fmt: skip
+                rest,
+                bh * rest.shape[1] * rest.shape[2] + k * depth_step,
+                row_step,
+                depth_step,
+                panels,
+                ((bh * count + p) * depth + k) * size,
+                size,
+                out,
+                bh * out.shape[1] * out.shape[2] + p * size,
+                out.shape[2],
+                out.shape[1],
+                size,
+                min(DEPTH, depth - k),
+                k,
+            )

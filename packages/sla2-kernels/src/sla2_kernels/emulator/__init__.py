@@ -1,1 +1,3 @@
-"""The kernels' own .cu files on the CPU: one fiber per CUDA thread, strict barriers, poisoned memory. For tests."""
+"""The kernels' own .cu files on the CPU: one fiber per CUDA thread, strict barriers, poisoned
+memory. For tests.
+"""

@@ -1,4 +1,6 @@
-"""Builds a kernel's sources into a shared library for the CPU: g++, clang++ or the compiler of the ziglang package."""
+"""Builds a kernel's sources into a shared library for the CPU: g++, clang++ or the compiler of the
+ziglang package.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,23 @@ from sla2_kernels.specs import KernelSpec
 SCHEMA = "emulator 1"
 INCLUDE = Path(__file__).parent / "include"
 SANITIZERS = ("", "address", "thread")
-_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-fno-strict-aliasing", "-ffp-contract=off", "-w")
+_FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+    "-w",
+)
 
 
 @cache
 def compiler() -> tuple[str, ...]:
-    """The command of the C++ compiler; RuntimeError saying what to install if there is none. $SLA2_CXX overrides."""
+    """The command of the C++ compiler; RuntimeError saying what to install if there is none.
+    $SLA2_CXX overrides.
+    """
     if chosen := os.environ.get("SLA2_CXX"):
         return tuple(chosen.split())
     for name in ("g++", "clang++"):
@@ -32,7 +45,9 @@ def compiler() -> tuple[str, ...]:
             return (path,)
     if importlib.util.find_spec("ziglang"):
         return (sys.executable, "-m", "ziglang", "c++")
-    raise RuntimeError("emulator: needs a C++ compiler; install g++, or pip install 'sla2-kernels[emulator]'")
+    raise RuntimeError(
+        "emulator: needs a C++ compiler; install g++, or pip install 'sla2-kernels[emulator]'"
+    )
 
 
 def _call(command: list[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -48,17 +63,23 @@ def _version(command: tuple[str, ...]) -> str:
 
 
 def sanitizer_library(name: str) -> str | None:
-    """The library to preload (LD_PRELOAD) where $SLA2_EMULATOR_SANITIZE is `name`; None if the compiler has none."""
+    """The library to preload (LD_PRELOAD) where $SLA2_EMULATOR_SANITIZE is `name`; None if the
+    compiler has none.
+    """
     file = {"address": "libasan.so", "thread": "libtsan.so"}[name]
     found = _call([*compiler(), f"-print-file-name={file}"]).stdout.strip()
     return found if Path(found).is_absolute() else None
 
 
 def sanitizer() -> str:
-    """$SLA2_EMULATOR_SANITIZE: "", "address" or "thread" (g++ only; the library must be preloaded)."""
+    """$SLA2_EMULATOR_SANITIZE: "", "address" or "thread" (g++ only; the library must be
+    preloaded).
+    """
     chosen = os.environ.get("SLA2_EMULATOR_SANITIZE", "")
     if chosen not in SANITIZERS:
-        raise ValueError(f"SLA2_EMULATOR_SANITIZE: expected address, thread or nothing, got {chosen!r}")
+        raise ValueError(
+            f"SLA2_EMULATOR_SANITIZE: expected address, thread or nothing, got {chosen!r}"
+        )
     return chosen
 
 
@@ -94,6 +115,14 @@ def _compile(command, flags, texts, own, spec) -> tuple[bytes, dict]:
             sources.append("switch_x86_64.S")
         done = _call([*command, *flags, "-I.", *sources, "-o", "unit.so"], folder)
         if done.returncode:
-            errors = [text for text in done.stderr.splitlines() if "error" in text] or done.stderr.splitlines()
-            raise RuntimeError(f"emulator: {spec.path.name} does not compile: " + " | ".join(errors[:3]))
-        return (folder / "unit.so").read_bytes(), {"source": spec.path.name, "entries": entries, "flags": flags}
+            errors = [
+                text for text in done.stderr.splitlines() if "error" in text
+            ] or done.stderr.splitlines()
+            raise RuntimeError(
+                f"emulator: {spec.path.name} does not compile: " + " | ".join(errors[:3])
+            )
+        return (folder / "unit.so").read_bytes(), {
+            "source": spec.path.name,
+            "entries": entries,
+            "flags": flags,
+        }

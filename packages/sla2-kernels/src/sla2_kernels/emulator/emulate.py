@@ -18,12 +18,16 @@ ORDERS = ("forward", "reverse", "random")
 
 
 class EmulatorError(RuntimeError):
-    """A kernel broke a rule (a divergent barrier, a misaligned copy, ...): one line with the block, threads and lines."""
+    """A kernel broke a rule (a divergent barrier, a misaligned copy, ...): one line with the block,
+    threads and lines.
+    """
 
 
 @dataclass(frozen=True)
 class Lanes:
-    """In which order the threads of a block run between barriers, and how many blocks run at once."""
+    """In which order the threads of a block run between barriers, and how many blocks
+    run at once.
+    """
 
     order: str = "forward"
     seed: int = 0
@@ -35,7 +39,9 @@ _LANES: ContextVar[Lanes] = ContextVar("sla2_lanes", default=Lanes())  # noqa: B
 
 @contextmanager
 def lanes(order: str = "forward", seed: int = 0, workers: int = 1) -> Iterator[None]:
-    """Emulated launches inside run their threads in this order ("forward", "reverse", "random" with `seed`)."""
+    """Emulated launches inside run their threads in this order ("forward", "reverse", "random" with
+    `seed`).
+    """
     if order not in ORDERS:
         raise ValueError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
     token = _LANES.set(Lanes(order, seed, workers))
@@ -47,7 +53,9 @@ def lanes(order: str = "forward", seed: int = 0, workers: int = 1) -> Iterator[N
 
 @dataclass(frozen=True)
 class EmulatedKernel:
-    """A loaded entry. `kinds` and `sizes` describe its parameters: p pointer, i integer, f float; bytes."""
+    """A loaded entry. `kinds` and `sizes` describe its parameters: p pointer, i integer, f float;
+    bytes.
+    """
 
     entry: str
     library: ctypes.CDLL
@@ -61,7 +69,9 @@ def _open(path: str) -> ctypes.CDLL:
 
 
 def load(spec: KernelSpec) -> EmulatedKernel:
-    """Build the spec's source for the CPU and look its entry up; RuntimeError if it does not compile or is not there."""
+    """Build the spec's source for the CPU and look its entry up; RuntimeError if it does not
+    compile or is not there.
+    """
     library = _open(str(build(spec).path))
     kinds, sizes = ctypes.c_char_p(), ctypes.POINTER(ctypes.c_ubyte)()
     if library.sla2_describe(spec.entry.encode(), ctypes.byref(kinds), ctypes.byref(sizes)):
@@ -71,35 +81,64 @@ def load(spec: KernelSpec) -> EmulatedKernel:
 
 
 def run(
-    kernel: EmulatedKernel, grid: Sequence[int], block: Sequence[int], shared_bytes: int, values: Sequence[np.generic]
+    kernel: EmulatedKernel,
+    grid: Sequence[int],
+    block: Sequence[int],
+    shared_bytes: int,
+    values: Sequence[np.generic],
 ) -> None:
     """Run the grid. `values` are numpy scalars, pointers as np.uint64.
 
-    Raises TypeError if a value does not fit its parameter, EmulatorError if the kernel breaks a rule.
+    Raises TypeError if a value does not fit its parameter, EmulatorError if the kernel breaks a
+    rule.
     """
     if len(values) != len(kernel.kinds):
-        raise TypeError(f"{kernel.entry}: expected {len(kernel.kinds)} arguments, got {len(values)}")
+        raise TypeError(
+            f"{kernel.entry}: expected {len(kernel.kinds)} arguments, got {len(values)}"
+        )
     held = []
     for index, (value, kind, size) in enumerate(zip(values, kernel.kinds, kernel.sizes)):
-        right = {"p": value.dtype == np.uint64, "f": value.dtype.kind == "f", "i": value.dtype.kind in "iub"}[kind]
+        right = {
+            "p": value.dtype == np.uint64,
+            "f": value.dtype.kind == "f",
+            "i": value.dtype.kind in "iub",
+        }[kind]
         if not right or value.dtype.itemsize != size:
-            wanted = {"p": "a Pointer", "f": f"a float of {size} bytes", "i": f"an integer of {size} bytes"}[kind]
-            raise TypeError(f"{kernel.entry}: argument {index}: expected {wanted}, got {value.dtype}")
+            wanted = {
+                "p": "a Pointer",
+                "f": f"a float of {size} bytes",
+                "i": f"an integer of {size} bytes",
+            }[kind]
+            raise TypeError(
+                f"{kernel.entry}: argument {index}: expected {wanted}, got {value.dtype}"
+            )
         held.append(np.array([value]))
     addresses = (ctypes.c_void_p * len(held))(*[array.ctypes.data for array in held])
     chosen = _LANES.get()
     settings = (ctypes.c_int * 3)(ORDERS.index(chosen.order), chosen.seed, chosen.workers)
     message = ctypes.create_string_buffer(2000)
     code = kernel.library.sla2_emulate(
-        kernel.entry.encode(), (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), ctypes.c_size_t(shared_bytes),
-        addresses, settings, message, ctypes.c_size_t(len(message)),
-    )  # fmt: skip
+        kernel.entry.encode(),
+        (ctypes.c_uint * 3)(*grid),
+        (ctypes.c_uint * 3)(*block),
+        ctypes.c_size_t(shared_bytes),
+        addresses,
+        settings,
+        message,
+        ctypes.c_size_t(len(message)),
+    )
     if code:
         raise EmulatorError(f"{kernel.entry}: {message.value.decode()}")
 
 
 def poisoned(shape: Sequence[int], dtype) -> np.ndarray:
-    """An array of 0xFF bytes: NaN in floats, -1 in integers, so that what a kernel leaves unwritten shows."""
+    """An array of 0xFF bytes: NaN in floats, -1 in integers, so that what a kernel leaves unwritten
+    shows.
+    """
     array = np.empty(shape, dtype)
-    array.view(np.uint8).fill(0xFF) if array.ndim else array.fill(np.frombuffer(b"\xff" * 8, dtype)[0])
+    (
+        array.view(np.uint8).fill(0xFF)
+        if array.ndim
+        else array.fill(np.frombuffer(b"\xff" * 8, dtype)[0])
+    )
     return array
