@@ -22,16 +22,16 @@ from sla2_core import SLA2Config
 from sla2_core.integrations.diffusers import SLA2Handle, apply_sla2
 from sla2_core.training.cache import INDEX_NAME, CachedData
 from sla2_core.training.capture import CaptureConfig, capture
-from sla2_core.training.objectives import draw_sigma, noisy_and_target
 from sla2_core.training.settings import check_same
-from sla2_core.training.stage1 import (
+from sla2_core.training.stage1.train import (
     REPORT_NAME,
     SETTINGS_NAME,
     Stage1Config,
     load_stage1,
     train_stage1,
 )
-from sla2_core.training.stage2 import Stage2Config, train_stage2
+from sla2_core.training.stage2.objectives import draw_sigma, noisy_and_target
+from sla2_core.training.stage2.train import Stage2Config, train_stage2
 
 
 class Settings(NamedTuple):
@@ -112,7 +112,7 @@ def encoded(settings: Settings, videos: str | None, folder: Path) -> CachedData:
             " data"
         )
     from diffusers import WanPipeline
-    from sla2_eval.encoding import encode_folder
+    from sla2_eval.videos.encoding import encode_folder
 
     pipe = WanPipeline.from_pretrained(settings.model, transformer=None, torch_dtype=torch.bfloat16)
     pipe.vae.to(torch.float32)

@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from sla2_core import quantize
-from sla2_core.softtopk import _bisect
+from sla2_core.formats import formats as quantize
+from sla2_core.routing.softtopk import _bisect
 from sla2_eval.timing import interleave
 from sla2_kernels.cpu import build, pool, route, softtopk
 from sla2_kernels.cpu import quantize as low_bit

@@ -37,7 +37,7 @@ def make(folder: Path, count: int, noise: float, frames: int, size: tuple[int, i
     """`count` videos of a drifting pattern with noise, ten at most of different content; each file
     is different.
     """
-    from sla2_eval.video import write_video
+    from sla2_eval.videos.video import write_video
 
     folder.mkdir(parents=True)
     height, width = size
@@ -87,8 +87,8 @@ def bare(videos: Path, reference: Path, scorers: dict, unpaired: set[str]) -> di
     """Seconds of decoding every pair, and of the metrics' arithmetic on it, on one thread in this
     process.
     """
-    from sla2_eval.metrics.base import Sample
-    from sla2_eval.video import read_video
+    from sla2_eval.scoring.metrics.base import Sample
+    from sla2_eval.videos.video import read_video
 
     decoding = arithmetic = 0.0
     for path in sorted(videos.iterdir()):
@@ -108,7 +108,7 @@ def timed(videos: Path, reference: Path, names: list[str], workers: int) -> dict
     """Seconds of one run of `score`: in all, until each worker did one pair, and a pair
     after that.
     """
-    from sla2_eval.scoring import score
+    from sla2_eval.scoring.score import score
 
     moments = []
 
@@ -127,7 +127,7 @@ def timed(videos: Path, reference: Path, names: list[str], workers: int) -> dict
 def overhead(root: Path, count: int, repeats: int) -> dict:
     """A whole run of one worker against decoding and arithmetic alone, in turn."""
     import torch
-    from sla2_eval import metrics
+    from sla2_eval.scoring import metrics
 
     videos, reference = pair(root, "overhead", count, 49)
     torch.set_num_threads(1)
@@ -210,7 +210,7 @@ def is_worker(pid: int) -> bool:
         return False
     return any(
         part in title
-        for part in ("sla2_eval.worker", "default_worker.py", "ray::IDLE", "ray::Worker")
+        for part in ("sla2_eval.scoring.worker", "default_worker.py", "ray::IDLE", "ray::Worker")
     )
 
 

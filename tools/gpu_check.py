@@ -173,7 +173,7 @@ def run_bench(quick: bool) -> dict:
     command = [
         sys.executable,
         "-m",
-        "sla2_eval.cli",
+        "sla2_eval.cli.main",
         "bench",
         "--suite",
         "paper",
@@ -192,10 +192,10 @@ def tiny() -> None:
     """
     sys.path[:0] = SOURCES
     import torch
+    from sla2_kernels.backward import backward
+    from sla2_kernels.forward import forward, prologue, route
     from sla2_kernels.kernels import supports
     from sla2_kernels.launch import Pointer
-    from sla2_kernels.operator import forward, prologue, route
-    from sla2_kernels.operator_backward import backward
     from sla2_kernels.problem import Alpha, Device, Problem, Strided
     from sla2_kernels.specs import architecture_of
 

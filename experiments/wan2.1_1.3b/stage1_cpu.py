@@ -24,7 +24,7 @@ from sla2_core import SLA2Config
 from sla2_core.adapter import write_json, write_tensors
 from sla2_core.integrations.diffusers import SLA2Handle, apply_sla2
 from sla2_core.training.capture import INDEX_NAME, Captures
-from sla2_core.training.stage1 import Stage1Config, train_stage1
+from sla2_core.training.stage1.train import Stage1Config, train_stage1
 
 TOKENS = 32_760  # 81 frames of 480 x 832
 SETTINGS = Path(__file__).with_name("train.yaml")
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
             settings, 1024, rows, 1, given.dtype, Path(folder) / "warm"
         )  # imports and compiled kernels are no part of it
         found = run(settings, given.tokens, rows, given.steps, given.dtype, Path(folder) / "run")
-    from sla2_eval.ablation import hardware
+    from sla2_eval.grid.ablation import hardware
 
     found["hardware"] = hardware() | {"threads": torch.get_num_threads()}
     found["versions"] = {name: version(name) for name in ("sla2-core", "torch", "diffusers")}

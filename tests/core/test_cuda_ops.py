@@ -10,11 +10,12 @@ import warnings
 
 import pytest
 import torch
-from sla2_core import BlockMap, SLA2Attention, SLA2Config, SLAAttention, cuda_ops, functional
+from sla2_core import BlockMap, SLA2Attention, SLA2Config, SLAAttention, functional
+from sla2_core.backends import cuda as cuda_ops
 from sla2_core.config import published_sla
 from sla2_core.functional import block_sparse_attention, sla2_attention, sla_attention
 from sla2_core.reference import sla2_reference
-from sla2_core.router import pool, top_k_map
+from sla2_core.routing.router import pool, top_k_map
 
 BLOCKS = {"block_q": 32, "block_k": 16}
 SIZES = tuple(BLOCKS.values())
@@ -249,7 +250,7 @@ def test_every_layout_gives_the_same_bits(layout, d, smooth_k):
 
 
 def test_a_model_s_own_layout_is_neither_copied_nor_changed(monkeypatch):
-    from sla2_kernels import operator
+    from sla2_kernels import forward as operator
 
     launched, real = [], operator.run_kernel
     monkeypatch.setattr(

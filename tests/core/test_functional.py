@@ -15,7 +15,7 @@ from sla2_core.reference import (
     sla2_reference,
     soft_attention,
 )
-from sla2_core.router import smooth_keys
+from sla2_core.routing.router import smooth_keys
 
 BLOCKS = {"block_q": 16, "block_k": 8}
 
@@ -42,7 +42,9 @@ def with_gradients(function, *leaves):
 @pytest.mark.parametrize(("n_q", "n_k"), [(63, 111), (200, 200), (1, 1), (16, 9)])
 @pytest.mark.parametrize("smooth", [True, False])
 def test_streamed_equals_reference_with_every_gradient(n_q, n_k, smooth, monkeypatch):
-    monkeypatch.setattr("sla2_core.streamed._CHUNK_ELEMENTS", 5000)  # several chunks of uneven size
+    monkeypatch.setattr(
+        "sla2_core.backends.blocked._CHUNK_ELEMENTS", 5000
+    )  # several chunks of uneven size
     q, k, v, alpha, _, bm = inputs(n_q, n_k, dtype=torch.float64)
     pair = [
         with_gradients(

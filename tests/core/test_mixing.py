@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sla2_core import SLA2Config
-from sla2_core.mixing import Mixing, interpolate_knots, mass_log_odds
+from sla2_core.mixing.mixing import Mixing, interpolate_knots, mass_log_odds
 
 
 def mixing(**kw):

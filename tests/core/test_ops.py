@@ -4,7 +4,8 @@ and what is returned.
 
 import pytest
 import torch
-from sla2_core import BlockMap, SLA2Attention, SLA2Config, ops, sla2_attention
+from sla2_core import BlockMap, SLA2Attention, SLA2Config, sla2_attention
+from sla2_core.backends import cpu as ops
 from sla2_core.reference import full_attention, sla2_reference
 
 BLOCKS = {"block_q": 16, "block_k": 8}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sla2_core import quantize
+from sla2_core.formats import formats as quantize
 
 
 def test_e4m3_values_ties_and_saturation():

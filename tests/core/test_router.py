@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sla2_core import SLA2Config
-from sla2_core.router import Router, pool, smooth_keys, top_k_map
+from sla2_core.routing.router import Router, pool, smooth_keys, top_k_map
 
 GEOMETRY = {"block_q": 4, "block_k": 4, "n_q": 4, "n_k": 30}
 

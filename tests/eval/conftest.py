@@ -28,8 +28,8 @@ def make_folder(tmp_path):
     """make_folder(name, count, noise=0, ...) writes {prompt}-0.mp4 files and a manifest, and
     returns the folder.
     """
-    from sla2_eval.manifest import video_name
-    from sla2_eval.video import write_video
+    from sla2_eval.videos.manifest import video_name
+    from sla2_eval.videos.video import write_video
 
     def make(name: str, count: int, noise: float = 0.0, fps: float = 8, **size):
         folder = tmp_path / name

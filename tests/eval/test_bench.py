@@ -5,7 +5,7 @@ missing.
 import pytest
 import torch
 from sla2_eval import bench_paper
-from sla2_eval.cli import main
+from sla2_eval.cli.main import main
 from sla2_eval.timing import interleave
 
 

@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
-from sla2_eval.cli import COMMANDS, main
-from sla2_eval.video import write_video
+from sla2_eval.cli.main import COMMANDS, main
+from sla2_eval.videos.video import write_video
 
 SUBCOMMANDS = [[name] for name in COMMANDS] + [
     ["train", "teacher"],
@@ -205,7 +205,7 @@ def test_json_tables_are_json(capsys):
 
 
 def test_score_list_says_what_each_metric_is_and_how_to_get_it(tmp_path, monkeypatch, capsys):
-    from sla2_eval import metrics, weights
+    from sla2_eval.scoring import metrics, weights
 
     monkeypatch.setenv("SLA2_WEIGHTS", str(tmp_path))
     assert main(["score", "--list", "--json"]) == 0
@@ -276,12 +276,12 @@ def test_score_that_could_compute_nothing_did_not_go_well(tmp_path, monkeypatch,
 
 
 def test_an_unexpected_error_is_one_line(monkeypatch, capsys):
-    import sla2_eval.doctor
+    import sla2_eval.cli.doctor
 
     def broken():
         raise KeyError("unforeseen\nand on two lines")
 
-    monkeypatch.setattr(sla2_eval.doctor, "examine", broken)
+    monkeypatch.setattr(sla2_eval.cli.doctor, "examine", broken)
     message = fails(capsys, ["doctor"], code=1)
     assert "KeyError" in message
     assert "--debug" in message

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from sla2_eval.cli import main
+from sla2_eval.cli.main import main
 from sla2_kernels import kernels
 from sla2_kernels.specs import KernelSpec
 

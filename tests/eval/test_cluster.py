@@ -7,7 +7,7 @@ import sys
 import types
 
 import pytest
-from sla2_eval.cluster import Cluster, check_address, enter, place
+from sla2_eval.parallel.cluster import Cluster, check_address, enter, place
 
 
 class Ray(types.ModuleType):

@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
-from sla2_eval.dataset import read_folder, write_folder
-from sla2_eval.video import VideoError, read_video, write_video
+from sla2_eval.videos.dataset import read_folder, write_folder
+from sla2_eval.videos.video import VideoError, read_video, write_video
 
 SIZE = {"num_frames": 3, "height": 8, "width": 16}
 

@@ -4,8 +4,8 @@
 
 import json
 
-from sla2_eval import doctor
-from sla2_eval.cli import main
+from sla2_eval.cli import doctor
+from sla2_eval.cli.main import main
 
 
 def test_every_finding_says_what_and_how():

@@ -13,10 +13,10 @@ import pytest
 import torch
 from sla2_core import SLA2Config
 from sla2_core.integrations.diffusers import apply_sla2
-from sla2_core.integrations.families import family_of
-from sla2_core.training.stage2 import Stage2Config, train_stage2
-from sla2_eval.dataset import captioned_files, read_frames, write_folder
-from sla2_eval.encoding import encode_folder
+from sla2_core.integrations.family import family_of
+from sla2_core.training.stage2.train import Stage2Config, train_stage2
+from sla2_eval.videos.dataset import captioned_files, read_frames, write_folder
+from sla2_eval.videos.encoding import encode_folder
 
 _SPEC = importlib.util.spec_from_file_location(
     "tiny_pipelines", Path(__file__).with_name("tiny_pipelines.py")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from sla2_eval.generation import (
+from sla2_eval.generation.sampling import (
     PipelineGenerator,
     Request,
     SamplingConfig,
@@ -18,8 +18,8 @@ from sla2_eval.generation import (
     noise_seed,
     read_prompts,
 )
-from sla2_eval.manifest import read_manifest
-from sla2_eval.video import read_video
+from sla2_eval.videos.manifest import read_manifest
+from sla2_eval.videos.video import read_video
 
 PROMPTS = [
     "a red circle moving horizontally",
@@ -174,7 +174,7 @@ def test_only_a_line_feed_ends_a_prompt(tmp_path):
 def test_the_experiments_prompts_are_those_of_the_quickstart():
     from pathlib import Path
 
-    from sla2_eval.pipeline import builtin_prompts
+    from sla2_eval.grid.steps import builtin_prompts
 
     found = read_prompts(Path(__file__).parents[2] / "experiments" / "tiny_wan" / "prompts.txt")
     assert found == builtin_prompts(50)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from sla2_eval.ablation import cells, graph, prompts_of, run_grid, sampling
-from sla2_eval.cli import main
-from sla2_eval.cluster import WorkerDied
-from sla2_eval.estimate import counts
-from sla2_eval.generation import open_folder
-from sla2_eval.manifest import video_name
-from sla2_eval.processes import Workers
-from sla2_eval.settings import AblationSettings, SettingsError, load_settings, validate
+from sla2_eval.cli.main import main
+from sla2_eval.generation.sampling import open_folder
+from sla2_eval.grid.ablation import cells, graph, prompts_of, run_grid, sampling
+from sla2_eval.grid.estimate import counts
+from sla2_eval.parallel.cluster import WorkerDied
+from sla2_eval.parallel.processes import Workers
+from sla2_eval.runs.settings import AblationSettings, SettingsError, load_settings, validate
+from sla2_eval.videos.manifest import video_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -178,7 +178,7 @@ def test_a_variant_whose_worker_dies_is_listed_and_the_others_are_done(
     }
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(settings))
     said = []
-    monkeypatch.setattr("sla2_eval.ablation.open_workers", lambda *_, **__: Deadly(said))
+    monkeypatch.setattr("sla2_eval.grid.ablation.open_workers", lambda *_, **__: Deadly(said))
     out = tmp_path / "out"
     assert main(["ablate", "--config", str(tmp_path / "grid.yaml"), "--out", str(out)]) == 1
     errors = [
@@ -209,7 +209,7 @@ def _ablate(folder: Path, out: Path) -> subprocess.Popen:
     command = [
         sys.executable,
         "-m",
-        "sla2_eval.cli",
+        "sla2_eval.cli.main",
         "ablate",
         "--config",
         "grid.yaml",

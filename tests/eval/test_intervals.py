@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sla2_eval.intervals import over_prompts, over_seeds, paired_difference
+from sla2_eval.scoring.intervals import over_prompts, over_seeds, paired_difference
 
 
 def test_prompts_weigh_alike_whatever_their_number_of_videos():

@@ -5,8 +5,8 @@ import os
 
 import numpy as np
 import pytest
-from sla2_eval.manifest import pair, parse_name, read_manifest, video_name
-from sla2_eval.video import write_video
+from sla2_eval.videos.manifest import pair, parse_name, read_manifest, video_name
+from sla2_eval.videos.video import write_video
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import sys
 
 import numpy as np
 import pytest
-from sla2_eval import metrics
-from sla2_eval.metrics.base import Sample
-from sla2_eval.metrics.consistency import consistency
-from sla2_eval.metrics.dynamic_degree import moves, strongest
-from sla2_eval.metrics.fvd import frechet, reduce
-from sla2_eval.metrics.overall_consistency import middles
+from sla2_eval.scoring import metrics
+from sla2_eval.scoring.metrics.base import Sample
+from sla2_eval.scoring.metrics.consistency import consistency
+from sla2_eval.scoring.metrics.dynamic_degree import moves, strongest
+from sla2_eval.scoring.metrics.fvd import frechet, reduce
+from sla2_eval.scoring.metrics.overall_consistency import middles
 
 
 def video(frames, fps=8.0, reference=None, prompt=None):
@@ -185,7 +185,7 @@ def gaussian(count, dimension, seed, scale=1.0, shift=0.0):
 @pytest.mark.parametrize("name", ["psnr", "ssim", "ms_ssim"])
 def test_pixels_are_compared_a_frame_at_a_time(monkeypatch, name):
     """What is held does not grow with the length of the video."""
-    from sla2_eval.metrics import torchmetrics_functions
+    from sla2_eval.scoring.metrics import torchmetrics_functions
 
     sizes, original = [], torchmetrics_functions.image_function
 
@@ -286,9 +286,9 @@ def printed(code: str) -> str:
 
 def test_registry_is_light_and_complete():
     code = (
-        "import sys, sla2_eval.metrics as m, sla2_eval.scoring, sla2_eval.weights;"
-        " m.specs();print([n for n in ('torch', 'ray', 'torchmetrics', 'lpips', 'open_clip', 'av',"
-        " 'jinja2') if n in sys.modules])"
+        "import sys, sla2_eval.scoring.metrics as m, sla2_eval.scoring.score,"
+        " sla2_eval.scoring.weights; m.specs();print([n for n in ('torch', 'ray', 'torchmetrics',"
+        " 'lpips', 'open_clip', 'av', 'jinja2') if n in sys.modules])"
     )
     assert printed(code) == "[]"
     for name, spec in metrics.specs().items():

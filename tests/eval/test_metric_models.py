@@ -9,10 +9,10 @@ import types
 import numpy as np
 import pytest
 import torch
-from sla2_eval import metrics, weights
-from sla2_eval.metrics.base import MetricUnavailable, Sample
-from sla2_eval.scoring import score
-from sla2_eval.store import file_digest
+from sla2_eval.runs.store import file_digest
+from sla2_eval.scoring import metrics, weights
+from sla2_eval.scoring.metrics.base import MetricUnavailable, Sample
+from sla2_eval.scoring.score import score
 from torch import nn
 
 CLIP = {
@@ -165,7 +165,7 @@ def test_openais_torchscript_archives_are_read_for_their_tensors(tmp_path, clip_
 
 def test_subject_consistency_is_timms_class_token(tmp_path):
     import timm
-    from sla2_eval.metrics.consistency import consistency
+    from sla2_eval.scoring.metrics.consistency import consistency
 
     options = {"num_classes": 0, "dynamic_img_size": True}
     model = timm.create_model("test_vit", **options).eval()
@@ -187,7 +187,7 @@ def test_subject_consistency_is_timms_class_token(tmp_path):
 
 
 def test_aesthetic_quality_is_the_head_on_clips_features(tmp_path, clip_settings):
-    from sla2_eval.metrics.clip_model import Clip
+    from sla2_eval.scoring.metrics.clip_model import Clip
 
     head = nn.Linear(8, 1)
     settings = keep(tmp_path / "aesthetic_head.pth", head.state_dict(), model=CLIP)
@@ -337,7 +337,9 @@ def test_overall_consistency_runs_vbenchs_viclip(tmp_path, monkeypatch):
     tokenizer = {"SimpleTokenizer": lambda path: path}
     path = "vbench.third_party.ViCLIP"
     modules(monkeypatch, {f"{path}.viclip": viclip, f"{path}.simple_tokenizer": tokenizer})
-    monkeypatch.setattr("sla2_eval.metrics.overall_consistency.files", lambda package: tmp_path)
+    monkeypatch.setattr(
+        "sla2_eval.scoring.metrics.overall_consistency.files", lambda package: tmp_path
+    )
     sys.modules[path].viclip = sys.modules[f"{path}.viclip"]
     settings = keep(tmp_path / "viclip.pth", {"direction": torch.tensor([3.0, 4.0])})
     scorer = metrics.load("overall_consistency", settings)

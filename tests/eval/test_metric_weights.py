@@ -7,11 +7,11 @@ import types
 import numpy as np
 import pytest
 import torch
-from sla2_eval import metrics, weights
-from sla2_eval.metrics.base import Sample
-from sla2_eval.metrics.consistency import positions
-from sla2_eval.metrics.loading import load_tensors
-from sla2_eval.store import file_digest
+from sla2_eval.runs.store import file_digest
+from sla2_eval.scoring import metrics, weights
+from sla2_eval.scoring.metrics.base import Sample
+from sla2_eval.scoring.metrics.consistency import positions
+from sla2_eval.scoring.metrics.loading import load_tensors
 
 
 def given(path, content) -> dict:
@@ -227,7 +227,7 @@ def test_lpips_of_vgg_takes_torchvisions_file(tmp_path):
 
 
 def test_pickles_of_anything_else_are_refused(tmp_path):
-    from sla2_eval.metrics.base import MetricUnavailable
+    from sla2_eval.scoring.metrics.base import MetricUnavailable
 
     for content in ({"params": {"x": types.SimpleNamespace()}}, {"state_dict": [1]}, [1, 2]):
         with pytest.raises(

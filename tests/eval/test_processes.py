@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from sla2_eval.processes import Task, TasksLost, Workers
+from sla2_eval.parallel.processes import Task, TasksLost, Workers
 
 JOBS = '''
 """Jobs of the tests."""
@@ -110,9 +110,9 @@ def test_a_task_whose_worker_dies_is_tried_twice_and_costs_only_what_needs_it(jo
 def test_workers_end_with_their_parent(jobs, tmp_path):
     pid_file = tmp_path / "pid"
     script = (
-        "from sla2_eval.processes import Task, Workers\nif __name__ == '__main__':\n    with"
-        f" Workers(1) as workers:\n        workers.run({{'a': Task('{jobs}:note_pid_and_sleep',"
-        f" {{'path': {str(pid_file)!r}}})}})\n"
+        "from sla2_eval.parallel.processes import Task, Workers\nif __name__ == '__main__':\n   "
+        " with Workers(1) as workers:\n        workers.run({'a':"
+        f" Task('{jobs}:note_pid_and_sleep', {{'path': {str(pid_file)!r}}})}})\n"
     )
     (tmp_path / "parent.py").write_text(script)
     parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")])

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from sla2_eval import ray_tasks
-from sla2_eval.processes import Task, TasksLost, Workers
-from sla2_eval.ray_tasks import RayTasks, open_workers
+from sla2_eval.parallel import ray_tasks
+from sla2_eval.parallel.processes import Task, TasksLost, Workers
+from sla2_eval.parallel.ray_tasks import RayTasks, open_workers
 
 PATIENCE = 900  # seconds for what takes 60 where nothing else runs
 JOBS = '''

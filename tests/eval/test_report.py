@@ -6,11 +6,11 @@ import re
 import shutil
 
 import pytest
-from sla2_eval.cli import main
-from sla2_eval.report import as_markdown, number, signed, write_report
-from sla2_eval.report_charts import chart, ticks
-from sla2_eval.report_data import gather, paper
-from sla2_eval.scoring import score
+from sla2_eval.cli.main import main
+from sla2_eval.report.charts import chart, ticks
+from sla2_eval.report.data import gather, paper
+from sla2_eval.report.page import as_markdown, number, signed, write_report
+from sla2_eval.scoring.score import score
 
 
 def test_groups_hold_seeds_intervals_and_paired_differences(run_dir):

@@ -10,7 +10,7 @@ import time
 from itertools import pairwise
 
 import pytest
-from sla2_eval.report import write_report
+from sla2_eval.report.page import write_report
 
 CHROMIUM = next(
     (

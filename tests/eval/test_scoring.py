@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from sla2_eval import metrics
-from sla2_eval.manifest import Entry
-from sla2_eval.pools import ProcessPool
-from sla2_eval.scoring import ScoringError, score
-from sla2_eval.summary import document
-from sla2_eval.video import read_video, write_video
+from sla2_eval.scoring import metrics
+from sla2_eval.scoring.pools import ProcessPool
+from sla2_eval.scoring.score import ScoringError, score
+from sla2_eval.scoring.summary import document
+from sla2_eval.videos.manifest import Entry
+from sla2_eval.videos.video import read_video, write_video
 
 PIXELS = ["psnr", "ssim", "temporal_flickering"]
 CHEAP = [
@@ -149,7 +149,7 @@ def test_a_metric_that_cannot_be_loaded_is_tried_once(make_folder, tmp_path, mon
     hook.mkdir()
     (hook / "vision_reward.py").write_text(
         "from pathlib import Path\n"
-        "from sla2_eval.metrics.base import MetricUnavailable\n"
+        "from sla2_eval.scoring.metrics.base import MetricUnavailable\n"
         "with open(Path(__file__).with_name('log'), 'a') as log:\n    log.write('x')\n"
         "raise MetricUnavailable('unavailable: its weights are of another model')\n"
     )
@@ -180,7 +180,7 @@ def test_the_current_folder_shadows_no_library(make_folder, tmp_path, monkeypatc
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_done(
     make_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("sla2_eval.pools.local_gpus", lambda: 0)
+    monkeypatch.setattr("sla2_eval.scoring.pools.local_gpus", lambda: 0)
     videos = make_folder("a", 1)
     with pytest.raises(
         ValueError, match="device: expected a GPU that torch can use for 'cuda', got none"
@@ -193,7 +193,9 @@ def test_rerun_uses_the_store_and_changed_videos_score_again(make_folder, tmp_pa
     first = score(videos, reference, CHEAP, tmp_path / "out")
     before = (tmp_path / "out" / "results.json").read_bytes()
 
-    monkeypatch.setattr("sla2_eval.pools.open_pool", lambda *_: pytest.fail("a worker was started"))
+    monkeypatch.setattr(
+        "sla2_eval.scoring.pools.open_pool", lambda *_: pytest.fail("a worker was started")
+    )
     assert score(videos, reference, CHEAP, tmp_path / "out") == first
     assert (tmp_path / "out" / "results.json").read_bytes() == before
     monkeypatch.undo()
@@ -274,8 +276,8 @@ def test_metrics_without_their_weights_are_listed_and_not_zero(make_folder, tmp_
 
 
 def test_a_video_is_decoded_once_for_all_its_metrics(make_folder, monkeypatch):
-    from sla2_eval import video
-    from sla2_eval.worker import Worker
+    from sla2_eval.scoring.worker import Worker
+    from sla2_eval.videos import video
 
     folders, decoded = [make_folder("a", 1, noise=5.0), make_folder("b", 1)], []
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from sla2_eval.pools import ProcessPool
-from sla2_eval.video import write_video
+from sla2_eval.scoring.pools import ProcessPool
+from sla2_eval.videos.video import write_video
 
 HOOK = """
 import os, signal, time
@@ -142,8 +142,8 @@ def test_a_worker_killed_between_two_videos_is_replaced():
 def test_a_worker_that_cannot_start_says_why(make_folder, tmp_path, runs):
     videos = make_folder("a", 1, height=32, width=32)
     (tmp_path / "hook" / "sitecustomize.py").write_text(
-        "import sys\nif 'sla2_eval.worker' in sys.orig_argv:\n    raise SystemExit('no room for a"
-        " worker')\n"
+        "import sys\nif 'sla2_eval.scoring.worker' in sys.orig_argv:\n    raise SystemExit('no room"
+        " for a worker')\n"
     )
     said = runs.score(videos, tmp_path / "out", expected=1)
     assert "got a worker that died 3 times (exit code 1: SystemExit: no room for a worker)" in said

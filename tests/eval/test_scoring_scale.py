@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sla2_eval.scoring import score
-from sla2_eval.store import file_digest
-from sla2_eval.video import read_video
+from sla2_eval.runs.store import file_digest
+from sla2_eval.scoring.score import score
+from sla2_eval.videos.video import read_video
 
 SLA2 = str(Path(sys.executable).with_name("sla2"))
 

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from sla2_eval.store import ResultStore, canonical, digest, write_atomic
+from sla2_eval.runs.store import ResultStore, canonical, digest, write_atomic
 
 KEY = ("ab" * 32, "psnr", "cd" * 32)
 

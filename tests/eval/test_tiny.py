@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from sla2_eval.dataset import read_folder, write_folder
 from sla2_eval.tiny import model as tiny
 from sla2_eval.tiny.detector import detect
 from sla2_eval.tiny.shapes import (
@@ -23,6 +22,7 @@ from sla2_eval.tiny.shapes import (
     sample,
 )
 from sla2_eval.tiny.teacher import TeacherConfig, per_video_attention, train_teacher
+from sla2_eval.videos.dataset import read_folder, write_folder
 
 
 def as_uint8(pairs):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import yaml
-from sla2_eval.cli import main
+from sla2_eval.cli.main import main
 from sla2_eval.tiny.teacher import TeacherConfig, train_teacher
 
 SETTINGS = {

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from sla2_core import SLA2Config
-from sla2_eval import ray_tasks
-from sla2_eval.cli import main
-from sla2_eval.video import read_video
+from sla2_eval.cli.main import main
+from sla2_eval.parallel import ray_tasks
+from sla2_eval.videos.video import read_video
 
 _SPEC = importlib.util.spec_from_file_location(
     "tiny_pipelines", Path(__file__).with_name("tiny_pipelines.py")
@@ -113,7 +113,7 @@ def test_one_adapter_goes_into_the_folder_itself(files, tmp_path):
 def test_both_transformers_of_wan22_have_their_adapter(files, tmp_path, capsys):
     """A model with one of its two transformers dense in silence would look better than it is."""
     from sla2_core.integrations.diffusers import apply_sla2
-    from sla2_eval.generation import load_generator
+    from sla2_eval.generation.sampling import load_generator
 
     pipe = tiny.wan(two=True)
     pipe.save_pretrained(tmp_path / "model")

@@ -5,9 +5,9 @@ import os
 import sys
 
 import pytest
-from sla2_eval import vbench
-from sla2_eval.scoring import score
-from sla2_eval.vbench import as_vbench, export, read, run
+from sla2_eval.scoring import vbench
+from sla2_eval.scoring.score import score
+from sla2_eval.scoring.vbench import as_vbench, export, read, run
 
 EVALUATE = """#!{python}
 import json, sys

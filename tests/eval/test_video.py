@@ -11,8 +11,8 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from sla2_eval.scoring import score
-from sla2_eval.video import VideoError, check_decoder, read_video, write_video
+from sla2_eval.scoring.score import score
+from sla2_eval.videos.video import VideoError, check_decoder, read_video, write_video
 
 
 def _why_no_torchcodec() -> str | None:

@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from sla2_core import BlockMap, streamed
+from sla2_core import BlockMap
+from sla2_core.backends import blocked as streamed
 from sla2_core.reference import linear_branch, mix, sla2_reference, sparse_branch
-from sla2_core.router import smooth_keys
-from sla2_kernels import operator
+from sla2_core.routing.router import smooth_keys
+from sla2_kernels import forward as operator
+from sla2_kernels.backward import backward
 from sla2_kernels.kernels import supports
 from sla2_kernels.launch import Pointer
-from sla2_kernels.operator_backward import backward
 from sla2_kernels.problem import NULL, Alpha, Device, Map, Problem, Strided
 from sla2_kernels.specs import architecture_of
 

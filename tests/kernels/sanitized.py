@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from sla2_kernels.backward import backward, transpose_map
 from sla2_kernels.emulator.emulate import EmulatorError, poisoned
-from sla2_kernels.launch import Pointer, launch, load
-from sla2_kernels.operator import (
+from sla2_kernels.forward import (
     Forward,
     Linear,
     Prologue,
@@ -20,7 +20,7 @@ from sla2_kernels.operator import (
     route,
     sparse_forward,
 )
-from sla2_kernels.operator_backward import backward, transpose_map
+from sla2_kernels.launch import Pointer, launch, load
 from sla2_kernels.problem import NULL, Alpha, Device, Map, Problem, Strided
 from sla2_kernels.specs import KernelSpec
 

@@ -84,7 +84,7 @@ def test_exp2(dtype):
 
 def test_rounding_of_probabilities_is_the_format():
     torch = pytest.importorskip("torch")
-    quantize = pytest.importorskip("sla2_core.quantize")
+    quantize = pytest.importorskip("sla2_core.formats.formats")
     x = np.concatenate([np.linspace(0, 1, 4001), 2.0 ** -np.arange(30.0), [0.0, np.nan]])[None]
     fp8, int8 = x.copy(), x.copy()
     build.run(roundings, 1, 1, fp8, int8)
@@ -175,7 +175,7 @@ def test_threads_work_after_a_fork():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_low_bit_copies_are_the_plain_definition_to_the_bit(fmt, dtype):
     torch = pytest.importorskip("torch")
-    from sla2_core.quantize import fake_quantize, quantize_blocks
+    from sla2_core.formats.formats import fake_quantize, quantize_blocks
 
     x = torch.randn(
         2, 1, 111, 24, dtype=getattr(torch, dtype), generator=torch.Generator().manual_seed(0)
@@ -206,7 +206,7 @@ def test_low_bit_copies_are_the_plain_definition_to_the_bit(fmt, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_soft_top_k_agrees_with_bisection(dtype):
     torch = pytest.importorskip("torch")
-    from sla2_core.softtopk import _bisect
+    from sla2_core.routing.softtopk import _bisect
 
     x = (
         torch.randn(40, 63, dtype=getattr(torch, dtype), generator=torch.Generator().manual_seed(0))

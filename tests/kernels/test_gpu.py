@@ -28,7 +28,7 @@ ALPHA = 0.8
 
 
 class Operator:
-    """Forward and backward of one problem through sla2_kernels.operator, with torch's memory."""
+    """Forward and backward of one problem through sla2_kernels.forward, with torch's memory."""
 
     def __init__(self, heads, n_q, n_k, d, dtype="bfloat16", precision="full", topk=0.4):
         from sla2_kernels.problem import Problem
@@ -50,9 +50,9 @@ class Operator:
 
     def run(self):
         """(O, L, dQ, dK, dV) and the map's indices, on the current stream."""
+        from sla2_kernels.backward import backward
+        from sla2_kernels.forward import forward, prologue, route
         from sla2_kernels.launch import Pointer
-        from sla2_kernels.operator import forward, prologue, route
-        from sla2_kernels.operator_backward import backward
         from sla2_kernels.problem import Alpha, Device, Strided
 
         def pointer(tensor):

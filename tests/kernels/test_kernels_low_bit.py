@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from sla2_core import quantize
+from sla2_core.formats import formats as quantize
 from sla2_core.reference import sla2_reference
-from sla2_core.router import smooth_keys
-from sla2_kernels import operator
+from sla2_core.routing.router import smooth_keys
+from sla2_kernels import forward as operator
 from sla2_kernels.kernels import Geometry, spec_of
 
 _SPEC = importlib.util.spec_from_file_location(

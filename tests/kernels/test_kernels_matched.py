@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from sla2_core import quantize
-from sla2_core.router import smooth_keys
-from sla2_kernels import operator
+from sla2_core.formats import formats as quantize
+from sla2_core.routing.router import smooth_keys
+from sla2_kernels import forward as operator
+from sla2_kernels.backward import _matched
 from sla2_kernels.emulator.emulate import ORDERS, lanes
-from sla2_kernels.operator_backward import _matched
 
 _SPEC = importlib.util.spec_from_file_location(
     "kernel_problems", Path(__file__).with_name("problems.py")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from sla2_core.router import pool, smooth_keys, top_k_map
-from sla2_kernels import operator, operator_backward
+from sla2_core.routing.router import pool, smooth_keys, top_k_map
+from sla2_kernels import backward as operator_backward
+from sla2_kernels import forward as operator
 from sla2_kernels.emulator.emulate import ORDERS, lanes
 from sla2_kernels.kernels import all_specs
 

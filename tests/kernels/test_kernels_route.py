@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from sla2_core import BlockMap
-from sla2_core.router import pool, smooth_keys, top_k_map
-from sla2_kernels import operator
-from sla2_kernels.operator_backward import transpose_map
+from sla2_core.routing.router import pool, smooth_keys, top_k_map
+from sla2_kernels import forward as operator
+from sla2_kernels.backward import transpose_map
 
 _SPEC = importlib.util.spec_from_file_location(
     "kernel_problems", Path(__file__).with_name("problems.py")

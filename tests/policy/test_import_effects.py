@@ -62,7 +62,7 @@ print(json.dumps([events, threading.active_count(), modules]))
         ("sla2_kernels", HEAVY | {"torch"}),
         ("sla2_core", HEAVY),
         ("sla2_eval", HEAVY | {"torch", "click", "rich", "pydantic"}),
-        ("sla2_eval.cli", HEAVY | {"torch", "numpy", "rich", "pydantic"}),
+        ("sla2_eval.cli.main", HEAVY | {"torch", "numpy", "rich", "pydantic"}),
     ],
 )
 def test_import_is_light_and_has_no_effect(module, forbidden, tmp_path):

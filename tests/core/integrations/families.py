@@ -330,7 +330,7 @@ def generate(name: str, pipe, sample, seed: int = 0) -> torch.Tensor:
         return pipe(
             prompt_embeds=text, pooled_prompt_embeds=torch.ones(1, 6), height=80, width=144, **given
         )[0]
-    from sla2_core.integrations.ltx2 import FAMILY
+    from sla2_core.integrations.families.ltx2 import FAMILY
 
     conditions = {key: value[None] for key, value in sample(0).items()}
     latents = torch.randn(conditions.pop("latents").shape, generator=rng)

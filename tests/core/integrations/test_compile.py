@@ -11,7 +11,7 @@ import pytest
 import torch
 from sla2_core import SLA2Config
 from sla2_core.integrations.diffusers import apply_sla2
-from sla2_core.integrations.families import family_of
+from sla2_core.integrations.family import family_of
 from sla2_core.integrations.loading import apply_adapter
 
 _SPEC = importlib.util.spec_from_file_location(

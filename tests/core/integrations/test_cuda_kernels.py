@@ -12,7 +12,7 @@ import torch
 from sla2_core import SLA2Config
 from sla2_core.config import published_sla
 from sla2_core.integrations.diffusers import apply_sla2
-from sla2_core.integrations.families import family_of
+from sla2_core.integrations.family import family_of
 
 _SPEC = importlib.util.spec_from_file_location(
     "tiny_families", Path(__file__).with_name("families.py")

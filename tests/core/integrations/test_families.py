@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from sla2_core import SLA2Config
 from sla2_core.integrations.diffusers import apply_sla2
-from sla2_core.integrations.families import family_of
+from sla2_core.integrations.family import family_of
 from sla2_core.integrations.loading import apply_adapter
 from sla2_core.training.capture import capture
-from sla2_core.training.stage1 import Stage1Config, train_stage1
-from sla2_core.training.stage2 import Stage2Config, train_stage2
+from sla2_core.training.stage1.train import Stage1Config, train_stage1
+from sla2_core.training.stage2.train import Stage2Config, train_stage2
 
 _SPEC = importlib.util.spec_from_file_location(
     "tiny_families", Path(__file__).with_name("families.py")
@@ -224,7 +224,7 @@ def test_cogvideox_trains_on_the_checkpoints_schedule():
     )
     clean, noise = torch.randn(2, 3, 2, 4).unbind(0)
     steps = torch.tensor([0, 500, 999])
-    from sla2_core.training.objectives import noisy_and_target
+    from sla2_core.training.stage2.objectives import noisy_and_target
 
     noisy, target = noisy_and_target(clean, noise, steps / 999, alphas)
     torch.testing.assert_close(

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from sla2_core import SLA2Config
-from sla2_core.integrations.check import inspect_model, main, read_config
 from sla2_core.integrations.diffusers import apply_sla2
+from sla2_core.integrations.inspect import inspect_model, main, read_config
 from sla2_core.integrations.loading import apply_adapter, from_pretrained, save_pretrained
 
 _SPEC = importlib.util.spec_from_file_location(

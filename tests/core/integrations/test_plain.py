@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sla2_core import SLA2Config
-from sla2_core.integrations.plain import ScaledDotProductSLA2
+from sla2_core.sdpa import ScaledDotProductSLA2
 
 CONFIG = SLA2Config(head_dim=12, num_heads=4, topk=1.0, alpha="one", block_q=8, block_k=5)
 

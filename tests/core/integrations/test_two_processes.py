@@ -19,7 +19,7 @@ from sla2_core import SLA2Config
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.loading import apply_adapter
 from sla2_core.training.capture import CaptureConfig, capture
-from sla2_core.training.stage1 import Stage1Config, train_stage1
+from sla2_core.training.stage1.train import Stage1Config, train_stage1
 
 
 def load_sibling(name):
@@ -59,7 +59,7 @@ def prepare(name, folder):
 
 
 def families_heads(transformer):
-    from sla2_core.integrations.families import family_of
+    from sla2_core.integrations.family import family_of
 
     family = family_of(transformer)
     return family.heads(next(iter(family.attention_layers(transformer).values())))

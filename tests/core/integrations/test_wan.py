@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from sla2_core.integrations.diffusers import apply_sla2
-from sla2_core.integrations.wan import WanSelfAttnProcessor
+from sla2_core.integrations.families.wan import WanSelfAttnProcessor
 
 
 def forward(transformer, inputs):

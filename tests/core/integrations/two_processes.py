@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from sla2_core import SLA2Config, build_attention
 from sla2_core.integrations.diffusers import apply_sla2
-from sla2_core.integrations.families import family_of
-from sla2_core.integrations.joint import routed_attention
+from sla2_core.integrations.family import family_of
 from sla2_core.integrations.loading import apply_adapter
+from sla2_core.integrations.routed import routed_attention
 from sla2_core.integrations.ulysses import Ulysses
-from sla2_core.training.stage2 import Stage2Config, train_stage2
+from sla2_core.training.stage2.train import Stage2Config, train_stage2
 
 _SPEC = importlib.util.spec_from_file_location(
     "tiny_families", Path(__file__).with_name("families.py")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from sla2_core.integrations.diffusers import apply_sla2
-from sla2_core.training.stage2 import Stage2Config, train_stage2
+from sla2_core.training.stage2.train import Stage2Config, train_stage2
 
 _SPEC = importlib.util.spec_from_file_location(
     "tiny_wan", Path(__file__).parents[1] / "conftest.py"

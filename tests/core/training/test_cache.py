@@ -6,7 +6,7 @@ import pytest
 import torch
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.training.cache import CachedData, encode_samples
-from sla2_core.training.stage2 import Stage2Config, train_stage2
+from sla2_core.training.stage2.train import Stage2Config, train_stage2
 
 NAMES = ["a.mp4", "b.mp4", "c.mp4"]
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sla2_core.adapter import WEIGHTS_NAME
-from sla2_core.training.stage2 import train_stage2
+from sla2_core.training.stage2.train import train_stage2
 
 _SPEC = importlib.util.spec_from_file_location("sharded", Path(__file__).with_name("sharded.py"))
 sharded = importlib.util.module_from_spec(_SPEC)

@@ -12,8 +12,8 @@ from sla2_core.block_map import BlockMap
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.reference import full_attention, routed_mass
 from sla2_core.training.capture import Captured, Captures, capture
-from sla2_core.training.soft import Call, calls
-from sla2_core.training.stage1 import Stage1Config, load_stage1, train_stage1
+from sla2_core.training.stage1.soft import Call, calls
+from sla2_core.training.stage1.train import Stage1Config, load_stage1, train_stage1
 
 CONFIG = Stage1Config(
     topk=(0.2, 0.5), steps=12, rows=4, eval_every=4, checkpoint_every=4, eval_rows=None

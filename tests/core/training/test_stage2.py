@@ -9,8 +9,8 @@ import pytest
 import torch
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.training.data import collate
-from sla2_core.training.objectives import draw_sigma, noisy_and_target
-from sla2_core.training.stage2 import Stage2Config, TrainingStopped, train_stage2
+from sla2_core.training.stage2.objectives import draw_sigma, noisy_and_target
+from sla2_core.training.stage2.train import Stage2Config, TrainingStopped, train_stage2
 
 CONFIG = Stage2Config(
     steps=6,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from sla2_core.integrations.diffusers import apply_sla2
-from sla2_core.training.stage2 import Stage2Config, train_stage2
+from sla2_core.training.stage2.train import Stage2Config, train_stage2
 
 SETTINGS = dict(
     steps=8,

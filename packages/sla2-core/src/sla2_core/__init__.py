@@ -6,7 +6,7 @@ from sla2_core.attention import SLA2Attention, SLAAttention, build_attention
 from sla2_core.block_map import BlockMap
 from sla2_core.config import SLA2Config
 from sla2_core.functional import block_sparse_attention, sla2_attention, sla_attention
-from sla2_core.softtopk import soft_topk
+from sla2_core.routing.softtopk import soft_topk
 
 __all__ = [
     "BlockMap",

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sla2_core import cuda_ops
+from sla2_core.backends import cuda as cuda_ops
 from sla2_core.block_map import BlockMap, Rows
 from sla2_core.checks import autocast_qkv, check_choice, check_kv_lengths, check_qkv
 from sla2_core.config import SLA2Config, heuristic_router
 from sla2_core.functional import CUDA_BACKENDS, backend_for, sla2_attention, sla_attention
-from sla2_core.mixing import Mixing
-from sla2_core.router import Float32Module, Router, pool, smooth_pooled, top_k_map
+from sla2_core.mixing.mixing import Mixing
+from sla2_core.routing.router import Float32Module, Router, pool, smooth_pooled, top_k_map
 
 LAYOUTS = ("bhnd", "bnhd")
 

@@ -11,7 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sla2_core import cuda_ops, ops, reference, streamed
+from sla2_core import reference
+from sla2_core.backends import blocked as streamed
+from sla2_core.backends import cpu as ops
+from sla2_core.backends import cuda as cuda_ops
 from sla2_core.block_map import BlockMap, Rows
 from sla2_core.checks import (
     autocast_qkv,
@@ -24,7 +27,7 @@ from sla2_core.checks import (
     check_qkv,
 )
 from sla2_core.config import QAT_BACKWARDS
-from sla2_core.router import smooth_keys
+from sla2_core.routing.router import smooth_keys
 
 CUDA_BACKENDS = ("cuda", "emulator")
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sla2_core import quantize
 from sla2_core.block_map import BlockMap
 from sla2_core.checks import (
     check_alpha,
@@ -19,7 +18,8 @@ from sla2_core.checks import (
     check_qkv,
 )
 from sla2_core.config import QAT_BACKWARDS
-from sla2_core.router import smooth_keys
+from sla2_core.formats import formats as quantize
+from sla2_core.routing.router import smooth_keys
 
 
 def _work(x: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ class _Kernels:
 
     def __init__(self, q, k, v, topk: float):
         import torch
-        from sla2_kernels import operator
+        from sla2_kernels import forward as operator
         from sla2_kernels.problem import Alpha, Problem
         from sla2_kernels.specs import architecture_of
 
@@ -285,8 +285,8 @@ class _Kernels:
     def cases(self, grad) -> dict[str, Callable[[], object]]:
         from dataclasses import replace
 
+        from sla2_kernels.backward import backward
         from sla2_kernels.kernels import supports
-        from sla2_kernels.operator_backward import backward
 
         op, problem = self.operator, self.problem
         saved, d_out = self.forward(problem, save=True), self.strided(grad)

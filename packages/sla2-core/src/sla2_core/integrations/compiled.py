@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sla2_core.attention import build_attention
 from sla2_core.config import SLA2Config
-from sla2_core.integrations.joint import routed_attention
+from sla2_core.integrations.routed import routed_attention
 
 _FIELDS = tuple((field.name, field.type) for field in dataclasses.fields(SLA2Config))
 _TYPES = {"int": int, "float": float, "str": str, "bool": lambda text: text == "True"}

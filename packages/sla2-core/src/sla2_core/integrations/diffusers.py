@@ -11,7 +11,7 @@ from torch import nn
 from sla2_core.attention import build_attention
 from sla2_core.config import SLA2Config
 from sla2_core.integrations import compiled
-from sla2_core.integrations.families import family_of, unwrapped
+from sla2_core.integrations.family import family_of, unwrapped
 from sla2_core.integrations.handle import SLA2Handle
 from sla2_core.integrations.processor import SLA2Processor, Switch
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sla2_core import adapter as files
 from sla2_core.block_map import BlockMap
 from sla2_core.config import SLA2Config
-from sla2_core.integrations.families import Family, class_name
+from sla2_core.integrations.family import Family, class_name
 from sla2_core.integrations.processor import SLA2Processor, Switch
 
 _GROUPS = ("router", "alpha", "proj", "model")

@@ -12,7 +12,7 @@ from torch import nn
 
 from sla2_core import adapter as files
 from sla2_core.integrations.diffusers import apply_sla2
-from sla2_core.integrations.families import family_of, known_classes
+from sla2_core.integrations.family import family_of, known_classes
 from sla2_core.integrations.handle import SLA2Handle
 
 

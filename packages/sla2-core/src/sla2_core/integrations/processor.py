@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sla2_core.config import SLA2Config
 from sla2_core.integrations.compiled import config_text, routed_operator
-from sla2_core.integrations.joint import full_attention, routed_attention
+from sla2_core.integrations.routed import full_attention, routed_attention
 from sla2_core.integrations.ulysses import Ulysses
 
 

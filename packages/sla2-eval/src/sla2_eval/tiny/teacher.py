@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sla2_eval.dataset import read_folder, write_folder
-from sla2_eval.folders import note_settings
+from sla2_eval.runs.folders import note_settings
 from sla2_eval.tiny import model as tiny
 from sla2_eval.tiny.shapes import FPS, NUM_FRAMES, SIZE, sample
+from sla2_eval.videos.dataset import read_folder, write_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ def train_teacher(
     `out`/data first. Raises ValueError for an `out` of a training with other settings.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
-    from sla2_core.integrations.wan import WanSelfAttnProcessor
+    from sla2_core.integrations.families.wan import WanSelfAttnProcessor
 
     out.mkdir(parents=True, exist_ok=True)
     settings = {**asdict(config), "videos": None if videos is None else str(videos.resolve())}

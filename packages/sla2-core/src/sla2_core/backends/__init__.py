@@ -1,0 +1,1 @@
+"""Where the operator is computed: CPU kernels, CUDA kernels, plain torch."""

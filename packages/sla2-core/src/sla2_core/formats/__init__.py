@@ -1,0 +1,1 @@
+"""The axis of number formats of the sparse branch."""

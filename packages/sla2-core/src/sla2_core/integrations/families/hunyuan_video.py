@@ -1,0 +1,112 @@
+"""HunyuanVideo (diffusers' HunyuanVideoTransformer3DModel): joint attention of video and text, text
+last, padding masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sla2_core.integrations.families.joint import (
+    JointSLA2Processor,
+    block_attention,
+    heads_of,
+    join,
+    normed,
+    split_heads,
+)
+from sla2_core.integrations.family import Family
+
+
+def project(attn: nn.Module, video: Tensor, text: Tensor, rotary) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (B, N, H, d), text last; the rotary embedding acts on the video tokens after the
+    norms.
+    """
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    own = (attn.to_q, attn.to_k, attn.to_v)
+    added = own if attn.add_q_proj is None else (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    norms = (attn.norm_q, attn.norm_k)
+    added_norms = norms if attn.add_q_proj is None else (attn.norm_added_q, attn.norm_added_k)
+    q, k, v = split_heads(own, video, attn.heads)
+    q, k = normed(norms[0], q), normed(norms[1], k)
+    if rotary is not None:
+        q, k = (
+            apply_rotary_emb(q, rotary, sequence_dim=1),
+            apply_rotary_emb(k, rotary, sequence_dim=1),
+        )
+    text_q, text_k, text_v = split_heads(added, text, attn.heads)
+    text_q, text_k = normed(added_norms[0], text_q), normed(added_norms[1], text_k)
+    return join((q, k, v), (text_q, text_k, text_v))
+
+
+def finish(attn: nn.Module, out: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
+    """The output projections of video and text."""
+    video, text = out.flatten(2, 3).split([out.shape[1] - text_tokens, text_tokens], dim=1)
+    if getattr(attn, "to_out", None) is not None:
+        video = attn.to_out[1](attn.to_out[0](video))
+    if getattr(attn, "to_add_out", None) is not None:
+        text = attn.to_add_out(text)
+    return video, text
+
+
+class HunyuanVideoSLA2Processor(JointSLA2Processor):
+    """SLA2 for the joint attention of HunyuanVideo's double and single blocks."""
+
+    def attend(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`attention_mask` is bool (B, 1, 1, N) over video and text keys, its padding at the end of
+        the text.
+        """
+        text_tokens = encoder_hidden_states.shape[1]
+        q, k, v = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        lengths = (
+            None if attention_mask is None else attention_mask.flatten(1).sum(-1, dtype=torch.int64)
+        )
+        out = self.self_attention(q, k, v, text_tokens, lengths).to(q.dtype)
+        return finish(attn, out, text_tokens)
+
+
+def _predict(
+    transformer: nn.Module, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]
+) -> Tensor:
+    """`conditions`: encoder_hidden_states, encoder_attention_mask, pooled_projections; guidance
+    (1,000 times the scale).
+    """
+    conditions = dict(conditions)
+    if transformer_config(transformer).get("guidance_embeds") and "guidance" not in conditions:
+        conditions["guidance"] = torch.full_like(sigma, 1000.0)
+    return transformer(hidden_states=noisy, timestep=sigma * 1000, **conditions, return_dict=False)[
+        0
+    ]
+
+
+def transformer_config(transformer: nn.Module) -> Mapping:
+    """The configuration, also through DistributedDataParallel."""
+    return getattr(transformer, "module", transformer).config
+
+
+def _tokens(config: Mapping, frames: int, height: int, width: int) -> int:
+    patch = config["patch_size"]
+    return (frames // config["patch_size_t"]) * (height // patch) * (width // patch)
+
+
+FAMILY = Family(
+    name="hunyuan_video",
+    attention_layers=block_attention(
+        {"transformer_blocks": "attn", "single_transformer_blocks": "attn"}
+    ),
+    processor=HunyuanVideoSLA2Processor,
+    heads=heads_of,
+    predict=_predict,
+    tokens=_tokens,
+    latent_shape=(33, 90, 160),  # 129 frames of 720 x 1280
+)

@@ -1,0 +1,130 @@
+"""LTX-2 (diffusers' LTX2VideoTransformer3DModel): the video's self-attention; audio and
+cross-attention stay dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sla2_core.integrations.families.joint import block_attention, refuse_mask
+from sla2_core.integrations.family import Family
+from sla2_core.integrations.processor import SLA2Processor
+
+
+class LTX2SLA2Processor(SLA2Processor):
+    """SLA2 for LTX-2's `attn1`, with its output gates and perturbation (spatio-temporal
+    guidance).
+    """
+
+    def __call__(
+        self,
+        attn,
+        hidden_states,
+        encoder_hidden_states=None,
+        attention_mask=None,
+        query_rotary_emb=None,
+        key_rotary_emb=None,
+        perturbation_mask=None,
+        all_perturbed=None,
+    ) -> Tensor:
+        # LTX2Attention reads the signature.
+        perturbed = {}
+        if perturbation_mask is not None or all_perturbed is not None:
+            perturbed = {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
+        return super().__call__(
+            attn,
+            hidden_states,
+            encoder_hidden_states,
+            attention_mask,
+            query_rotary_emb,
+            key_rotary_emb,
+            **perturbed,
+        )
+
+    def attend(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        query_rotary_emb: tuple[Tensor, Tensor] | None,
+        key_rotary_emb: tuple[Tensor, Tensor] | None,
+        perturbation_mask: Tensor | None = None,
+        all_perturbed: bool | None = None,
+    ) -> Tensor:
+        from diffusers.models.transformers.transformer_ltx2 import (
+            apply_interleaved_rotary_emb,
+            apply_split_rotary_emb,
+        )
+
+        refuse_mask("video_self_attention_mask", attention_mask)
+        value = attn.to_v(hidden_states)
+        if all_perturbed is None and perturbation_mask is not None:
+            all_perturbed = bool((perturbation_mask == 0).all())
+        if all_perturbed:
+            out = value
+        else:
+            q, k = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
+            if query_rotary_emb is not None:
+                rotate = (
+                    apply_interleaved_rotary_emb
+                    if attn.rope_type == "interleaved"
+                    else apply_split_rotary_emb
+                )
+                q, k = (
+                    rotate(q, query_rotary_emb),
+                    rotate(k, query_rotary_emb if key_rotary_emb is None else key_rotary_emb),
+                )
+            q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, value))
+            out = self.self_attention(q, k, v).flatten(2, 3).to(q.dtype)
+            if perturbation_mask is not None:
+                out = torch.lerp(value, out, perturbation_mask)
+        if attn.to_gate_logits is not None:
+            gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
+            out = (out.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2, 3)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+_SIZES = ("num_frames", "height", "width", "audio_num_frames")
+
+
+def _predict(
+    transformer: nn.Module, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]
+) -> Tensor:
+    """Packed video latents (B, N, C) beside clean audio (audio_hidden_states, at timestep 0): the
+    video's velocity.
+
+    `conditions`: the model's text arguments, audio_hidden_states, and num_frames, height, width,
+    audio_num_frames as integers, the same for every sample.
+    """
+    conditions = {
+        name: int(x.flatten()[0]) if name in _SIZES else x for name, x in conditions.items()
+    }
+    return transformer(
+        hidden_states=noisy,
+        timestep=sigma * 1000,
+        sigma=sigma * 1000,
+        audio_timestep=torch.zeros_like(sigma),
+        audio_sigma=torch.zeros_like(sigma),
+        **conditions,
+        return_dict=False,
+    )[0]
+
+
+def _tokens(config: Mapping, frames: int, height: int, width: int) -> int:
+    patch = config["patch_size"]
+    return (frames // config["patch_size_t"]) * (height // patch) * (width // patch)
+
+
+FAMILY = Family(
+    name="ltx2",
+    attention_layers=block_attention({"transformer_blocks": "attn1"}),
+    processor=LTX2SLA2Processor,
+    heads=lambda attn: (attn.heads, attn.head_dim),
+    predict=_predict,
+    tokens=_tokens,
+    latent_shape=(16, 16, 24),  # 121 frames of 512 x 768
+)

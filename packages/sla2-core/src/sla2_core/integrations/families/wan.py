@@ -1,0 +1,119 @@
+"""Wan2.1 and Wan2.2 (diffusers' WanTransformer3DModel): self-attention with a replaceable attention
+operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sla2_core.integrations.family import Family
+from sla2_core.integrations.processor import SLA2Processor
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring channel pairs of `x`, (B, N, H, d), by the angles diffusers' Wan model
+    hands its processors.
+
+    `cos` and `sin` are (1, N, 1, d) with each value repeated for both channels of a pair.
+    """
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return (
+        torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    )
+
+
+def _attend(
+    attn: nn.Module,
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    rotary_emb: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Projections, norms and rotary embedding of Wan's `attn1`, then `attention(q, k, v)` on (B, N,
+    H, d).
+    """
+    for name, given in (
+        ("encoder_hidden_states", encoder_hidden_states),
+        ("attention_mask", attention_mask),
+    ):
+        if given is not None:
+            raise ValueError(
+                f"{name}: expected None (Wan's self-attention has neither text nor mask), got a"
+                " tensor"
+            )
+    if attn.fused_projections:
+        query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+    else:
+        query, key, value = (
+            attn.to_q(hidden_states),
+            attn.to_k(hidden_states),
+            attn.to_v(hidden_states),
+        )
+    query, key = attn.norm_q(query), attn.norm_k(key)
+    query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+    if rotary_emb is not None:
+        query, key = apply_rotary(query, *rotary_emb), apply_rotary(key, *rotary_emb)
+    out = attention(query, key, value).flatten(2, 3).type_as(query)
+    return attn.to_out[1](attn.to_out[0](out))
+
+
+class WanSelfAttnProcessor(nn.Module):
+    """Wan's self-attention with any `attention(q, k, v)` on (B, N, H, d) in the middle."""
+
+    def __init__(self, attention: Callable[[Tensor, Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, attn: nn.Module, hidden_states: Tensor, *rest, **named) -> Tensor:
+        return _attend(attn, self.attention, hidden_states, *rest, **named)
+
+
+class WanSLA2Processor(SLA2Processor):
+    """SLA2 for Wan's `attn1`."""
+
+    def attend(self, attn: nn.Module, hidden_states: Tensor, *rest, **named) -> Tensor:
+        return _attend(attn, self.self_attention, hidden_states, *rest, **named)
+
+
+def _layers(transformer: nn.Module) -> dict[str, nn.Module]:
+    return {f"blocks.{i}.attn1": block.attn1 for i, block in enumerate(transformer.blocks)}
+
+
+def _heads(attn: nn.Module) -> tuple[int, int]:
+    return attn.heads, attn.inner_dim // attn.heads
+
+
+def _predict(
+    transformer: nn.Module, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]
+) -> Tensor:
+    """`conditions`: encoder_hidden_states; for image to video also image_latents, concatenated on
+    the channels.
+    """
+    conditions = dict(conditions)
+    image = conditions.pop("image_latents", None)
+    if image is not None:
+        noisy = torch.cat([noisy, image.to(noisy.dtype)], dim=1)
+    return transformer(hidden_states=noisy, timestep=sigma * 1000, **conditions, return_dict=False)[
+        0
+    ]
+
+
+def _tokens(config: Mapping, frames: int, height: int, width: int) -> int:
+    p_t, p_h, p_w = config["patch_size"]
+    return (frames // p_t) * (height // p_h) * (width // p_w)
+
+
+FAMILY = Family(
+    name="wan",
+    attention_layers=_layers,
+    processor=WanSLA2Processor,
+    heads=_heads,
+    predict=_predict,
+    tokens=_tokens,
+    latent_shape=(21, 60, 104),  # 81 frames of 480 x 832
+)

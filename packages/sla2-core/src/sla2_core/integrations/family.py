@@ -1,0 +1,91 @@
+"""The model families apply_sla2 knows: which attention layers a transformer has, and how its
+forward is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Class of the transformer in diffusers -> the module of this package that defines its FAMILY.
+_MODULES = {
+    "WanTransformer3DModel": "wan",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
+    "CogVideoXTransformer3DModel": "cogvideox",
+    "FluxTransformer2DModel": "flux",
+    "LTX2VideoTransformer3DModel": "ltx2",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What the rest of the package needs to know of one model family.
+
+    Args:
+        name: short name, for messages and adapters.
+        attention_layers: transformer -> {name: self-attention module}, in the order of the forward
+            pass.
+        processor: the SLA2Processor class of these layers.
+        heads: an attention module -> (number of heads, head dimension).
+        predict: (transformer, noisy latents, sigma (B,) in [0, 1], conditions) -> the model's
+            prediction, a tensor.
+        tokens: (transformer config, latent frames, height, width) -> video tokens.
+        latent_shape: (frames, height, width) of the latents in the model's usual setting, for
+            reports.
+        alphas_cumprod: transformer config -> (T,) for models that predict v on a
+            variance-preserving schedule; None for flow matching.
+        install_hooks: (transformer, layer names) -> hook handles, where a processor needs to see
+            more than its arguments.
+    """
+
+    name: str
+    attention_layers: Callable[[nn.Module], dict[str, nn.Module]]
+    processor: type[nn.Module]
+    heads: Callable[[nn.Module], tuple[int, int]]
+    predict: Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+    tokens: Callable[[Mapping, int, int, int], int]
+    latent_shape: tuple[int, int, int]
+    alphas_cumprod: Callable[[Mapping], Tensor] | None = None
+    install_hooks: Callable[[nn.Module, Sequence[str]], list[Any]] | None = None
+
+
+def known_classes() -> tuple[str, ...]:
+    """Names of the transformer classes with an integration."""
+    return tuple(_MODULES)
+
+
+def family_of(transformer: nn.Module) -> Family:
+    """The family of a diffusers transformer. Raises ValueError for a class without an
+    integration.
+    """
+    return importlib.import_module(
+        f"sla2_core.integrations.families.{_MODULES[class_name(transformer)]}"
+    ).FAMILY
+
+
+def class_name(transformer: nn.Module) -> str:
+    """The diffusers class of a transformer, also of a subclass, such as FSDP2 makes. Raises
+    ValueError for an unknown one.
+    """
+    own = type(unwrapped(transformer))
+    for cls in own.__mro__:
+        if cls.__name__ in _MODULES:
+            return cls.__name__
+    raise ValueError(f"transformer: expected one of {', '.join(_MODULES)}, got {own.__name__}")
+
+
+def unwrapped(transformer: nn.Module) -> nn.Module:
+    """The module inside torch.compile's or DistributedDataParallel's wrapper."""
+    while True:
+        inner = getattr(transformer, "_orig_mod", None)
+        if inner is None and isinstance(transformer, torch.nn.parallel.DistributedDataParallel):
+            inner = transformer.module
+        if inner is None:
+            return transformer
+        transformer = inner

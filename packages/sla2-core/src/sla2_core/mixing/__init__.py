@@ -1,0 +1,1 @@
+"""The axis of mixing: how the two branches become one output."""

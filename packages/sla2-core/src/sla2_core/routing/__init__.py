@@ -1,0 +1,1 @@
+"""The axis of routers: which blocks each query block attends to exactly."""

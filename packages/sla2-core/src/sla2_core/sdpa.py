@@ -1,0 +1,93 @@
+"""SLA2 where code calls scaled_dot_product_attention: the same arguments, as a module that holds
+the parameters.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sla2_core.attention import build_attention
+from sla2_core.config import SLA2Config
+from sla2_core.integrations.routed import routed_attention
+
+
+class ScaledDotProductSLA2(nn.Module):
+    """A stand-in for torch.nn.functional.scaled_dot_product_attention in self-attention over long
+    sequences.
+
+    Args:
+        config: an SLA2Config (or one of SLA). `attention` is the SLA2Attention inside, the part to
+            train and save.
+    """
+
+    def __init__(self, config: SLA2Config):
+        super().__init__()
+        self.attention = build_attention(config)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        *,
+        text_tokens: int = 0,
+    ) -> Tensor:
+        """Attention output (B, H, N, d) in the dtype of `query`.
+
+        Args:
+            query: (B, H, N, d). key, value: the same, or with fewer heads and enable_gqa=True.
+            attn_mask: None, or a bool mask of keys (B, 1, 1, N) whose valid tokens come first.
+            dropout_p, is_causal, scale: 0, False, and None or 1 / sqrt(d): nothing else has a
+                block-sparse form here.
+            text_tokens: how many tokens at the end are text (keys always selected, queries dense).
+
+        Raises:
+            ValueError: an argument outside of these; the message names it.
+        """
+        if dropout_p:
+            raise ValueError(f"dropout_p: expected 0.0 with SLA2, got {dropout_p}")
+        if is_causal:
+            raise ValueError("is_causal: expected False with SLA2, got True")
+        if scale is not None and not math.isclose(scale, query.shape[-1] ** -0.5):
+            raise ValueError(
+                f"scale: expected None or 1 / sqrt(d) = {query.shape[-1] ** -0.5:g} with SLA2, got"
+                f" {scale}"
+            )
+        if enable_gqa:
+            share = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+        lengths = None if attn_mask is None else _lengths(attn_mask, query.shape[0], key.shape[2])
+        if not text_tokens:
+            return self.attention(query, key, value, kv_lengths=lengths)
+        return routed_attention(
+            self.attention, query, key, value, text_tokens=text_tokens, kv_lengths=lengths
+        )[0]
+
+
+def _lengths(mask: Tensor, batch: int, n_k: int) -> Tensor:
+    """Valid keys of each item, int64 (B,)."""
+    if (
+        mask.dtype != torch.bool
+        or mask.ndim != 4
+        or mask.shape[1:3] != (1, 1)
+        or mask.shape[3] != n_k
+    ):
+        raise ValueError(
+            f"attn_mask: expected a bool mask of keys (B, 1, 1, {n_k}) with SLA2, got {mask.dtype}"
+            f" {tuple(mask.shape)}"
+        )
+    valid = mask[:, 0, 0].expand(batch, n_k)
+    lengths = valid.sum(-1)
+    if not torch.equal(valid, torch.arange(n_k, device=mask.device) < lengths[:, None]):
+        raise ValueError(
+            "attn_mask: expected the valid keys first and padding at the end with SLA2, got holes"
+        )
+    return lengths

@@ -1,0 +1,55 @@
+"""How much of the possible gain a router has learnt: routed mass and error against the heuristic
+router and the oracle.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sla2_core.config import SLA2Config
+from sla2_core.training.capture import Captured
+from sla2_core.training.stage1.soft import calls
+
+
+@torch.no_grad()
+def layer_report(
+    layer: int,
+    captured: Captured,
+    config: SLA2Config,
+    router: nn.Module,
+    mixing: nn.Module,
+    topk: float,
+    rows: Tensor,
+    max_scores: int,
+) -> dict[str, Any]:
+    """One layer at one k%, on the query blocks `rows` of one captured call.
+
+    The oracle selects the top-k of the true block masses (full-softmax probability, mean over the
+    query block). All three maps run through the hard operator with the learned alpha.
+    """
+    mass = dict.fromkeys(("learned", "heuristic", "oracle"), 0.0)
+    error = dict(mass)
+    norm = 0.0
+    for call, share in calls(captured, config, 1, max_scores):
+        for row in rows.split(1):
+            scores = call.scores(router, row)
+            true = call.block_masses(row)
+            pooled = call.pooled_q[:, :, row] @ call.pooled_k.transpose(-1, -2)
+            part = share / len(rows)
+            for name, ranking in (("learned", scores), ("heuristic", pooled), ("oracle", true)):
+                mask = call.hard_mask(ranking, topk)
+                out, full = call.attend(row, mask, call.alpha(mixing, scores, mask, row))
+                mass[name] += float((true * mask).sum(-1).mean()) * part
+                error[name] += float((out - full).square().mean()) * part
+            norm += float(full.square().mean()) * part
+    room = mass["oracle"] - mass["heuristic"]
+    return {
+        "layer": layer,
+        "topk": topk,
+        "mass": mass,
+        "error": {name: value / norm for name, value in error.items()},
+        "gain": (mass["learned"] - mass["heuristic"]) / room if room > 1e-6 else None,
+    }

@@ -1,0 +1,122 @@
+"""What stage 1 computes on one captured call: the soft operator beside full attention, and true
+block masses, by rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from sla2_core.block_map import num_blocks
+from sla2_core.config import SLA2Config
+from sla2_core.integrations.heads import for_heads
+from sla2_core.reference import soft_attention
+from sla2_core.routing.router import blocks_to_select, pool, smooth_keys
+from sla2_core.routing.softtopk import soft_topk
+from sla2_core.training.capture import Captured
+
+
+class Call:
+    """A captured call prepared for row-wise work on a few of its heads: K smoothed, Q and K pooled.
+
+    Text tokens stand last. Their queries are dense in the model, so only video queries count here;
+    key blocks that hold any text are always selected (`forced`).
+    """
+
+    def __init__(self, captured: Captured, config: SLA2Config, chunk: slice):
+        self.config = config
+        self.heads = list(captured.heads)[chunk]
+        n_video = captured.q.shape[2] - captured.text_tokens
+        q, k, v = captured.q[:, chunk, :n_video], captured.k[:, chunk], captured.v[:, chunk]
+        self.lengths = (
+            None
+            if captured.kv_lengths is None
+            else torch.tensor(captured.kv_lengths, device=q.device)
+        )
+        self.q, self.v = q, v
+        self.k = smooth_keys(k, self.lengths) if config.smooth_k else k
+        self.pooled_q = pool(q, config.block_q)
+        self.pooled_k = pool(self.k, config.block_k, self.lengths)
+        self.t_m, self.t_n = self.pooled_q.shape[2], self.pooled_k.shape[2]
+        start = torch.arange(self.t_n, device=q.device) * config.block_k
+        self.forced = torch.zeros_like(start, dtype=torch.bool)
+        if captured.text_tokens:
+            self.forced = start + config.block_k > n_video
+        self.dead = torch.zeros((1, 1, 1, self.t_n), dtype=torch.bool, device=q.device)
+        if self.lengths is not None:
+            self.dead = (start >= self.lengths[:, None])[:, None, None, :]
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        """The query tokens (B, H, n, d) of the ascending query blocks `rows`."""
+        block, n = self.config.block_q, self.q.shape[2]
+        place = (rows[:, None] * block + torch.arange(block, device=rows.device)).flatten()
+        return self.q[:, :, place[place < n]]
+
+    def count(self, topk: float) -> Tensor:
+        """How many routable blocks a row selects: (B|1, 1, 1, 1)."""
+        routable = (~(self.forced | self.dead)).sum(-1, keepdim=True)
+        return torch.tensor(
+            [blocks_to_select(topk, int(n)) for n in routable.flatten()], device=self.q.device
+        ).view(routable.shape)
+
+    def scores(self, router: nn.Module, rows: Tensor) -> Tensor:
+        """Router scores (B, H, rows, T_n); -inf for blocks of padding."""
+        raw = for_heads(router, self.heads).scores(self.pooled_q[:, :, rows], self.pooled_k)
+        return raw.masked_fill(self.dead, -torch.inf)
+
+    def soft_mask(self, scores: Tensor, topk: float) -> Tensor:
+        routable = scores.masked_fill(self.forced, -torch.inf)
+        soft = soft_topk(routable, self.count(topk).to(scores.dtype), self.config.tau)
+        return torch.where(self.forced & ~self.dead, 1.0, soft)
+
+    def hard_mask(self, ranking: Tensor, topk: float) -> Tensor:
+        """bool (B, H, rows, T_n): the best routable blocks of each row of `ranking`, and the forced
+        ones.
+        """
+        routable = ranking.masked_fill(self.forced | self.dead, -torch.inf)
+        rank = torch.argsort(routable, dim=-1, descending=True, stable=True).argsort(-1)
+        return (rank < self.count(topk)) & ~self.dead | (self.forced & ~self.dead)
+
+    def alpha(self, mixing: nn.Module, scores: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+        return for_heads(mixing, self.heads)(scores, mask, rows=rows, num_rows=self.t_m)
+
+    def attend(self, rows: Tensor, mask: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """(SLA2 with `mask`, full attention) of the query blocks `rows`, each (B, H, n, d)."""
+        c = self.config
+        return soft_attention(
+            self.tokens(rows), self.k, self.v, mask, alpha, c.block_q, c.block_k, self.lengths
+        )
+
+    def block_masses(self, rows: Tensor) -> Tensor:
+        """The full-softmax probability of each key block, mean over the tokens of each query block:
+        (B, H, rows, T_n).
+        """
+        q = self.tokens(rows).float()
+        scores = (q @ self.k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
+        if self.lengths is not None:
+            token = torch.arange(self.k.shape[2], device=q.device)
+            scores = scores.masked_fill((token >= self.lengths[:, None])[:, None, None], -torch.inf)
+        probability = torch.softmax(scores, -1)
+        pad = self.t_n * self.config.block_k - self.k.shape[2]
+        per_token = (
+            torch.nn.functional.pad(probability, (0, pad)).unflatten(-1, (self.t_n, -1)).sum(-1)
+        )
+        return pool(per_token, self.config.block_q)
+
+
+def calls(
+    captured: Captured, config: SLA2Config, num_rows: int, max_scores: int
+) -> Iterator[tuple[Call, float]]:
+    """The captured call in chunks of heads whose score matrix for `num_rows` query blocks has at
+    most `max_scores` elements.
+
+    Yields (call, share of the heads).
+    """
+    b, h, n, _ = captured.q.shape
+    per_head = b * min(num_rows, num_blocks(n, config.block_q)) * config.block_q * n
+    size = max(1, min(h, max_scores // per_head))
+    for start in range(0, h, size):
+        chunk = slice(start, min(start + size, h))
+        yield Call(captured, config, chunk), (chunk.stop - chunk.start) / h

@@ -1,0 +1,469 @@
+"""Stage 1 (Alg. 1): fit the router and alpha to full attention on captured Q, K, V, with SoftTop-k,
+by query blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sla2_core.adapter import (
+    GEOMETRY,
+    check_tensors,
+    copy_tensors,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from sla2_core.integrations.family import class_name
+from sla2_core.integrations.handle import SLA2Handle
+from sla2_core.training.capture import Captured, Captures
+from sla2_core.training.settings import check_fields, check_same
+from sla2_core.training.stage1.report import layer_report
+from sla2_core.training.stage1.soft import calls
+
+STATE_NAME = "stage1.safetensors"
+SETTINGS_NAME = "stage1.json"
+REPORT_NAME = "report.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1Config:
+    """Settings of stage 1.
+
+    Args:
+        topk: the k% trained together: one router for all, one alpha for each (its target, the
+            routed mass, grows with k%).
+        steps: optimiser steps; each takes one captured call of every layer at one of the k%, in
+            turn.
+        rows: query blocks drawn per call and step; None takes all.
+        router_lr, alpha_lr: peak learning rates of AdamW, linearly warmed up over 5 % and decayed
+            to 0.
+        eval_every, patience, min_gain: every so many steps the held-out error is measured; training
+            ends early when it did not fall by the fraction `min_gain` for `patience` measurements
+            in a row.
+        holdout: share of the samples held out (at least one, if there are two).
+        eval_rows: query blocks per call in measurements and in the report; None takes all.
+        max_scores: elements of the largest score matrix; bounds the memory, about 8 fp32 copies of
+            it.
+        cache_bytes: captures are kept in memory if they are smaller than this.
+        checkpoint_every: steps between checkpoints. seed: of every draw.
+    """
+
+    topk: tuple[float, ...] = (0.05, 0.04, 0.03)
+    steps: int = 300
+    rows: int | None = 8
+    router_lr: float = 5e-3
+    alpha_lr: float = 5e-2
+    eval_every: int = 25
+    patience: int = 4
+    min_gain: float = 1e-3
+    holdout: float = 0.2
+    eval_rows: int | None = 8
+    max_scores: int = 1 << 25
+    cache_bytes: int = 1 << 30
+    checkpoint_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self):
+        check_fields(
+            self,
+            {
+                "fractions in (0, 1]": ("topk",),
+                "an integer >= 1": (
+                    "steps",
+                    "rows",
+                    "eval_every",
+                    "patience",
+                    "eval_rows",
+                    "max_scores",
+                    "checkpoint_every",
+                ),
+                "an integer >= 0": ("cache_bytes", "seed"),
+                "a number >= 0": ("router_lr", "alpha_lr", "min_gain"),
+                "a number in [0, 1)": ("holdout",),
+            },
+            optional=("rows", "eval_rows"),
+        )
+
+
+@dataclass(kw_only=True)
+class Stage1Report:
+    """What stage 1 reached: training and held-out errors, and per layer and k% the routed mass and
+    the error.
+
+    `layers` holds {"layer", "topk", "mass": {learned, heuristic, oracle}, "error": {...}, "gain"}:
+    mass is the mean full-softmax probability of the selected blocks, error the relative squared
+    error of the hard operator against full attention at the learned alpha, gain the share of the
+    oracle's advantage in mass over the heuristic router.
+    """
+
+    steps: int = 0
+    stopped_early: bool = False
+    loss: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Trainee:
+    """Parameters of one layer in training: its router, and a mixing module for each k%."""
+
+    def __init__(self, attention: nn.Module, topk: tuple[float, ...]):
+        self.config = attention.config
+        self.router = copy.deepcopy(attention.router)
+        self.mixing = {k: copy.deepcopy(attention.mixing) for k in topk}
+
+    def tensors(self, layer: int) -> dict[str, nn.Parameter]:
+        found = {f"layers.{layer}.router.{name}": p for name, p in self.router.named_parameters()}
+        for k, mixing in self.mixing.items():
+            found |= {
+                f"layers.{layer}.mixing.{k:g}.{name}": p for name, p in mixing.named_parameters()
+            }
+        return found
+
+    def error(
+        self, captured: Captured, topk: float, rows: Tensor, max_scores: int, learn: bool
+    ) -> float:
+        """Squared error of soft SLA2 relative to full attention; with `learn`, gradients are added
+        up.
+        """
+        total, norm = 0.0, None
+        for call, share in calls(captured, self.config, len(rows), max_scores):
+            scores = call.scores(self.router, rows)
+            learnt = (
+                self.config.router == "learned"
+            )  # with a fixed router alpha may see the mask it will work with
+            mask = call.soft_mask(scores, topk) if learnt else call.hard_mask(scores, topk)
+            out, full = call.attend(rows, mask, call.alpha(self.mixing[topk], scores, mask, rows))
+            norm = (
+                full.square().mean() if norm is None else norm
+            )  # of the first chunk: any fixed scale serves
+            loss = (out - full).square().mean() / norm * share
+            if learn:
+                loss.backward()
+            total += float(loss.detach())
+        return total
+
+
+class _Data:
+    """Captured calls by layer, split into training and held-out samples, kept in memory
+    if small.
+    """
+
+    def __init__(
+        self,
+        captures: Captures,
+        layers: tuple[int, ...],
+        config: Stage1Config,
+        device: torch.device,
+    ):
+        self.captures, self.device = captures, device
+        self.memory: dict[str, Captured] | None = (
+            {} if captures.bytes <= config.cache_bytes else None
+        )
+        samples = sorted({call["sample"] for call in captures.calls})
+        held = 0 if len(samples) < 2 else max(1, round(config.holdout * len(samples)))
+        self.held = set(samples[len(samples) - held :]) if held else set(samples)
+        learnt = set(samples[: len(samples) - held]) if held else set(samples)
+        self.train = {
+            i: [c for c in captures.calls if c["layer"] == i and c["sample"] in learnt]
+            for i in layers
+        }
+        self.test = {
+            i: [c for c in captures.calls if c["layer"] == i and c["sample"] in self.held]
+            for i in layers
+        }
+        for layer in layers:
+            if not self.train[layer]:
+                raise ValueError(
+                    f"captures: expected calls of layer {layer}, got none in {captures.folder}"
+                )
+            self.test[layer] = self.test[layer] or self.train[layer][-1:]
+
+    def get(self, call: dict[str, Any]) -> Captured:
+        if self.memory is None:
+            return self.captures.load(call, self.device)
+        key = f"{call['shard']}/{call['key']}"
+        if key not in self.memory:
+            self.memory[key] = self.captures.load(call, self.device)
+        return self.memory[key]
+
+
+def _rows(rng: np.random.Generator, captured: Captured, block_q: int, count: int | None) -> Tensor:
+    t_m = -(-(captured.q.shape[2] - captured.text_tokens) // block_q)
+    chosen = (
+        np.arange(t_m)
+        if count is None or count >= t_m
+        else np.sort(rng.choice(t_m, size=count, replace=False))
+    )
+    return torch.from_numpy(chosen).to(captured.q.device)
+
+
+def train_stage1(
+    handle: SLA2Handle,
+    captures: Captures,
+    config: Stage1Config,
+    folder: str | Path,
+    *,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> Stage1Report:
+    """Train router and alpha of every layer; the handle then carries the alpha of the k% nearest to
+    its own.
+
+    Args:
+        handle: of the model the captures came from; its configuration says what there is to learn.
+        captures: see capture().
+        folder: checkpoint, settings and report; a finished run in it is loaded, an unfinished one
+            goes on.
+        progress: called as progress(step, steps, {"loss": relative squared error}).
+
+    Raises:
+        ValueError: captures of other heads, layers or head dimension, or a folder with other
+            settings.
+        FloatingPointError: the loss or the held-out error is not finite; the message names step and
+            layer.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    attentions = handle.attentions
+    _check_captures(captures, handle)
+    settings = _settings(handle, config)
+    if (folder / SETTINGS_NAME).exists():
+        check_same(folder / SETTINGS_NAME, settings)
+    else:
+        write_json(folder / SETTINGS_NAME, settings)
+    if (folder / REPORT_NAME).exists():
+        load_stage1(handle, folder)
+        return Stage1Report(**read_json(folder / REPORT_NAME))
+    if handle.config.method != "sla2":
+        report = Stage1Report()
+        write_tensors(folder / STATE_NAME, {"step": torch.tensor(0)})
+    else:
+        trainees = {i: _Trainee(a, config.topk) for i, a in attentions.items()}
+        data = _Data(captures, handle.layers, config, next(handle.transformer.parameters()).device)
+        report = _Run(trainees, data, config, folder).train(progress)
+        for layer, trainee in trainees.items():
+            call = data.test[layer][0]
+            rows = _rows(
+                np.random.default_rng([config.seed, 2]),
+                data.get(call),
+                handle.config.block_q,
+                config.eval_rows,
+            )
+            report.layers += [
+                layer_report(
+                    layer,
+                    data.get(call),
+                    trainee.config,
+                    trainee.router,
+                    trainee.mixing[k],
+                    k,
+                    rows,
+                    config.max_scores,
+                )
+                for k in config.topk
+            ]
+    write_json(folder / REPORT_NAME, report.to_dict())
+    load_stage1(handle, folder)
+    return report
+
+
+class _Run:
+    """The training loop and its checkpoint."""
+
+    def __init__(
+        self, trainees: dict[int, _Trainee], data: _Data, config: Stage1Config, folder: Path
+    ):
+        self.trainees, self.data, self.config, self.path = (
+            trainees,
+            data,
+            config,
+            folder / STATE_NAME,
+        )
+        self.tensors = {name: p for i, t in trainees.items() for name, p in t.tensors(i).items()}
+        routers = [p for name, p in self.tensors.items() if ".router." in name]
+        alphas = [p for name, p in self.tensors.items() if ".mixing." in name]
+        groups = [
+            {"params": routers, "lr": config.router_lr},
+            {"params": alphas, "lr": config.alpha_lr},
+        ]
+        groups = [group for group in groups if group["params"]]
+        self.rates = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0) if groups else None
+        self.best = {name: p.detach().clone() for name, p in self.tensors.items()}
+        self.step, self.loss, self.held_out = 0, [], []
+
+    def train(self, progress) -> Stage1Report:
+        steps = self.config.steps if self.optimizer else 0
+        if self.path.exists():
+            self._load()
+        while self.step < steps and not self._stalled():
+            self.loss.append(self._one_step())
+            self.step += 1
+            if self.step % self.config.eval_every == 0 or self.step == steps:
+                self._measure()
+            if self.step % self.config.checkpoint_every == 0:
+                self._save()
+            if progress:
+                progress(self.step, steps, {"loss": self.loss[-1]})
+        if self.held_out:
+            copy_tensors(self.best, self.tensors)
+        self._save()
+        return Stage1Report(
+            steps=self.step,
+            stopped_early=self.step < steps,
+            loss=self.loss,
+            held_out=[list(x) for x in self.held_out],
+        )
+
+    def _one_step(self) -> float:
+        config, total = self.config, 0.0
+        rng = np.random.default_rng([config.seed, 0, self.step])
+        topk = config.topk[self.step % len(config.topk)]
+        rate = min((self.step + 1) / max(1, config.steps // 20), 1 - self.step / config.steps)
+        for group, peak in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = peak * rate
+        for layer, trainee in self.trainees.items():
+            known = self.data.train[layer]
+            captured = self.data.get(known[int(rng.integers(len(known)))])
+            rows = _rows(rng, captured, trainee.config.block_q, config.rows)
+            error = trainee.error(captured, topk, rows, config.max_scores, learn=True)
+            if not np.isfinite(error):
+                self._stop(self.step + 1, layer, "loss", error)
+            total += error / len(self.trainees)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        config, errors = self.config, []
+        for layer, trainee in self.trainees.items():
+            captured = self.data.get(self.data.test[layer][0])
+            rows = _rows(
+                np.random.default_rng([config.seed, 1]),
+                captured,
+                trainee.config.block_q,
+                config.eval_rows,
+            )
+            found = [
+                trainee.error(captured, k, rows, config.max_scores, learn=False)
+                for k in config.topk
+            ]
+            if not np.isfinite(found).all():
+                self._stop(self.step, layer, "held-out error", sum(found))
+            errors += found
+        if not self.held_out or np.mean(errors) < min(e for _, e in self.held_out):
+            self.best = {name: p.detach().clone() for name, p in self.tensors.items()}
+        self.held_out.append((self.step, float(np.mean(errors))))
+
+    def _stop(self, step: int, layer: int, what: str, value: float) -> None:
+        last = self.path if self.path.exists() else "none yet"
+        raise FloatingPointError(
+            f"step {step}, layer {layer}: the {what} is {value}; the last good checkpoint is {last}"
+        )
+
+    def _stalled(self) -> bool:
+        errors = [error for _, error in self.held_out]
+        last = self.config.patience
+        return len(errors) > last and min(errors[-last:]) > min(errors[:-last]) * (
+            1 - self.config.min_gain
+        )
+
+    def _save(self) -> None:
+        state = {name: p.detach() for name, p in self.tensors.items()}
+        state |= {f"best.{name}": p for name, p in self.best.items()}
+        if self.optimizer:
+            for index, values in self.optimizer.state_dict()["state"].items():
+                state |= {f"optimizer.{index}.{key}": value for key, value in values.items()}
+        state["step"] = torch.tensor(self.step)
+        state["loss"] = torch.tensor(self.loss, dtype=torch.float64)
+        state["held_out"] = torch.tensor(self.held_out, dtype=torch.float64).reshape(-1, 2)
+        write_tensors(self.path, state)
+
+    def _load(self) -> None:
+        found = read_tensors(self.path)
+        self.step = int(found.pop("step"))
+        self.loss = found.pop("loss").tolist()
+        self.held_out = [(int(step), error) for step, error in found.pop("held_out").tolist()]
+        copy_tensors(found, self.tensors)
+        self.best = {name: found[f"best.{name}"].to(p.device) for name, p in self.tensors.items()}
+        state = self.optimizer.state_dict()
+        for name, value in found.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                state["state"].setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict(state)
+
+
+def load_stage1(handle: SLA2Handle, folder: str | Path) -> None:
+    """Put a finished stage 1 into a handle: the router, and the alpha of the k% nearest to
+    handle.config.topk.
+
+    Raises FileNotFoundError or ValueError, naming the file, for an unfinished run, another
+    geometry, other kinds of router or alpha, or other layers.
+    """
+    folder = Path(folder)
+    source = folder / STATE_NAME
+    settings = read_json(folder / SETTINGS_NAME)
+    if not (folder / REPORT_NAME).exists():
+        raise FileNotFoundError(f"{folder / REPORT_NAME}: expected a finished stage 1, found none")
+    for name in GEOMETRY:
+        found, expected = settings["sla2"][name], getattr(handle.config, name)
+        if found != expected:
+            raise ValueError(
+                f"{folder / SETTINGS_NAME}: expected {name}={expected!r} as applied, got {found!r}"
+            )
+    if settings["layers"] != list(handle.layers):
+        raise ValueError(
+            f"{folder / SETTINGS_NAME}: expected layers {list(handle.layers)}, got"
+            f" {settings['layers']}"
+        )
+    topk = min(settings["config"]["topk"], key=lambda k: (abs(k - handle.config.topk), k))
+    expected = {
+        name: value for name, value in handle.adapter_tensors().items() if ".proj." not in name
+    }
+    alpha = f".mixing.{topk:g}."
+    found = {
+        name.replace(alpha, ".mixing."): value
+        for name, value in read_tensors(source).items()
+        if name.startswith("layers.") and (".mixing." not in name or alpha in name)
+    }
+    check_tensors(str(source), found, expected)
+    copy_tensors(found, expected)
+
+
+def _settings(handle: SLA2Handle, config: Stage1Config) -> dict[str, Any]:
+    sla2 = {name: getattr(handle.config, name) for name in (*GEOMETRY, "tau")}
+    found = {
+        "config": asdict(config),
+        "sla2": sla2,
+        "layers": list(handle.layers),
+        "model": handle.model_identity(),
+    }
+    return json.loads(json.dumps(found))
+
+
+def _check_captures(captures: Captures, handle: SLA2Handle) -> None:
+    if captures.settings["model"] != handle.model_identity():
+        raise ValueError(
+            f"captures: expected captures of this {class_name(handle.transformer)}, got another"
+            " model's"
+        )
+    missing = sorted(set(handle.layers) - set(captures.layers))
+    if missing:
+        raise ValueError(
+            f"captures: expected calls of layer {missing[0]}, got layers {list(captures.layers)}"
+        )

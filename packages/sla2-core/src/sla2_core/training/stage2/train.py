@@ -1,0 +1,479 @@
+"""Stage 2 (Alg. 1): fine-tune the model and alpha with hard top-k, a frozen router and the low-bit
+forward switched on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sla2_core.adapter import write_json
+from sla2_core.integrations.handle import SLA2Handle
+from sla2_core.training.data import as_dataset, collate
+from sla2_core.training.settings import check_fields, check_same
+from sla2_core.training.stage2 import lora, state
+from sla2_core.training.stage2.objectives import draw_sigma, noisy_and_target
+
+SETTINGS_NAME = "stage2.json"
+
+
+class TrainingStopped(FloatingPointError):
+    """A loss or gradient was not finite; the message names the step, the layer and the last good
+    checkpoint.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage2Config:
+    """Settings of stage 2.
+
+    Args:
+        steps, batch_size: optimiser steps and samples in each (over all processes); the paper: 500,
+            64 for 1.3B.
+        learning_rate: of the model's weights. alpha_learning_rate: of alpha and of SLA's
+            projection. 0 freezes.
+        warmup: steps of linear warm-up. decay: "constant" or "cosine" (to 0) afterwards.
+        weight_decay, beta2, grad_clip: of AdamW; alpha is not decayed.
+        loss: "diffusion" (the family's objective) or "distill" (the velocity of the frozen
+            full-attention model).
+        sigma: noise levels, "logit_normal" or "uniform", moved by `shift` as in the scheduler.
+        caption_dropout: share of the samples trained without their condition.
+        autocast: "bfloat16", "float16" (without loss scaling: small gradients vanish) or None, of
+            the forward pass.
+        accumulate: micro-batches per step. gradient_checkpointing: recompute the blocks in the
+            backward pass.
+        lora_rank: train LoRA matrices of this rank on the layers named `lora_targets` instead of
+            the model's weights; they are merged into the weights in the end. None trains the
+            weights.
+        ema: decay of an exponential moving average of what is trained, saved instead of the last
+            weights; None is off.
+        checkpoint_every, keep: steps between checkpoints, and how many to keep. seed: of every
+            draw.
+        tensorboard: also write the metrics as TensorBoard events.
+    """
+
+    steps: int = 500
+    batch_size: int = 64
+    learning_rate: float = 1e-5
+    alpha_learning_rate: float = 1e-3
+    warmup: int = 10
+    decay: str = "constant"
+    weight_decay: float = 0.0
+    beta2: float = 0.99
+    grad_clip: float = 1.0
+    loss: str = "diffusion"
+    sigma: str = "logit_normal"
+    shift: float = 3.0
+    caption_dropout: float = 0.1
+    autocast: str | None = None
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
+    lora_rank: int | None = None
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    ema: float | None = None
+    checkpoint_every: int = 50
+    keep: int = 2
+    seed: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        check_fields(
+            self,
+            {
+                "an integer >= 1": (
+                    "steps",
+                    "batch_size",
+                    "accumulate",
+                    "checkpoint_every",
+                    "keep",
+                    "lora_rank",
+                ),
+                "an integer >= 0": ("warmup", "seed"),
+                "a number >= 0": ("learning_rate", "alpha_learning_rate", "weight_decay"),
+                "a number > 0": ("grad_clip", "shift"),
+                "a number in [0, 1]": ("caption_dropout", "ema"),
+                "a number in [0, 1)": ("beta2",),
+                "True or False": ("gradient_checkpointing", "tensorboard"),
+                "a list of names": ("lora_targets",),
+            },
+            optional=("lora_rank", "ema"),
+        )
+        for name, allowed in (
+            ("loss", ("diffusion", "distill")),
+            ("sigma", ("logit_normal", "uniform")),
+            ("decay", ("constant", "cosine")),
+            ("autocast", ("bfloat16", "float16", None)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(map(str, allowed))}, got"
+                    f" {getattr(self, name)!r}"
+                )
+
+
+@dataclass(kw_only=True)
+class Stage2Report:
+    """What stage 2 did: the loss and gradient norm of every step, and where the adapter lies."""
+
+    steps: int = 0
+    loss: list[float] = field(default_factory=list)
+    grad_norm: list[float] = field(default_factory=list)
+    adapter: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def train_stage2(
+    handle: SLA2Handle,
+    data: Any,
+    config: Stage2Config,
+    folder: str | Path,
+    *,
+    teacher: nn.Module | None = None,
+    accelerator: Any = None,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> Stage2Report:
+    """Fine-tune; started again with the same folder, it goes on from its last checkpoint, to the
+    bit in one process.
+
+    Args:
+        handle: SLA2 on the model to train, its k% and precision in force. The router is frozen
+            meanwhile. The weights are best held in fp32, with `autocast` for the forward: in bf16
+            small updates round away.
+        data: (latents, text embeddings) tensors, or a data set with len() whose items are
+            {"latents": ..., condition: ...}; an attribute `unconditional` = {condition: ...}
+            replaces dropped conditions (zeros without it).
+        folder: checkpoints, metrics, and in the end adapter/ with the model's weights.
+        teacher: the full-attention model for loss="distill"; None copies the model as it is now, so
+            a run that goes on needs its handle on the model it began with, not on one trained in
+            part.
+        accelerator: accelerate's Accelerator; None makes one, which reads `accelerate launch`'s or
+            torchrun's environment. Under FSDP2 checkpoints and adapter are gathered whole, so that
+            another number of processes can go on.
+        progress: called as progress(step, steps, {"loss": ..., "grad_norm": ...}), by the main
+            process.
+
+    Raises:
+        TrainingStopped: loss or gradients are not finite. ValueError: a disabled handle, batch_size
+            that the processes and `accumulate` do not divide, a folder of a run with other
+            settings, data of the wrong form, FSDP settings that cannot work here.
+            ModuleNotFoundError: no accelerate.
+    """
+    folder = Path(folder)
+    if not handle.enabled:
+        raise ValueError("handle: expected SLA2 enabled, got it disabled; call handle.enable()")
+    if accelerator is None:
+        accelerator = _accelerator()
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if (
+        plugin is not None and plugin.cpu_ram_efficient_loading
+    ):  # of which accelerate asks methods that diffusers lacks
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading: expected false for a diffusers model, got true"
+        )
+    parts = accelerator.num_processes * config.accumulate
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size: expected a multiple of processes x accumulate = {parts}, got"
+            f" {config.batch_size}"
+        )
+    data = as_dataset(data)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    settings = json.loads(json.dumps({"config": asdict(config), "sla2": handle.config.to_dict()}))
+    _check_settings(folder / SETTINGS_NAME, settings, accelerator)
+    if config.loss == "distill" and teacher is None:
+        teacher = handle.dense_copy()
+    run = _Run(handle, data, config, folder, teacher, accelerator)
+    return run.train(progress)
+
+
+def _accelerator():
+    try:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "accelerate: expected it for stage 2, install sla2-core[train]"
+        ) from None
+    # The last block of a joint model computes text, and LTX-2 audio, that no loss reads.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
+
+
+def _check_settings(path: Path, settings: dict[str, Any], accelerator) -> None:
+    if path.exists():
+        sla2 = {name: value for name, value in settings["sla2"].items() if name != "backend"}
+        check_same(path, settings | {"sla2": sla2})
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not path.exists():
+        write_json(path, settings)
+
+
+class _Run:
+    """The training loop: everything random about a step follows from (seed, step)."""
+
+    def __init__(
+        self, handle: SLA2Handle, data, config: Stage2Config, folder: Path, teacher, accelerator
+    ):
+        self.handle, self.data, self.config, self.folder, self.accelerator = (
+            handle,
+            data,
+            config,
+            folder,
+            accelerator,
+        )
+        self.family, self.transformer = handle.family, handle.transformer
+        alphas = self.family.alphas_cumprod
+        self.alphas_cumprod = None if alphas is None else alphas(self.transformer.config)
+        self.flags = _freeze(handle, config)
+        if config.lora_rank:
+            lora.add(self.transformer, config.lora_rank, config.lora_targets, config.seed)
+            groups = handle.parameters()  # peft froze all of them
+            for parameter in groups["alpha"] + groups["proj"]:
+                parameter.requires_grad_(config.alpha_learning_rate > 0)
+        if config.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        groups = handle.parameters()
+        alphas = [p for p in groups["alpha"] + groups["proj"] if p.requires_grad]
+        model = [p for p in groups["model"] if p.requires_grad]
+        wanted = [
+            {"params": model, "lr": config.learning_rate, "peak": config.learning_rate},
+            {
+                "params": alphas,
+                "lr": config.alpha_learning_rate,
+                "peak": config.alpha_learning_rate,
+                "weight_decay": 0.0,
+            },
+        ]
+        wanted = [group for group in wanted if group["params"]]
+        if not wanted:
+            raise ValueError(
+                "learning_rate, alpha_learning_rate: expected something to train, got nothing"
+            )
+        optimizer = torch.optim.AdamW(
+            wanted,
+            lr=config.learning_rate,
+            betas=(0.9, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+        self.model, self.optimizer = accelerator.prepare(self.transformer, optimizer)
+        self.teacher = (
+            None if teacher is None else teacher.to(accelerator.device).eval().requires_grad_(False)
+        )
+        self.ema = state.start_ema(self.model) if config.ema is not None else None
+        self.report = Stage2Report()
+
+    def train(self, progress) -> Stage2Report:
+        config, report = self.config, self.report
+        last = state.load_latest(self.folder, self.model, self.optimizer, self.ema)
+        if last is not None:
+            report.steps, report.loss, report.grad_norm = last
+        self.model.train()
+        writer = None
+        if config.tensorboard and self.accelerator.is_main_process:
+            writer = state.open_writer(self.folder, report.steps)
+        try:
+            while report.steps < config.steps:
+                loss, norm = self._one_step(report.steps)
+                report.steps += 1
+                report.loss.append(loss)
+                report.grad_norm.append(norm)
+                if report.steps % config.checkpoint_every == 0 or report.steps == config.steps:
+                    state.save(
+                        self.folder,
+                        self.accelerator,
+                        self.model,
+                        self.optimizer,
+                        self.ema,
+                        report,
+                        config.keep,
+                    )
+                if writer:
+                    writer.add_scalar("loss", loss, report.steps)
+                    writer.add_scalar("grad_norm", norm, report.steps)
+                if progress and self.accelerator.is_main_process:
+                    progress(report.steps, config.steps, {"loss": loss, "grad_norm": norm})
+        finally:
+            if writer:
+                writer.close()
+            _restore(self.transformer, self.flags)
+            self.model.eval()
+        report.adapter = str(self.folder / "adapter")
+        if self.ema is not None:
+            state.use_ema(self.ema, self.model)
+        if config.lora_rank:
+            lora.merge(self.transformer)
+        state.save_adapter(self.handle, self.accelerator, self.model, self.folder / "adapter")
+        return report
+
+    def _one_step(self, step: int) -> tuple[float, float]:
+        config, accelerator = self.config, self.accelerator
+        rng = np.random.default_rng([config.seed, 3, step])
+        index = rng.integers(len(self.data), size=config.batch_size)
+        sigma = draw_sigma(rng, config.batch_size, config.sigma, config.shift)
+        dropped = rng.random(config.batch_size) < config.caption_dropout
+        torch.manual_seed(int(rng.integers(2**62)))  # of dropout inside the model, if it has any
+        rate = _rate(step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        size = config.batch_size // (accelerator.num_processes * config.accumulate)
+        total, batches = torch.zeros((), device=accelerator.device), []
+        for part in range(config.accumulate):
+            first = (accelerator.process_index * config.accumulate + part) * size
+            mine = slice(first, first + size)
+            batches.append(self._batch(step, index[mine], sigma[mine], dropped[mine], first))
+            with self._sync(part):
+                loss = self._loss(batches[-1]) / config.accumulate
+                total += loss.detach()
+                accelerator.backward(loss)
+        loss = float(accelerator.reduce(total, "mean"))
+        norm = float(accelerator.clip_grad_norm_(self.model.parameters(), config.grad_clip))
+        if not (np.isfinite(loss) and np.isfinite(norm)):
+            self._stop(step, loss, norm, batches)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            state.update_ema(self.ema, self.model, min(config.ema, (1 + step) / (10 + step)))
+        return loss, norm
+
+    def _sync(self, part: int):
+        """Gradients are exchanged with the last micro-batch only."""
+        return (
+            contextlib.nullcontext()
+            if part == self.config.accumulate - 1
+            else self.accelerator.no_sync(self.model)
+        )
+
+    def _batch(self, step: int, index, sigma: Tensor, dropped, first: int) -> dict[str, Any]:
+        """Clean and noisy latents, noise levels, target and conditions of a micro-batch, on the
+        device.
+        """
+        device = self.accelerator.device
+        items = collate(
+            [self.data[int(i)] for i in index], dropped, getattr(self.data, "unconditional", None)
+        )
+        clean = items.pop("latents").to(device).float()
+        noise = []
+        for place in range(
+            len(index)
+        ):  # by the sample's place in the whole batch: any number of processes draws the same
+            rng = np.random.default_rng([self.config.seed, 4, step, first + place])
+            noise.append(torch.from_numpy(rng.standard_normal(clean.shape[1:], dtype=np.float32)))
+        noisy, target = noisy_and_target(
+            clean, torch.stack(noise).to(device), sigma.to(device), self.alphas_cumprod
+        )
+        conditions = {name: value.to(device) for name, value in items.items()}
+        return {
+            "noisy": noisy,
+            "sigma": sigma.to(device),
+            "target": target,
+            "conditions": conditions,
+        }
+
+    def _predict(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        dtype = getattr(torch, self.config.autocast) if self.config.autocast else torch.bfloat16
+        own = next(self.transformer.parameters()).dtype
+        cast = {
+            k: v.to(own) if v.dtype.is_floating_point else v for k, v in batch["conditions"].items()
+        }
+        with torch.autocast(
+            batch["noisy"].device.type, dtype, enabled=self.config.autocast is not None
+        ):
+            return self.family.predict(model, batch["noisy"].to(own), batch["sigma"], cast).float()
+
+    def _loss(self, batch: Mapping[str, Any]) -> Tensor:
+        target = batch["target"]
+        if self.teacher is not None and self.config.loss == "distill":
+            with torch.no_grad():
+                target = self._predict(self.teacher, batch)
+        return torch.nn.functional.mse_loss(self._predict(self.model, batch), target)
+
+    def _stop(self, step: int, loss: float, norm: float, batches: list[dict[str, Any]]) -> None:
+        """Raise TrainingStopped, naming the first weight, data or layer whose numbers are not
+        finite.
+        """
+        layer = self._first_bad_layer(batches)
+        good = state.latest(self.folder)
+        last = str(good) if good else "none yet"
+        raise TrainingStopped(
+            f"step {step + 1}: loss {loss}, gradient norm {norm}, first not finite in {layer}; last"
+            f" good checkpoint: {last}"
+        )
+
+    def _first_bad_layer(self, batches: list[dict[str, Any]]) -> str:
+        found: list[str] = []
+
+        def watch(name: str):
+            def hook(_module, _inputs, output):
+                outputs = output if isinstance(output, (tuple, list)) else (output,)
+                if any(
+                    isinstance(x, Tensor) and not bool(torch.isfinite(x).all()) for x in outputs
+                ):
+                    found.append(name)
+
+            return hook
+
+        modules = [(name, m) for name, m in self.transformer.named_modules() if name]
+        for name, parameter in self.transformer.named_parameters():
+            if not state.is_finite(parameter):
+                return f"the weight {name}"
+        for batch in batches:
+            for name, x in {"latents": batch["noisy"], **batch["conditions"]}.items():
+                if not state.is_finite(x):
+                    return f"the data's {name}"
+        hooks = [module.register_forward_hook(watch(name)) for name, module in modules]
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    self._predict(self.transformer, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if found:
+            return found[0]
+        graded = [(n, p.grad) for n, p in self.transformer.named_parameters() if p.grad is not None]
+        bad = [name for name, grad in graded if not state.is_finite(grad)]
+        if bad and len(bad) == len(graded):  # clipping spreads a NaN over all of them
+            return "the gradients"
+        return f"the gradient of {bad[-1]}" if bad else "the loss"
+
+
+def _freeze(handle: SLA2Handle, config: Stage2Config) -> dict[str, bool]:
+    """Set requires_grad for stage 2; returns what it was before, by name. A model parameter frozen
+    before stays frozen.
+    """
+    groups = handle.parameters()
+    before = {name: p.requires_grad for name, p in handle.transformer.named_parameters()}
+    for parameter in groups["router"]:
+        parameter.requires_grad_(False)
+    for parameter in groups["alpha"] + groups["proj"]:
+        parameter.requires_grad_(config.alpha_learning_rate > 0)
+    if config.learning_rate == 0 or config.lora_rank:
+        for parameter in groups["model"]:
+            parameter.requires_grad_(False)
+    return before
+
+
+def _restore(transformer: nn.Module, flags: dict[str, bool]) -> None:
+    """Set requires_grad as it was; by name, since sharding replaces the parameters and LoRA moves
+    them.
+    """
+    for name, parameter in transformer.named_parameters():
+        plain = state.plain_name(name).replace(".base_layer.", ".")
+        parameter.requires_grad_(flags.get(plain, parameter.requires_grad))
+
+
+def _rate(step: int, config: Stage2Config) -> float:
+    rise = min(1.0, (step + 1) / max(1, config.warmup))
+    if config.decay == "constant":
+        return rise
+    return rise * 0.5 * (1 + float(np.cos(np.pi * step / config.steps)))

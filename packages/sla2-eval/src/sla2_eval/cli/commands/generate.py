@@ -1,0 +1,95 @@
+"""sla2 generate: videos for a file of prompts, with full attention, an SLA2 adapter, or several
+side by side.
+"""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("generate")
+@click.option(
+    "--model", default="tiny", show_default=True, help="'tiny', a diffusers folder, or a hub id."
+)
+@click.option(
+    "--adapter", type=click.Path(), help="Folder of an SLA2 adapter; without it, full attention."
+)
+@click.option(
+    "--variant",
+    "given",
+    multiple=True,
+    help="NAME=ADAPTER or NAME=full, into OUT/NAME; any number of them.",
+)
+@click.option("--prompts", required=True, type=click.Path(), help="Text file, one prompt a line.")
+@click.option(
+    "--out", required=True, type=click.Path(), help="Folder for the mp4 files and their manifest."
+)
+@click.option("--videos-per-prompt", default=1, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--steps", default=20, show_default=True, type=click.IntRange(1), help="Denoising steps."
+)
+@click.option(
+    "--guidance", default=2.0, show_default=True, type=click.FloatRange(0), help="Guidance scale."
+)
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the initial noise."
+)
+@click.option(
+    "--batch-size", default=4, show_default=True, type=click.IntRange(1), help="Videos at a time."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--num-frames", type=click.IntRange(1), help="The model's own if not given.")
+@click.option("--height", type=click.IntRange(1), help="The model's own if not given.")
+@click.option("--width", type=click.IntRange(1), help="The model's own if not given.")
+@click.option(
+    "--workers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Processes (CPU models).",
+)
+@click.option(
+    "--ray-address", help="Share the videos by the GPUs of this Ray cluster; 'auto' finds one."
+)
+def command(
+    model, adapter, given, prompts, out, videos_per_prompt, workers, ray_address, **sampling
+):
+    """Write {prompt}-{index}.mp4 for every prompt; run again, finished files are not done twice.
+
+    The same prompts, seed and steps give every adapter the same initial noise. Several GPUs of this
+    machine, or of a cluster, share the videos as Ray tasks.
+
+    \b
+    Example:
+      sla2 generate --model tiny --prompts experiments/tiny_wan/prompts.txt --out runs/full
+      sla2 generate --variant full=full --variant sla2=ADAPTER --prompts prompts.txt --out runs/both
+    """
+    from pathlib import Path
+
+    from sla2_eval.generation.sampling import SamplingConfig, can_write, read_prompts
+    from sla2_eval.generation.variants import generate_variants, read_variants
+    from sla2_eval.runs.progress import ProgressDisplay
+
+    if adapter and given:
+        raise ValueError("--adapter: expected none beside --variant, got one")
+    lines = read_prompts(prompts)
+    can_write(out, "--out")
+    variants = read_variants(given, Path(out)) or {Path(out): adapter}
+    with ProgressDisplay() as report:
+        manifests = generate_variants(
+            model,
+            variants,
+            lines,
+            SamplingConfig(**sampling),
+            indices=range(videos_per_prompt),
+            workers=workers,
+            ray_address=ray_address,
+            report=report,
+        )
+    for manifest in manifests:
+        click.echo(manifest)

@@ -1,0 +1,151 @@
+"""sla2 score: metrics of a folder of videos."""
+
+from __future__ import annotations
+
+import click
+
+from sla2_eval.cli.commands.tables import show
+
+
+@click.command("score")
+@click.option("--videos", type=click.Path(), help="Folder of mp4 files, or a JSONL manifest.")
+@click.option(
+    "--reference",
+    type=click.Path(),
+    help="Folder of the same file names, for paired and set metrics.",
+)
+@click.option("--metrics", "names", help="Comma-separated names; see --list.")
+@click.option(
+    "--out", type=click.Path(), help="Folder for results.json and the store of per-video results."
+)
+@click.option(
+    "--num-workers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Processes that decode and score.",
+)
+@click.option("--ray-address", help="Join this Ray cluster; 'auto' finds one.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+@click.option(
+    "--decoder",
+    type=click.Choice(["pyav", "torchcodec"]),
+    default="pyav",
+    show_default=True,
+    help="Of the videos.",
+)
+@click.option(
+    "--allow-failures",
+    is_flag=True,
+    help="Exit code 0 even if some videos failed; they are listed all the same.",
+)
+@click.option(
+    "--list", "list_metrics", is_flag=True, help="List the metrics and whether they can run here."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def command(
+    videos,
+    reference,
+    names,
+    out,
+    num_workers,
+    ray_address,
+    device,
+    decoder,
+    allow_failures,
+    list_metrics,
+    as_json,
+):
+    """Score every video of a folder, alone or against a reference folder.
+
+    \b
+    Example:
+      sla2 score --videos runs/sparse --reference runs/full --metrics psnr,ssim --out runs/scores
+    """
+    from sla2_eval.scoring import metrics
+
+    if list_metrics:
+        return _list(as_json)
+    for option, value in (("--videos", videos), ("--metrics", names), ("--out", out)):
+        if not value:
+            raise click.UsageError(f"{option}: expected a value, got none")
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    try:
+        metrics.select(chosen)
+    except ValueError as error:
+        raise click.UsageError(f"--metrics: {error}") from None
+    from sla2_eval.generation.sampling import can_write
+    from sla2_eval.runs.progress import ProgressDisplay
+    from sla2_eval.scoring.score import ScoringError, score
+
+    can_write(out, "--out")
+    failed = 0
+    with ProgressDisplay() as report:
+        try:
+            results = score(
+                videos,
+                reference,
+                chosen,
+                out,
+                num_workers,
+                ray_address,
+                progress=lambda name, done, total: report(f"score {name}", done, total),
+                device=device,
+                decoder=decoder,
+            )
+        except ScoringError as error:
+            results, failed = error.results, 0 if allow_failures else 1
+    rows = [_row(name, results) for name in chosen]
+    show(rows, ("metric", "mean", "low", "high", "videos", "difference", "note"), as_json=as_json)
+    for row in results["failed"]:
+        click.echo(f"sla2: error: {row['error']}", err=True)
+    return failed or int(not results["metrics"])  # nothing that was asked for could be computed
+
+
+def _row(name: str, results: dict) -> dict:
+    if name in results["unavailable"]:
+        return {"metric": name, "note": results["unavailable"][name]}
+    found = results["metrics"][name]
+    low, high = found.get("interval") or (None, None)
+    row = {
+        "metric": name,
+        "mean": found["mean"],
+        "low": low,
+        "high": high,
+        "videos": found.get("num_videos"),
+    }
+    difference = found.get("difference")
+    if difference:
+        row["difference"] = difference["mean"]
+        row["note"] = (
+            "difference to the reference within noise" if difference["within_noise"] else ""
+        )
+    if found.get("warnings"):
+        row["note"] = "; ".join(found["warnings"])
+    return row
+
+
+def _list(as_json: bool) -> None:
+    from sla2_eval.scoring import metrics
+
+    rows = [
+        {
+            "metric": name,
+            "kind": spec.kind,
+            "title": spec.title,
+            "better": "higher" if spec.higher_is_better else "lower",
+            "range": list(spec.value_range),
+            "here": metrics.why_unavailable(spec) or "yes",
+            "definition": spec.definition,
+            "source": spec.source,
+            "licence": spec.licence,
+        }
+        for name, spec in metrics.specs().items()
+    ]
+    show(
+        rows,
+        list(rows[0]) if as_json else ("metric", "kind", "better", "here", "definition", "licence"),
+        as_json=as_json,
+    )

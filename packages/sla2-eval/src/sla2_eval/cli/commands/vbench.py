@@ -1,0 +1,45 @@
+"""sla2 vbench: the same folder of videos through the original VBench."""
+
+from __future__ import annotations
+
+import click
+
+from sla2_eval.cli.commands.tables import show
+
+
+@click.command("vbench")
+@click.option(
+    "--videos", type=click.Path(), help="Folder of mp4 files, or a JSONL manifest, to export."
+)
+@click.option(
+    "--out", required=True, type=click.Path(), help="Folder for VBench's input and results."
+)
+@click.option(
+    "--dimensions", help="Comma-separated dimensions; all that are known here if not given."
+)
+@click.option("--run", is_flag=True, help="Call `vbench evaluate`, which must be installed.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def command(videos, out, dimensions, run, as_json):
+    """Write the folder and info file that VBench expects, run it, and read its results back.
+
+    \b
+    Example:
+      sla2 vbench --videos runs/sparse --out runs/vbench --dimensions imaging_quality --run
+    """
+    from sla2_eval.scoring import vbench
+
+    chosen = (
+        [name.strip() for name in dimensions.split(",") if name.strip()]
+        if dimensions
+        else vbench.dimensions()
+    )
+    if videos:
+        click.echo(vbench.export(videos, out, chosen), err=as_json)
+    if run:
+        found = vbench.run(out, chosen)
+    elif not videos:
+        found = vbench.read(out)
+    else:
+        return
+    rows = [{"dimension": name, **values} for name, values in found.items()]
+    show(rows, ("dimension", "mean", "normalised"), as_json=as_json)

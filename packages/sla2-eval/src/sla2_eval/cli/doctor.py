@@ -1,0 +1,291 @@
+"""What of SLA2 works on this machine, what is missing, and how to get it. Looks,
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. `status`: "works", "missing" (optional), or "broken" (something the
+    pipeline needs).
+    """
+
+    what: str
+    status: str
+    detail: str
+    get: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+_REQUIRED = (
+    "torch",
+    "diffusers",
+    "accelerate",
+    "av",
+    "torchmetrics",
+    "ray",
+    "numba",
+    "jinja2",
+    "pydantic",
+)
+_OPTIONAL = {  # import name -> (what it is for, how to get it)
+    "lpips": ("LPIPS", "uv pip install lpips"),
+    "open_clip": ("CLIP metrics", "uv pip install open-clip-torch"),
+    "timm": ("subject consistency", "uv pip install timm"),
+    "pyiqa": ("imaging quality", "uv pip install pyiqa"),
+    "torchcodec": ("faster decoding", "uv pip install torchcodec"),
+    "tensorboard": ("training curves", "uv pip install tensorboard peft"),
+    "peft": ("LoRA in stage 2", "uv pip install tensorboard peft"),
+}
+
+
+def _version(module: str) -> str | None:
+    if importlib.util.find_spec(module) is None:
+        return None
+    names = importlib.metadata.packages_distributions().get(module, [module])
+    try:
+        return importlib.metadata.version(names[0])
+    except importlib.metadata.PackageNotFoundError:
+        return "present"
+
+
+def _machine() -> list[Finding]:
+    supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return [
+        Finding(
+            "python",
+            "works" if supported else "broken",
+            platform.python_version(),
+            "" if supported else "3.11-3.13",
+        ),
+        Finding("processor", "works", f"{platform.machine()}, {cores} cores"),
+    ]
+
+
+def _packages() -> list[Finding]:
+    found = []
+    for name in _REQUIRED:
+        version = _version(name)
+        found.append(
+            Finding(
+                name,
+                "works" if version else "broken",
+                version or "not installed",
+                "" if version else "make .venv/.synced",
+            )
+        )
+    for name, (purpose, how) in _OPTIONAL.items():
+        version = _version(name)
+        detail = f"{version}, for {purpose}" if version else f"not installed; for {purpose}"
+        found.append(
+            Finding(name, "works" if version else "missing", detail, "" if version else how)
+        )
+    return found
+
+
+def _driver() -> Finding:
+    """The CUDA version the driver supports, asked of the driver itself."""
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return Finding(
+            "driver",
+            "missing",
+            "no NVIDIA driver (libcuda)",
+            "install the NVIDIA driver, 570 or later",
+        )
+    number = ctypes.c_int()
+    if library.cuDriverGetVersion(ctypes.byref(number)):
+        return Finding(
+            "driver",
+            "missing",
+            "libcuda is there but does not answer",
+            "reinstall the NVIDIA driver",
+        )
+    return Finding(
+        "driver", "works", f"supports CUDA {number.value // 1000}.{number.value % 1000 // 10}"
+    )
+
+
+def _gpu() -> list[Finding]:
+    import torch
+
+    found = [_driver()]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            about = torch.cuda.get_device_properties(index)
+            text = (
+                f"{about.name}, sm_{about.major}{about.minor}, {about.total_memory / 2**30:.0f} GB"
+            )
+            found.append(Finding(f"GPU {index}", "works", text))
+    else:
+        found.append(
+            Finding(
+                "GPU",
+                "missing",
+                "none that torch can use; everything runs on the CPU",
+                "a CUDA GPU",
+            )
+        )
+    extra = "cuda13" if (torch.version.cuda or "13").startswith("13") else "cuda12"
+    how = f"uv sync --all-packages --extra {extra}"
+    found += [_nvrtc(how), _kernel_cache()]
+    cupy = _version("cupy")
+    found.append(
+        Finding(
+            "CuPy", "works" if cupy else "missing", cupy or "not installed", "" if cupy else how
+        )
+    )
+    return found
+
+
+def _nvrtc(how: str) -> Finding:
+    from sla2_kernels.compile import find_nvrtc, nvrtc_version
+
+    try:
+        path = find_nvrtc()
+        return Finding("NVRTC", "works", f"{nvrtc_version(path)}, {path.name}")
+    except (RuntimeError, OSError) as error:
+        return Finding("NVRTC", "missing", " ".join(str(error).split()), how)
+
+
+def _kernel_cache() -> Finding:
+    from sla2_kernels.artifacts import contents
+
+    held = contents()
+    detail = f"{held['folder']}: {held['artifacts']} built kernels, {held['bytes'] / 2**20:.1f} MB"
+    if held["damaged"]:
+        detail += f", {held['damaged']} damaged ones set aside"
+    if not held["writable"]:
+        return Finding(
+            "kernel cache",
+            "missing",
+            f"{detail}, cannot be written: built anew in each process",
+            "set SLA2_CACHE",
+        )
+    return Finding("kernel cache", "works", detail)
+
+
+def _backends() -> list[Finding]:
+    """Each backend of the operator, tried on a small input."""
+    import torch
+    from sla2_core.backends import cpu as ops
+    from sla2_core.config import BACKENDS
+    from sla2_core.functional import resolve_backend
+
+    found = []
+    cuda = torch.cuda.is_available()
+    for backend in BACKENDS:
+        if backend == "auto":
+            continue
+        device = torch.device("cuda" if backend == "cuda" and cuda else "cpu")
+        try:
+            resolved = resolve_backend(backend, device)
+            _try(resolved, device)
+            detail = "runs and agrees with the reference"
+            if backend == "cpu":
+                seconds = sum(ops.cpu_compile_seconds().values())
+                detail += f"; its kernels took {seconds:.1f} s to compile or to load from the cache"
+            found.append(Finding(f"backend {backend}", "works", detail))
+        except Exception as error:
+            status = "broken" if backend in ("reference", "cpu") else "missing"
+            found.append(Finding(f"backend {backend}", status, " ".join(str(error).split())[:120]))
+    try:
+        choice = resolve_backend("auto", torch.device("cuda" if cuda else "cpu"))
+        found.append(Finding("backend auto", "works", f"takes {choice} here"))
+    except Exception as error:
+        found.append(Finding("backend auto", "broken", " ".join(str(error).split())[:120]))
+    return found
+
+
+def _try(backend: str, device) -> None:
+    import torch
+    from sla2_core import BlockMap
+    from sla2_core.functional import block_sparse_attention
+
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if backend in ("cuda", "emulator") else torch.float32
+    q, k, v = (torch.randn(1, 1, 256, 64, generator=generator).to(device, dtype) for _ in range(3))
+    mask = torch.zeros(1, 1, 2, 4, dtype=torch.bool, device=device)
+    mask[..., ::2] = True
+    blocks = BlockMap.from_mask(mask, block_q=128, block_k=64, n_q=256, n_k=256)
+    found, _ = block_sparse_attention(q, k, v, blocks, backend=backend)
+    expected, _ = block_sparse_attention(q, k, v, blocks, backend="reference")
+    difference = (found - expected).abs().max().item()
+    if not difference < 2e-2:
+        raise RuntimeError(f"differs from the reference by {difference:.3g}")
+
+
+def _folders() -> list[Finding]:
+    from sla2_eval.scoring import weights
+    from sla2_eval.tiny.model import WEIGHTS
+
+    found, folder = [], weights.folder()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    writable, free = os.access(existing, os.W_OK), shutil.disk_usage(existing).free / 2**30
+    detail = f"{folder}, {free:.0f} GB free" if writable else f"{folder} cannot be written"
+    found.append(
+        Finding(
+            "cache folder",
+            "works" if writable else "missing",
+            detail,
+            "" if writable else "set SLA2_WEIGHTS",
+        )
+    )
+    present = [row["name"] for row in weights.weights_list() if row["present"]]
+    total = len(weights.FILES)
+    found.append(
+        Finding(
+            "metric weights",
+            "works" if len(present) == total else "missing",
+            f"{len(present)} of {total} files",
+            "" if len(present) == total else "sla2 weights list",
+        )
+    )
+    tiny = (WEIGHTS / "transformer" / "config.json").is_file()
+    how = "" if tiny else "sla2 train teacher --config experiments/tiny_wan/teacher.yaml"
+    found.append(
+        Finding(
+            "tiny model",
+            "works" if tiny else "broken",
+            "weights present" if tiny else "no weights",
+            how,
+        )
+    )
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    detail = compiler or "none"
+    found.append(
+        Finding(
+            "C++ compiler",
+            "works" if compiler else "missing",
+            f"{detail}, for the emulator",
+            "" if compiler else "g++",
+        )
+    )
+    return found
+
+
+def examine() -> list[Finding]:
+    """Everything, in the order it is printed; never raises for something missing."""
+    found = []
+    for part in (_machine, _packages, _gpu, _backends, _folders):
+        try:
+            found += part()
+        except Exception as error:
+            found.append(
+                Finding(part.__name__.strip("_"), "broken", f"{type(error).__name__}: {error}")
+            )
+    return found

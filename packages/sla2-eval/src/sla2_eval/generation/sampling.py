@@ -1,0 +1,479 @@
+"""Videos from prompts: the same noise for every variant of a model, one mp4 file each,
+resumable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from sla2_eval.runs.folders import note_settings
+from sla2_eval.runs.progress import Report, noted, silent
+from sla2_eval.runs.store import digest, file_digest, write_atomic
+from sla2_eval.videos.manifest import read_manifest, video_name
+from sla2_eval.videos.video import write_video
+
+MANIFEST = "manifest.jsonl"
+SETTINGS = "generation.json"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How videos are sampled. `dtype` is autocast's; "auto" takes bfloat16 where the processor
+    computes it natively.
+
+    `num_frames`, `height`, `width`: None takes the model's own.
+    """
+
+    steps: int = 20
+    guidance: float = 2.0
+    batch_size: int = 4
+    seed: int = 0
+    dtype: str = "auto"
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video to sample: the prompt, the number of the video for this prompt, and the seed of its
+    noise.
+    """
+
+    prompt: str
+    index: int
+    seed: int
+
+    @property
+    def file_name(self) -> str:
+        return video_name(self.prompt, self.index)
+
+
+class Generator(Protocol):
+    """A model that turns requests into videos."""
+
+    transformer: object
+    fps: float
+    upscale: int  # each pixel is written this many times in both directions
+
+    def sample(self, requests: Sequence[Request], config: SamplingConfig) -> np.ndarray:
+        """uint8 (n, T, H, W, 3) RGB."""
+        ...
+
+
+def noise_seed(prompt: str, index: int, seed: int) -> int:
+    """The seed of a video's initial noise: a function of these three alone, whatever the batch,
+    order or variant.
+    """
+    return (
+        int.from_bytes(hashlib.sha256(f"{seed}|{index}|{prompt}".encode()).digest()[:8], "little")
+        >> 1
+    )
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file, without empty ones. Raises ValueError naming the file if
+    there are none or repeated ones.
+    """
+    path = Path(path)
+    try:
+        prompts = [
+            line.strip()
+            for line in path.read_text(encoding="utf-8-sig").split("\n")
+            if line.strip()
+        ]
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: expected a text file of one prompt a line, got nothing there"
+        ) from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(
+            f"{path}: expected a UTF-8 text file of one prompt a line, got {error}"
+        ) from None
+    if not prompts:
+        raise ValueError(f"{path}: expected one prompt a line, got none")
+    if repeated := next((p for n, p in enumerate(prompts) if p in prompts[:n]), None):
+        raise ValueError(f"{path}: expected each prompt once, got {repeated!r} again")
+    return prompts
+
+
+def autocast_dtype(name: str, device: str = "cpu"):
+    """The torch dtype to compute in, None for plain float32."""
+    import torch
+
+    if name == "auto":
+        native = torch.cpu._is_avx512_bf16_supported() if device == "cpu" else True
+        name = "bfloat16" if native else "float32"
+    return None if name == "float32" else getattr(torch, name)
+
+
+class TinyGenerator:
+    """The built-in tiny Wan and models of its form: pixel space, caption words, classifier-free
+    guidance, Euler steps.
+    """
+
+    # 32 x 32 becomes 128 x 128, which spares the small pictures the chroma subsampling of H.264
+    upscale = 4
+
+    def __init__(self, transformer, scheduler):
+        from sla2_eval.tiny.shapes import FPS
+
+        self.transformer, self.scheduler, self.fps = transformer.eval(), scheduler, FPS
+
+    def sample(self, requests: Sequence[Request], config: SamplingConfig) -> np.ndarray:
+        """As Generator.sample; the noise of a request does not depend on the others. Raises
+        ValueError for a foreign word.
+        """
+        import torch
+
+        from sla2_eval.tiny.model import LATENT_SHAPE, encode_captions, to_frames
+
+        for name in ("num_frames", "height", "width"):
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"{name}: expected none with the tiny model, got {getattr(config, name)}"
+                )
+        noise = [
+            torch.randn(
+                LATENT_SHAPE,
+                generator=torch.Generator().manual_seed(noise_seed(r.prompt, r.index, r.seed)),
+            )
+            for r in requests
+        ]
+        latents, text = torch.stack(noise), encode_captions([r.prompt for r in requests])
+        guided = config.guidance != 1.0
+        text = torch.cat((text, torch.zeros_like(text))) if guided else text
+        dtype = autocast_dtype(config.dtype)
+        self.scheduler.set_timesteps(config.steps)
+        for t in self.scheduler.timesteps:
+            both = torch.cat((latents, latents)) if guided else latents
+            with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+                velocity = self.transformer(both, t.expand(len(both)), text, return_dict=False)[
+                    0
+                ].float()
+            if guided:
+                conditional, empty = velocity.chunk(2)
+                velocity = empty + config.guidance * (conditional - empty)
+            latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+        _check_finite(bool(torch.isfinite(latents).all()), requests)
+        return to_frames(latents)
+
+
+class PipelineGenerator:
+    """Any text-to-video or text-to-image diffusers pipeline."""
+
+    upscale = 1
+
+    def __init__(self, pipe, fps: float = 16.0):
+        self.pipe, self.transformer, self.fps = pipe, pipe.transformer, fps
+        pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+
+    def sample(self, requests: Sequence[Request], config: SamplingConfig) -> np.ndarray:
+        """As Generator.sample; noise comes from CPU generators, so it is the same on
+        every device.
+        """
+        import torch
+
+        generators = [
+            torch.Generator().manual_seed(noise_seed(r.prompt, r.index, r.seed)) for r in requests
+        ]
+        given = {
+            n: v for n in ("num_frames", "height", "width") if (v := getattr(config, n)) is not None
+        }
+        if hasattr(self.pipe, "guider"):
+            self.pipe.guider = self.pipe.guider.new(guidance_scale=config.guidance)
+        else:
+            given["guidance_scale"] = config.guidance
+        device = self.pipe.device.type
+        dtype = None if config.dtype == "auto" else autocast_dtype(config.dtype, device)
+        with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype is not None):
+            out = self.pipe(
+                prompt=[r.prompt for r in requests],
+                num_inference_steps=config.steps,
+                generator=generators,
+                output_type="np",
+                **given,
+            )
+        frames = np.asarray(
+            out.frames if hasattr(out, "frames") else np.asarray(out.images)[:, None]
+        )  # an image: one frame
+        _check_finite(bool(np.isfinite(frames).all()), requests)
+        return np.uint8((frames * 255).round())
+
+
+def _check_finite(finite: bool, requests: Sequence[Request]) -> None:
+    """Raise FloatingPointError where pixels are NaN or infinite, which as uint8 would look like a
+    black video.
+    """
+    if not finite:
+        raise FloatingPointError(
+            f"model: expected finite pixels, got NaN or infinity beside {requests[0].prompt!r}"
+        )
+
+
+def load_generator(model: str | Path, adapter: str | Path | None = None) -> Generator:
+    """Load "tiny", a folder of a tiny model, a diffusers folder, or a hub id, and an SLA2 adapter
+    on top of it.
+
+    Raises ValueError or FileNotFoundError naming the model or adapter if it is none of these or
+    they do not fit; OSError if a hub id cannot be fetched.
+    """
+    generator = _load_model(model)
+    if adapter is not None:
+        from sla2_core.integrations.loading import apply_adapter
+
+        for transformer, folder in _adapted(generator, Path(adapter)):
+            apply_adapter(transformer, folder)
+            transformer.eval()
+    return generator
+
+
+def _adapted(generator: Generator, adapter: Path) -> list[tuple[object, Path]]:
+    """The transformers of the model and their adapters; those of the two of Wan2.2 A14B lie in
+    folders of their names.
+    """
+    second = getattr(getattr(generator, "pipe", None), "transformer_2", None)
+    if second is None:
+        return [(generator.transformer, adapter)]
+    found = [(generator.transformer, adapter / "transformer"), (second, adapter / "transformer_2")]
+    for _, folder in found:
+        if not folder.is_dir():
+            raise ValueError(
+                "adapter: expected an adapter for each of the model's two transformers, got none"
+                f" in {folder}"
+            )
+    return found
+
+
+def find_model(model: str | Path) -> Path | str:
+    """The folder of "tiny" or of a model, or the hub id. Raises ValueError naming the model if it
+    is none of these.
+    """
+    from sla2_eval.tiny.model import WEIGHTS
+
+    folder = WEIGHTS if str(model) == "tiny" else Path(model)
+    if folder == WEIGHTS and not folder.is_dir():
+        raise ValueError(
+            f"model: expected the tiny model's weights in {folder}, got none; run sla2 train"
+            " teacher"
+        )
+    if not folder.is_dir():
+        if folder.exists() or str(model).startswith((".", "/")) or str(model).count("/") != 1:
+            raise ValueError(
+                "model: expected 'tiny', a diffusers folder or a hub id (owner/name), got"
+                f" {str(model)!r}"
+            )
+        return str(model)
+    if not any(
+        (folder / name).is_file() for name in ("model_index.json", "transformer/config.json")
+    ):
+        raise ValueError(
+            f"model: expected model_index.json or transformer/config.json in {folder}, got neither"
+        )
+    return folder
+
+
+def _load_model(model: str | Path) -> Generator:
+    found = find_model(model)
+    if isinstance(found, Path) and not (found / "model_index.json").exists():
+        return TinyGenerator(*_load_tiny(found))
+    import torch
+    from diffusers import DiffusionPipeline
+
+    if not sys.stderr.isatty():
+        _hide_loading_bars()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return PipelineGenerator(
+        DiffusionPipeline.from_pretrained(str(found), torch_dtype=dtype).to(device)
+    )
+
+
+def _hide_loading_bars() -> None:
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+
+
+def _load_tiny(folder: Path):
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+
+    from sla2_eval.tiny.model import TEXT_DIM
+
+    transformer = WanTransformer3DModel.from_pretrained(str(folder / "transformer"))
+    if transformer.config.text_dim != TEXT_DIM:
+        raise ValueError(
+            f"model: expected text_dim={TEXT_DIM} in {folder}, got {transformer.config.text_dim}"
+        )
+    return transformer, FlowMatchEulerDiscreteScheduler.from_pretrained(str(folder / "scheduler"))
+
+
+def model_fingerprint(model: str | Path) -> dict:
+    """What identifies a model: its hub id, or the sha256 of each weights file in its folder (the
+    size, above 256 MB).
+    """
+    folder = find_model(model)
+    if isinstance(folder, str):
+        return {"id": folder}
+    return {"files": folder_digest(folder)}
+
+
+def folder_digest(folder: Path) -> str:
+    files = {}
+    for path in sorted(p for pattern in ("*.safetensors", "*.json") for p in folder.rglob(pattern)):
+        small = path.stat().st_size <= 256 << 20
+        files[path.relative_to(folder).as_posix()] = (
+            file_digest(path) if small else path.stat().st_size
+        )
+    return digest(files)
+
+
+def plan(prompts: Sequence[str], indices: Sequence[int], seed: int) -> list[Request]:
+    """A request for each prompt and index. Raises ValueError if two would have the same
+    file name.
+    """
+    requests = [Request(prompt, index, seed) for prompt in prompts for index in indices]
+    names = [r.file_name for r in requests]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            "prompts: expected prompts of different file names, got"
+            f" {max(names, key=names.count)!r} twice"
+        )
+    return requests
+
+
+def open_folder(folder: Path, config: SamplingConfig, fingerprint: dict) -> None:
+    """Make `folder` and note what it is generated with. Raises ValueError if it holds videos made
+    with something else.
+    """
+    path, videos = (
+        folder / SETTINGS,
+        [p for p in folder.glob("*.mp4") if not p.name.startswith(".")],
+    )
+    if videos and not path.exists():
+        raise ValueError(
+            f"{folder}: expected a new folder or one of generated videos, got mp4 files without"
+            f" {SETTINGS}"
+        )
+    note_settings(path, {**fingerprint, "sampling": asdict(config)}, replace=not videos)
+
+
+def write_videos(
+    generator: Generator,
+    requests: Sequence[Request],
+    folder: Path,
+    config: SamplingConfig,
+    *,
+    stage: str = "generate",
+    report: Report = silent,
+) -> None:
+    """Sample the requests whose files are not there yet, `config.batch_size` at a time.
+
+    The batches are those of a run from the start: in low precision a video's last bits depend on
+    what stands beside it.
+    """
+    missing = {request for request in requests if not (folder / request.file_name).exists()}
+    done = len(requests) - len(missing)
+    report(stage, done, len(requests))
+    for start in range(0, len(requests), config.batch_size):
+        batch = requests[start : start + config.batch_size]
+        if missing.isdisjoint(batch):
+            continue
+        with noted(folder, len(batch)):
+            for video, request in zip(generator.sample(batch, config), batch):
+                if request in missing:
+                    enlarged = video.repeat(generator.upscale, 1).repeat(generator.upscale, 2)
+                    write_video(folder / request.file_name, enlarged, generator.fps)
+                    done += 1
+        report(stage, done, len(requests))
+
+
+def is_complete(requests: Sequence[Request], folder: Path) -> bool:
+    """Whether the manifest lists exactly these videos and every file is there."""
+    if not (folder / MANIFEST).exists():
+        return False
+    listed = {entry.file_name for entry in read_manifest(folder)}
+    return listed == {r.file_name for r in requests} and all(
+        (folder / name).exists() for name in listed
+    )
+
+
+def write_manifest(requests: Sequence[Request], folder: Path) -> Path:
+    """The manifest that scoring reads, one line a video; written once all videos are there."""
+    rows = [
+        {"file_name": r.file_name, "prompt": r.prompt, "index": r.index, "seed": r.seed}
+        for r in requests
+    ]
+    write_atomic(
+        folder / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
+    return folder / MANIFEST
+
+
+def generate(
+    generator: Generator,
+    prompts: Sequence[str],
+    folder: str | Path,
+    *,
+    config: SamplingConfig | None = None,
+    indices: Sequence[int] = (0,),
+    fingerprint: dict | None = None,
+    stage: str = "generate",
+    report: Report = silent,
+) -> Path:
+    """Write `{prompt}-{index}.mp4` for each prompt and index, and the manifest; finished files are
+    not done twice.
+
+    Two calls with the same prompts, indices and `config.seed` start from the same noise, whatever
+    the model. Returns the manifest's path.
+
+    Args:
+        indices: numbers of the videos of each prompt.
+        fingerprint: JSON-able description of model and variant; a folder takes one fingerprint and
+            one `config` only.
+
+    Raises:
+        ValueError: prompts whose file names collide, or a folder generated with other settings.
+        OSError: the folder cannot be written.
+    """
+    config, folder = config or SamplingConfig(), Path(folder)
+    requests = plan(prompts, indices, config.seed)
+    open_folder(folder, config, fingerprint or {})
+    write_videos(generator, requests, folder, config, stage=stage, report=report)
+    return write_manifest(requests, folder)
+
+
+def can_write(folder: str | Path, option: str) -> Path:
+    """Make `folder` if need be. Raises ValueError naming `option` if files cannot be
+    written there.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"{option}: expected a folder that can be written, got {folder} ({error.strerror})"
+        ) from None
+    return folder

@@ -1,0 +1,1 @@
+"""Variants over seeds: trained, generated, scored and compared."""

@@ -1,0 +1,1 @@
+"""Tasks side by side: processes on this machine, Ray beyond."""

@@ -1,0 +1,1 @@
+"""From results to one HTML page, tables and JSON."""

@@ -1,0 +1,408 @@
+"""Writes the report of a run: one HTML page that needs nothing but itself, and the same figures as
+JSON, CSV and Markdown.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from sla2_eval.report.charts import chart, legend
+from sla2_eval.report.data import first_of_each, gather, paper, read_json
+from sla2_eval.runs.store import write_atomic
+
+VIDEO_BYTES = (
+    48 << 20
+)  # of videos in the page before base64; at least one prompt is shown whatever its size
+MAX_PROMPTS = 12
+SPRITE_HEIGHT = 128
+
+
+def number(value: float | None) -> str:
+    """A figure for the tables: two decimals from ten on, else four, or two digits where four
+    decimals show none; a dash for none.
+    """
+    if value is None:
+        return "–"
+    if 0 < abs(value) < 0.0001:
+        return f"{value:.1e}"
+    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
+
+
+def signed(value: float) -> str:
+    """A difference for the tables: a figure with its sign."""
+    return f"{'' if value < 0 else '+'}{number(value)}"
+
+
+def percent(fraction: float | None) -> str:
+    """A sparsity as percent, without needless digits; a dash where it is not known."""
+    if fraction is None:
+        return "–"
+    return f"{100 * fraction:.1f}".removesuffix(".0") + " %"
+
+
+def _data_uri(path: Path, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _videos(shown: list[dict]) -> tuple[list[dict], int]:
+    """Prompts with a data URI per variant, as many as the page may hold, and how many there are in
+    all.
+
+    Videos that one variant has alone, such as full attention's at seeds that are not shown, are
+    left out where others can be compared.
+    """
+    from sla2_eval.videos.video import frame_rate
+
+    counts = Counter(name for variant in shown for name in variant["entries"])
+    names = sorted(name for name in counts if counts[name] > 1) or sorted(counts)
+    rows, used = [], 0
+    for name in names:
+        entries = [variant["entries"].get(name) for variant in shown]
+        present = [
+            entry
+            for entry in entries
+            if entry and entry.path.is_file() and entry.path.stat().st_size
+        ]
+        size = sum(entry.path.stat().st_size for entry in present)
+        if not present:
+            continue
+        if rows and (used + size > VIDEO_BYTES or len(rows) == MAX_PROMPTS):
+            break
+        used += size
+        sources = [
+            _data_uri(entry.path, "video/mp4") if entry in present else None for entry in entries
+        ]
+        about = {"prompt": present[0].prompt, "index": present[0].index}
+        fps = max(frame_rate(entry.path) for entry in present) or 8.0
+        rows.append({**about, "fps": fps, "sources": sources})
+    return rows, len(names)
+
+
+def _sprite(path: Path, count: int) -> dict | None:
+    """`count` frames of a video, evenly spread, side by side in one JPEG; None if it does not
+    decode.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from sla2_eval.videos.video import VideoError, read_video
+
+    try:
+        frames = read_video(path).frames
+    except VideoError:
+        return None
+    chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    width = max(1, round(SPRITE_HEIGHT * chosen.shape[2] / chosen.shape[1]))
+    strip = Image.new("RGB", (width * count, SPRITE_HEIGHT))
+    for index, frame in enumerate(chosen):
+        strip.paste(Image.fromarray(frame).resize((width, SPRITE_HEIGHT)), (index * width, 0))
+    buffer = io.BytesIO()
+    strip.save(buffer, "JPEG", quality=86)
+    uri = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return {"src": uri, "width": width, "height": SPRITE_HEIGHT}
+
+
+def _block_maps(run_dir: Path, data: dict, shown: list[dict]) -> list[dict]:
+    """The router's block maps of the first seed of each group that has one, with frames to draw
+    them over.
+
+    Raises ValueError naming the file for a map that lacks a key or does not fit its grid.
+    """
+    entries = {variant["name"]: variant["entries"] for variant in shown}
+    found = []
+    for group in data["groups"]:
+        name = group["names"][0]
+        path = run_dir / "block_maps" / f"{name}.json"
+        if not path.is_file():
+            continue
+        maps = read_json(path, "block maps")
+        _check_map(maps, path)
+        videos = entries.get(name, {})
+        over = videos.get(maps.get("frame_of")) or next(iter(videos.values()), None)
+        keys = ("grid", "block_q", "block_k", "layers")
+        found.append(
+            {
+                "label": group["label"],
+                **{key: maps[key] for key in keys},
+                "frames": _sprite(over.path, maps["grid"][0]) if over else None,
+                "prompt": over.prompt if over else None,
+            }
+        )
+    return found
+
+
+def _check_map(maps: dict, path: Path) -> None:
+    missing = [key for key in ("grid", "block_q", "block_k", "layers") if key not in maps]
+    if missing:
+        raise ValueError(f"{path}: expected block maps with {', '.join(missing)}, got none")
+    tokens = maps["grid"][0] * maps["grid"][1] * maps["grid"][2]
+    rows, columns = -(-tokens // maps["block_q"]), -(-tokens // maps["block_k"])
+    for layer in maps["layers"]:
+        if len(layer["map"]) != rows or any(
+            not 0 <= key < columns for row in layer["map"] for key in row
+        ):
+            raise ValueError(
+                f"{path}: expected {rows} rows of key blocks below {columns} for its grid, "
+                f"got {len(layer['map'])} rows in layer {layer['layer']}"
+            )
+
+
+def _glance(data: dict) -> list[dict]:
+    """Up to four groups for the top of the page, all of them or the sparsest of each family, with
+    three metrics each.
+    """
+    scored = [group for group in data["groups"] if group["metrics"] and not group["reference"]]
+    if len(scored) > 4:
+        scored = list(
+            {g["family"]: g for g in sorted(scored, key=lambda g: g["sparsity"] or 0)}.values()
+        )
+        order = {id(group): i for i, group in enumerate(data["groups"])}
+        scored.sort(key=lambda group: order[id(group)])
+    kinds = {name: about["kind"] for name, about in data["metrics"].items()}
+    paired = [name for name, kind in kinds.items() if kind == "paired"][:2]
+    others = sorted(
+        (name for name in kinds if name not in paired), key=lambda name: name != "caption_accuracy"
+    )
+    chosen = (paired + others)[:3]
+    return [
+        {**group, "metrics": {n: group["metrics"][n] for n in chosen if n in group["metrics"]}}
+        for group in scored[:4]
+    ]
+
+
+def _charts(data: dict) -> tuple[list[str], str]:
+    """A panel for each metric of this run, and their common legend."""
+    sparse = [
+        group
+        for group in data["groups"]
+        if not group["reference"] and group["sparsity"] is not None
+    ]
+    numbers = _numbers(dict.fromkeys(group["family"] for group in sparse))
+    panels = []
+    for metric, about in data["metrics"].items():
+        families: dict[str, list[dict]] = {}
+        for group in sparse:
+            if cell := group["metrics"].get(metric):
+                interval = cell.get("seeds") or cell.get("prompts") or {}
+                point = {
+                    "sparsity": group["sparsity"],
+                    "value": cell["mean"],
+                    "label": group["label"],
+                }
+                point |= {"low": interval.get("low"), "high": interval.get("high")}
+                families.setdefault(group["family"], []).append(point)
+        full = next(
+            (g["metrics"].get(metric, {}).get("mean") for g in data["groups"] if g["reference"]),
+            None,
+        )
+        if families:
+            better = "higher is better" if about["higher_is_better"] else "lower is better"
+            panels.append(
+                chart(about["title"], f"{about['kind']}, {better}", families, numbers, full)
+            )
+    return panels, legend(numbers)
+
+
+def _numbers(families: Iterable[str]) -> dict[str, int]:
+    """A colour and glyph for each family; SLA2 and SLA have the same ones here and beside the
+    paper's points.
+    """
+    fixed = ("SLA2", "SLA")
+    ordered = sorted(families, key=lambda name: fixed.index(name) if name in fixed else len(fixed))
+    offset = 0 if "SLA2" in ordered else 1
+    return {name: i + offset for i, name in enumerate(ordered)}
+
+
+def _paper_charts() -> list[dict]:
+    """The paper's panels, a list for each of its models."""
+    found = []
+    for model in paper()["models"].values():
+        numbers = _numbers(next(iter(model["metrics"].values()))["families"])
+        panels = [
+            chart(about["title"], "theirs", about["families"], numbers, about["full"], theirs=True)
+            for about in model["metrics"].values()
+        ]
+        found.append({"title": model["title"], "panels": panels, "legend": legend(numbers)})
+    return found
+
+
+def flat(value: Mapping, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (dotted name, text) pairs."""
+    rows = []
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            rows += flat(item, f"{prefix}{key}.")
+        else:
+            rows.append(
+                (
+                    f"{prefix}{key}",
+                    item if isinstance(item, str) else json.dumps(item, ensure_ascii=False),
+                )
+            )
+    return rows
+
+
+def _rows(data: dict) -> list[dict]:
+    """One flat row per group and metric, for the CSV file."""
+    rows = []
+    for group in data["groups"]:
+        for metric, cell in group["metrics"].items():
+            prompts, seeds, difference = (
+                cell.get(key, {}) for key in ("prompts", "seeds", "difference")
+            )
+            rows.append(
+                {
+                    "variant": group["label"],
+                    "family": group["family"],
+                    "sparsity": group["sparsity"],
+                    "metric": metric,
+                    "kind": data["metrics"][metric]["kind"],
+                    "mean": cell["mean"],
+                    "prompts_low": prompts.get("low"),
+                    "prompts_high": prompts.get("high"),
+                    "prompts": prompts.get("n"),
+                    "seeds_low": seeds.get("low"),
+                    "seeds_high": seeds.get("high"),
+                    "seeds": len(group["names"]),
+                    "difference": difference.get("mean"),
+                    "difference_low": difference.get("low"),
+                    "difference_high": difference.get("high"),
+                    "within_noise": difference.get("within_noise"),
+                }
+            )
+    return rows
+
+
+def as_csv(data: dict) -> str:
+    """The figures as CSV, one line per variant and metric."""
+    buffer = io.StringIO()
+    rows = _rows(data)
+    writer = csv.DictWriter(
+        buffer, list(rows[0]) if rows else ["variant", "metric", "mean"], lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _markdown_cell(text: str) -> str:
+    """Text that neither ends its cell nor is taken for HTML."""
+    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
+def as_markdown(data: dict) -> str:
+    """The figures as one Markdown table per kind of metric; ≈ marks a difference to full attention
+    within noise.
+    """
+    parts = [f"# {data['title']}\n"]
+    kinds = {
+        "paired": f"Paired: against {data['against']}",
+        "unpaired": "Unpaired: each video by itself",
+        "set": "Sets of videos",
+    }
+    for kind, heading in kinds.items():
+        names = [name for name, about in data["metrics"].items() if about["kind"] == kind]
+        groups = [
+            group for group in data["groups"] if any(name in group["metrics"] for name in names)
+        ]
+        if not groups:
+            continue
+        titles = [_markdown_cell(data["metrics"][name]["title"]) for name in names]
+        lines = [
+            "| variant | sparsity | " + " | ".join(titles) + " |",
+            "|---|---|" + "---|" * len(names),
+        ]
+        for group in groups:
+            cells = []
+            for name in names:
+                cell = group["metrics"].get(name)
+                interval = (cell or {}).get("seeds") or (cell or {}).get("prompts") or {}
+                text = number(cell["mean"]) if cell else "–"
+                if interval.get("low") is not None:
+                    text += f" [{number(interval['low'])}, {number(interval['high'])}]"
+                if cell and cell.get("difference", {}).get("within_noise"):
+                    text += " ≈"
+                cells.append(text)
+            lines.append(
+                f"| {_markdown_cell(group['label'])} | {percent(group['sparsity'])} | "
+                + " | ".join(cells)
+                + " |"
+            )
+        parts.append(f"## {heading}\n\n" + "\n".join(lines) + "\n")
+    parts.append(
+        "Intervals are 95 %: Student's t over training seeds where there are several, else a"
+        f" bootstrap over prompts. ≈: the difference to {data['against']}, paired by prompt, is"
+        " within noise.\n"
+    )
+    parts += [
+        f"{data['metrics'][name]['title']}: {'; '.join(texts)}.\n"
+        for name, texts in data["warnings"].items()
+    ]
+    missing = [f"- {name}: {why}" for name, why in data["unavailable"].items()]
+    missing += [f"- {task}: not done: {why}" for task, why in data["lost"].items()]
+    missing += [
+        f"- {row['variant']}, {row['file_name']}: failed: {row['error']}" for row in data["failed"]
+    ]
+    if missing:
+        parts.append("## Unavailable or failed\n\n" + "\n".join(missing) + "\n")
+    return "\n".join(parts)
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `run_dir`/report/: index.html, results.json, results.csv, results.md; returns the path
+    of the page.
+
+    Reads run.json, and what there is of scores/, videos/ and block_maps/; or what `sla2 score` left
+    there. Raises ValueError naming the file for one of another form, OSError where the folder
+    cannot be written.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    run_dir = Path(run_dir)
+    data = gather(run_dir)
+    shown = first_of_each(run_dir, data)
+    rows, num_rows = _videos(shown)
+    panels, key = _charts(data)
+    environment = Environment(
+        loader=PackageLoader("sla2_eval.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "signed": signed, "percent": percent, "flat": flat}
+    templates = files("sla2_eval.report") / "templates"
+    page = environment.get_template("report.html").render(
+        data=data,
+        glance=_glance(data),
+        panels=panels,
+        legend=key,
+        paper_charts=_paper_charts(),
+        paper_source=paper()["source"],
+        player={
+            "variants": [
+                {"label": v["label"], "sparsity": percent(v["sparsity"] or 0)} for v in shown
+            ],
+            "prompts": rows,
+        },
+        num_prompts_all=num_rows,
+        block_maps=_block_maps(run_dir, data, shown),
+        style=(templates / "report.css").read_text(),
+        script=(templates / "report.js").read_text(),
+    )
+    out = run_dir / "report"
+    write_atomic(
+        out / "results.json", json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+    write_atomic(out / "results.csv", as_csv(data))
+    write_atomic(out / "results.md", as_markdown(data))
+    write_atomic(out / "index.html", page)
+    return out / "index.html"

@@ -1,0 +1,1 @@
+"""What every run needs: settings, progress, results on disk."""

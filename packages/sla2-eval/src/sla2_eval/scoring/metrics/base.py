@@ -1,0 +1,89 @@
+"""What a metric is: its description, what it is given, and how it says that it cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+KINDS = ("paired", "unpaired", "set")
+
+
+class MetricUnavailable(RuntimeError):
+    """A metric that cannot run here; the message is one line that says what is missing and how to
+    get it.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricSpec:
+    """The description of a metric, which `sla2 score --list` prints and every result refers to.
+
+    A module of this package describes its metrics in `SPECS` and offers `load(name, settings,
+    device)`, which returns a function of one Sample: a float, or for `kind="set"` float features
+    (n, d), which `reduce(name, features, reference_features, settings)` of the same module turns
+    into {"value": float, "warnings": [str, ...]}.
+    """
+
+    name: str
+    # "paired": against the reference of the same name; "unpaired": by itself; "set": all videos
+    # against all references
+    kind: str
+    title: str
+    definition: str
+    source: str
+    value_range: tuple[float | None, float | None]
+    higher_is_better: bool
+    licence: str = "none needed"  # of the weights
+    weights: tuple[str, ...] = ()  # names in sla2_eval.scoring.weights
+    packages: tuple[str, ...] = ()  # optional Python packages, as "import name (how to install it)"
+    needs_prompt: bool = False
+    tiny_only: bool = False  # understands the captions of the built-in data set alone
+    vbench: str | None = None  # the VBench dimension this is
+    vbench_range: tuple[float, float] = (0.0, 1.0)
+    settings: dict[str, Any] = field(
+        default_factory=dict
+    )  # defaults; a result is stored under the hash of what was used
+    revision: int = 1  # raised when the same settings give another number
+
+    def normalised(self, value: float) -> float | None:
+        """VBench's normalisation, (value - min) / (max - min), unclipped; None for metrics that
+        VBench does not have.
+        """
+        if self.vbench is None:
+            return None
+        low, high = self.vbench_range
+        return (value - low) / (high - low)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One decoded video: uint8 (T, H, W, 3) RGB frames, the reference's frames for paired metrics,
+    and the prompt.
+    """
+
+    frames: np.ndarray
+    fps: float
+    reference: np.ndarray | None = None
+    prompt: str | None = None
+
+
+def chunks(frames: np.ndarray, device: str, size: int) -> Iterator[Tensor]:
+    """Float32 (n, 3, H, W) pieces of uint8 (T, H, W, 3) frames in [0, 1], n <= `size`, so that
+    memory stays bounded.
+    """
+    import torch
+
+    for start in range(0, len(frames), size):
+        piece = torch.from_numpy(frames[start : start + size]).to(device)
+        yield piece.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
+
+
+def need_frames(sample: Sample, least: int) -> None:
+    """Raise ValueError if the video has fewer than `least` frames."""
+    if len(sample.frames) < least:
+        raise ValueError(f"expected at least {least} frames, got {len(sample.frames)}")

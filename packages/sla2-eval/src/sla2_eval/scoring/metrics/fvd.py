@@ -1,0 +1,191 @@
+"""Frechet video distance between the videos and the references, as sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from sla2_eval.scoring.metrics.base import MetricSpec, Sample, need_frames
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SPECS = (
+    MetricSpec(
+        name="fvd",
+        kind="set",
+        title="FVD (I3D)",
+        definition=(
+            "Frechet distance of I3D Kinetics-400 logits (400-d) of 16-frame clips, 224 x 224, [-1,"
+            " 1]; float64, by eigenvalues"
+        ),
+        source="Unterthiner et al. 2018; StyleGAN-V's TorchScript I3D",
+        value_range=(0.0, None),
+        higher_is_better=False,
+        licence="Apache-2.0 (Kinetics-400 I3D)",
+        weights=("i3d",),
+        settings={"clip_frames": 16, "size": 224},
+    ),
+    MetricSpec(
+        name="fvd_videomae",
+        kind="set",
+        title="FVD (VideoMAE)",
+        definition=(
+            "the same distance of VideoMAE ViT-B features (768-d), which see motion more than I3D"
+            " does"
+        ),
+        source="Ge et al. 2024 (content-debiased FVD)",
+        value_range=(0.0, None),
+        higher_is_better=False,
+        licence="CC-BY-NC-4.0 (VideoMAE)",
+        weights=("videomae",),
+        packages=("transformers (pip install transformers)",),
+        settings={"clip_frames": 16, "size": 224, "model": {}},
+    ),
+)
+
+
+def load(name: str, settings: dict, device: str) -> Callable[[Sample], np.ndarray]:
+    """The extractor: features (clips, d) of a video's consecutive clips. It raises ValueError for a
+    shorter video.
+    """
+    import numpy as np
+    import torch
+
+    length = settings["clip_frames"]
+    features = _i3d(settings, device) if name == "fvd" else _videomae(settings, device)
+
+    def extract(sample: Sample) -> np.ndarray:
+        need_frames(sample, length)
+        found = []
+        with torch.inference_mode():
+            for start in range(0, len(sample.frames) - length + 1, length):
+                found.append(features(sample.frames[start : start + length]).float().cpu().numpy())
+        return np.stack(found)
+
+    return extract
+
+
+def _square(frames: np.ndarray, device: str, side: int):
+    """Float (T, 3, side, side) in [0, 1], bilinear."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    x = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float().div_(255.0)
+    return interpolate(x, (side, side), mode="bilinear", align_corners=False)
+
+
+def _i3d(settings: dict, device: str) -> Callable:
+    from sla2_eval.scoring.metrics.loading import load_script
+
+    detector = load_script("i3d", settings, device)
+
+    def features(frames: np.ndarray):
+        clip = _square(frames, device, settings["size"]).permute(1, 0, 2, 3)[None] * 2 - 1
+        return detector(clip, rescale=False, resize=False, return_features=True)[0]
+
+    return features
+
+
+def _videomae(settings: dict, device: str) -> Callable:
+    import torch
+    from transformers import VideoMAEConfig, VideoMAEModel
+
+    from sla2_eval.scoring.metrics.loading import IMAGENET_MEAN, IMAGENET_STD, fill, load_tensors
+
+    config = VideoMAEConfig(
+        **{
+            "image_size": settings["size"],
+            "num_frames": settings["clip_frames"],
+            **settings["model"],
+        }
+    )
+    model = VideoMAEModel(config)
+    tensors = _as_named_now(load_tensors("videomae", settings), model.state_dict())
+    model = fill(model, tensors, "videomae").to(device)
+    mean, std = (
+        torch.tensor(value, device=device).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+
+    def features(frames: np.ndarray):
+        return (
+            model((_square(frames, device, settings["size"]) - mean)[None] / std)
+            .last_hidden_state[0]
+            .mean(0)
+        )
+
+    return features
+
+
+def _as_named_now(published: dict, expected: dict) -> dict:
+    """The encoder's tensors of a published VideoMAE, under the names of this version of
+    transformers.
+
+    The published files keep the attention's biases as `q_bias` and `v_bias`, and have none for the
+    keys.
+    """
+    import torch
+
+    found = {}
+    for name, tensor in published.items():
+        name = name.removeprefix("videomae.")
+        if name.startswith(
+            ("classifier.", "fc_norm.", "decoder", "encoder_to_decoder", "mask_token")
+        ):
+            continue
+        for short, linear in ((".q_bias", ".query.bias"), (".v_bias", ".value.bias")):
+            renamed = name.removesuffix(short) + linear
+            name = renamed if name.endswith(short) and renamed in expected else name
+        found[name] = tensor
+    keys = {
+        name: tensor
+        for name, tensor in expected.items()
+        if name.endswith(".key.bias") and name not in found
+    }
+    return found | {name: torch.zeros_like(tensor) for name, tensor in keys.items()}
+
+
+def frechet(first: np.ndarray, second: np.ndarray) -> float:
+    """The squared Frechet distance of the Gaussians fitted to two sets of features (n, d) and (m,
+    d), in float64.
+
+    |mean1 - mean2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)). With S = R'R, the eigenvalues of S1
+    S2 are the squared singular values of R1 R2', so their roots come without a matrix square root,
+    which rank-deficient sets would break. Rows are sorted first, so that the order of the videos
+    does not change a bit. Raises ValueError below two rows.
+    """
+    import numpy as np
+
+    means, roots = [], []
+    for features in (first, second):
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(
+                f"fvd: expected at least 2 clips a side, got features of shape {features.shape}"
+            )
+        x = np.asarray(features, dtype=np.float64)
+        x = x[np.lexsort(x.T[::-1])]
+        means.append(x.mean(axis=0))
+        roots.append(np.linalg.qr(x - means[-1], mode="r") / np.sqrt(len(x) - 1))
+    shared = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    spread = sum(float((root * root).sum()) for root in roots)
+    return max(0.0, float(((means[0] - means[1]) ** 2).sum()) + spread - 2.0 * float(shared))
+
+
+def reduce(name: str, features: np.ndarray, reference: np.ndarray, settings: dict) -> dict:
+    """The distance between the videos' and the references' features, and warnings where few clips
+    make it worth little.
+    """
+    warnings = []
+    for side, found in (("videos", features), ("references", reference)):
+        count, dimension = found.shape
+        if count < 256:
+            warnings.append(
+                f"{count} clips of the {side}: under 256 the distance says little, and is biased"
+                " upwards"
+            )
+        if count <= dimension:
+            warnings.append(
+                f"{count} clips of the {side} for {dimension} dimensions: the covariance is"
+                " rank-deficient"
+            )
+    return {"value": frechet(features, reference), "warnings": warnings}

@@ -1,0 +1,178 @@
+"""From the results of single videos to what results.json says: means, intervals, differences,
+failures, versions.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Protocol
+
+from sla2_eval.scoring import metrics
+from sla2_eval.scoring.intervals import over_prompts, paired_difference
+from sla2_eval.scoring.metrics import MetricSpec
+from sla2_eval.scoring.worker import one_line, unpack
+from sla2_eval.videos.manifest import Entry
+
+_LIBRARIES = (
+    "sla2-eval",
+    "torch",
+    "torchmetrics",
+    "torchvision",
+    "lpips",
+    "open-clip-torch",
+    "timm",
+    "av",
+    "numpy",
+)
+
+
+class Results(Protocol):
+    """What scoring has gathered; keys are (side, file name, metric), side "video" or
+    "reference".
+    """
+
+    specs: dict[str, MetricSpec]
+    results: dict[tuple[str, str, str], dict]
+    failures: dict[tuple[str, str, str], str]
+    unavailable: dict[str, str]
+    digests: dict
+
+    def used_settings(self, spec: MetricSpec) -> dict: ...
+
+
+def _keyed(run: Results, side: str, videos: list[Entry], name: str) -> dict[tuple[str, str], float]:
+    """The values of a metric by the prompt and file name of the videos; `side`: theirs, or their
+    references'.
+    """
+    return {
+        (entry.prompt, entry.file_name): run.results[side, entry.file_name, name]["value"]
+        for entry in videos
+        if (side, entry.file_name, name) in run.results
+    }
+
+
+def _by_prompt(values: dict[tuple[str, str], float]) -> dict[str, list[float]]:
+    grouped: dict[str, list[float]] = {}
+    for (prompt, _), value in values.items():
+        grouped.setdefault(prompt, []).append(value)
+    return grouped
+
+
+def _summary(
+    run: Results, spec: MetricSpec, videos: list[Entry], references: list[Entry] | None
+) -> dict:
+    """The entry of one metric in results.json."""
+    entry: dict = {
+        "kind": spec.kind,
+        "title": spec.title,
+        "definition": spec.definition,
+        "source": spec.source,
+    }
+    entry |= {
+        "higher_is_better": spec.higher_is_better,
+        "settings": run.used_settings(spec),
+        "vbench": spec.vbench,
+    }
+    if spec.kind == "set":
+        return entry | _reduce(run, spec, videos, references)
+    values = _keyed(run, "video", videos, spec.name)
+    if not values:
+        return entry | {"mean": None, "interval": None, "num_videos": 0}
+    interval = over_prompts(_by_prompt(values))
+    entry |= {
+        "mean": interval.mean,
+        "interval": [interval.low, interval.high],
+        "num_prompts": interval.n,
+    }
+    entry |= {"num_videos": len(values), "normalised": spec.normalised(interval.mean)}
+    if spec.kind == "unpaired" and references:
+        base = {
+            key: value
+            for key, value in _keyed(run, "reference", videos, spec.name).items()
+            if key in values
+        }
+        if difference := paired_difference(values, base):
+            entry["reference_mean"] = over_prompts(_by_prompt(base)).mean
+            entry["difference"] = {
+                **difference.to_dict(),
+                "within_noise": not difference.excludes_zero,
+            }
+    return entry
+
+
+def _reduce(
+    run: Results, spec: MetricSpec, videos: list[Entry], references: list[Entry] | None
+) -> dict:
+    """A set metric from the features of both sides, in the order of file names."""
+    import numpy as np
+
+    sides = {}
+    for side, entries in (("video", videos), ("reference", references or [])):
+        found = [run.results.get((side, entry.file_name, spec.name)) for entry in entries]
+        sides[side] = [unpack(result["features"]) for result in found if result]
+    counts = {"num_videos": len(sides["video"]), "num_references": len(sides["reference"])}
+    try:
+        if not sides["reference"]:
+            raise ValueError(f"{spec.name}: expected a reference set, got none")
+        if not sides["video"]:
+            raise ValueError(f"{spec.name}: expected at least one scored video, got none")
+        features = [np.concatenate(sides[side]) for side in ("video", "reference")]
+        reduced = metrics.module_of(spec.name).reduce(spec.name, *features, run.used_settings(spec))
+    except ValueError as error:
+        run.unavailable[spec.name] = f"unavailable: {one_line(error)}"
+        return {"mean": None, **counts}
+    return {"mean": reduced["value"], "warnings": reduced["warnings"], **counts}
+
+
+def document(
+    run: Results, videos: list[Entry], references: list[Entry] | None, names: list[str]
+) -> dict:
+    """What results.json says. No times and nothing of the workers, so that equal results are equal
+    bytes.
+    """
+    summaries = {name: _summary(run, spec, videos, references) for name, spec in run.specs.items()}
+    rows = []
+    for entry in videos:
+        scores = {
+            name: run.results["video", entry.file_name, name]["value"]
+            for name, spec in run.specs.items()
+            if spec.kind != "set" and ("video", entry.file_name, name) in run.results
+        }
+        row = {
+            "file_name": entry.file_name,
+            "prompt": entry.prompt,
+            "index": entry.index,
+            "seed": entry.seed,
+        }
+        rows.append({**row, "sha256": run.digests.get(entry.path), "scores": scores})
+    failed = [
+        {
+            "file_name": name,
+            "side": side,
+            "metric": None if metric in ("*", "reference") else metric,
+            "error": error,
+        }
+        for (side, name, metric), error in sorted(
+            run.failures.items(), key=lambda item: (item[0][1], item[0][0], item[0][2])
+        )
+    ]
+    return {
+        "format": 1,
+        "requested": names,
+        "metrics": summaries,
+        "videos": rows,
+        "failed": failed,
+        "unavailable": dict(sorted(run.unavailable.items())),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that scores depend on."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,1 @@
+"""Video files: manifests, decoding and encoding, captioned folders, latents."""

@@ -1,0 +1,59 @@
+"""A folder of mp4 files with captions as latents and text embeddings of a diffusers pipeline,
+computed once and cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from sla2_core.integrations.encoding import encoder_of
+from sla2_core.training.cache import CachedData, encode_samples
+from torch import Tensor
+
+from sla2_eval.videos.dataset import captioned_files, read_frames
+
+
+def encode_folder(
+    videos: str | Path,
+    pipe,
+    folder: str | Path,
+    *,
+    num_frames: int,
+    height: int,
+    width: int,
+    model: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> CachedData:
+    """Encode a folder that dataset.captioned_files accepts, for stage 2; started again, it goes on
+    where it was.
+
+    Args:
+        videos: the folder. num_frames, height, width: of the training videos, in pixels.
+        pipe: a pipeline that sla2_core.integrations.encoding knows, whose VAE and text encoders are
+            used. model: its name, to notice another one on a second run.
+        folder: the cache.
+
+    Raises:
+        ValueError: another kind of pipeline, a broken or short video, or a missing caption; names
+            the file, keeps what is done.
+    """
+    encoder = encoder_of(pipe)
+    pairs = captioned_files(Path(videos))
+    settings = {"model": model, "num_frames": num_frames, "height": height, "width": width}
+
+    def encode(index: int) -> dict[str, Tensor]:
+        path, caption = pairs[index]
+        frames = read_frames(path, num_frames=num_frames, height=height, width=width)
+        pixels = torch.as_tensor(frames).permute(3, 0, 1, 2)[None].float().div(127.5).sub(1.0)
+        return {**encoder.video(pipe, pixels), **encoder.text(pipe, caption)}
+
+    return encode_samples(
+        [path.name for path, _ in pairs],
+        encode,
+        folder,
+        settings=settings,
+        unconditional=lambda: encoder.text(pipe, ""),
+        progress=progress,
+    )

@@ -1,0 +1,320 @@
+"""The whole operator on raw pointers, backward: row sums, the linear branch, dQ by rows, dK and dV
+by columns (Alg. 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sla2_kernels.forward import Forward, contiguous, copy_columns, masked_sum, run_kernel, widened
+from sla2_kernels.launch import Pointer
+from sla2_kernels.problem import NULL, Device, Problem, Strided
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The transposed map: bits uint32 (B H, T_n, ceil(T_m / 32)); rows of column j are
+    rows[offsets[j] : offsets[j + 1]].
+
+    counts int32 (B H, T_n), offsets int32 (B H, T_n + 1), rows int32 (B H, capacity), ascending in
+    each column.
+    """
+
+    bits: Pointer
+    counts: Pointer
+    offsets: Pointer
+    rows: Pointer
+    capacity: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """d_q (B, H, n_q, d), d_k, d_v (B, H, n_k, d) in 16 bit; d_alpha fp32 (B, H, T_m), NULL without
+    a linear branch.
+
+    alpha's own gradient is d_alpha summed over the axes that share it.
+    """
+
+    d_q: Pointer
+    d_k: Pointer
+    d_v: Pointer
+    d_alpha: Pointer
+
+
+def transpose_map(device: Device, problem: Problem, bits: Pointer, width: int) -> Columns:
+    """The map by columns, from its bits (B H, T_m, ceil(T_n / 32)) with at most `width` blocks a
+    row: count, scan, scatter.
+    """
+    p, new = problem, device.allocate
+    t_m, t_n = np.int32(p.t_m), np.int32(p.t_n)
+    column_bits = new((p.pairs, p.t_n, -(-p.t_m // 32)), "uint32")
+    counts = new((p.pairs, p.t_n), "int32")
+    offsets = new((p.pairs, p.t_n + 1), "int32")
+    capacity = p.t_m * width
+    rows = new((p.pairs, capacity), "int32")
+    per_column = (-(-p.t_n // 4), p.pairs)
+    run_kernel(device, p, "sla2_column_bits", per_column, bits, column_bits, counts, t_m, t_n)
+    run_kernel(device, p, "sla2_column_offsets", (p.pairs,), counts, offsets, t_n)
+    run_kernel(
+        device,
+        p,
+        "sla2_column_rows",
+        per_column,
+        column_bits,
+        offsets,
+        rows,
+        t_m,
+        t_n,
+        np.int64(capacity),
+    )
+    return Columns(bits=column_bits, counts=counts, offsets=offsets, rows=rows, capacity=capacity)
+
+
+def _row_bits(device: Device, problem: Problem, saved: Forward) -> Pointer:
+    if saved.linear:
+        return saved.linear.bits
+    p, new = problem, device.allocate
+    bits = new((p.pairs, p.t_m, -(-p.t_n // 32)), "uint32")
+    unused = new((p.pairs, p.t_m), "float32")
+    run_kernel(
+        device,
+        p,
+        "sla2_row_bits",
+        (-(-p.t_m // 4), p.pairs),
+        saved.block_map.indices,
+        saved.block_map.counts,
+        p.kv_lengths,
+        bits,
+        unused,
+        *map(np.int32, (p.heads, p.t_m, p.t_n, p.n_k, saved.block_map.width)),
+    )
+    return bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sparse:
+    """What the kernels of the sparse branch differentiate; the last three are NULL unless the
+    backward is matched.
+    """
+
+    problem: Problem
+    q: Pointer
+    k: Pointer
+    v: Pointer
+    row_mean: Pointer
+    row_top: Pointer = NULL
+    q_scale: Pointer = NULL
+    k_scale: Pointer = NULL
+
+
+def _matched(
+    device: Device, problem: Problem, saved: Forward, values: Pointer, grad: Pointer
+) -> _Sparse:
+    """Q, K, V as the low-bit forward saw them, and D and the largest P of each row with the
+    unrounded P.
+    """
+    p, new, made, block_map = problem, device.allocate, saved.prologue, saved.block_map
+    heads, n_q, n_k = map(np.int32, (p.heads, p.n_q, p.n_k))
+    wide = []
+    for octets, rows in ((made.q_bytes, p.n_q), (made.k_bytes, p.n_k)):
+        wide.append(new((p.pairs, rows, p.width), p.dtype))
+        count = p.pairs * rows * p.width
+        run_kernel(
+            device,
+            p,
+            "sla2_widen",
+            (min(65535, -(-count // 1024)),),
+            octets,
+            wide[-1],
+            np.int64(count),
+        )
+    v = new((p.pairs, p.n_k, p.width), p.dtype)
+    args = values, made.v_scale, p.kv_lengths, v, heads, n_k
+    run_kernel(device, p, "sla2_round_values", (-(-p.n_k * p.width // 512), p.pairs), *args)
+    row_mean, row_top = (new((p.pairs, p.n_q), "float32") for _ in range(2))
+    run_kernel(
+        device,
+        p,
+        "sla2_bwd_matched_rows",
+        (p.t_m * _parts(p), p.pairs),
+        *wide,
+        v,
+        grad,
+        saved.lse,
+        made.q_scale,
+        made.k_scale,
+        block_map.indices,
+        block_map.counts,
+        np.int32(block_map.width),
+        p.kv_lengths,
+        row_mean,
+        row_top,
+        heads,
+        n_q,
+        n_k,
+        p.softmax_scale,
+    )
+    return _Sparse(
+        problem=p,
+        q=wide[0],
+        k=wide[1],
+        v=v,
+        row_mean=row_mean,
+        row_top=row_top,
+        q_scale=made.q_scale,
+        k_scale=made.k_scale,
+    )
+
+
+def _parts(problem: Problem) -> int:
+    """Tiles of query rows in a query block."""
+    return problem.block_q // min(64, problem.block_q)
+
+
+def backward(
+    device: Device, problem: Problem, saved: Forward, grad: Strided, *, qat_backward: str = "paper"
+) -> Gradients:
+    """Gradients of forward(..., save=True), in 16 bit, contiguous.
+
+    Args:
+        problem: the forward's. saved: its result. grad: dO (B, H, n_q, d), 16 bit.
+        qat_backward: after a low-bit forward, "paper" takes P from the original Q, K, V and the
+            forward's L (Alg. 3); "matched" differentiates the low-bit forward with its rounding as
+            the identity: the rounded Q, K, V and P, and D = rowsum(P dP) from the unrounded P.
+            `saved.prologue` then needs its 8-bit tensors and scales.
+    """
+    p, new, made = problem, device.allocate, saved.prologue
+    # These kernels read rows many times over: contiguous ones, copied here where the caller's are
+    # not.
+    grad = contiguous(device, p, widened(device, p, grad, p.n_q), p.n_q)
+    q, out_sparse = (contiguous(device, p, x, p.n_q) for x in (made.q, saved.out_sparse))
+    k, v = (contiguous(device, p, x, p.n_k) for x in (made.k, made.v))
+    heads, n_q, n_k, t_m, t_n = map(np.int32, (p.heads, p.n_q, p.n_k, p.t_m, p.t_n))
+    linear, block_map = saved.linear, saved.block_map
+    alpha = (saved.alpha.values, *map(np.int32, saved.alpha.strides))
+    rest_inverse = linear.rest_inverse if linear else NULL
+    row_dot = new((p.pairs, p.n_q), "float32")
+    run_kernel(device, p, "sla2_bwd_row_dot", (p.t_m, p.pairs), grad, out_sparse, row_dot, n_q)
+    columns = transpose_map(device, p, _row_bits(device, p, saved), block_map.width)
+    d_k_sum = new((p.pairs, p.n_k, p.width), "float32")
+    d_q_linear = d_v_linear = d_alpha = NULL
+    if linear:
+        d_q_linear = new((p.pairs, p.n_q, p.width), "float32")
+        d_v_linear = new((p.pairs, p.n_k, p.width), "float32")
+        d_alpha = new((p.batch, p.heads, p.t_m), "float32")
+        d_states = new((p.pairs, p.t_m, p.width * (p.width + 1)), p.dtype)
+        run_kernel(
+            device,
+            p,
+            "sla2_linear_bwd_q",
+            (p.t_m, p.pairs),
+            made.phi_q,
+            grad,
+            linear.state,
+            linear.norm,
+            row_dot,
+            saved.lse,
+            rest_inverse,
+            *alpha,
+            d_q_linear,
+            d_states,
+            d_alpha,
+            heads,
+            n_q,
+        )
+        d_state, d_norm = masked_sum(device, p, columns.bits, d_states, NULL, p.t_n, p.t_m)
+        run_kernel(
+            device,
+            p,
+            "sla2_linear_bwd_kv",
+            (p.t_n, p.pairs),
+            made.phi_k,
+            v,
+            d_state,
+            d_norm,
+            p.kv_lengths,
+            d_k_sum,
+            d_v_linear,
+            heads,
+            n_k,
+        )
+    if qat_backward == "matched" and p.low:
+        s = _matched(device, p, saved, v, grad)
+    else:
+        s = _Sparse(problem=replace(p, precision="full"), q=q, k=k, v=v, row_mean=row_dot)
+    d_q, d_k, d_v = (new((p.pairs, n, p.width), p.dtype) for n in (p.n_q, p.n_k, p.n_k))
+    run_kernel(
+        device,
+        s.problem,
+        "sla2_sparse_bwd_q",
+        (p.t_m * _parts(p), p.pairs),
+        s.q,
+        s.k,
+        s.v,
+        grad,
+        saved.lse,
+        s.row_mean,
+        s.q_scale,
+        s.k_scale,
+        block_map.indices,
+        block_map.counts,
+        np.int32(block_map.width),
+        p.kv_lengths,
+        rest_inverse,
+        *alpha,
+        d_q_linear,
+        d_q,
+        heads,
+        n_q,
+        n_k,
+        p.softmax_scale,
+    )
+    key_sum = new((p.pairs, p.t_n, p.width), "float32")
+    run_kernel(
+        device,
+        s.problem,
+        "sla2_sparse_bwd_kv",
+        (p.t_n, p.pairs),
+        s.q,
+        s.k,
+        s.v,
+        grad,
+        saved.lse,
+        s.row_mean,
+        s.row_top,
+        s.q_scale,
+        s.k_scale,
+        columns.offsets,
+        columns.rows,
+        np.int64(columns.capacity),
+        p.kv_lengths,
+        rest_inverse,
+        *alpha,
+        d_v_linear,
+        d_k_sum,
+        d_v,
+        key_sum,
+        heads,
+        n_q,
+        n_k,
+        t_m,
+        np.int32(linear is not None),
+        p.softmax_scale,
+    )
+    mean = NULL
+    if saved.smooth_k:
+        mean = new((p.pairs, p.width), "float32")
+        args = key_sum, NULL, p.kv_lengths, mean, NULL, heads, n_k, t_n
+        run_kernel(device, p, "sla2_key_mean", (p.pairs,), *args)
+    pairs_of_values = p.n_k * p.width // 2
+    args = d_k_sum, mean, p.kv_lengths, d_k, heads, n_k
+    run_kernel(device, p, "sla2_finish_dk", (-(-pairs_of_values // 256), p.pairs), *args)
+    if p.head_dim != p.width:
+        grads = ((d_q, p.n_q), (d_k, p.n_k), (d_v, p.n_k))
+        d_q, d_k, d_v = (
+            copy_columns(device, p, Strided.of(x, p.heads, n, p.width), n, p.width, p.head_dim)
+            for x, n in grads
+        )
+    return Gradients(d_q=d_q, d_k=d_k, d_v=d_v, d_alpha=d_alpha)
