@@ -115,6 +115,11 @@ def run_route():
     )
     written(scores)
     assert found.counts.owner.tolist() == [[[2, 2]]]
+    found, scores = route(
+        DEVICE, problem(), floats(1, T_M, WIDTH), floats(1, T_N, WIDTH), NULL, NULL, 1, 0.5, 1
+    )
+    written(scores)
+    assert found.indices.owner.tolist() == [[[[0, 1, 2], [0, 1, 2]]]]
     bits = Pointer.of(np.array([[[5], [2]]], np.uint32))
     columns = transpose_map(DEVICE, problem(), bits, 2)
     assert columns.offsets.owner.tolist() == [[0, 1, 2, 3]]

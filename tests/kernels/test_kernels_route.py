@@ -12,6 +12,7 @@ from sla2_core import BlockMap
 from sla2_core.routing.router import pool, smooth_keys, top_k_map
 from sla2_kernels import forward as operator
 from sla2_kernels.backward import transpose_map
+from sla2_kernels.emulator.emulate import ORDERS, lanes
 
 _SPEC = importlib.util.spec_from_file_location(
     "kernel_problems", Path(__file__).with_name("problems.py")
@@ -71,7 +72,7 @@ def select(scores: torch.Tensor, topk: float) -> operator.Map:
         problems.allocate((1, 1, t_m, width), "int32"),
         problems.allocate((1, 1, t_m), "int32"),
     )
-    sizes = [np.int32(x) for x in (1, t_m, t_n, 16 * t_n, width)]
+    sizes = [np.int32(x) for x in (1, t_m, t_n, 16 * t_n, t_n, width)]
     args = pointer(scores), operator.NULL, indices, counts, *sizes, np.float64(topk)
     operator.run_kernel(DEVICE, problem, "sla2_topk", (-(-t_m // 4), 1), *args)
     return operator.Map(indices, counts, width)
@@ -89,6 +90,99 @@ def test_topk_breaks_ties_to_the_lower_index_and_keeps_nan_on_top():
         found = select(scores, topk)
         assert torch.equal(found.indices.owner, expected.indices)
         assert torch.equal(found.counts.owner, expected.counts)
+
+
+def plain_route(scores, lengths, topk: float, routable: int, block_k: int):
+    """(indices, counts) of numpy scores (B, H, T_m, T_n) by sorting: what the kernel must give.
+
+    Padding is behind the blocks that compete, as it is where text comes last.
+    """
+    t_n = scores.shape[-1]
+    count = max(1, round(topk * routable)) if routable else 0
+    best = np.argsort(-scores[..., :routable], axis=-1, kind="stable")[..., :count]
+    text = np.broadcast_to(np.arange(routable, t_n), (*scores.shape[:3], t_n - routable))
+    text = np.where(text * block_k < lengths[:, None, None, None], text, -1)
+    indices = np.concatenate([np.sort(best, axis=-1), text], axis=-1)
+    return indices, (indices >= 0).sum(-1)
+
+
+def run_route(problem, pooled, weights, topk, routable):
+    """Indices, counts and scores of operator.route as numpy arrays."""
+    pointers = (pointer(x) for x in (*pooled, *weights))
+    found, scores = operator.route(DEVICE, problem, *pointers, 1, topk, routable)
+    return [x.owner.numpy() for x in (found.indices, found.counts, scores)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("n_q", "n_k", "routable", "lengths"),
+    [
+        (111, 1129, 63, None),
+        (111, 1129, 63, (1129, 1010)),
+        (33, 600, 0, None),
+        (33, 600, 0, (97, 1)),
+        (65, 530, 1, (530, 17)),
+        (65, 529, 33, (528, 529)),
+        (31, 1040, 64, (1040, 1025)),
+        (31, 1040, 65, None),
+        (1, 9, 0, None),
+    ],
+)
+def test_blocks_from_routable_on_are_forced_and_the_others_compete(
+    order, n_q, n_k, routable, lengths
+):
+    torch.manual_seed(n_k + routable)
+    batch, topk = 2, 0.13
+    item_lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    sizes = {"batch": batch, "heads": 2, "n_q": n_q, "n_k": n_k, "block_q": 32, "block_k": 16}
+    problem = operator.Problem(**sizes, head_dim=64, kv_lengths=pointer(item_lengths))
+    # Small integers: scores are exact, and many of them equal.
+    pooled = [torch.randint(-1, 2, (4, rows, 64)).float() for rows in (problem.t_m, problem.t_n)]
+    with lanes(order, seed=5):
+        indices, counts, scores = run_route(problem, pooled, (None, None), topk, routable)
+    valid = np.array(lengths or (n_k, n_k))
+    q, k = (x.view(batch, 2, -1, 64).double() for x in pooled)
+    exact = (q @ k.transpose(-1, -2)).numpy() / 8
+    hidden = np.arange(problem.t_n) * 16 >= valid[:, None]
+    np.testing.assert_array_equal(scores, np.where(hidden[:, None, None], -np.inf, exact))
+    expected = plain_route(scores, valid, topk, routable, 16)
+    np.testing.assert_array_equal(indices, expected[0])
+    np.testing.assert_array_equal(counts, expected[1])
+
+
+@pytest.mark.parametrize("lengths", [None, (600, 63)])
+def test_all_blocks_compete_by_default(lengths):
+    case = problems.make(111, 600, lengths=lengths)
+    torch.manual_seed(2)
+    pooled = [torch.randn(case.problem.pairs, rows, 64) for rows in (4, 38)]
+    weights = [torch.randn(1, 64, 64) for _ in range(2)]
+    default, whole = (run_route(case.problem, pooled, weights, 0.13, n) for n in (None, 38))
+    for a, b in zip(default, whole):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_without_weights_the_means_are_not_projected():
+    case = problems.make(111, 600, lengths=(600, 63))
+    torch.manual_seed(3)
+    pooled = [torch.randn(case.problem.pairs, rows, 64) for rows in (4, 38)]
+    weight = torch.randn(1, 64, 64)
+    for given, identity in (
+        ((None, None), (torch.eye(64)[None], torch.eye(64)[None])),
+        ((weight, None), (weight, torch.eye(64)[None])),
+    ):
+        without, projected = (
+            run_route(case.problem, pooled, w, 0.2, 21) for w in (given, identity)
+        )
+        for a, b in zip(without, projected):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("routable", [-1, 39])
+def test_routable_blocks_that_are_not_there_are_refused(routable):
+    case = problems.make(111, 600)
+    pooled = [torch.zeros(2, rows, 64) for rows in (4, 38)]
+    with pytest.raises(ValueError, match=f"routable: expected 0 to 38 key blocks, got {routable}"):
+        run_route(case.problem, pooled, (None, None), 0.2, routable)
 
 
 def test_bits_and_columns_of_a_map():

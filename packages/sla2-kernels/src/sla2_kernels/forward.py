@@ -235,16 +235,40 @@ def route(
     weight_k: Pointer,
     weight_heads: int,
     topk: float,
+    routable: int | None = None,
 ) -> tuple[Map, Pointer]:
-    """The block map of the k% best key blocks of each row, and the scores fp32 (B, H, T_m, T_n).
+    """The block map of every row, and the router's scores (Eq. 16), which cover all key blocks.
 
-    weight_q, weight_k are fp32 (weight_heads, d, d), weight_heads 1 or H; topk in (0, 1]. Scores of
-    blocks without a valid token are -inf.
+    A row selects the K = max(1, round(topk * n)) best of the n key blocks that it may choose from,
+    which are those of the first `routable` that hold a valid token, and every block from `routable`
+    on that holds one. Ties go to the lower index.
+
+    Args:
+        pooled_q, pooled_k: block means, fp32 (B H, T_m, width) and (B H, T_n, width).
+        weight_q, weight_k: projections, fp32 (weight_heads, d, d). NULL: the identity, which takes
+            no launch.
+        weight_heads: 1 or H.
+        topk: k% in (0, 1].
+        routable: how many key blocks compete, 0 to T_n; where the last tokens are text, those
+            without any text. None: all T_n.
+
+    Returns:
+        The map, as wide as K of `routable` blocks and T_n - routable together, and the scores fp32
+        (B, H, T_m, T_n), -inf for blocks without a valid token.
+
+    Raises:
+        ValueError: for `routable` outside [0, T_n].
     """
     p, new = problem, device.allocate
+    routable = p.t_n if routable is None else routable
+    if not 0 <= routable <= p.t_n:
+        raise ValueError(f"routable: expected 0 to {p.t_n} key blocks, got {routable}")
     heads, channels = np.int32(p.heads), np.int32(p.head_dim)
     projected = []
     for x, weight, rows in ((pooled_q, weight_q, p.t_m), (pooled_k, weight_k, p.t_n)):
+        if not weight.address:
+            projected.append(x)
+            continue
         y = new((p.pairs, rows, p.width), "float32")
         args = x, weight, y, heads, np.int32(weight_heads), np.int32(rows), channels
         run_kernel(device, p, "sla2_project", (-(-rows // 16), p.pairs), *args)
@@ -265,7 +289,8 @@ def route(
         n_k,
         p.softmax_scale,
     )
-    width = max(1, round(topk * p.t_n))
+    chosen = max(1, round(topk * routable)) if routable else 0
+    width = chosen + p.t_n - routable
     indices = new((p.batch, p.heads, p.t_m, width), "int32")
     counts = new((p.batch, p.heads, p.t_m), "int32")
     run_kernel(
@@ -281,6 +306,7 @@ def route(
         t_m,
         t_n,
         n_k,
+        np.int32(routable),
         np.int32(width),
         np.float64(topk),
     )

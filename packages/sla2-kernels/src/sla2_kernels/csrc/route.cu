@@ -84,19 +84,26 @@ SLA2_INLINE int lanes_below(unsigned votes) { return __popc(votes & ((1u << (thr
 
 constexpr int WARPS_OF_ROWS = 4;
 
-// The K = max(1, round(topk * blocks)) best key blocks of every row, blocks counted from the item's valid tokens; ties go
-// to the lower index; indices ascend and are followed by -1. The K-th largest key is found bit by bit, so the result does
-// not depend on any order of execution. A warp per row: grid (ceil(T_m / 4), B H), 128 threads.
+// The map of every row: of the item's valid key blocks among the first `routable` the K = max(1, round(topk * number)) best,
+// and every valid block from `routable` on (forced: those that hold text). Ties go to the lower index; indices ascend and
+// are followed by -1. The K-th largest key is found bit by bit, so the result does not depend on any order of execution. A
+// warp per row: grid (ceil(T_m / 4), B H), 128 threads. indices (B H, T_m, max_selected),
+// where max_selected = K of `routable` blocks + T_n - routable.
 extern "C" __global__ void __launch_bounds__(32 * WARPS_OF_ROWS)
 sla2_topk(const float* __restrict__ scores, const int* __restrict__ kv_lengths, int* __restrict__ indices,
-          int* __restrict__ counts, int num_heads, int t_m, int t_n, int n_k, int max_selected, double topk) {
+          int* __restrict__ counts, int num_heads, int t_m, int t_n, int n_k, int routable, int max_selected,
+          double topk) {
     const int row = blockIdx.x * WARPS_OF_ROWS + threadIdx.x / 32, lane = threadIdx.x & 31;
     if (row >= t_m) return;
     const long long at = static_cast<long long>(blockIdx.y) * t_m + row;
     const float* line = scores + at * t_n;
     int* list = indices + at * max_selected;
-    const int blocks = ceil_div(valid_keys(kv_lengths, blockIdx.y / num_heads, n_k), BLOCK_K);
-    const int wanted = clamp_int(static_cast<int>(rint(topk * blocks)), 1, blocks < max_selected ? blocks : max_selected);
+    const int valid = ceil_div(valid_keys(kv_lengths, blockIdx.y / num_heads, n_k), BLOCK_K);
+    const int blocks = valid < routable ? valid : routable, forced = valid - blocks;
+    const int room = max_selected - (t_n - routable);
+    // 0 where there is nothing to choose from: then the search below counts nothing and places nothing.
+    const int best = clamp_int(static_cast<int>(rint(topk * blocks)), 1, room);
+    const int wanted = best < blocks ? best : blocks;
 
     unsigned threshold = 0u;
     int above = 0;
@@ -121,8 +128,8 @@ sla2_topk(const float* __restrict__ scores, const int* __restrict__ kv_lengths, 
         placed += __popc(takes);
         tied += __popc(equals);
     }
-    for (int i = wanted + lane; i < max_selected; i += 32) list[i] = -1;
-    if (lane == 0) counts[at] = wanted;
+    for (int i = lane; i < max_selected - wanted; i += 32) list[wanted + i] = i < forced ? routable + i : -1;
+    if (lane == 0) counts[at] = wanted + forced;
 }
 
 // The map as bits, (B H, T_m, ceil(T_n / 32)), and 1 / (number of valid blocks left over), 0 if none is, per row. A warp
