@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from sla2_kernels.cache import cache_folder
 
@@ -22,7 +23,7 @@ class Artifact:
     """A built file and what was noted about it."""
 
     path: Path
-    notes: dict
+    notes: dict[str, Any]
 
 
 def folder() -> Path:
@@ -73,7 +74,7 @@ def _write(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _store(where: Path, key: str, suffix: str, data: bytes, notes: dict) -> Artifact:
+def _store(where: Path, key: str, suffix: str, data: bytes, notes: dict[str, Any]) -> Artifact:
     binary = where / f"{key}{suffix}"
     about = {"sha256": hashlib.sha256(data).hexdigest(), "notes": notes}
     _write(binary, data)
@@ -82,11 +83,11 @@ def _store(where: Path, key: str, suffix: str, data: bytes, notes: dict) -> Arti
 
 
 @cache
-def _private_folder() -> tempfile.TemporaryDirectory:
+def _private_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="sla2-kernels-")
 
 
-def get(key: str, suffix: str, build: Callable[[], tuple[bytes, dict]]) -> Artifact:
+def get(key: str, suffix: str, build: Callable[[], tuple[bytes, dict[str, Any]]]) -> Artifact:
     """The artifact of `key`, built if it is missing.
 
     `build()` -> (bytes of the file, notes for its JSON). Of many processes that ask at once, one
@@ -121,7 +122,7 @@ def get(key: str, suffix: str, build: Callable[[], tuple[bytes, dict]]) -> Artif
         lock.release()
 
 
-def contents() -> dict:
+def contents() -> dict[str, Any]:
     """What the cache holds: {"folder", "artifacts", "bytes", "damaged", "writable"}."""
     where = folder()
     files = list(where.glob("*")) if where.is_dir() else []

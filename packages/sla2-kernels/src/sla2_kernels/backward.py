@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sla2_kernels.forward import Forward, contiguous, copy_columns, masked_sum, run_kernel, widened
-from sla2_kernels.launch import Pointer
+from sla2_kernels.launch import Argument, Pointer
 from sla2_kernels.problem import NULL, Device, Problem, Strided
 
 
@@ -188,15 +188,15 @@ def backward(
     p, new, made = problem, device.allocate, saved.prologue
     # These kernels read rows many times over: contiguous ones, copied here where the caller's are
     # not.
-    grad = contiguous(device, p, widened(device, p, grad, p.n_q), p.n_q)
+    d_out = contiguous(device, p, widened(device, p, grad, p.n_q), p.n_q)
     q, out_sparse = (contiguous(device, p, x, p.n_q) for x in (made.q, saved.out_sparse))
     k, v = (contiguous(device, p, x, p.n_k) for x in (made.k, made.v))
     heads, n_q, n_k, t_m, t_n = map(np.int32, (p.heads, p.n_q, p.n_k, p.t_m, p.t_n))
     linear, block_map = saved.linear, saved.block_map
-    alpha = (saved.alpha.values, *map(np.int32, saved.alpha.strides))
+    alpha: tuple[Argument, ...] = (saved.alpha.values, *map(np.int32, saved.alpha.strides))
     rest_inverse = linear.rest_inverse if linear else NULL
     row_dot = new((p.pairs, p.n_q), "float32")
-    run_kernel(device, p, "sla2_bwd_row_dot", (p.t_m, p.pairs), grad, out_sparse, row_dot, n_q)
+    run_kernel(device, p, "sla2_bwd_row_dot", (p.t_m, p.pairs), d_out, out_sparse, row_dot, n_q)
     columns = transpose_map(device, p, _row_bits(device, p, saved), block_map.width)
     d_k_sum = new((p.pairs, p.n_k, p.width), "float32")
     d_q_linear = d_v_linear = d_alpha = NULL
@@ -211,7 +211,7 @@ def backward(
             "sla2_linear_bwd_q",
             (p.t_m, p.pairs),
             made.phi_q,
-            grad,
+            d_out,
             linear.state,
             linear.norm,
             row_dot,
@@ -241,7 +241,7 @@ def backward(
             n_k,
         )
     if qat_backward == "matched" and p.low:
-        s = _matched(device, p, saved, v, grad)
+        s = _matched(device, p, saved, v, d_out)
     else:
         s = _Sparse(problem=replace(p, precision="full"), q=q, k=k, v=v, row_mean=row_dot)
     d_q, d_k, d_v = (new((p.pairs, n, p.width), p.dtype) for n in (p.n_q, p.n_k, p.n_k))
@@ -253,7 +253,7 @@ def backward(
         s.q,
         s.k,
         s.v,
-        grad,
+        d_out,
         saved.lse,
         s.row_mean,
         s.q_scale,
@@ -280,7 +280,7 @@ def backward(
         s.q,
         s.k,
         s.v,
-        grad,
+        d_out,
         saved.lse,
         s.row_mean,
         s.row_top,
@@ -306,8 +306,20 @@ def backward(
     mean = NULL
     if saved.smooth_k:
         mean = new((p.pairs, p.width), "float32")
-        args = key_sum, NULL, p.kv_lengths, mean, NULL, heads, n_k, t_n
-        run_kernel(device, p, "sla2_key_mean", (p.pairs,), *args)
+        run_kernel(
+            device,
+            p,
+            "sla2_key_mean",
+            (p.pairs,),
+            key_sum,
+            NULL,
+            p.kv_lengths,
+            mean,
+            NULL,
+            heads,
+            n_k,
+            t_n,
+        )
     pairs_of_values = p.n_k * p.width // 2
     args = d_k_sum, mean, p.kv_lengths, d_k, heads, n_k
     run_kernel(device, p, "sla2_finish_dk", (-(-pairs_of_values // 256), p.pairs), *args)

@@ -11,6 +11,7 @@ import re
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from sla2_kernels.artifacts import get, key_of
 from sla2_kernels.sources import gather
@@ -52,7 +53,8 @@ def _candidates() -> list[Path]:
         "cu[0-9]*/bin/**/nvrtc64_*.dll",
         "cuda_nvrtc/bin/nvrtc64_*.dll",
     )
-    roots = [(Path(root), patterns) for root in _nvidia_roots()]
+    roots: list[tuple[Path, tuple[str, ...]]] = []
+    roots += [(Path(root), patterns) for root in _nvidia_roots()]
     roots += [
         (Path(root), ("lib64/libnvrtc.so.*", "lib/libnvrtc.so.*", "bin/nvrtc64_*.dll"))
         for root in (os.environ.get("CUDA_PATH"), os.environ.get("CUDA_HOME"), "/usr/local/cuda")
@@ -160,7 +162,7 @@ def compile_kernel(spec: KernelSpec) -> Compiled:
     return Compiled(entry.path, key, kernels)
 
 
-def _build(spec: KernelSpec, texts: dict[str, str], nvrtc: Path) -> tuple[bytes, dict]:
+def _build(spec: KernelSpec, texts: dict[str, str], nvrtc: Path) -> tuple[bytes, dict[str, Any]]:
     cubin, log = _nvrtc(nvrtc, texts, options_of(spec))
     kernels = {name: asdict(numbers) for name, numbers in parse_log(log).items()}
     return cubin, {
@@ -271,7 +273,7 @@ def gate(spec: KernelSpec, compiled: Compiled) -> list[str]:
     return found
 
 
-def row_of(spec: KernelSpec, compiled: Compiled) -> dict:
+def row_of(spec: KernelSpec, compiled: Compiled) -> dict[str, Any]:
     """One line of `sla2 compile`'s table."""
     used, limits = compiled.kernels[spec.entry], ARCHITECTURES[spec.arch]
     shared = used.shared + spec.shared_bytes

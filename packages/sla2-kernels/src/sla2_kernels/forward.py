@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sla2_kernels.kernels import spec_of
-from sla2_kernels.launch import Pointer, launch, load
+from sla2_kernels.launch import Argument, Pointer, launch, load
 from sla2_kernels.problem import NULL, ONE, Alpha, Device, Map, Problem, Strided
 
 
@@ -72,7 +72,9 @@ class Forward:
     smooth_k: bool
 
 
-def run_kernel(device: Device, problem: Problem, name: str, grid: tuple[int, ...], *args) -> None:
+def run_kernel(
+    device: Device, problem: Problem, name: str, grid: tuple[int, ...], *args: Argument
+) -> None:
     """Launch kernel `name` of the problem's geometry on the device's stream; `args` as the kernel
     lists them.
     """
@@ -151,6 +153,7 @@ def prologue(
         tops = new((p.pairs, p.t_n, p.width), "float32") if p.low else NULL
         mean = new((p.pairs, p.width), "float32")
         made["v_scale"] = new((p.pairs, p.width), "float32") if p.low else NULL
+        args: tuple[Argument, ...]
         args = *k.arguments, *v.arguments, p.kv_lengths, sums, tops, heads, n_k
         run_kernel(device, p, "sla2_key_sums", per_key, *args)
         run_kernel(
@@ -393,6 +396,7 @@ def sparse_forward(
     out = out or Strided.of(new(rows, p.dtype), p.heads, p.n_q, p.width)
     lse = new((p.batch, p.heads, p.n_q), "float32")
     out_sparse = new(rows, p.dtype) if save and linear else NULL
+    inputs: tuple[Argument, ...]
     if p.low:
         name = "sla2_sparse_fwd_low"
         inputs = made.q_bytes, made.k_bytes, made.v_bytes, made.q_scale, made.k_scale, made.v_scale

@@ -28,7 +28,7 @@ class Geometry:
     block_k: int = 64
     precision: str = "full"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.head_dim not in HEAD_DIMS:
             raise ValueError(
                 f"head_dim: expected one of {', '.join(map(str, HEAD_DIMS))}, got {self.head_dim}"

@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sla2_kernels.compile import compile_kernel, find_nvrtc
 from sla2_kernels.emulator.emulate import EmulatedKernel, run
@@ -32,7 +33,7 @@ class Pointer:
     owner: Any = None
 
     @classmethod
-    def of(cls, array: np.ndarray | None) -> Pointer:
+    def of(cls, array: npt.NDArray[Any] | None) -> Pointer:
         """The address of a C-contiguous numpy array; None is the null pointer."""
         if array is None:
             return cls(0)
@@ -41,6 +42,9 @@ class Pointer:
                 f"array: expected C-contiguous, got strides {array.strides} for shape {array.shape}"
             )
         return cls(array.ctypes.data, array)
+
+
+Argument = Pointer | np.generic  # of a kernel
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def launch(
     grid: Sequence[int],
     block: Sequence[int],
     shared_bytes: int,
-    args: Sequence[Pointer | np.generic],
+    args: Sequence[Argument],
     stream: int | None = None,
 ) -> None:
     """Launch a kernel: asynchronously on `stream` (a cudaStream_t as an int; None: the default
@@ -97,10 +101,10 @@ def launch(
     kernel's parameter types. An empty grid launches nothing. Raises TypeError for an argument that
     is neither; EmulatorError (a RuntimeError) if the emulated kernel breaks a rule.
     """
-    sizes = tuple((*map(int, extent), 1, 1)[:3] for extent in (grid, block))
-    if 0 in sizes[0]:
+    grid, block = ((*map(int, extent), 1, 1)[:3] for extent in (grid, block))
+    if 0 in grid:
         return
-    values = []
+    values: list[np.generic] = []
     for index, value in enumerate(args):
         if isinstance(value, Pointer):
             values.append(np.uint64(value.address))
@@ -112,11 +116,11 @@ def launch(
                 f" {value!r}"
             )
     if isinstance(kernel.handle, EmulatedKernel):
-        return run(kernel.handle, *sizes, shared_bytes, values)
+        return run(kernel.handle, grid, block, shared_bytes, values)
     import cupy
 
     with cupy.cuda.Device(kernel.device), _cupy_stream(stream or 0, kernel.device):
-        kernel.handle(*sizes, tuple(values), shared_mem=shared_bytes)
+        kernel.handle(grid, block, tuple(values), shared_mem=shared_bytes)
 
 
 class _StreamHandle:
@@ -130,7 +134,7 @@ class _StreamHandle:
 
 
 @lru_cache(maxsize=256)
-def _cupy_stream(handle: int, device: int):
+def _cupy_stream(handle: int, device: int) -> Any:
     """CuPy's view of a stream that somebody else owns."""
     import cupy
 

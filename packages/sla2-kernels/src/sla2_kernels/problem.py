@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,12 +47,12 @@ class Strided:
         )
 
     @property
-    def owner(self) -> object:
+    def owner(self) -> Any:
         """What keeps the memory alive."""
         return self.pointer.owner
 
     @property
-    def arguments(self) -> tuple:
+    def arguments(self) -> tuple[Pointer, np.int64, np.int64, np.int32]:
         """As kernels list it: pointer, then strides."""
         item, head, token = self.strides
         return self.pointer, np.int64(item), np.int64(head), np.int32(token)
@@ -94,7 +95,7 @@ class Problem:
     precision: str = "full"
     kv_lengths: Pointer = NULL
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("batch", "heads", "n_q", "n_k", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
@@ -162,8 +163,11 @@ class Alpha:
     @classmethod
     def of(cls, values: Pointer, shape: tuple[int, int, int]) -> Alpha:
         """From a contiguous tensor of `shape`."""
-        whole = (shape[1] * shape[2], shape[2], 1)
-        return cls(values, tuple(0 if size == 1 else stride for size, stride in zip(shape, whole)))
+        items, heads, rows = shape
+        return cls(
+            values,
+            (heads * rows if items > 1 else 0, rows if heads > 1 else 0, 1 if rows > 1 else 0),
+        )
 
 
 ONE = Alpha(NULL, (0, 0, 0))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sla2_kernels.cpu.build import inner, kernel
+from sla2_kernels.cpu.build import Array, inner, kernel
 from sla2_kernels.cpu.elementwise import LOG2_E, exp2, load_rows, softmax_rows, transpose
 from sla2_kernels.cpu.forward import linear_of_block, scores_of_block
 from sla2_kernels.cpu.states import copy, to_panels
@@ -14,7 +14,7 @@ from sla2_kernels.cpu.tiles import gemm
 
 
 @inner
-def _softmax_backward(phi, d_phi, rows, d):
+def _softmax_backward(phi: Array, d_phi: Array, rows: int, d: int) -> None:
     """d_phi <- phi (d_phi - sum(d_phi phi)): the gradient of the softmax's input."""
     for r in range(rows):
         mean = phi.dtype.type(0)
@@ -25,7 +25,21 @@ def _softmax_backward(phi, d_phi, rows, d):
 
 
 @inner
-def _linear_backward(phi, sums, bh, row, d, rows, weight, below, o_l, grad, turned, d_sum, d_phi):
+def _linear_backward(
+    phi: Array,
+    sums: Array,
+    bh: int,
+    row: int,
+    d: int,
+    rows: int,
+    weight: float,
+    below: Array,
+    o_l: Array,
+    grad: Array,
+    turned: Array,
+    d_sum: Array,
+    d_phi: Array,
+) -> None:
     """From dO_l = (1 - weight) grad: d_phi <- gradient of phi, d_sum <- (dH, dZ) of this query
     block. Uses up `grad`, o_l.
     """
@@ -70,31 +84,31 @@ def _linear_backward(phi, sums, bh, row, d, rows, weight, below, o_l, grad, turn
 
 @kernel
 def d_query_blocks(
-    q,
-    grad_out,
-    o_s,
-    lse,
-    indices,
-    counts,
-    tokens,
-    block,
-    kt,
-    k_rows,
-    vt,
-    sums,
-    share,
-    alpha,
-    d_q,
-    d_alpha,
-    d_sums,
-    d_rows,
-    q_rows,
-    q_turned,
-    g_rows,
-    g_turned,
-    lo,
-    hi,
-):
+    q: Array,
+    grad_out: Array,
+    o_s: Array,
+    lse: Array,
+    indices: Array,
+    counts: Array,
+    tokens: Array,
+    block: int,
+    kt: Array,
+    k_rows: Array,
+    vt: Array,
+    sums: Array,
+    share: Array,
+    alpha: Array,
+    d_q: Array,
+    d_alpha: Array,
+    d_sums: Array,
+    d_rows: Array,
+    q_rows: Array,
+    q_turned: Array,
+    g_rows: Array,
+    g_turned: Array,
+    lo: int,
+    hi: int,
+) -> None:
     """One head's query block per item: d_q (G, N_q, d), d_alpha (G, T_m), and what the pass over
     key blocks needs.
 
@@ -203,25 +217,25 @@ def d_query_blocks(
 
 @kernel
 def d_key_blocks(
-    k,
-    v,
-    queries,
-    query_counts,
-    tokens,
-    block,
-    kt,
-    vt,
-    d_rows,
-    q_rows,
-    q_turned,
-    g_rows,
-    g_turned,
-    d_states,
-    d_k,
-    d_v,
-    lo,
-    hi,
-):
+    k: Array,
+    v: Array,
+    queries: Array,
+    query_counts: Array,
+    tokens: Array,
+    block: int,
+    kt: Array,
+    vt: Array,
+    d_rows: Array,
+    q_rows: Array,
+    q_turned: Array,
+    g_rows: Array,
+    g_turned: Array,
+    d_states: Array,
+    d_k: Array,
+    d_v: Array,
+    lo: int,
+    hi: int,
+) -> None:
     """One head's key block per item: d_k, d_v (G, N_k, d). queries (G, T_n, Q), query_counts (G,
     T_n): the transposed map.
 

@@ -8,55 +8,65 @@ import hashlib
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numba
+import numpy as np
+import numpy.typing as npt
 
 # Without "nnan" and "ninf": NaN and inf must come out as NaN or inf. Division and order of sums are
 # free.
 FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 
+Array = npt.NDArray[Any]
+Typed = tuple[Any, Callable[..., Any]]  # of an @intrinsic: signature, code generator
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 _lock = threading.Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}
-_registered: list = []
+_registered: list[Any] = []
 _cached: set[int] = set()
-_compiled: set[tuple] = set()
+_compiled: set[tuple[int, np.dtype[Any]]] = set()
 _seconds: dict[str, float] = {}
 _stages: dict[str, float] | None = None
 
 
-def inner(function):
+def inner(function: Function) -> Function:
     """A function that kernels call; inlined into them.
 
     Left to LLVM, a call may stay and bind to whichever copy of the function is loaded first: one
     that was compiled for another kernel, with its sums in another order. A process that compiled
     the kernels then rounds otherwise than one that found them in the cache.
     """
-    return numba.njit(
+    compiled: Function = numba.njit(
         function, fastmath=FASTMATH, error_model="numpy", nogil=True, forceinline=True
     )
+    return compiled
 
 
-def exact_inner(function):
+def exact_inner(function: Function) -> Function:
     """As `inner`, without fast math: every operation is rounded as written."""
-    return numba.njit(function, error_model="numpy", nogil=True, forceinline=True)
+    compiled: Function = numba.njit(function, error_model="numpy", nogil=True, forceinline=True)
+    return compiled
 
 
-def exact_kernel(function):
+def exact_kernel(function: Function) -> Function:
     """As `kernel`, without fast math."""
-    dispatcher = numba.njit(function, error_model="numpy", nogil=True)
+    dispatcher: Function = numba.njit(function, error_model="numpy", nogil=True)
     _registered.append(dispatcher)
     return dispatcher
 
 
-def kernel(function):
+def kernel(function: Function) -> Function:
     """A compiled function (*arrays and numbers, lo, hi) over the work items lo..hi; run it with
     `run`.
     """
-    dispatcher = numba.njit(function, fastmath=FASTMATH, error_model="numpy", nogil=True)
+    dispatcher: Function = numba.njit(function, fastmath=FASTMATH, error_model="numpy", nogil=True)
     _registered.append(dispatcher)
     return dispatcher
 
@@ -97,7 +107,7 @@ def compile_seconds() -> dict[str, float]:
 
 
 @contextmanager
-def stages():
+def stages() -> Iterator[dict[str, float]]:
     """A dict that receives the seconds each kernel runs inside the `with`, by name."""
     global _stages
     _stages = {}
@@ -107,14 +117,14 @@ def stages():
         _stages = None
 
 
-def _drop_cached(dispatcher) -> None:
+def _drop_cached(dispatcher: Any) -> None:
     """Remove what the cache holds of a kernel."""
     folder = dispatcher.stats.cache_path
     for path in Path(folder).glob(f"*.{dispatcher.py_func.__name__}-*") if folder else ():
         path.unlink(missing_ok=True)
 
 
-def _compile(dispatcher, arguments) -> None:
+def _compile(dispatcher: Any, arguments: tuple[Any, ...]) -> None:
     with _lock:
         _enable_cache()
         start = time.perf_counter()
@@ -145,7 +155,7 @@ if hasattr(os, "register_at_fork"):
     )  # the parent's threads do not exist in a forked child
 
 
-def run(dispatcher, items: int, threads: int, *arguments) -> None:
+def run(dispatcher: Any, items: int, threads: int, *arguments: Any) -> None:
     """Call a kernel on all of `items` work items, in up to 4 ranges a thread; each item is computed
     whole by one thread.
     """
@@ -162,7 +172,7 @@ def run(dispatcher, items: int, threads: int, *arguments) -> None:
         _stages[name] = _stages.get(name, 0.0) + time.perf_counter() - start
 
 
-def _spread(dispatcher, items: int, threads: int, arguments: tuple) -> None:
+def _spread(dispatcher: Any, items: int, threads: int, arguments: tuple[Any, ...]) -> None:
     if threads <= 1 or items <= 1:
         dispatcher(*arguments)
         return
@@ -171,7 +181,7 @@ def _spread(dispatcher, items: int, threads: int, arguments: tuple) -> None:
     turn = pairwise(edges)
     guard = threading.Lock()
 
-    def work():
+    def work() -> None:
         while True:
             with guard:
                 part = next(turn, None)

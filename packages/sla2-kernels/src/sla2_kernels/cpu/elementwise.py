@@ -5,6 +5,7 @@ vectorises them.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numba
 import numpy as np
@@ -12,14 +13,14 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from sla2_kernels.cpu.build import FASTMATH, inner
+from sla2_kernels.cpu.build import FASTMATH, Array, Typed, inner
 
 LOG2_E = 1.0 / math.log(2.0)
 LN_2 = math.log(2.0)
 _BITS = {types.float32: (32, 23, 127, -126.0, 7), types.float64: (64, 52, 1023, -1022.0, 13)}
 
 
-def _call(builder, name: str, *values):
+def _call(builder: ir.IRBuilder, name: str, *values: ir.Value) -> ir.Value:
     """An LLVM intrinsic of one floating type."""
     kind = values[0].type
     name = f"llvm.{name}.{'f32' if kind == ir.FloatType() else 'f64'}"
@@ -30,7 +31,7 @@ def _call(builder, name: str, *values):
 
 
 @intrinsic
-def exp2(context, x):
+def exp2(context: Any, x: Any) -> Typed:
     """2 ** x: 2 ** round(x) by exponent bits, times a Taylor polynomial of the rest (error 5e-9,
     4e-18 in fp64).
 
@@ -38,10 +39,10 @@ def exp2(context, x):
     """
     bits, mantissa, bias, low, degree = _BITS[x]
 
-    def generate(context, builder, signature, values):
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
         kind, integer = values[0].type, ir.IntType(bits)
 
-        def number(value):
+        def number(value: float) -> ir.Constant:
             return ir.Constant(kind, value)
 
         below = builder.fcmp_ordered("<", values[0], number(low))
@@ -69,17 +70,17 @@ def exp2(context, x):
 
 
 @intrinsic
-def rint(context, x):
+def rint(context: Any, x: Any) -> Typed:
     """The nearest integer, ties to even."""
     return x(x), lambda context, builder, signature, values: _call(builder, "rint", values[0])
 
 
 @intrinsic
-def floor_power_of_two(context, x):
+def floor_power_of_two(context: Any, x: Any) -> Typed:
     """The largest power of two <= x, for x > 0: the mantissa bits dropped."""
     bits, mantissa = _BITS[x][:2]
 
-    def generate(context, builder, signature, values):
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
         integer = ir.IntType(bits)
         mask = ((1 << bits) - 1) ^ ((1 << mantissa) - 1)
         kept = builder.and_(builder.bitcast(values[0], integer), ir.Constant(integer, mask))
@@ -90,7 +91,7 @@ def floor_power_of_two(context, x):
 
 # "nnan": a NaN is not lost, it comes back in exp2(x - maximum)
 @numba.njit(fastmath=FASTMATH | {"nnan"}, nogil=True, forceinline=True)
-def row_maximum(x, row, count, start):
+def row_maximum(x: Array, row: int, count: int, start: float) -> float:
     """max(start, x[row, :count])."""
     top = start
     for c in range(count):
@@ -100,9 +101,9 @@ def row_maximum(x, row, count, start):
 
 
 @inner
-def exponentials(x, row, count, shift):
+def exponentials(x: Array, row: int, count: int, shift: float) -> float:
     """x[row, :count] <- exp2(x - shift); returns their sum."""
-    total = x.dtype.type(0)
+    total: float = x.dtype.type(0)
     for c in range(count):
         p = exp2(x[row, c] - shift)
         x[row, c] = p
@@ -111,7 +112,7 @@ def exponentials(x, row, count, shift):
 
 
 @inner
-def softmax_rows(x, rows, d):
+def softmax_rows(x: Array, rows: int, d: int) -> None:
     """x[:rows, :d] <- softmax over d (the feature map phi)."""
     scale = x.dtype.type(LOG2_E)
     for r in range(rows):
@@ -124,7 +125,7 @@ def softmax_rows(x, rows, d):
 
 
 @inner
-def round_e4m3(x, row, count):
+def round_e4m3(x: Array, row: int, count: int) -> None:
     """x[row, :count] in [0, 1] <- the nearest multiple of 1/448 that FP8 E4M3 holds,
     ties to even.
     """
@@ -137,7 +138,7 @@ def round_e4m3(x, row, count):
 
 
 @inner
-def round_int8(x, row, count):
+def round_int8(x: Array, row: int, count: int) -> None:
     """x[row, :count] in [0, 1] <- the nearest multiple of 1/127, ties to even."""
     limit = x.dtype.type(127)
     for c in range(count):
@@ -145,7 +146,7 @@ def round_int8(x, row, count):
 
 
 @inner
-def load_rows(x, bh, start, count, factor, out):
+def load_rows(x: Array, bh: int, start: int, count: int, factor: float, out: Array) -> None:
     """out[:count, :d] <- factor * x[bh, start:start + count]; the rest of `out` <- 0."""
     d = x.shape[2]
     for r in range(out.shape[0]):
@@ -160,7 +161,7 @@ def load_rows(x, bh, start, count, factor, out):
 
 
 @inner
-def transpose(x, out):
+def transpose(x: Array, out: Array) -> None:
     """out <- x transposed, in tiles of 16 x 16."""
     for r0 in range(0, x.shape[0], 8):
         for c0 in range(0, x.shape[1], 16):

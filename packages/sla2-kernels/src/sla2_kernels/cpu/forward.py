@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sla2_kernels.cpu.build import inner, kernel
+from sla2_kernels.cpu.build import Array, inner, kernel
 from sla2_kernels.cpu.elementwise import (
     LN_2,
     exp2,
@@ -21,7 +21,9 @@ from sla2_kernels.cpu.tiles import gemm
 
 
 @inner
-def scores_of_block(x, depth, blocks, block, tokens, scores, column):
+def scores_of_block(
+    x: Array, depth: int, blocks: Array, block: int, tokens: int, scores: Array, column: int
+) -> None:
     """scores[:, column:column + W] <- x blocks[block], with -inf for the keys at or past `tokens`.
 
     x (rows, D). blocks is a contiguous (..., D, W) array seen as a list of blocks.
@@ -50,7 +52,9 @@ def scores_of_block(x, depth, blocks, block, tokens, scores, column):
 
 
 @inner
-def linear_of_block(phi, sums, bh, row, d, below, out):
+def linear_of_block(
+    phi: Array, sums: Array, bh: int, row: int, d: int, below: Array, out: Array
+) -> None:
     """out <- phi H / (phi . Z), below <- phi . Z; sums[bh, row] holds (H, Z). Rows with phi . Z = 0
     become 0.
     """
@@ -69,25 +73,25 @@ def linear_of_block(phi, sums, bh, row, d, below, out):
 
 @kernel
 def query_blocks(
-    q_low,
-    q,
-    indices,
-    counts,
-    tokens,
-    block,
-    group,
-    rounding,
-    kt,
-    v_rows,
-    sums,
-    share,
-    alpha,
-    o_s,
-    lse,
-    out,
-    lo,
-    hi,
-):
+    q_low: Array,
+    q: Array,
+    indices: Array,
+    counts: Array,
+    tokens: Array,
+    block: int,
+    group: int,
+    rounding: int,
+    kt: Array,
+    v_rows: Array,
+    sums: Array,
+    share: Array,
+    alpha: Array,
+    o_s: Array,
+    lse: Array,
+    out: Array,
+    lo: int,
+    hi: int,
+) -> None:
     """One head's query block per item: O_s and L (natural) of the sparse branch; with `sums` also
     the mixture.
 

@@ -4,12 +4,13 @@ at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from sla2_kernels.cpu.backward import d_key_blocks, d_query_blocks
-from sla2_kernels.cpu.build import run
+from sla2_kernels.cpu.build import Array, run
 from sla2_kernels.cpu.elementwise import LOG2_E
 from sla2_kernels.cpu.forward import query_blocks
 from sla2_kernels.cpu.route import transposed_map
@@ -17,9 +18,8 @@ from sla2_kernels.cpu.states import complement, key_blocks, masked_sum
 from sla2_kernels.cpu.tiles import PAD
 
 ROUNDING = {"none": 0, "fp8": 1, "int8": 2}
-_STATE_BYTES = (
-    64 << 20
-)  # of the heads that are worked on together, unless one head alone needs more
+# Of the heads that are worked on together, unless one head alone needs more.
+_STATE_BYTES = 64 << 20
 _SCORES = 1 << 16  # scores held at once by a thread: 256 KB in fp32, within the second-level cache
 
 
@@ -35,14 +35,14 @@ class Map:
     lengths int64 (G,): valid key tokens.
     """
 
-    indices: np.ndarray
-    counts: np.ndarray
-    lengths: np.ndarray
+    indices: Array
+    counts: Array
+    lengths: Array
     block_q: int
     block_k: int
     n_k: int
 
-    def tokens(self) -> np.ndarray:
+    def tokens(self) -> Array:
         """Valid tokens of each key block, int64 (G, T_n)."""
         start = np.arange(0, self.n_k, self.block_k)
         return np.clip(self.lengths[:, None] - start, 0, self.block_k)
@@ -58,7 +58,7 @@ class Map:
         )
 
 
-def _groups(block_map: Map, wide: int, itemsize: int):
+def _groups(block_map: Map, wide: int, itemsize: int) -> Iterator[slice]:
     """Slices of heads that are worked on together."""
     g, t_m = block_map.counts.shape
     t_n = -(-block_map.n_k // block_map.block_k)
@@ -71,14 +71,24 @@ class _Keys:
     blocks.
     """
 
-    def __init__(self, here: Map, k_low, v_low, k, v, linear: bool, backward: bool, threads: int):
+    def __init__(
+        self,
+        here: Map,
+        k_low: Array,
+        v_low: Array,
+        k: Array,
+        v: Array,
+        linear: bool,
+        backward: bool,
+        threads: int,
+    ) -> None:
         kind, d = k.dtype, k.shape[2]
         self.wide, width = _up(d, PAD), _up(here.block_k, PAD)
         self.tokens = here.tokens()
         heads, t_n = self.tokens.shape
         t_m = here.counts.shape[1]
 
-        def layout(rows: int, columns: int, wanted: bool):
+        def layout(rows: int, columns: int, wanted: bool) -> Array:
             return np.empty((heads, t_n if wanted else 0, rows, columns), kind)
 
         self.kt, self.vt = layout(self.wide, width, True), layout(self.wide, width, backward)
@@ -123,7 +133,16 @@ class _Keys:
             run(masked_sum, heads * self.panels, threads, self.rest, states, False, self.sums)
 
 
-def forward(q, k, v, block_map: Map, alpha, low=None, rounding: str = "none", threads: int = 1):
+def forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    block_map: Map,
+    alpha: Array | None,
+    low: tuple[Array, Array, Array] | None = None,
+    rounding: str = "none",
+    threads: int = 1,
+) -> tuple[Array, Array, Array]:
     """O, O_s and L of the operator.
 
     Args:
@@ -142,7 +161,7 @@ def forward(q, k, v, block_map: Map, alpha, low=None, rounding: str = "none", th
     t_m, linear = block_map.counts.shape[1], alpha is not None
     o_s, lse = np.empty(q.shape, kind), np.empty((g, n_q), kind)
     out = np.empty(q.shape, kind) if linear else o_s
-    alpha = alpha if linear else np.empty((g, t_m), kind)
+    alpha = np.empty((g, t_m), kind) if alpha is None else alpha
     longest = block_map.indices.shape[2]
     group = max(1, _SCORES // (_up(block_map.block_q, PAD) * _up(block_map.block_k, PAD)))
     group = longest if rounding != "none" else min(group, longest)
@@ -173,7 +192,17 @@ def forward(q, k, v, block_map: Map, alpha, low=None, rounding: str = "none", th
     return out, o_s, lse
 
 
-def backward(grad_out, q, k, v, block_map: Map, alpha, o_s, lse, threads: int = 1):
+def backward(
+    grad_out: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    block_map: Map,
+    alpha: Array | None,
+    o_s: Array,
+    lse: Array,
+    threads: int = 1,
+) -> tuple[Array, Array, Array, Array]:
     """dQ, dK, dV (shapes of q, k, v) and d alpha (G, T_m; zeros without alpha) from the forward's
     O_s and L (Alg. 3).
 
@@ -187,7 +216,7 @@ def backward(grad_out, q, k, v, block_map: Map, alpha, o_s, lse, threads: int = 
         np.empty_like(v),
         np.empty((g, t_m), kind),
     )
-    alpha = alpha if linear else d_alpha
+    alpha = d_alpha if alpha is None else alpha
     for part in _groups(block_map, _up(d, PAD), kind.itemsize):
         here = block_map.heads(part)
         keys = _Keys(here, k[part], v[part], k[part], v[part], linear, True, threads)

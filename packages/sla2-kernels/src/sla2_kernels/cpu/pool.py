@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from sla2_kernels.cpu.build import kernel, run
+from sla2_kernels.cpu.build import Array, Typed, kernel, run
 
 
 @intrinsic
-def _from_bits(context, x):
+def _from_bits(context: Any, x: Any) -> Typed:
     """The fp32 value of a bfloat16 given as its uint16 bits; float values as they are."""
     if x != types.uint16:
         return x(x), lambda context, builder, signature, values: values[0]
 
-    def generate(context, builder, signature, values):
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
         wide = builder.zext(values[0], ir.IntType(32))
         return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
 
@@ -24,7 +26,7 @@ def _from_bits(context, x):
 
 
 @kernel
-def _block_means(x, lengths, block, means, lo, hi):
+def _block_means(x: Array, lengths: Array, block: int, means: Array, lo: int, hi: int) -> None:
     count, sums = means.shape[1], np.empty(means.shape[2], means.dtype)
     for item in range(lo, hi):
         bh, i = item // count, item % count
@@ -39,7 +41,7 @@ def _block_means(x, lengths, block, means, lo, hi):
             means[bh, i, c] = sums[c] * one
 
 
-def block_means(x, lengths, block: int, threads: int = 1):
+def block_means(x: Array, lengths: Array, block: int, threads: int = 1) -> Array:
     """Mean of the valid tokens of each block; blocks without one are 0.
 
     x (G, N, d): float32, float64, or uint16, the bits of bfloat16. lengths int64 (G,). -> (G,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sla2_kernels.cpu.build import exact_inner, exact_kernel, run
+from sla2_kernels.cpu.build import Array, exact_inner, exact_kernel, run
 from sla2_kernels.cpu.elementwise import floor_power_of_two, rint
 
 LIMITS = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
@@ -14,7 +14,7 @@ _CHUNK = 256  # tokens of a work item
 
 
 @exact_inner
-def _round_row(x, scale, limit, fp8, out):
+def _round_row(x: Array, scale: Array, limit: float, fp8: bool, out: Array) -> None:
     """out <- x / scale rounded to integers or, with fp8, to E4M3, saturating at +-limit, times
     scale.
     """
@@ -33,7 +33,17 @@ def _round_row(x, scale, limit, fp8, out):
 
 
 @exact_kernel
-def _quantize_blocks(x, bits, lengths, block, limit, fp8, out, lo, hi):
+def _quantize_blocks(
+    x: Array,
+    bits: Array,
+    lengths: Array,
+    block: int,
+    limit: float,
+    fp8: bool,
+    out: Array,
+    lo: int,
+    hi: int,
+) -> None:
     count, d = -(-x.shape[1] // block), x.shape[2]
     kind, largest = x.dtype.type, np.iinfo(bits.dtype).max
     scale = np.empty(d, x.dtype)
@@ -55,7 +65,7 @@ def _quantize_blocks(x, bits, lengths, block, limit, fp8, out, lo, hi):
 
 
 @exact_kernel
-def _channel_tops(bits, lengths, chunk, tops, lo, hi):
+def _channel_tops(bits: Array, lengths: Array, chunk: int, tops: Array, lo: int, hi: int) -> None:
     largest, d = np.iinfo(bits.dtype).max, bits.shape[2]
     for item in range(lo, hi):
         g, i = item // tops.shape[1], item % tops.shape[1]
@@ -67,7 +77,17 @@ def _channel_tops(bits, lengths, chunk, tops, lo, hi):
 
 
 @exact_kernel
-def _quantize_channels(x, lengths, chunk, scale, limit, fp8, out, lo, hi):
+def _quantize_channels(
+    x: Array,
+    lengths: Array,
+    chunk: int,
+    scale: Array,
+    limit: float,
+    fp8: bool,
+    out: Array,
+    lo: int,
+    hi: int,
+) -> None:
     count = -(-x.shape[1] // chunk)
     for item in range(lo, hi):
         g, start = item // count, item % count * chunk
@@ -78,11 +98,11 @@ def _quantize_channels(x, lengths, chunk, scale, limit, fp8, out, lo, hi):
         out[g, valid:stop] = 0
 
 
-def _bits(x):
+def _bits(x: Array) -> Array:
     return x.view(np.int64 if x.dtype == np.float64 else np.int32)
 
 
-def quantize_blocks(x, lengths, block: int, fmt: str, threads: int = 1):
+def quantize_blocks(x: Array, lengths: Array, block: int, fmt: str, threads: int = 1) -> Array:
     """Q or K after the round trip, one scale max|x| / limit per block of tokens and head.
 
     x (G, N, d): contiguous float32 or float64. lengths int64 (G,): valid tokens; the others become
@@ -105,7 +125,7 @@ def quantize_blocks(x, lengths, block: int, fmt: str, threads: int = 1):
     return out
 
 
-def quantize_channels(x, lengths, fmt: str, threads: int = 1):
+def quantize_channels(x: Array, lengths: Array, fmt: str, threads: int = 1) -> Array:
     """V after the round trip, one scale per channel over the whole sequence. Arguments as of
     quantize_blocks.
     """

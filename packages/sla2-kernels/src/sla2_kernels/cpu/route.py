@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from sla2_kernels.cpu.build import inner, kernel, run
+from sla2_kernels.cpu.build import Array, inner, kernel, run
 
 
 @kernel
-def _count_queries(indices, counts, query_counts, lo, hi):
+def _count_queries(indices: Array, counts: Array, query_counts: Array, lo: int, hi: int) -> None:
     for bh in range(lo, hi):
         query_counts[bh] = 0
         for i in range(counts.shape[1]):
@@ -17,7 +17,9 @@ def _count_queries(indices, counts, query_counts, lo, hi):
 
 
 @kernel
-def _scatter_queries(indices, counts, queries, query_counts, lo, hi):
+def _scatter_queries(
+    indices: Array, counts: Array, queries: Array, query_counts: Array, lo: int, hi: int
+) -> None:
     for bh in range(lo, hi):
         queries[bh] = -1
         query_counts[bh] = 0
@@ -28,7 +30,9 @@ def _scatter_queries(indices, counts, queries, query_counts, lo, hi):
                 query_counts[bh, j] += 1
 
 
-def transposed_map(indices, counts, t_n: int, threads: int = 1):
+def transposed_map(
+    indices: Array, counts: Array, t_n: int, threads: int = 1
+) -> tuple[Array, Array]:
     """For each key block the query blocks that selected it, ascending, -1 past the count.
 
     indices int32 (G, T_m, K), counts int32 (G, T_m) -> int32 (G, T_n, max) and (G, T_n).
@@ -41,7 +45,7 @@ def transposed_map(indices, counts, t_n: int, threads: int = 1):
 
 
 @inner
-def _sift(heap, places, size, at):
+def _sift(heap: Array, places: Array, size: int, at: int) -> None:
     """Restore the heap below `at`: its top is the worst, the lowest score and of equal ones the
     highest place.
     """
@@ -61,7 +65,7 @@ def _sift(heap, places, size, at):
 
 
 @kernel
-def _select(scores, count, indices, lo, hi):
+def _select(scores: Array, count: int, indices: Array, lo: int, hi: int) -> None:
     t_m, t_n = scores.shape[1], scores.shape[2]
     heap, places, chosen = (
         np.empty(count, scores.dtype),
@@ -91,7 +95,7 @@ def _select(scores, count, indices, lo, hi):
                 s += 1
 
 
-def top_k(scores, count: int, threads: int = 1):
+def top_k(scores: Array, count: int, threads: int = 1) -> Array:
     """The `count` largest of each row, ties to the lower index, NaN first, ascending: (G, T_m, T_n)
     -> int32 (G, T_m, count).
     """

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from sla2_kernels.cpu.build import inner, kernel, run
+from sla2_kernels.cpu.build import Array, inner, kernel, run
 from sla2_kernels.cpu.elementwise import LOG2_E, exp2
 
 _STEPS = 80
 
 
 @inner
-def _sigmoids(x, row, shift, out):
+def _sigmoids(x: Array, row: int, shift: float, out: Array) -> tuple[float, float]:
     """out[row] <- sigmoid(x[row] + shift); returns the sum and the sum of sigmoid (1 - sigmoid)."""
     kind = x.dtype.type
     scale, one, total, slope = kind(LOG2_E), kind(1), kind(0), kind(0)
@@ -26,7 +26,7 @@ def _sigmoids(x, row, shift, out):
 
 
 @kernel
-def _soft_top_k(x, k, out, lo, hi):
+def _soft_top_k(x: Array, k: Array, out: Array, lo: int, hi: int) -> None:
     kind, width = x.dtype.type, x.shape[1]
     tight = kind(np.finfo(x.dtype).eps)
     for row in range(lo, hi):
@@ -71,7 +71,7 @@ def _soft_top_k(x, k, out, lo, hi):
                 out[row, c] = 0
 
 
-def soft_top_k(x, k, threads: int = 1):
+def soft_top_k(x: Array, k: Array, threads: int = 1) -> Array:
     """sigmoid(x + lambda) with lambda such that each row sums to k (Eq. 17).
 
     x (rows, T_n): float32 or float64, scores / tau; -inf marks blocks that cannot be chosen. k

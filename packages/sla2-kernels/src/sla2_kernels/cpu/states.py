@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sla2_kernels.cpu.build import inner, kernel
+from sla2_kernels.cpu.build import Array, inner, kernel
 from sla2_kernels.cpu.elementwise import load_rows, softmax_rows, transpose
 from sla2_kernels.cpu.tiles import gemm
 
@@ -14,7 +14,7 @@ DEPTH = 128  # of a step of the masked sum: a panel of 128 x 64 stays in the fir
 
 
 @inner
-def copy(x, out):
+def copy(x: Array, out: Array) -> None:
     """out <- x, two dimensions."""
     for r in range(x.shape[0]):
         for c in range(x.shape[1]):
@@ -22,7 +22,7 @@ def copy(x, out):
 
 
 @inner
-def to_panels(x, bh, j, panels):
+def to_panels(x: Array, bh: int, j: int, panels: Array) -> None:
     """panels[bh, :, j] <- x (rows, D) flattened, cut into panels.shape[3] numbers each."""
     width = panels.shape[3]
     parts = x.shape[1] // width
@@ -33,7 +33,22 @@ def to_panels(x, bh, j, panels):
 
 
 @kernel
-def key_blocks(k_low, v_low, k, v, tokens, block, scale, kt, k_rows, vt, v_rows, states, lo, hi):
+def key_blocks(
+    k_low: Array,
+    v_low: Array,
+    k: Array,
+    v: Array,
+    tokens: Array,
+    block: int,
+    scale: float,
+    kt: Array,
+    k_rows: Array,
+    vt: Array,
+    v_rows: Array,
+    states: Array,
+    lo: int,
+    hi: int,
+) -> None:
     """Lay out one head's key block per item: D and W are d and block_k padded. Outputs with T_n = 0
     are left out.
 
@@ -76,7 +91,9 @@ def key_blocks(k_low, v_low, k, v, tokens, block, scale, kt, k_rows, vt, v_rows,
 
 
 @kernel
-def complement(rest, indices, counts, tokens, share, lo, hi):
+def complement(
+    rest: Array, indices: Array, counts: Array, tokens: Array, share: Array, lo: int, hi: int
+) -> None:
     """rest (G, rows, T_n padded) <- 1 where a valid key block is not selected; share (G, T_m) <- 0
     nothing selected,
 
@@ -100,7 +117,7 @@ def complement(rest, indices, counts, tokens, share, lo, hi):
 
 
 @kernel
-def masked_sum(rest, panels, turned, out, lo, hi):
+def masked_sum(rest: Array, panels: Array, turned: bool, out: Array, lo: int, hi: int) -> None:
     """out[i] <- sum_j rest[i, j] panels[j], or out[j] <- sum_i rest[i, j] panels[i] if `turned`;
     one panel per item.
 

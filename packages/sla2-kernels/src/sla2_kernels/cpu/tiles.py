@@ -4,12 +4,15 @@ compiles for this CPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from sla2_kernels.cpu.build import inner
+from sla2_kernels.cpu.build import Array, Typed, inner
 
 PAD = 16  # columns of every operand come in multiples of this, rows in multiples of ROWS
 ROWS = 8
@@ -57,7 +60,7 @@ def _tile_function(
         function.append_basic_block(x) for x in ("entry", "load", "loop", "store")
     )
 
-    def places(builder):
+    def places(builder: ir.IRBuilder) -> Iterator[ir.Value]:
         """Pointers to the tile's vectors in C."""
         for row in range(rows):
             start = builder.gep(c, [builder.mul(ldc, ir.Constant(_I64, row))])
@@ -115,25 +118,39 @@ def _tile_function(
     return function
 
 
-def _tile(wide: bool):
+def _tile(wide: bool) -> Callable[..., None]:
     """Intrinsic tile(A, a0, a_rs, a_ks, B, b0, ldb, C, c0, ldc, depth, accumulate): arrays, element
     offsets and strides.
     """
 
     @intrinsic
-    def tile(context, a, a0, a_rs, a_ks, b, b0, ldb, c, c0, ldc, depth, accumulate):
+    def tile(
+        context: Any,
+        a: Any,
+        a0: Any,
+        a_rs: Any,
+        a_ks: Any,
+        b: Any,
+        b0: Any,
+        ldb: Any,
+        c: Any,
+        c0: Any,
+        ldc: Any,
+        depth: Any,
+        accumulate: Any,
+    ) -> Typed:
         integer = types.intp
         signature = types.void(
             a, integer, integer, integer, b, integer, integer, c, integer, integer, integer, integer
         )
 
-        def generate(context, builder, signature, values):
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
             kinds = signature.args
             element = context.get_data_type(kinds[0].dtype)
             size = kinds[0].dtype.bitwidth // 8
             rows, vectors = (4, WIDE_VECTORS) if wide else (ROWS, PAD * size // REGISTER)
 
-            def at(which, offset):
+            def at(which: int, offset: int) -> ir.Value:
                 array = context.make_array(kinds[which])(context, builder, values[which])
                 return builder.gep(array.data, [values[offset]])
 
@@ -146,14 +163,30 @@ def _tile(wide: bool):
 
         return signature, generate
 
-    return tile
+    typed: Callable[..., None] = tile
+    return typed
 
 
 _wide, _narrow = _tile(True), _tile(False)
 
 
 @inner
-def gemm(a, a0, a_rs, a_ks, b, b0, ldb, c, c0, ldc, m, n, depth, accumulate):
+def gemm(
+    a: Array,
+    a0: int,
+    a_rs: int,
+    a_ks: int,
+    b: Array,
+    b0: int,
+    ldb: int,
+    c: Array,
+    c0: int,
+    ldc: int,
+    m: int,
+    n: int,
+    depth: int,
+    accumulate: int,
+) -> None:
     """C[m, n] = A B, or += with `accumulate`. A[i, k] is a.flat[a0 + i a_rs + k a_ks], rows of B
     and C are contiguous.
 

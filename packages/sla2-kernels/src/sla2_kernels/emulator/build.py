@@ -11,8 +11,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from sla2_kernels.artifacts import Artifact, get, key_of
 from sla2_kernels.sources import entries_of, gather
@@ -98,7 +100,13 @@ def build(spec: KernelSpec) -> Artifact:
     return get(key_of(parts), ".so", lambda: _compile(command, flags, texts, own, spec))
 
 
-def _compile(command, flags, texts, own, spec) -> tuple[bytes, dict]:
+def _compile(
+    command: Sequence[str],
+    flags: Sequence[str],
+    texts: dict[str, str],
+    own: dict[str, str],
+    spec: KernelSpec,
+) -> tuple[bytes, dict[str, Any]]:
     entries = entries_of(texts)
     table = "".join(f'    sla2::entry("{name}", {name}),\n' for name in entries)
     unit = (

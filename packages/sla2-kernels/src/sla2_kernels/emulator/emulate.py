@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sla2_kernels.emulator.build import build
 from sla2_kernels.specs import KernelSpec
@@ -76,7 +78,7 @@ def load(spec: KernelSpec) -> EmulatedKernel:
     kinds, sizes = ctypes.c_char_p(), ctypes.POINTER(ctypes.c_ubyte)()
     if library.sla2_describe(spec.entry.encode(), ctypes.byref(kinds), ctypes.byref(sizes)):
         raise RuntimeError(f"emulator: {spec.path.name} has no entry {spec.entry!r}")
-    text = kinds.value.decode()
+    text = (kinds.value or b"").decode()
     return EmulatedKernel(spec.entry, library, text, tuple(sizes[i] for i in range(len(text))))
 
 
@@ -131,7 +133,7 @@ def run(
         raise EmulatorError(f"{kernel.entry}: {message.value.decode()}")
 
 
-def poisoned(shape: Sequence[int], dtype) -> np.ndarray:
+def poisoned(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """An array of 0xFF bytes: NaN in floats, -1 in integers, so that what a kernel leaves unwritten
     shows.
     """
