@@ -84,11 +84,11 @@ def test_the_script_runs_every_kernel():
     code = f"""
 import sys
 sys.path.insert(0, {str(SCRIPT.parent)!r})
-from sla2_kernels import operator
+from sla2_kernels import forward
 import sanitized
 launched = set()
-real = operator.load
-operator.load = lambda spec, *more: launched.add(spec.entry) or real(spec, *more)
+real = forward.load
+forward.load = lambda spec, *more: launched.add(spec.entry) or real(spec, *more)
 for case in {KERNELS!r}:
     sanitized.main(case)
 print(*sorted(launched))
