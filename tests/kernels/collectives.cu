@@ -1,10 +1,14 @@
-// Each warp collective and conversion by itself, on one warp: what the emulator's own tests compare with numpy.
+// Each warp collective and conversion by itself, on one warp: what the emulator's own tests compare
+// with numpy.
 #include "ptx.cuh"
 
 // c (16 x 8) = c + a (16 x K) b (8 x K, transposed), operands through ldmatrix; rows of 32 bytes.
 template <class Sum>
-static __device__ __forceinline__ void multiply(unsigned char* shared, const uint4* a, const uint4* b, Sum* c,
-                                                void (*mma)(Sum*, const unsigned*, const unsigned*)) {
+using Multiply = void (*)(Sum*, const unsigned*, const unsigned*);
+
+template <class Sum>
+static __device__ __forceinline__ void multiply(unsigned char* shared, const uint4* a,
+                                                const uint4* b, Sum* c, Multiply<Sum> mma) {
     int lane = threadIdx.x;
     reinterpret_cast<uint4*>(shared)[lane] = a[lane];
     if (lane < 16) reinterpret_cast<uint4*>(shared + 512)[lane] = b[lane];
@@ -18,24 +22,35 @@ static __device__ __forceinline__ void multiply(unsigned char* shared, const uin
     for (int i = 0; i < 4; ++i) c[8 * (lane / 4 + i / 2 * 8) + lane % 4 * 2 + i % 2] = sum[i];
 }
 
-extern "C" __global__ void __launch_bounds__(32) test_mma_f16(const uint4* a, const uint4* b, float* c) {
+extern "C" __global__ void __launch_bounds__(32)
+test_mma_f16(const uint4* a, const uint4* b, float* c) {
     SLA2_DYNAMIC_SHARED(shared);
-    multiply<float>(shared, a, b, c, [](float* d, const unsigned* x, const unsigned* y) { mma_m16n8k16_f16(d, x, y); });
+    multiply<float>(shared, a, b, c, [](float* d, const unsigned* x, const unsigned* y) {
+        mma_m16n8k16_f16(d, x, y);
+    });
 }
 
-extern "C" __global__ void __launch_bounds__(32) test_mma_bf16(const uint4* a, const uint4* b, float* c) {
+extern "C" __global__ void __launch_bounds__(32)
+test_mma_bf16(const uint4* a, const uint4* b, float* c) {
     SLA2_DYNAMIC_SHARED(shared);
-    multiply<float>(shared, a, b, c, [](float* d, const unsigned* x, const unsigned* y) { mma_m16n8k16_bf16(d, x, y); });
+    multiply<float>(shared, a, b, c, [](float* d, const unsigned* x, const unsigned* y) {
+        mma_m16n8k16_bf16(d, x, y);
+    });
 }
 
-extern "C" __global__ void __launch_bounds__(32) test_mma_s8(const uint4* a, const uint4* b, int* c) {
+extern "C" __global__ void __launch_bounds__(32)
+test_mma_s8(const uint4* a, const uint4* b, int* c) {
     SLA2_DYNAMIC_SHARED(shared);
-    multiply<int>(shared, a, b, c, [](int* d, const unsigned* x, const unsigned* y) { mma_m16n8k32_s8(d, x, y); });
+    multiply<int>(shared, a, b, c,
+                  [](int* d, const unsigned* x, const unsigned* y) { mma_m16n8k32_s8(d, x, y); });
 }
 
-extern "C" __global__ void __launch_bounds__(32) test_mma_e4m3(const uint4* a, const uint4* b, float* c) {
+extern "C" __global__ void __launch_bounds__(32)
+test_mma_e4m3(const uint4* a, const uint4* b, float* c) {
     SLA2_DYNAMIC_SHARED(shared);
-    multiply<float>(shared, a, b, c, [](float* d, const unsigned* x, const unsigned* y) { mma_m16n8k32_e4m3(d, x, y); });
+    multiply<float>(shared, a, b, c, [](float* d, const unsigned* x, const unsigned* y) {
+        mma_m16n8k32_e4m3(d, x, y);
+    });
 }
 
 // out (8 x 4 matrices of 8 x 8) is each matrix of `in` transposed.
@@ -61,8 +76,8 @@ extern "C" __global__ void __launch_bounds__(64) test_shuffles(const int* in, in
     out[448 + i] = __syncthreads_count(v & 1);
 }
 
-extern "C" __global__ void __launch_bounds__(64) test_pack(const float* in, unsigned* f16, unsigned* bf16, unsigned short* fp8,
-                                                          int n) {
+extern "C" __global__ void __launch_bounds__(64)
+test_pack(const float* in, unsigned* f16, unsigned* bf16, unsigned short* fp8, int n) {
     int i = blockIdx.x * 64 + threadIdx.x;
     if (i >= n) return;
     f16[i] = pack_f16x2(in[2 * i], in[2 * i + 1]);

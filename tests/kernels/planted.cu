@@ -1,8 +1,10 @@
-// Kernels with one planted fault each, and their right siblings: what the emulator's own tests run. 64 threads a block.
+// Kernels with one planted fault each, and their right siblings: what the emulator's own tests run.
+// 64 threads a block.
 #include "ptx.cuh"
 
 // out[i] = the neighbour's in[i]; without the barrier a thread reads what may not be written yet.
-extern "C" __global__ void __launch_bounds__(64) neighbour(const float* in, float* out, int barrier) {
+extern "C" __global__ void __launch_bounds__(64)
+neighbour(const float* in, float* out, int barrier) {
     SLA2_DYNAMIC_SHARED(bytes);
     float* shared = reinterpret_cast<float*>(bytes);
     shared[threadIdx.x] = in[threadIdx.x];
@@ -10,8 +12,10 @@ extern "C" __global__ void __launch_bounds__(64) neighbour(const float* in, floa
     out[threadIdx.x] = shared[63 - threadIdx.x];
 }
 
-// The same through static shared memory, inside one warp, between two shuffles: a shuffle is no barrier.
-extern "C" __global__ void __launch_bounds__(64) warp_neighbour(const float* in, float* out, int barrier) {
+// The same through static shared memory, inside one warp, between two shuffles: a shuffle is no
+// barrier.
+extern "C" __global__ void __launch_bounds__(64)
+warp_neighbour(const float* in, float* out, int barrier) {
     __shared__ float shared[64];
     float sum = warp_sum(in[threadIdx.x]);
     shared[threadIdx.x] = sum + in[threadIdx.x];
@@ -20,12 +24,14 @@ extern "C" __global__ void __launch_bounds__(64) warp_neighbour(const float* in,
 }
 
 // A copy read after its wait, or before it.
-extern "C" __global__ void __launch_bounds__(64) copy(const float* in, float* out, int wait, int bytes) {
+extern "C" __global__ void __launch_bounds__(64)
+copy(const float* in, float* out, int wait, int bytes) {
     SLA2_DYNAMIC_SHARED(shared);
     cp_async_16(shared + 16 * threadIdx.x, in + 4 * threadIdx.x, bytes);
     cp_async_commit();
     if (wait) cp_async_wait<0>();
-    for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = reinterpret_cast<float*>(shared)[4 * threadIdx.x + i];
+    for (int i = 0; i < 4; ++i)
+        out[4 * threadIdx.x + i] = reinterpret_cast<float*>(shared)[4 * threadIdx.x + i];
     cp_async_wait<0>();
 }
 
@@ -33,7 +39,8 @@ extern "C" __global__ void __launch_bounds__(64) copy(const float* in, float* ou
 extern "C" __global__ void __launch_bounds__(64) stages(const float* in, float* out) {
     SLA2_DYNAMIC_SHARED(shared);
     for (int stage = 0; stage < 2; ++stage) {
-        cp_async_16(shared + 1024 * stage + 16 * threadIdx.x, in + 256 * stage + 4 * threadIdx.x, 16);
+        unsigned char* to = shared + 1024 * stage + 16 * threadIdx.x;
+        cp_async_16(to, in + 256 * stage + 4 * threadIdx.x, 16);
         cp_async_commit();
     }
     const float* mine = reinterpret_cast<float*>(shared) + 4 * threadIdx.x;
@@ -76,9 +83,9 @@ extern "C" __global__ void __launch_bounds__(64) returns_early(float* out, int l
 
 extern "C" __global__ void __launch_bounds__(64) two_barriers(float* out, int from) {
     if (threadIdx.x < from) {
-        __syncthreads();
+        __syncthreads();  // one barrier
     } else {
-        __syncthreads();
+        __syncthreads();  // another barrier
     }
     out[threadIdx.x] = 1.0f;
 }
@@ -86,12 +93,14 @@ extern "C" __global__ void __launch_bounds__(64) two_barriers(float* out, int fr
 extern "C" __global__ void __launch_bounds__(64) misaligned(const float* in, float* out) {
     SLA2_DYNAMIC_SHARED(shared);
     unsigned r[4];
-    ldmatrix_x4(r, shared + 16 * (threadIdx.x % 32) + 8);
+    ldmatrix_x4(r, shared + 16 * (threadIdx.x % 32) + 8);  // a misaligned row
     out[threadIdx.x] = r[0];
 }
 
-// The neighbour's value through cp.async by a quarter of the threads: each waits for its own copies, not for the others'.
-extern "C" __global__ void __launch_bounds__(64) copied_neighbour(const float* in, float* out, int barrier) {
+// The neighbour's value through cp.async by a quarter of the threads: each waits for its own
+// copies, not for the others'.
+extern "C" __global__ void __launch_bounds__(64)
+copied_neighbour(const float* in, float* out, int barrier) {
     SLA2_DYNAMIC_SHARED(bytes);
     if (threadIdx.x < 16) cp_async_16(bytes + 16 * threadIdx.x, in + 4 * threadIdx.x, 16);
     cp_async_commit();

@@ -62,6 +62,17 @@ def test_no_source_file_is_longer_than_600_lines():
     assert long == {}
 
 
+def test_lines_of_cuda_and_c_sources_end_at_100_columns():
+    """ruff holds Python's."""
+    long = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in files(".cu", ".cuh", ".h", ".cpp", ".S")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 100
+    ]
+    assert long == []
+
+
 def test_inline_ptx_stands_only_in_ptx_cuh():
     kernels = [p for p in files(".cu", ".cuh", ".h") if p.name != "ptx.cuh"]
     assert [str(p.relative_to(ROOT)) for p in kernels if re.search(r"\basm\b", p.read_text())] == []

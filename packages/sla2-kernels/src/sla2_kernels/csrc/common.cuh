@@ -43,9 +43,13 @@ SLA2_INLINE void mma_half(float* c, const unsigned* a, const unsigned* b) {
 }
 #endif
 
-SLA2_INLINE half_bits float_to_half(float x) { return static_cast<half_bits>(pack_half(x, 0.0f) & 0xffffu); }
+SLA2_INLINE half_bits float_to_half(float x) {
+    return static_cast<half_bits>(pack_half(x, 0.0f) & 0xffffu);
+}
 
-SLA2_INLINE float low_half(unsigned x) { return half_to_float(static_cast<half_bits>(x & 0xffffu)); }
+SLA2_INLINE float low_half(unsigned x) {
+    return half_to_float(static_cast<half_bits>(x & 0xffffu));
+}
 
 SLA2_INLINE float high_half(unsigned x) { return half_to_float(static_cast<half_bits>(x >> 16)); }
 
@@ -59,7 +63,9 @@ SLA2_INLINE float warp_max_nan(float v) {
 
 SLA2_INLINE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-SLA2_INLINE int clamp_int(int x, int low, int high) { return x < low ? low : (x > high ? high : x); }
+SLA2_INLINE int clamp_int(int x, int low, int high) {
+    return x < low ? low : (x > high ? high : x);
+}
 
 // Valid keys of batch item `item`: kv_lengths may be null.
 SLA2_INLINE int valid_keys(const int* kv_lengths, int item, int n_k) {

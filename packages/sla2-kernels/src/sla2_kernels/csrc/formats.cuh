@@ -1,4 +1,5 @@
-// The 8-bit formats of a precision, as sla2_core.quantize defines them: scale max|x| / limit (1 if the maximum is 0).
+// The 8-bit formats of a precision, as sla2_core.formats defines them: scale max|x| / limit
+// (1 if the maximum is 0).
 #pragma once
 
 #include "common.cuh"
@@ -9,10 +10,13 @@ constexpr float QK_LIMIT = QK_FP8 ? 448.0f : 127.0f;
 constexpr float PV_LIMIT = PV_FP8 ? 448.0f : 127.0f;
 
 // NaN and inf maxima give NaN and inf scales, so that they show in everything the scale touches.
-SLA2_INLINE float scale_of(float maximum, float limit) { return maximum == 0.0f ? 1.0f : maximum / limit; }
+SLA2_INLINE float scale_of(float maximum, float limit) {
+    return maximum == 0.0f ? 1.0f : maximum / limit;
+}
 
 SLA2_INLINE unsigned round_int8(float x) {
-    return static_cast<unsigned>(clamp_int(__float2int_rn(fminf(fmaxf(x, -127.0f), 127.0f)), -127, 127)) & 0xffu;
+    const int rounded = __float2int_rn(fminf(fmaxf(x, -127.0f), 127.0f));
+    return static_cast<unsigned>(clamp_int(rounded, -127, 127)) & 0xffu;
 }
 
 // Four values, already divided by their scales, as four bytes; the first in bits 0-7.
@@ -34,6 +38,7 @@ SLA2_INLINE float round_value(float x) {
     return whole > 127.0f ? 127.0f : (whole < -127.0f ? -127.0f : whole);
 }
 
-// The MMA of P V wants four consecutive keys in a register where the MMA of Q K^T leaves two of one 8-key tile and two of
-// the next. V^T is stored so that it fits without shuffles: byte p of each 16-key group holds this key of the group.
+// The MMA of P V wants four consecutive keys in a register where the MMA of Q K^T leaves two of one
+// 8-key tile and two of the next. V^T is stored so that it fits without shuffles: byte p of each
+// 16-key group holds this key of the group.
 SLA2_INLINE int permuted_key(int p) { return ((p >> 2) << 1) + (p & 1) + ((p & 2) << 2); }

@@ -1,28 +1,33 @@
-// Linear states: h_j = phi(K_j)^T V_j and z_j per key block, and H = (1 - M) h as one tensor-core product per head.
+// Linear states: h_j = phi(K_j)^T V_j and z_j per key block, and H = (1 - M) h as one tensor-core
+// product per head.
 #include "tile.cuh"
 
 constexpr int STATE = HEAD_DIM * (HEAD_DIM + 1);  // h_j row by row, then z_j
 constexpr int STATE_THREADS = HEAD_DIM * 2;  // a warp per 16 channels of phi
 
-// states (B H, T_n, D (D + 1)) in 16 bit: h_j / BLOCK_K and z_j / BLOCK_K, so that they stay within the range of V. Grid
-// (T_n, B H). phi_k (B H, n_k, D) is 0 at padding tokens; v by its strides.
+// states (B H, T_n, D (D + 1)) in 16 bit: h_j / BLOCK_K and z_j / BLOCK_K, so that they stay within
+// the range of V. Grid (T_n, B H). phi_k (B H, n_k, D) is 0 at padding tokens; v by its strides.
 extern "C" __global__ void __launch_bounds__(STATE_THREADS)
-sla2_states(const half_bits* __restrict__ phi_k, const half_bits* __restrict__ v, long long v_item, long long v_head,
-            int v_step, const int* __restrict__ kv_lengths, half_bits* __restrict__ states, int num_heads, int n_k) {
+sla2_states(const half_bits* __restrict__ phi_k, const half_bits* __restrict__ v,
+            long long v_item, long long v_head, int v_step, const int* __restrict__ kv_lengths,
+            half_bits* __restrict__ states, int num_heads, int n_k) {
     SLA2_DYNAMIC_SHARED(shared);
     unsigned char* phi_tile = shared;
     unsigned char* v_tile = shared + BLOCK_K * HALF_ROW;
     const long long bh = blockIdx.y;
-    const int first = blockIdx.x * BLOCK_K, item = blockIdx.y / num_heads, head = blockIdx.y % num_heads;
+    const int first = blockIdx.x * BLOCK_K, item = blockIdx.y / num_heads;
+    const int head = blockIdx.y % num_heads;
     const int valid = valid_keys(kv_lengths, item, n_k) - first;
     const long long v_at = item * v_item + head * v_head + static_cast<long long>(first) * v_step;
-    load_tile<BLOCK_K, HALF_ROW, STATE_THREADS>(phi_tile, phi_k + (bh * n_k + first) * HEAD_DIM, HALF_ROW, valid);
+    load_tile<BLOCK_K, HALF_ROW, STATE_THREADS>(phi_tile, phi_k + (bh * n_k + first) * HEAD_DIM,
+                                                HALF_ROW, valid);
     load_tile<BLOCK_K, HALF_ROW, STATE_THREADS>(v_tile, v + v_at, 2 * v_step, valid);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
 
-    const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * 16, g = lane >> 2, column = (lane & 3) * 2;
+    const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * 16, g = lane >> 2;
+    const int column = (lane & 3) * 2;
     float acc[D_TILES][4];
     clear(acc);
 #pragma unroll
@@ -58,21 +63,24 @@ constexpr int SUM_ROWS = 128, SUM_COLUMNS = 128, SUM_DEPTH = 32, SUM_STAGES = 4,
 constexpr int SUM_ROW_BYTES = SUM_COLUMNS * 2;
 constexpr int SUM_STAGE_BYTES = SUM_DEPTH * SUM_ROW_BYTES;
 
-// sums_i = row_scale_i * sum over j with bit (i, j) clear of x_j: the dense product (1 - M) x, M expanded from bits in
-// registers. x (B H, depth, D (D + 1)) in 16 bit; matrix (B H, rows, D D) in 16 bit and vector (B H, rows, D) in fp32 take
-// the first D D columns and the last D. row_scale (B H, rows) may be null. Forward: x = states, M the map, row_scale the
-// inverse of the number of blocks summed. Backward: x = d states, M transposed. Grid (ceil(D (D + 1) / 128),
+// sums_i = row_scale_i * sum over j with bit (i, j) clear of x_j: the dense product (1 - M) x, M
+// expanded from bits in registers. x (B H, depth, D (D + 1)) in 16 bit; matrix (B H, rows, D D) in
+// 16 bit and vector (B H, rows, D) in fp32 take the first D D columns and the last D. row_scale
+// (B H, rows) may be null. Forward: x = states, M the map, row_scale the inverse of the number of
+// blocks summed. Backward: x = d states, M transposed. Grid (ceil(D (D + 1) / 128),
 // ceil(rows / 128), B H); 8 warps of 32 rows x 64 columns over a ring of 4 stages.
 extern "C" __global__ void __launch_bounds__(SUM_THREADS)
-sla2_masked_sum(const unsigned* __restrict__ bits, const half_bits* __restrict__ x, const float* __restrict__ row_scale,
-                half_bits* __restrict__ matrix, float* __restrict__ vector, int rows, int depth) {
+sla2_masked_sum(const unsigned* __restrict__ bits, const half_bits* __restrict__ x,
+                const float* __restrict__ row_scale, half_bits* __restrict__ matrix,
+                float* __restrict__ vector, int rows, int depth) {
     SLA2_DYNAMIC_SHARED(shared);
     const int column0 = blockIdx.x * SUM_COLUMNS, row0 = blockIdx.y * SUM_ROWS;
     const long long bh = blockIdx.z;
     const int words = ceil_div(depth, 32), steps = words;
     x += bh * depth * STATE + column0;
     bits += bh * rows * words;
-    const int chunk = threadIdx.x % (SUM_ROW_BYTES / 16), line0 = threadIdx.x / (SUM_ROW_BYTES / 16);
+    const int chunk = threadIdx.x % (SUM_ROW_BYTES / 16);
+    const int line0 = threadIdx.x / (SUM_ROW_BYTES / 16);
     const bool inside = column0 + 8 * chunk < STATE;
 
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
@@ -92,7 +100,8 @@ sla2_masked_sum(const unsigned* __restrict__ bits, const half_bits* __restrict__
             const int j = step * SUM_DEPTH + line;
             const bool valid = inside && j < depth;
             cp_async_16(stage + tile_offset<SUM_ROW_BYTES>(line, chunk),
-                        valid ? x + static_cast<long long>(j) * STATE + 8 * chunk : x, valid ? 16 : 0);
+                        valid ? x + static_cast<long long>(j) * STATE + 8 * chunk : x,
+                        valid ? 16 : 0);
         }
     };
     for (int step = 0; step < SUM_STAGES - 1; ++step) {
@@ -148,7 +157,8 @@ sla2_masked_sum(const unsigned* __restrict__ bits, const half_bits* __restrict__
                 const int column = column0 + warp_column + 8 * n + 2 * q;
                 const float a = acc[m][n][2 * r] * scale, b = acc[m][n][2 * r + 1] * scale;
                 if (column < HEAD_DIM * HEAD_DIM) {
-                    *reinterpret_cast<unsigned*>(matrix + line * HEAD_DIM * HEAD_DIM + column) = pack_half(a, b);
+                    *reinterpret_cast<unsigned*>(matrix + line * HEAD_DIM * HEAD_DIM + column) =
+                        pack_half(a, b);
                 } else if (column < STATE) {
                     vector[line * HEAD_DIM + column - HEAD_DIM * HEAD_DIM] = a;
                     vector[line * HEAD_DIM + column - HEAD_DIM * HEAD_DIM + 1] = b;

@@ -1,4 +1,5 @@
-// Backward of the linear branch: dH, dZ and d phi(Q) by rows, then, after dh = (1 - M)^T dH, d phi(K) and dV by key blocks.
+// Backward of the linear branch: dH, dZ and d phi(Q) by rows, then, after dh = (1 - M)^T dH,
+// d phi(K) and dV by key blocks.
 #include "tile.cuh"
 
 constexpr int STATE = HEAD_DIM * (HEAD_DIM + 1);
@@ -14,11 +15,14 @@ struct RowFactors {
 
 // The lane's two phi values of accumulator tile n in row `row`.
 SLA2_INLINE unsigned phi_pair(const unsigned char* phi_tile, int row, int n, int column) {
-    return *reinterpret_cast<const unsigned*>(phi_tile + tile_offset<HALF_ROW>(row, n) + 2 * column);
+    return *reinterpret_cast<const unsigned*>(
+        phi_tile + tile_offset<HALF_ROW>(row, n) + 2 * column);
 }
 
-// Softmax backward of rows g and g + 8 of the warp's 16: acc = d phi becomes phi (d phi - phi . d phi).
-SLA2_INLINE void softmax_backward(float (&acc)[D_TILES][4], const unsigned char* phi_tile, int row0) {
+// Softmax backward of rows g and g + 8 of the warp's 16: acc = d phi becomes phi
+// (d phi - phi . d phi).
+SLA2_INLINE void softmax_backward(float (&acc)[D_TILES][4], const unsigned char* phi_tile,
+                                  int row0) {
     const int lane = threadIdx.x & 31, g = lane >> 2, column = (lane & 3) * 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -39,16 +43,19 @@ SLA2_INLINE void softmax_backward(float (&acc)[D_TILES][4], const unsigned char*
     }
 }
 
-// Per query block: d_q (B H, n_q, D) fp32, the linear branch's part of dQ; d_states (B H, T_m, D (D + 1)) in 16 bit, dH and
-// dZ divided by the number of blocks that H sums (which makes them gradients of the plain sums); and d_alpha (B H, T_m) =
-// sum over the rows of dO . (O_s - O_l), from row_dot = dO . O_s. With A = dO H^T, which d phi needs anyway, dO . O_l is
-// phi . A / (phi . Z): O_l is not kept by the forward. Grid (T_m, B H). Shared memory: phi(Q) | dO | H | RowFactors.
+// Per query block: d_q (B H, n_q, D) fp32, the linear branch's part of dQ; d_states
+// (B H, T_m, D (D + 1)) in 16 bit, dH and dZ divided by the number of blocks that H sums (which
+// makes them gradients of the plain sums); and d_alpha (B H, T_m) = sum over the rows of
+// dO . (O_s - O_l), from row_dot = dO . O_s. With A = dO H^T, which d phi needs anyway, dO . O_l is
+// phi . A / (phi . Z): O_l is not kept by the forward. Grid (T_m, B H). Shared memory:
+// phi(Q) | dO | H | RowFactors.
 extern "C" __global__ void __launch_bounds__(Q_THREADS)
 sla2_linear_bwd_q(const half_bits* __restrict__ phi_q, const half_bits* __restrict__ grad,
                   const half_bits* __restrict__ state, const float* __restrict__ norm,
                   const float* __restrict__ row_dot, const float* __restrict__ lse,
-                  const float* __restrict__ rest_inverse, const float* __restrict__ alpha, int alpha_stride_b,
-                  int alpha_stride_h, int alpha_stride_row, float* __restrict__ d_q, half_bits* __restrict__ d_states,
+                  const float* __restrict__ rest_inverse, const float* __restrict__ alpha,
+                  int alpha_stride_b, int alpha_stride_h, int alpha_stride_row,
+                  float* __restrict__ d_q, half_bits* __restrict__ d_states,
                   float* __restrict__ d_alpha, int num_heads, int n_q) {
     SLA2_DYNAMIC_SHARED(shared);
     unsigned char* phi_tile = shared;
@@ -61,27 +68,33 @@ sla2_linear_bwd_q(const half_bits* __restrict__ phi_q, const half_bits* __restri
     half_bits* target = d_states + block * STATE;
     const float share = rest_inverse[block];
     if (share == 0.0f) {  // no complement: nothing flows
-        for (int i = threadIdx.x; i < rows * HEAD_DIM; i += Q_THREADS) d_q[line * HEAD_DIM + i] = 0.0f;
+        for (int i = threadIdx.x; i < rows * HEAD_DIM; i += Q_THREADS)
+            d_q[line * HEAD_DIM + i] = 0.0f;
         for (int i = threadIdx.x; i < STATE; i += Q_THREADS) target[i] = 0;
         if (threadIdx.x == 0) d_alpha[block] = 0.0f;
         return;
     }
     load_tile<BLOCK_Q, HALF_ROW, Q_THREADS>(phi_tile, phi_q + line * HEAD_DIM, HALF_ROW, rows);
     load_tile<BLOCK_Q, HALF_ROW, Q_THREADS>(grad_tile, grad + line * HEAD_DIM, HALF_ROW, rows);
-    load_tile<HEAD_DIM, HALF_ROW, Q_THREADS>(state_tile, state + block * HEAD_DIM * HEAD_DIM, HALF_ROW, HEAD_DIM);
+    load_tile<HEAD_DIM, HALF_ROW, Q_THREADS>(state_tile, state + block * HEAD_DIM * HEAD_DIM,
+                                             HALF_ROW, HEAD_DIM);
     cp_async_commit();
-    const bool some = lse[line] != MINUS_INFINITY;  // -inf, in all rows alike, where nothing is selected
-    const float weight = some ? alpha[static_cast<long long>(blockIdx.y / num_heads) * alpha_stride_b +
-                                      blockIdx.y % num_heads * alpha_stride_h + blockIdx.x * alpha_stride_row]
-                              : 0.0f;
+    // -inf, in all rows alike, where nothing is selected.
+    const bool some = lse[line] != MINUS_INFINITY;
+    const float weight =
+        some ? alpha[static_cast<long long>(blockIdx.y / num_heads) * alpha_stride_b +
+                     blockIdx.y % num_heads * alpha_stride_h + blockIdx.x * alpha_stride_row]
+             : 0.0f;
     norm += block * HEAD_DIM;
     cp_async_wait<0>();
     __syncthreads();
 
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, row0 = warp * 16, g = lane >> 2, column = (lane & 3) * 2;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, row0 = warp * 16, g = lane >> 2;
+    const int column = (lane & 3) * 2;
     float acc[D_TILES][4];
     clear(acc);
-    product_over_channels<4>(acc, grad_tile, row0, state_tile);  // whole, it takes registers that a second block needs
+    // Whole, it takes registers that a second block needs.
+    product_over_channels<4>(acc, grad_tile, row0, state_tile);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int row = row0 + 8 * r + g;
@@ -89,7 +102,8 @@ sla2_linear_bwd_q(const half_bits* __restrict__ phi_q, const half_bits* __restri
 #pragma unroll
         for (int n = 0; n < D_TILES; ++n) {
             const unsigned pair = phi_pair(phi_tile, row, n, column);
-            below += low_half(pair) * norm[8 * n + column] + high_half(pair) * norm[8 * n + column + 1];
+            below +=
+                low_half(pair) * norm[8 * n + column] + high_half(pair) * norm[8 * n + column + 1];
             above += low_half(pair) * acc[n][2 * r] + high_half(pair) * acc[n][2 * r + 1];
         }
         below = quad_sum(below), above = quad_sum(above);
@@ -114,14 +128,16 @@ sla2_linear_bwd_q(const half_bits* __restrict__ phi_q, const half_bits* __restri
 #pragma unroll
         for (int n = 0; n < D_TILES; ++n)
 #pragma unroll
-            for (int e = 0; e < 2; ++e) d_q[(line + row) * HEAD_DIM + 8 * n + column + e] = acc[n][2 * r + e];
+            for (int e = 0; e < 2; ++e)
+                d_q[(line + row) * HEAD_DIM + 8 * n + column + e] = acc[n][2 * r + e];
     }
     __syncthreads();
     for (int c = threadIdx.x; c < HEAD_DIM; c += Q_THREADS) {
         float sum = 0.0f;
         for (int row = 0; row < rows; ++row)
-            sum += factors.d_below[row] * half_to_float(*reinterpret_cast<const half_bits*>(
-                                              phi_tile + tile_offset<HALF_ROW>(row, c / 8) + c % 8 * 2));
+            sum += factors.d_below[row] *
+                   half_to_float(*reinterpret_cast<const half_bits*>(
+                       phi_tile + tile_offset<HALF_ROW>(row, c / 8) + c % 8 * 2));
         target[HEAD_DIM * HEAD_DIM + c] = float_to_half(sum * share);
     }
     if (warp == 0) {
@@ -134,7 +150,8 @@ sla2_linear_bwd_q(const half_bits* __restrict__ phi_q, const half_bits* __restri
     // phi <- phi (1 - w) / (phi . Z), so that dH = phi^T dO.
     for (int i = threadIdx.x; i < rows * (HEAD_DIM / 2); i += Q_THREADS) {
         const int row = i / (HEAD_DIM / 2), pair = i % (HEAD_DIM / 2);
-        unsigned* at = reinterpret_cast<unsigned*>(phi_tile + tile_offset<HALF_ROW>(row, pair / 4) + pair % 4 * 4);
+        unsigned* at = reinterpret_cast<unsigned*>(
+            phi_tile + tile_offset<HALF_ROW>(row, pair / 4) + pair % 4 * 4);
         const float factor = factors.gain[row];
         *at = pack_half(low_half(*at) * factor, high_half(*at) * factor);
     }
@@ -157,35 +174,40 @@ sla2_linear_bwd_q(const half_bits* __restrict__ phi_q, const half_bits* __restri
         for (int r = 0; r < 2; ++r)
 #pragma unroll
             for (int n = 0; n < D_TILES; ++n)
-                *reinterpret_cast<unsigned*>(target + (16 * tile + 8 * r + g) * HEAD_DIM + 8 * n + column) =
+                *reinterpret_cast<unsigned*>(
+                    target + (16 * tile + 8 * r + g) * HEAD_DIM + 8 * n + column) =
                     pack_half(acc[n][2 * r] * share, acc[n][2 * r + 1] * share);
     }
 }
 
-// Per key block, from dh (B H, T_n, D, D) in 16 bit and dz (B H, T_n, D) in fp32: d_k (of the smoothed K) and d_v, fp32
-// (B H, n_k, D), 0 at padding tokens. Grid (T_n, B H). Shared memory: phi(K) | V | dh.
+// Per key block, from dh (B H, T_n, D, D) in 16 bit and dz (B H, T_n, D) in fp32: d_k (of the
+// smoothed K) and d_v, fp32 (B H, n_k, D), 0 at padding tokens. Grid (T_n, B H). Shared memory:
+// phi(K) | V | dh.
 extern "C" __global__ void __launch_bounds__(KV_THREADS)
 sla2_linear_bwd_kv(const half_bits* __restrict__ phi_k, const half_bits* __restrict__ v,
                    const half_bits* __restrict__ d_state, const float* __restrict__ d_norm,
-                   const int* __restrict__ kv_lengths, float* __restrict__ d_k, float* __restrict__ d_v, int num_heads,
-                   int n_k) {
+                   const int* __restrict__ kv_lengths, float* __restrict__ d_k,
+                   float* __restrict__ d_v, int num_heads, int n_k) {
     SLA2_DYNAMIC_SHARED(shared);
     unsigned char* phi_tile = shared;
     unsigned char* v_tile = phi_tile + BLOCK_K * HALF_ROW;
     unsigned char* state_tile = v_tile + BLOCK_K * HALF_ROW;
     const long long bh = blockIdx.y, block = bh * gridDim.x + blockIdx.x;
     const int first = blockIdx.x * BLOCK_K, rows = n_k - first < BLOCK_K ? n_k - first : BLOCK_K;
-    const int valid = clamp_int(valid_keys(kv_lengths, blockIdx.y / num_heads, n_k) - first, 0, BLOCK_K);
+    const int valid =
+        clamp_int(valid_keys(kv_lengths, blockIdx.y / num_heads, n_k) - first, 0, BLOCK_K);
     const long long at = (bh * n_k + first) * HEAD_DIM;
     load_tile<BLOCK_K, HALF_ROW, KV_THREADS>(phi_tile, phi_k + at, HALF_ROW, valid);
     load_tile<BLOCK_K, HALF_ROW, KV_THREADS>(v_tile, v + at, HALF_ROW, valid);
-    load_tile<HEAD_DIM, HALF_ROW, KV_THREADS>(state_tile, d_state + block * HEAD_DIM * HEAD_DIM, HALF_ROW, HEAD_DIM);
+    load_tile<HEAD_DIM, HALF_ROW, KV_THREADS>(state_tile, d_state + block * HEAD_DIM * HEAD_DIM,
+                                              HALF_ROW, HEAD_DIM);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
 
     constexpr float SHARE = 1.0f / BLOCK_K;
-    const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * 16, g = lane >> 2, column = (lane & 3) * 2;
+    const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * 16, g = lane >> 2;
+    const int column = (lane & 3) * 2;
     float acc[D_TILES][4];
     auto store = [&](float* target) {
 #pragma unroll
@@ -196,7 +218,8 @@ sla2_linear_bwd_kv(const half_bits* __restrict__ phi_k, const half_bits* __restr
             for (int n = 0; n < D_TILES; ++n)
 #pragma unroll
                 for (int e = 0; e < 2; ++e)
-                    target[at + row * HEAD_DIM + 8 * n + column + e] = row < valid ? acc[n][2 * r + e] * SHARE : 0.0f;
+                    target[at + row * HEAD_DIM + 8 * n + column + e] =
+                        row < valid ? acc[n][2 * r + e] * SHARE : 0.0f;
         }
     };
     clear(acc);
@@ -204,7 +227,8 @@ sla2_linear_bwd_kv(const half_bits* __restrict__ phi_k, const half_bits* __restr
 #pragma unroll
     for (int n = 0; n < D_TILES; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) acc[n][e] += d_norm[block * HEAD_DIM + 8 * n + column + (e & 1)];
+        for (int e = 0; e < 4; ++e)
+            acc[n][e] += d_norm[block * HEAD_DIM + 8 * n + column + (e & 1)];
     softmax_backward(acc, phi_tile, row0);
     store(d_k);
 

@@ -1,12 +1,14 @@
-// Epilogue of the sparse forward kernels: normalise O_s, O_l = phi(Q) H / (phi(Q) . Z), mix with alpha, store O and L.
+// Epilogue of the sparse forward kernels: normalise O_s, O_l = phi(Q) H / (phi(Q) . Z), mix with
+// alpha, store O and L.
 #pragma once
 
 #include "softmax.cuh"
 #include "tile.cuh"
 
-// 32 rows a warp halve the shared-memory reads of 16 bit, where tensor cores outrun them; 8 bit reads half as much. With 16
-// rows a block has 8 warps, which sm_86, 89 and 120 need: one block fits there, and by the data sheets their tensor cores
-// take 16 clocks for what an ldmatrix brings in 4. (kernels.py launches as many threads.)
+// 32 rows a warp halve the shared-memory reads of 16 bit, where tensor cores outrun them; 8 bit
+// reads half as much. With 16 rows a block has 8 warps, which sm_86, 89 and 120 need: one block
+// fits there, and by the data sheets their tensor cores take 16 clocks for what an ldmatrix brings
+// in 4. (kernels.py launches as many threads.)
 constexpr bool FAST_MMA = SLA2_ARCH == 80 || SLA2_ARCH == 90 || SLA2_ARCH == 100;
 constexpr int FWD_WARP_ROWS = SLA2_PRECISION == 0 && FAST_MMA && BLOCK_Q % 32 == 0 ? 32 : 16;
 constexpr int FWD_M_TILES = FWD_WARP_ROWS / 16;
@@ -17,7 +19,8 @@ SLA2_INLINE void clear(float (&acc)[FWD_M_TILES][D_TILES][4]) {
     for (int m = 0; m < FWD_M_TILES; ++m) clear(acc[m]);
 }
 
-// What the epilogue reads and writes, already advanced to the block's (batch, head), as `out` is to mix_arguments; null pointers switch parts off.
+// What the epilogue reads and writes, already advanced to the block's (batch, head), as `out` is to
+// mix_arguments; null pointers switch parts off.
 struct MixArguments {
     const half_bits* phi_q;  // (n_q, D), or null: no linear branch, O = O_s
     const half_bits* state;  // H of this row block (D, D): [channel of phi][channel of V]
@@ -29,9 +32,10 @@ struct MixArguments {
     float* lse;             // (n_q,) natural log-sum-exp of the selected scores
 };
 
-SLA2_INLINE MixArguments mix_arguments(const half_bits* phi_q, const half_bits* state, const float* norm,
-                                       const float* alpha, int alpha_at, half_bits* out, int out_step,
-                                       half_bits* out_sparse, float* lse, int n_q) {
+SLA2_INLINE MixArguments mix_arguments(const half_bits* phi_q, const half_bits* state,
+                                       const float* norm, const float* alpha, int alpha_at,
+                                       half_bits* out, int out_step, half_bits* out_sparse,
+                                       float* lse, int n_q) {
     const long long rows_at = static_cast<long long>(blockIdx.y) * n_q;
     const long long block_at = static_cast<long long>(blockIdx.y) * gridDim.x + blockIdx.x;
     MixArguments args;
@@ -46,10 +50,12 @@ SLA2_INLINE MixArguments mix_arguments(const half_bits* phi_q, const half_bits* 
     return args;
 }
 
-// o += share phi(Q) H / (phi(Q) . Z). The factor of each row goes into its A operand, so that the product adds to o as it
-// stands and needs no accumulators of its own. Rows without a denominator add nothing.
+// o += share phi(Q) H / (phi(Q) . Z). The factor of each row goes into its A operand, so that the
+// product adds to o as it stands and needs no accumulators of its own. Rows without a denominator
+// add nothing.
 SLA2_INLINE void add_linear(float (&o)[FWD_M_TILES][D_TILES][4], const unsigned char* phi_tile,
-                            const unsigned char* state_tile, const float* norm, float share, int row0) {
+                            const unsigned char* state_tile, const float* norm, float share,
+                            int row0) {
     const int column = (threadIdx.x & 3) * 2;
     float factor[FWD_M_TILES][2];
 #pragma unroll
@@ -79,7 +85,8 @@ SLA2_INLINE void add_linear(float (&o)[FWD_M_TILES][D_TILES][4], const unsigned 
             load_a<HALF_ROW>(a[m], phi_tile, row0 + 16 * m, 2 * c);
 #pragma unroll
             for (int r = 0; r < 4; ++r)
-                a[m][r] = pack_half(low_half(a[m][r]) * factor[m][r & 1], high_half(a[m][r]) * factor[m][r & 1]);
+                a[m][r] = pack_half(low_half(a[m][r]) * factor[m][r & 1],
+                                    high_half(a[m][r]) * factor[m][r & 1]);
         }
 #pragma unroll
         for (int n = 0; n < D_TILES; n += 2) {
@@ -94,9 +101,10 @@ SLA2_INLINE void add_linear(float (&o)[FWD_M_TILES][D_TILES][4], const unsigned 
     }
 }
 
-// o in 16 bit -> `tile` in shared memory (of this warp's rows only) -> 16-byte stores to `target` (rows, D), rows step apart.
-SLA2_INLINE void store_rows(float (&o)[FWD_M_TILES][D_TILES][4], unsigned char* tile, half_bits* target, int step,
-                            int row0, int rows) {
+// o in 16 bit -> `tile` in shared memory (of this warp's rows only) -> 16-byte stores to `target`
+// (rows, D), rows step apart.
+SLA2_INLINE void store_rows(float (&o)[FWD_M_TILES][D_TILES][4], unsigned char* tile,
+                            half_bits* target, int step, int row0, int rows) {
     constexpr int CHUNKS = HALF_ROW / 16;
     const int lane = threadIdx.x & 31, g = lane >> 2, column = (lane & 3) * 2;
     __syncwarp();
@@ -106,7 +114,8 @@ SLA2_INLINE void store_rows(float (&o)[FWD_M_TILES][D_TILES][4], unsigned char* 
         for (int r = 0; r < 2; ++r)
 #pragma unroll
             for (int n = 0; n < D_TILES; ++n)
-                *reinterpret_cast<unsigned*>(tile + tile_offset<HALF_ROW>(row0 + 16 * m + 8 * r + g, n) + 2 * column) =
+                *reinterpret_cast<unsigned*>(
+                    tile + tile_offset<HALF_ROW>(row0 + 16 * m + 8 * r + g, n) + 2 * column) =
                     pack_half(o[m][n][2 * r], o[m][n][2 * r + 1]);
     __syncwarp();
     for (int i = lane; i < FWD_WARP_ROWS * CHUNKS; i += 32) {
@@ -117,12 +126,14 @@ SLA2_INLINE void store_rows(float (&o)[FWD_M_TILES][D_TILES][4], unsigned char* 
     }
 }
 
-// Ends a row block. All threads call it after the main loop; `phi_tile` (BLOCK_Q x D halves) and `scratch`
-// ((D + BLOCK_Q) x D halves) are shared memory that no thread reads any more once the barrier below is passed, and no
-// cp.async may be in flight. `some` and `rest` say whether the row selects any block and whether any is left over.
+// Ends a row block. All threads call it after the main loop; `phi_tile` (BLOCK_Q x D halves) and
+// `scratch` ((D + BLOCK_Q) x D halves) are shared memory that no thread reads any more once the
+// barrier below is passed, and no cp.async may be in flight. `some` and `rest` say whether the row
+// selects any block and whether any is left over.
 SLA2_INLINE void mix_and_store(const MixArguments& args, float (&o)[FWD_M_TILES][D_TILES][4],
-                               OnlineSoftmax<FWD_M_TILES>& softmax, float softmax_scale, bool some, bool rest,
-                               int first_row, int n_q, unsigned char* phi_tile, unsigned char* scratch) {
+                               OnlineSoftmax<FWD_M_TILES>& softmax, float softmax_scale, bool some,
+                               bool rest, int first_row, int n_q, unsigned char* phi_tile,
+                               unsigned char* scratch) {
     const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * FWD_WARP_ROWS, g = lane >> 2;
     const int rows = n_q - first_row < BLOCK_Q ? n_q - first_row : BLOCK_Q;
     const long long first_at = static_cast<long long>(first_row) * HEAD_DIM;
@@ -142,13 +153,16 @@ SLA2_INLINE void mix_and_store(const MixArguments& args, float (&o)[FWD_M_TILES]
         for (int r = 0; r < 2; ++r) {
             const float inverse = some ? 1.0f / softmax.sum[m][r] : 0.0f;
 #pragma unroll
-            for (int n = 0; n < D_TILES; ++n) o[m][n][2 * r] *= inverse, o[m][n][2 * r + 1] *= inverse;
+            for (int n = 0; n < D_TILES; ++n)
+                o[m][n][2 * r] *= inverse, o[m][n][2 * r + 1] *= inverse;
             const int row = row0 + 16 * m + 8 * r + g;
             if (row < rows && (lane & 3) == 0)
                 args.lse[first_row + row] =
-                    some ? softmax.maximum[m][r] * softmax_scale + logf(softmax.sum[m][r]) : MINUS_INFINITY;
+                    some ? softmax.maximum[m][r] * softmax_scale + logf(softmax.sum[m][r])
+                         : MINUS_INFINITY;
         }
-    if (args.out_sparse != nullptr) store_rows(o, out_tile, args.out_sparse + first_at, HEAD_DIM, row0, rows);
+    if (args.out_sparse != nullptr)
+        store_rows(o, out_tile, args.out_sparse + first_at, HEAD_DIM, row0, rows);
     if (linear) {
         const float weight = some ? args.alpha : 0.0f;
 #pragma unroll
@@ -161,5 +175,6 @@ SLA2_INLINE void mix_and_store(const MixArguments& args, float (&o)[FWD_M_TILES]
         __syncthreads();
         add_linear(o, phi_tile, state_tile, args.norm, 1.0f - weight, row0);
     }
-    store_rows(o, out_tile, args.out + static_cast<long long>(first_row) * args.out_step, args.out_step, row0, rows);
+    store_rows(o, out_tile, args.out + static_cast<long long>(first_row) * args.out_step,
+               args.out_step, row0, rows);
 }

@@ -1,14 +1,18 @@
-// What is done once per tensor before routing and attention: mean of K, smoothing, block means, phi, 8-bit copies.
+// What is done once per tensor before routing and attention: mean of K, smoothing, block means,
+// phi, 8-bit copies.
 //
-// The caller's Q, K and V may lie in any layout whose channels are adjacent: x_item, x_head and x_step are elements from a
-// batch item, a head and a token to the next, multiples of 8. What is written is (B H, N, D), contiguous.
+// The caller's Q, K and V may lie in any layout whose channels are adjacent: x_item, x_head and
+// x_step are elements from a batch item, a head and a token to the next, multiples of 8. What is
+// written is (B H, N, D), contiguous.
 #include "formats.cuh"
 
 constexpr int ROW_LANES = HEAD_DIM / 8;  // lanes of a row, 8 channels (16 bytes) each
 
 SLA2_INLINE void unpack_chunk(float (&x)[8], const uint4& raw) {
-    x[0] = low_half(raw.x), x[1] = high_half(raw.x), x[2] = low_half(raw.y), x[3] = high_half(raw.y);
-    x[4] = low_half(raw.z), x[5] = high_half(raw.z), x[6] = low_half(raw.w), x[7] = high_half(raw.w);
+    x[0] = low_half(raw.x), x[1] = high_half(raw.x);
+    x[2] = low_half(raw.y), x[3] = high_half(raw.y);
+    x[4] = low_half(raw.z), x[5] = high_half(raw.z);
+    x[6] = low_half(raw.w), x[7] = high_half(raw.w);
 }
 
 SLA2_INLINE uint4 pack_chunk(const float (&x)[8]) {
@@ -18,28 +22,32 @@ SLA2_INLINE uint4 pack_chunk(const float (&x)[8]) {
     return raw;
 }
 
-// Copies source_columns 16-bit values of every token into rows of target_columns, (B H, tokens, target_columns); columns
-// without a source are 0. Strides need not be multiples of 8. Grid (any, B H).
+// Copies source_columns 16-bit values of every token into rows of target_columns,
+// (B H, tokens, target_columns); columns without a source are 0. Strides may be any. Grid
+// (any, B H).
 extern "C" __global__ void __launch_bounds__(256)
-sla2_copy_columns(const half_bits* __restrict__ source, long long source_item, long long source_head, int source_step,
-                  half_bits* __restrict__ target, int num_heads, int tokens, int source_columns, int target_columns) {
+sla2_copy_columns(const half_bits* __restrict__ source, long long source_item,
+                  long long source_head, int source_step, half_bits* __restrict__ target,
+                  int num_heads, int tokens, int source_columns, int target_columns) {
     const long long count = static_cast<long long>(tokens) * target_columns;
     source += blockIdx.y / num_heads * source_item + blockIdx.y % num_heads * source_head;
     target += blockIdx.y * count;
     for (long long i = blockIdx.x * 256ll + threadIdx.x; i < count; i += gridDim.x * 256ll) {
         const long long token = i / target_columns;
         const int column = static_cast<int>(i % target_columns);
-        target[i] = column < source_columns ? source[token * source_step + column] : static_cast<half_bits>(0);
+        target[i] = column < source_columns ? source[token * source_step + column]
+                                            : static_cast<half_bits>(0);
     }
 }
 
-// Per key block: the sum of K over its valid tokens and the largest |V| per channel (value_max may be null).
-// Grid (T_n, B H), 128 threads: groups of ROW_LANES threads take a token each.
+// Per key block: the sum of K over its valid tokens and the largest |V| per channel
+// (value_max may be null). Grid (T_n, B H), 128 threads: groups of ROW_LANES threads take a token
+// each.
 extern "C" __global__ void __launch_bounds__(128)
 sla2_key_sums(const half_bits* __restrict__ k, long long k_item, long long k_head, int k_step,
               const half_bits* __restrict__ v, long long v_item, long long v_head, int v_step,
-              const int* __restrict__ kv_lengths, float* __restrict__ key_sum, float* __restrict__ value_max,
-              int num_heads, int n_k) {
+              const int* __restrict__ kv_lengths, float* __restrict__ key_sum,
+              float* __restrict__ value_max, int num_heads, int n_k) {
     constexpr int GROUPS = 128 / ROW_LANES;
     __shared__ float sums[GROUPS][HEAD_DIM];
     __shared__ float tops[GROUPS][HEAD_DIM];
@@ -54,17 +62,20 @@ sla2_key_sums(const half_bits* __restrict__ k, long long k_item, long long k_hea
     for (int e = 0; e < 8; ++e) total[e] = 0.0f, top[e] = 0.0f;
     for (int token = block * BLOCK_K + group; token < end; token += GROUPS) {
         float x[8];
-        unpack_chunk(x, *reinterpret_cast<const uint4*>(k + static_cast<long long>(token) * k_step));
+        unpack_chunk(
+            x, *reinterpret_cast<const uint4*>(k + static_cast<long long>(token) * k_step));
 #pragma unroll
         for (int e = 0; e < 8; ++e) total[e] += x[e];
         if (value_max != nullptr) {
-            unpack_chunk(x, *reinterpret_cast<const uint4*>(v + static_cast<long long>(token) * v_step));
+            unpack_chunk(
+                x, *reinterpret_cast<const uint4*>(v + static_cast<long long>(token) * v_step));
 #pragma unroll
             for (int e = 0; e < 8; ++e) top[e] = max_nan(top[e], fabsf(x[e]));
         }
     }
 #pragma unroll
-    for (int e = 0; e < 8; ++e) sums[group][8 * lane + e] = total[e], tops[group][8 * lane + e] = top[e];
+    for (int e = 0; e < 8; ++e)
+        sums[group][8 * lane + e] = total[e], tops[group][8 * lane + e] = top[e];
     __syncthreads();
     for (int c = threadIdx.x; c < HEAD_DIM; c += 128) {
         float sum = 0.0f, most = 0.0f;
@@ -75,12 +86,13 @@ sla2_key_sums(const half_bits* __restrict__ k, long long k_item, long long k_hea
     }
 }
 
-// Over the key blocks: mean[bh, c] = sum / valid tokens, value_scale[bh, c] = max / limit (null: not wanted), in a fixed
-// order. Grid (B H), 512 threads. Also ends the backward's mean of dK.
+// Over the key blocks: mean[bh, c] = sum / valid tokens, value_scale[bh, c] = max / limit
+// (null: not wanted), in a fixed order. Grid (B H), 512 threads. Also ends the backward's mean of
+// dK.
 extern "C" __global__ void __launch_bounds__(512)
 sla2_key_mean(const float* __restrict__ key_sum, const float* __restrict__ value_max,
-              const int* __restrict__ kv_lengths, float* __restrict__ mean, float* __restrict__ value_scale,
-              int num_heads, int n_k, int t_n) {
+              const int* __restrict__ kv_lengths, float* __restrict__ mean,
+              float* __restrict__ value_scale, int num_heads, int n_k, int t_n) {
     constexpr int GROUPS = 512 / HEAD_DIM;
     __shared__ float sums[GROUPS][HEAD_DIM];
     __shared__ float tops[GROUPS][HEAD_DIM];
@@ -95,17 +107,20 @@ sla2_key_mean(const float* __restrict__ key_sum, const float* __restrict__ value
     __syncthreads();
     if (group == 0) {
         for (int g = 1; g < GROUPS; ++g) sum += sums[g][c], top = max_nan(top, tops[g][c]);
-        mean[bh * HEAD_DIM + c] = sum / static_cast<float>(valid_keys(kv_lengths, blockIdx.x / num_heads, n_k));
+        mean[bh * HEAD_DIM + c] =
+            sum / static_cast<float>(valid_keys(kv_lengths, blockIdx.x / num_heads, n_k));
         if (value_max != nullptr) value_scale[bh * HEAD_DIM + c] = scale_of(top, PV_LIMIT);
     }
 }
 
-// One block of ROWS tokens, x_step elements apart: x - mean rounded to 16 bit (smooth), its softmax over the first `channels` channels (phi), its
-// mean over the valid tokens (pooled), and an 8-bit copy with one scale. Null outputs are skipped. Tokens past `valid`
-// but below `rows` come out as zeros. The 16-bit x - mean is what everything else is made from.
+// One block of ROWS tokens, x_step elements apart: x - mean rounded to 16 bit (smooth), its softmax
+// over the first `channels` channels (phi), its mean over the valid tokens (pooled), and an 8-bit
+// copy with one scale. Null outputs are skipped. Tokens past `valid` but below `rows` come out as
+// zeros. The 16-bit x - mean is what everything else is made from.
 template <int ROWS, int THREADS>
-SLA2_INLINE void prepare_block(const half_bits* x, int x_step, const float* mean, int channels, int rows, int valid,
-                               half_bits* smooth, half_bits* phi, float* pooled, unsigned char* bytes, float* scale) {
+SLA2_INLINE void prepare_block(const half_bits* x, int x_step, const float* mean, int channels,
+                               int rows, int valid, half_bits* smooth, half_bits* phi,
+                               float* pooled, unsigned char* bytes, float* scale) {
     constexpr int GROUPS = THREADS / ROW_LANES, PASSES = ROWS / GROUPS;
     static_assert(ROWS % GROUPS == 0, "every pass is whole");
     __shared__ float sums[GROUPS][HEAD_DIM];
@@ -114,7 +129,8 @@ SLA2_INLINE void prepare_block(const half_bits* x, int x_step, const float* mean
     uint4 kept[PASSES];
     float shift[8], total[8], top = 0.0f;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) shift[e] = mean == nullptr ? 0.0f : mean[8 * lane + e], total[e] = 0.0f;
+    for (int e = 0; e < 8; ++e)
+        shift[e] = mean == nullptr ? 0.0f : mean[8 * lane + e], total[e] = 0.0f;
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass) {
         const int row = pass * GROUPS + group;
@@ -137,7 +153,8 @@ SLA2_INLINE void prepare_block(const half_bits* x, int x_step, const float* mean
             top = max_nan(top, fabsf(y[e]));
             if (8 * lane + e < channels) largest = fmaxf(largest, y[e]);
         }
-        for (int mask = 1; mask < ROW_LANES; mask <<= 1) largest = fmaxf(largest, shfl_xor(largest, mask));
+        for (int mask = 1; mask < ROW_LANES; mask <<= 1)
+            largest = fmaxf(largest, shfl_xor(largest, mask));
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
             p[e] = 8 * lane + e < channels ? exp2_approx((y[e] - largest) * LOG2_E) : 0.0f;
@@ -148,8 +165,10 @@ SLA2_INLINE void prepare_block(const half_bits* x, int x_step, const float* mean
             const float inverse = row < valid ? 1.0f / below : 0.0f;
 #pragma unroll
             for (int e = 0; e < 8; ++e) p[e] *= inverse;
-            if (smooth != nullptr) *reinterpret_cast<uint4*>(smooth + row * HEAD_DIM + 8 * lane) = kept[pass];
-            if (phi != nullptr) *reinterpret_cast<uint4*>(phi + row * HEAD_DIM + 8 * lane) = pack_chunk(p);
+            if (smooth != nullptr)
+                *reinterpret_cast<uint4*>(smooth + row * HEAD_DIM + 8 * lane) = kept[pass];
+            if (phi != nullptr)
+                *reinterpret_cast<uint4*>(phi + row * HEAD_DIM + 8 * lane) = pack_chunk(p);
         }
     }
 #pragma unroll
@@ -181,38 +200,46 @@ SLA2_INLINE void prepare_block(const half_bits* x, int x_step, const float* mean
     }
 }
 
-// Grid (T_n, B H). mean (B H, D) or null; smooth, phi (B H, n_k, D); pooled (B H, T_n, D); bytes (B H, n_k, D) and scale
-// (B H, T_n), or null.
+// Grid (T_n, B H). mean (B H, D) or null; smooth, phi (B H, n_k, D); pooled (B H, T_n, D); bytes
+// (B H, n_k, D) and scale (B H, T_n), or null.
 extern "C" __global__ void __launch_bounds__(2 * BLOCK_K, 1)
 sla2_prologue_k(const half_bits* __restrict__ k, long long k_item, long long k_head, int k_step,
-                const float* __restrict__ mean, const int* __restrict__ kv_lengths, half_bits* smooth, half_bits* phi,
-                float* pooled, unsigned char* bytes, float* scale, int num_heads, int n_k, int channels) {
+                const float* __restrict__ mean, const int* __restrict__ kv_lengths,
+                half_bits* smooth, half_bits* phi, float* pooled, unsigned char* bytes,
+                float* scale, int num_heads, int n_k, int channels) {
     const long long bh = blockIdx.y, block = bh * gridDim.x + blockIdx.x;
-    const int first = blockIdx.x * BLOCK_K, item = blockIdx.y / num_heads, head = blockIdx.y % num_heads;
+    const int first = blockIdx.x * BLOCK_K, item = blockIdx.y / num_heads;
+    const int head = blockIdx.y % num_heads;
     const long long at = (bh * n_k + first) * HEAD_DIM;
     prepare_block<BLOCK_K, 2 * BLOCK_K>(
         k + item * k_item + head * k_head + static_cast<long long>(first) * k_step, k_step,
         mean == nullptr ? nullptr : mean + bh * HEAD_DIM, channels, n_k - first,
         clamp_int(valid_keys(kv_lengths, item, n_k) - first, 0, BLOCK_K),
         smooth == nullptr ? nullptr : smooth + at, phi == nullptr ? nullptr : phi + at,
-        pooled == nullptr ? nullptr : pooled + block * HEAD_DIM, bytes == nullptr ? nullptr : bytes + at, scale + block);
+        pooled == nullptr ? nullptr : pooled + block * HEAD_DIM,
+        bytes == nullptr ? nullptr : bytes + at, scale + block);
 }
 
-// Grid (T_m, B H). phi (B H, n_q, D); pooled (B H, T_m, D); bytes (B H, n_q, D) and scale (B H, T_m), or null.
+// Grid (T_m, B H). phi (B H, n_q, D); pooled (B H, T_m, D); bytes (B H, n_q, D) and scale
+// (B H, T_m), or null.
 extern "C" __global__ void __launch_bounds__(2 * BLOCK_Q, 1)
-sla2_prologue_q(const half_bits* __restrict__ q, long long q_item, long long q_head, int q_step, half_bits* phi,
-                float* pooled, unsigned char* bytes, float* scale, int num_heads, int n_q, int channels) {
+sla2_prologue_q(const half_bits* __restrict__ q, long long q_item, long long q_head, int q_step,
+                half_bits* phi, float* pooled, unsigned char* bytes, float* scale,
+                int num_heads, int n_q, int channels) {
     const long long bh = blockIdx.y, block = bh * gridDim.x + blockIdx.x;
-    const int first = blockIdx.x * BLOCK_Q, item = blockIdx.y / num_heads, head = blockIdx.y % num_heads;
+    const int first = blockIdx.x * BLOCK_Q, item = blockIdx.y / num_heads;
+    const int head = blockIdx.y % num_heads;
     const long long at = (bh * n_q + first) * HEAD_DIM;
     prepare_block<BLOCK_Q, 2 * BLOCK_Q>(
-        q + item * q_item + head * q_head + static_cast<long long>(first) * q_step, q_step, nullptr, channels,
-        n_q - first, n_q - first < BLOCK_Q ? n_q - first : BLOCK_Q, nullptr, phi == nullptr ? nullptr : phi + at,
-        pooled == nullptr ? nullptr : pooled + block * HEAD_DIM, bytes == nullptr ? nullptr : bytes + at, scale + block);
+        q + item * q_item + head * q_head + static_cast<long long>(first) * q_step, q_step,
+        nullptr, channels, n_q - first, n_q - first < BLOCK_Q ? n_q - first : BLOCK_Q,
+        nullptr, phi == nullptr ? nullptr : phi + at,
+        pooled == nullptr ? nullptr : pooled + block * HEAD_DIM,
+        bytes == nullptr ? nullptr : bytes + at, scale + block);
 }
 
-// V in 8 bit, transposed and permuted (formats.cuh): bytes (B H, T_n, D, BLOCK_K), padding tokens 0. Grid (T_n, B H), 128
-// threads; value_scale (B H, D).
+// V in 8 bit, transposed and permuted (formats.cuh): bytes (B H, T_n, D, BLOCK_K), with 0 for
+// padding tokens. Grid (T_n, B H), 128 threads; value_scale (B H, D).
 extern "C" __global__ void __launch_bounds__(128)
 sla2_prologue_v(const half_bits* __restrict__ v, long long v_item, long long v_head, int v_step,
                 const float* __restrict__ value_scale, const int* __restrict__ kv_lengths,
@@ -228,13 +255,15 @@ sla2_prologue_v(const half_bits* __restrict__ v, long long v_item, long long v_h
         tile[row][c] = row < valid ? v[row * v_step + c] : static_cast<half_bits>(0);
     }
     __syncthreads();
-    unsigned* target = reinterpret_cast<unsigned*>(bytes + (bh * gridDim.x + blockIdx.x) * HEAD_DIM * BLOCK_K);
+    unsigned* target =
+        reinterpret_cast<unsigned*>(bytes + (bh * gridDim.x + blockIdx.x) * HEAD_DIM * BLOCK_K);
     for (int i = threadIdx.x; i < HEAD_DIM * BLOCK_K / 4; i += 128) {
         const int c = i / (BLOCK_K / 4), p = i % (BLOCK_K / 4) * 4, base = p & ~15;
         const float step = value_scale[bh * HEAD_DIM + c];
         float x[4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) x[e] = half_to_float(tile[base + permuted_key((p & 15) + e)][c]) / step;
+        for (int e = 0; e < 4; ++e)
+            x[e] = half_to_float(tile[base + permuted_key((p & 15) + e)][c]) / step;
         target[i] = pack_bytes<PV_FP8>(x[0], x[1], x[2], x[3]);
     }
 }

@@ -1,5 +1,6 @@
-// Every inline PTX instruction the kernels use, each as one small function, and short names of two warp collectives.
-// Shared-memory pointers are generic; they are converted here. The emulator supplies the same functions for the CPU.
+// Every inline PTX instruction the kernels use, each as one small function, and short names of two
+// warp collectives. Shared-memory pointers are generic; they are converted here. The emulator
+// supplies the same functions for the CPU.
 #pragma once
 
 #ifdef SLA2_EMULATOR
@@ -15,9 +16,12 @@ SLA2_PTX unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes global -> shared, of which the first valid_bytes (0 or 16) are read and the rest are zeros.
+// Copies 16 bytes global -> shared, of which the first valid_bytes (0 or 16) are read and the rest
+// are zeros.
 SLA2_PTX void cp_async_16(void* smem, const void* gmem, int valid_bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(smem)), "l"(gmem), "r"(valid_bytes)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(shared_address(smem)), "l"(gmem), "r"(valid_bytes)
                  : "memory");
 }
 
@@ -46,32 +50,37 @@ SLA2_PTX void ldmatrix_x4_trans(unsigned* r, const void* smem) {
 
 // c += a b, a row-major 16 x 16, b column-major 16 x 8, fp32 accumulators.
 SLA2_PTX void mma_m16n8k16_f16(float* c, const unsigned* a, const unsigned* b) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 SLA2_PTX void mma_m16n8k16_bf16(float* c, const unsigned* a, const unsigned* b) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // c += a b, a row-major 16 x 32, b column-major 32 x 8, 8-bit operands.
 SLA2_PTX void mma_m16n8k32_s8(int* c, const unsigned* a, const unsigned* b) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 #if SLA2_ARCH >= 89
 SLA2_PTX void mma_m16n8k32_e4m3(float* c, const unsigned* a, const unsigned* b) {
-    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Two floats -> two FP8 E4M3 values, nearest even, saturating at +-448, NaN stays NaN; `low` is in bits 0-7.
+// Two floats -> two FP8 E4M3 values, nearest even, saturating at +-448, NaN stays NaN; `low` is in
+// bits 0-7.
 SLA2_PTX unsigned short cvt_e4m3x2(float low, float high) {
     unsigned short r;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
@@ -80,8 +89,8 @@ SLA2_PTX unsigned short cvt_e4m3x2(float low, float high) {
 
 SLA2_PTX float e4m3_to_f32(unsigned char x) {
     float r;
-    asm("{ .reg .b32 pair; .reg .b16 low, high; cvt.rn.f16x2.e4m3x2 pair, %1; mov.b32 {low, high}, pair; "
-        "cvt.f32.f16 %0, low; }"
+    asm("{ .reg .b32 pair; .reg .b16 low, high; cvt.rn.f16x2.e4m3x2 pair, %1; "
+        "mov.b32 {low, high}, pair; cvt.f32.f16 %0, low; }"
         : "=f"(r)
         : "h"(static_cast<unsigned short>(x)));
     return r;
@@ -107,7 +116,9 @@ SLA2_PTX float f16_to_f32(unsigned short x) {
     return r;
 }
 
-SLA2_PTX float bf16_to_f32(unsigned short x) { return __uint_as_float(static_cast<unsigned>(x) << 16); }
+SLA2_PTX float bf16_to_f32(unsigned short x) {
+    return __uint_as_float(static_cast<unsigned>(x) << 16);
+}
 
 // 2^x to about 2 ulp; 2^-inf = 0.
 SLA2_PTX float exp2_approx(float x) {

@@ -1,13 +1,14 @@
-// The router: projected block means, scores in fp32, top-k indices, and the block map by bits and by columns.
+// The router: projected block means, scores in fp32, top-k indices, and the block map by bits and
+// by columns.
 #include "common.cuh"
 
 constexpr int PROJECT_ROWS = 16;
 
-// y = x W, fp32. x, y (B H, rows, D), W (H or 1, channels, channels). Grid (ceil(rows / 16), B H), D threads: a thread
-// makes one column of 16 rows.
+// y = x W, fp32. x, y (B H, rows, D), W (H or 1, channels, channels). Grid (ceil(rows / 16), B H),
+// D threads: a thread makes one column of 16 rows.
 extern "C" __global__ void __launch_bounds__(HEAD_DIM)
-sla2_project(const float* __restrict__ x, const float* __restrict__ weight, float* __restrict__ y, int num_heads,
-             int weight_heads, int rows, int channels) {
+sla2_project(const float* __restrict__ x, const float* __restrict__ weight,
+             float* __restrict__ y, int num_heads, int weight_heads, int rows, int channels) {
     __shared__ float tile[PROJECT_ROWS][HEAD_DIM];
     const int column = threadIdx.x, first = blockIdx.x * PROJECT_ROWS;
     const long long bh = blockIdx.y;
@@ -33,11 +34,13 @@ sla2_project(const float* __restrict__ x, const float* __restrict__ weight, floa
 
 constexpr int SCORE_TILE = 32;
 
-// scores = q k^T scale, fp32; columns of blocks without a valid token get -inf. q (B H, T_m, D), k (B H, T_n, D). Grid
-// (ceil(T_n / 32), ceil(T_m / 32), B H), 64 threads: a thread makes 4 x 4 scores.
+// scores = q k^T scale, fp32; columns of blocks without a valid token get -inf. q (B H, T_m, D),
+// k (B H, T_n, D). Grid (ceil(T_n / 32), ceil(T_m / 32), B H), 64 threads: a thread makes 4 x 4
+// scores.
 extern "C" __global__ void __launch_bounds__(64)
-sla2_scores(const float* __restrict__ q, const float* __restrict__ k, const int* __restrict__ kv_lengths,
-            float* __restrict__ scores, int num_heads, int t_m, int t_n, int n_k, float scale) {
+sla2_scores(const float* __restrict__ q, const float* __restrict__ k,
+            const int* __restrict__ kv_lengths, float* __restrict__ scores, int num_heads,
+            int t_m, int t_n, int n_k, float scale) {
     __shared__ float rows[32][SCORE_TILE + 1];
     __shared__ float columns[32][SCORE_TILE + 1];
     const long long bh = blockIdx.z;
@@ -53,14 +56,16 @@ sla2_scores(const float* __restrict__ q, const float* __restrict__ k, const int*
         for (int i = threadIdx.x; i < 32 * SCORE_TILE; i += 64) {
             const int r = i / 32, c = i % 32;
             rows[c][r] = row0 + r < t_m ? q[(bh * t_m + row0 + r) * HEAD_DIM + depth + c] : 0.0f;
-            columns[c][r] = column0 + r < t_n ? k[(bh * t_n + column0 + r) * HEAD_DIM + depth + c] : 0.0f;
+            columns[c][r] =
+                column0 + r < t_n ? k[(bh * t_n + column0 + r) * HEAD_DIM + depth + c] : 0.0f;
         }
         __syncthreads();
         for (int c = 0; c < 32; ++c)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
 #pragma unroll
-                for (int j = 0; j < 4; ++j) acc[i][j] += rows[c][tr + 8 * i] * columns[c][tc + 8 * j];
+                for (int j = 0; j < 4; ++j)
+                    acc[i][j] += rows[c][tr + 8 * i] * columns[c][tc + 8 * j];
     }
     const int blocks = ceil_div(valid_keys(kv_lengths, blockIdx.z / num_heads, n_k), BLOCK_K);
 #pragma unroll
@@ -69,30 +74,35 @@ sla2_scores(const float* __restrict__ q, const float* __restrict__ k, const int*
         for (int j = 0; j < 4; ++j) {
             const int row = row0 + tr + 8 * i, column = column0 + tc + 8 * j;
             if (row < t_m && column < t_n)
-                scores[(bh * t_m + row) * t_n + column] = column < blocks ? acc[i][j] * scale : MINUS_INFINITY;
+                scores[(bh * t_m + row) * t_n + column] =
+                    column < blocks ? acc[i][j] * scale : MINUS_INFINITY;
         }
 }
 
-// Unsigned integers in the order of the floats; +0 = -0, and NaN, of either sign, comes out on top, as in torch.sort.
+// Unsigned integers in the order of the floats; +0 = -0, and NaN, of either sign, comes out on top,
+// as in torch.sort.
 SLA2_INLINE unsigned order_key(float x) {
     if (x != x) return 0xffffffffu;
     const unsigned bits = __float_as_uint(x + 0.0f);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-SLA2_INLINE int lanes_below(unsigned votes) { return __popc(votes & ((1u << (threadIdx.x & 31)) - 1u)); }
+SLA2_INLINE int lanes_below(unsigned votes) {
+    return __popc(votes & ((1u << (threadIdx.x & 31)) - 1u));
+}
 
 constexpr int WARPS_OF_ROWS = 4;
 
-// The map of every row: of the item's valid key blocks among the first `routable` the K = max(1, round(topk * number)) best,
-// and every valid block from `routable` on (forced: those that hold text). Ties go to the lower index; indices ascend and
-// are followed by -1. The K-th largest key is found bit by bit, so the result does not depend on any order of execution. A
-// warp per row: grid (ceil(T_m / 4), B H), 128 threads. indices (B H, T_m, max_selected),
-// where max_selected = K of `routable` blocks + T_n - routable.
+// The map of every row: of the item's valid key blocks among the first `routable` the
+// K = max(1, round(topk * number)) best, and every valid block from `routable` on (forced: those
+// that hold text). Ties go to the lower index; indices ascend and are followed by -1. The K-th
+// largest key is found bit by bit, so the result does not depend on any order of execution. A warp
+// per row: grid (ceil(T_m / 4), B H), 128 threads. indices (B H, T_m, max_selected), where
+// max_selected = K of `routable` blocks + T_n - routable.
 extern "C" __global__ void __launch_bounds__(32 * WARPS_OF_ROWS)
-sla2_topk(const float* __restrict__ scores, const int* __restrict__ kv_lengths, int* __restrict__ indices,
-          int* __restrict__ counts, int num_heads, int t_m, int t_n, int n_k, int routable, int max_selected,
-          double topk) {
+sla2_topk(const float* __restrict__ scores, const int* __restrict__ kv_lengths,
+          int* __restrict__ indices, int* __restrict__ counts, int num_heads, int t_m, int t_n,
+          int n_k, int routable, int max_selected, double topk) {
     const int row = blockIdx.x * WARPS_OF_ROWS + threadIdx.x / 32, lane = threadIdx.x & 31;
     if (row >= t_m) return;
     const long long at = static_cast<long long>(blockIdx.y) * t_m + row;
@@ -101,7 +111,8 @@ sla2_topk(const float* __restrict__ scores, const int* __restrict__ kv_lengths, 
     const int valid = ceil_div(valid_keys(kv_lengths, blockIdx.y / num_heads, n_k), BLOCK_K);
     const int blocks = valid < routable ? valid : routable, forced = valid - blocks;
     const int room = max_selected - (t_n - routable);
-    // 0 where there is nothing to choose from: then the search below counts nothing and places nothing.
+    // 0 where there is nothing to choose from: then the search below counts nothing and places
+    // nothing.
     const int best = clamp_int(static_cast<int>(rint(topk * blocks)), 1, room);
     const int wanted = best < blocks ? best : blocks;
 
@@ -112,8 +123,10 @@ sla2_topk(const float* __restrict__ scores, const int* __restrict__ kv_lengths, 
         int reach = 0;
         for (int j = lane; j < blocks; j += 32) reach += order_key(line[j]) >= trial;
         reach = warp_sum(reach);
+        // Where fewer than `wanted` reach the trial, the last such count is that of keys above the
+        // threshold.
         if (reach >= wanted) threshold = trial;
-        else above = reach;  // fewer than `wanted` reach the trial: the last such count is that of keys > threshold
+        else above = reach;
     }
     const int ties = wanted - above;
     int placed = 0, tied = 0;
@@ -122,21 +135,24 @@ sla2_topk(const float* __restrict__ scores, const int* __restrict__ kv_lengths, 
         const unsigned key = j < blocks ? order_key(line[j]) : 0u;
         const bool equal = j < blocks && key == threshold;
         const unsigned equals = __ballot_sync(0xffffffffu, equal);
-        const bool take = j < blocks && (key > threshold || (equal && tied + lanes_below(equals) < ties));
+        const bool take =
+            j < blocks && (key > threshold || (equal && tied + lanes_below(equals) < ties));
         const unsigned takes = __ballot_sync(0xffffffffu, take);
         if (take) list[placed + lanes_below(takes)] = j;
         placed += __popc(takes);
         tied += __popc(equals);
     }
-    for (int i = lane; i < max_selected - wanted; i += 32) list[wanted + i] = i < forced ? routable + i : -1;
+    for (int i = lane; i < max_selected - wanted; i += 32)
+        list[wanted + i] = i < forced ? routable + i : -1;
     if (lane == 0) counts[at] = wanted + forced;
 }
 
-// The map as bits, (B H, T_m, ceil(T_n / 32)), and 1 / (number of valid blocks left over), 0 if none is, per row. A warp
-// per row: grid (ceil(T_m / 4), B H), 128 threads.
+// The map as bits, (B H, T_m, ceil(T_n / 32)), and 1 / (number of valid blocks left over), 0 if
+// none is, per row. A warp per row: grid (ceil(T_m / 4), B H), 128 threads.
 extern "C" __global__ void __launch_bounds__(32 * WARPS_OF_ROWS)
-sla2_row_bits(const int* __restrict__ indices, const int* __restrict__ counts, const int* __restrict__ kv_lengths,
-              unsigned* __restrict__ bits, float* __restrict__ rest_inverse, int num_heads, int t_m, int t_n, int n_k,
+sla2_row_bits(const int* __restrict__ indices, const int* __restrict__ counts,
+              const int* __restrict__ kv_lengths, unsigned* __restrict__ bits,
+              float* __restrict__ rest_inverse, int num_heads, int t_m, int t_n, int n_k,
               int max_selected) {
     const int row = blockIdx.x * WARPS_OF_ROWS + threadIdx.x / 32, lane = threadIdx.x & 31;
     if (row >= t_m) return;
@@ -160,14 +176,15 @@ sla2_row_bits(const int* __restrict__ indices, const int* __restrict__ counts, c
         bits[at * words + w] = word;
     }
     selected = warp_sum(selected);
-    if (lane == 0) rest_inverse[at] = selected < blocks ? 1.0f / static_cast<float>(blocks - selected) : 0.0f;
+    if (lane == 0)
+        rest_inverse[at] = selected < blocks ? 1.0f / static_cast<float>(blocks - selected) : 0.0f;
 }
 
-// The transposed bits, (B H, T_n, ceil(T_m / 32)), and how many rows chose each column. A warp per column: grid
-// (ceil(T_n / 4), B H), 128 threads.
+// The transposed bits, (B H, T_n, ceil(T_m / 32)), and how many rows chose each column. A warp per
+// column: grid (ceil(T_n / 4), B H), 128 threads.
 extern "C" __global__ void __launch_bounds__(32 * WARPS_OF_ROWS)
-sla2_column_bits(const unsigned* __restrict__ bits, unsigned* __restrict__ column_bits, int* __restrict__ column_counts,
-                 int t_m, int t_n) {
+sla2_column_bits(const unsigned* __restrict__ bits, unsigned* __restrict__ column_bits,
+                 int* __restrict__ column_counts, int t_m, int t_n) {
     const int column = blockIdx.x * WARPS_OF_ROWS + threadIdx.x / 32, lane = threadIdx.x & 31;
     if (column >= t_n) return;
     const long long bh = blockIdx.y;
@@ -175,7 +192,8 @@ sla2_column_bits(const unsigned* __restrict__ bits, unsigned* __restrict__ colum
     int count = 0;
     for (int w = 0; w < column_words; ++w) {
         const int row = 32 * w + lane;
-        const bool chosen = row < t_m && (bits[(bh * t_m + row) * words + column / 32] >> (column % 32) & 1u);
+        const bool chosen =
+            row < t_m && (bits[(bh * t_m + row) * words + column / 32] >> (column % 32) & 1u);
         const unsigned word = __ballot_sync(0xffffffffu, chosen);
         if (lane == 0) column_bits[(bh * t_n + column) * column_words + w] = word;
         count += __popc(word);
@@ -183,7 +201,8 @@ sla2_column_bits(const unsigned* __restrict__ bits, unsigned* __restrict__ colum
     if (lane == 0) column_counts[bh * t_n + column] = count;
 }
 
-// Exclusive sums of the counts: offsets (B H, T_n + 1). Grid (B H), 256 threads; a thread adds a run of columns.
+// Exclusive sums of the counts: offsets (B H, T_n + 1). Grid (B H), 256 threads; a thread adds a
+// run of columns.
 extern "C" __global__ void __launch_bounds__(256)
 sla2_column_offsets(const int* __restrict__ column_counts, int* __restrict__ offsets, int t_n) {
     __shared__ int sums[2][256];
@@ -211,10 +230,11 @@ sla2_column_offsets(const int* __restrict__ column_counts, int* __restrict__ off
     if (threadIdx.x == 255) out[t_n] = before;
 }
 
-// The rows that chose each column, ascending, from offsets[column] on: rows (B H, capacity). A warp per column.
+// The rows that chose each column, ascending, from offsets[column] on: rows (B H, capacity). A warp
+// per column.
 extern "C" __global__ void __launch_bounds__(32 * WARPS_OF_ROWS)
-sla2_column_rows(const unsigned* __restrict__ column_bits, const int* __restrict__ offsets, int* __restrict__ rows,
-                 int t_m, int t_n, long long capacity) {
+sla2_column_rows(const unsigned* __restrict__ column_bits, const int* __restrict__ offsets,
+                 int* __restrict__ rows, int t_m, int t_n, long long capacity) {
     const int column = blockIdx.x * WARPS_OF_ROWS + threadIdx.x / 32, lane = threadIdx.x & 31;
     if (column >= t_n) return;
     const long long bh = blockIdx.y;

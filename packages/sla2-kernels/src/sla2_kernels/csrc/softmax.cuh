@@ -1,10 +1,12 @@
-// Online softmax on mma accumulators: running row maximum and sum, rescaled only when the maximum moves.
+// Online softmax on mma accumulators: running row maximum and sum, rescaled only when the maximum
+// moves.
 #pragma once
 
 #include "common.cuh"
 
-// State of 16 M_TILES rows of a warp: a lane holds rows g and g + 8 of each 16-row tile, g = lane / 4, and shares them
-// with the three other lanes of its quad. `sum` is the lane's own part until finish().
+// State of 16 M_TILES rows of a warp: a lane holds rows g and g + 8 of each 16-row tile,
+// g = lane / 4, and shares them with the three other lanes of its quad. `sum` is the lane's own
+// part until finish().
 template <int M_TILES>
 struct OnlineSoftmax {
     float maximum[M_TILES][2];  // in units of the unscaled scores
@@ -17,12 +19,14 @@ struct OnlineSoftmax {
             for (int r = 0; r < 2; ++r) maximum[m][r] = MINUS_INFINITY, sum[m][r] = 0.0f;
     }
 
-    // Turns raw scores s into P = 2^(scale (s - maximum)), adds their row sums, and rescales `out` and the sums if the
-    // maximum of any row of the warp moves up by more than `slack` in log2 (then P <= 2^slack; 0 keeps P in [0, 1]).
-    // The result after normalisation does not depend on it. NaN scores give NaN weights: fmaxf skips them, exp2 does not.
+    // Turns raw scores s into P = 2^(scale (s - maximum)), adds their row sums, and rescales `out`
+    // and the sums if the maximum of any row of the warp moves up by more than `slack` in log2
+    // (then P <= 2^slack; 0 keeps P in [0, 1]). The result after normalisation does not depend on
+    // it. NaN scores give NaN weights: fmaxf skips them, exp2 does not.
     template <int N_TILES, int OUT_TILES>
-    __device__ __forceinline__ void update(float (&s)[M_TILES][N_TILES][4], float (&out)[M_TILES][OUT_TILES][4],
-                                           float scale, float slack) {
+    __device__ __forceinline__ void update(float (&s)[M_TILES][N_TILES][4],
+                                           float (&out)[M_TILES][OUT_TILES][4], float scale,
+                                           float slack) {
         float top[M_TILES][2];
         bool moved = false;
 #pragma unroll
@@ -31,7 +35,8 @@ struct OnlineSoftmax {
             for (int r = 0; r < 2; ++r) {
                 float t = maximum[m][r];
 #pragma unroll
-                for (int n = 0; n < N_TILES; ++n) t = fmaxf(t, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
+                for (int n = 0; n < N_TILES; ++n)
+                    t = fmaxf(t, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
                 top[m][r] = quad_max(t);
                 moved = moved || (top[m][r] - maximum[m][r]) * scale > slack;
             }
@@ -41,12 +46,14 @@ struct OnlineSoftmax {
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     // Equal maxima, -inf included, keep what is there.
-                    const float keep =
-                        top[m][r] == maximum[m][r] ? 1.0f : exp2_approx((maximum[m][r] - top[m][r]) * scale);
+                    const float keep = top[m][r] == maximum[m][r]
+                                           ? 1.0f
+                                           : exp2_approx((maximum[m][r] - top[m][r]) * scale);
                     maximum[m][r] = top[m][r];
                     sum[m][r] *= keep;
 #pragma unroll
-                    for (int n = 0; n < OUT_TILES; ++n) out[m][n][2 * r] *= keep, out[m][n][2 * r + 1] *= keep;
+                    for (int n = 0; n < OUT_TILES; ++n)
+                        out[m][n][2 * r] *= keep, out[m][n][2 * r + 1] *= keep;
                 }
         }
 #pragma unroll

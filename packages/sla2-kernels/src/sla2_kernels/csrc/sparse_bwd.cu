@@ -1,4 +1,5 @@
-// Backward of the block-sparse branch in 16 bit: row sums, dQ by rows, dK and dV by the transposed map. No atomics.
+// Backward of the block-sparse branch in 16 bit: row sums, dQ by rows, dK and dV by the transposed
+// map. No atomics.
 #include "sparse_bwd.cuh"
 
 // Floats of a query row in shared memory.
@@ -7,7 +8,8 @@ constexpr int ROW_VALUES = MATCHED ? 4 : 2;
 constexpr int DQ_UNROLL = SLA2_ARCH == 100 ? 2 : HEAD_DIM / 16;
 constexpr int DKV_UNROLL = MATCHED || SLA2_ARCH == 120 ? 1 : HEAD_DIM / 16;
 
-// row_dot (B H, n_q) = dO . O_s, fp32: D of the softmax backward is this times the weight of O_s. Grid (T_m, B H).
+// row_dot (B H, n_q) = dO . O_s, fp32: D of the softmax backward is this times the weight of O_s.
+// Grid (T_m, B H).
 extern "C" __global__ void __launch_bounds__(2 * BLOCK_Q)
 sla2_bwd_row_dot(const half_bits* __restrict__ grad, const half_bits* __restrict__ out_sparse,
                  float* __restrict__ row_dot, int n_q) {
@@ -20,8 +22,10 @@ sla2_bwd_row_dot(const half_bits* __restrict__ grad, const half_bits* __restrict
         if (row < n_q)
 #pragma unroll
             for (int e = 0; e < 8; e += 2) {
-                const unsigned d = *reinterpret_cast<const unsigned*>(grad + line * HEAD_DIM + 8 * lane + e);
-                const unsigned s = *reinterpret_cast<const unsigned*>(out_sparse + line * HEAD_DIM + 8 * lane + e);
+                const unsigned d =
+                    *reinterpret_cast<const unsigned*>(grad + line * HEAD_DIM + 8 * lane + e);
+                const unsigned s =
+                    *reinterpret_cast<const unsigned*>(out_sparse + line * HEAD_DIM + 8 * lane + e);
                 x += low_half(d) * low_half(s) + high_half(d) * high_half(s);
             }
         for (int mask = 1; mask < ROW_LANES; mask <<= 1) x += shfl_xor(x, mask);
@@ -29,37 +33,44 @@ sla2_bwd_row_dot(const half_bits* __restrict__ grad, const half_bits* __restrict
     }
 }
 
-// dQ = sum over the selected blocks of dS K, plus d_linear (fp32, or null). One tile of ROWS query rows per block of
-// threads: grid (T_m PARTS, B H). row_mean (B H, n_q) is D over the weight of O_s; q_scale (B H, T_m) and k_scale (B H,
-// T_n) are null unless the backward is matched. Shared memory: Q | dO | two K tiles | two V tiles, filled as in the forward.
+// dQ = sum over the selected blocks of dS K, plus d_linear (fp32, or null). One tile of ROWS query
+// rows per block of threads: grid (T_m PARTS, B H). row_mean (B H, n_q) is D over the weight of
+// O_s; q_scale (B H, T_m) and k_scale (B H, T_n) are null unless the backward is matched. Shared
+// memory: Q | dO | two K tiles | two V tiles, filled as in the forward.
 extern "C" __global__ void __launch_bounds__(DQ_THREADS, 1)
-sla2_sparse_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__ k, const half_bits* __restrict__ v,
-                  const half_bits* __restrict__ grad, const float* __restrict__ lse, const float* __restrict__ row_mean,
+sla2_sparse_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__ k,
+                  const half_bits* __restrict__ v, const half_bits* __restrict__ grad,
+                  const float* __restrict__ lse, const float* __restrict__ row_mean,
                   const float* __restrict__ q_scale, const float* __restrict__ k_scale,
-                  const int* __restrict__ indices, const int* __restrict__ counts, int max_selected,
-                  const int* __restrict__ kv_lengths, const float* __restrict__ rest_inverse,
-                  const float* __restrict__ alpha, int alpha_stride_b, int alpha_stride_h, int alpha_stride_row,
-                  const float* __restrict__ d_linear, half_bits* __restrict__ d_q, int num_heads, int n_q, int n_k,
-                  float softmax_scale) {
+                  const int* __restrict__ indices, const int* __restrict__ counts,
+                  int max_selected, const int* __restrict__ kv_lengths,
+                  const float* __restrict__ rest_inverse, const float* __restrict__ alpha,
+                  int alpha_stride_b, int alpha_stride_h, int alpha_stride_row,
+                  const float* __restrict__ d_linear, half_bits* __restrict__ d_q,
+                  int num_heads, int n_q, int n_k, float softmax_scale) {
     SLA2_DYNAMIC_SHARED(shared);
     unsigned char* q_tile = shared;
     unsigned char* grad_tile = q_tile + ROW_BYTES_ALL;
     unsigned char* k_ring = grad_tile + ROW_BYTES_ALL;
     unsigned char* v_ring = k_ring + 2 * KEY_BYTES;
 
-    const int row_block = blockIdx.x / PARTS, item = blockIdx.y / num_heads, head = blockIdx.y % num_heads;
+    const int row_block = blockIdx.x / PARTS, item = blockIdx.y / num_heads;
+    const int head = blockIdx.y % num_heads;
     const long long bh = blockIdx.y;
     const int t_m = gridDim.x / PARTS, first_row = blockIdx.x * ROWS;
     const int length = valid_keys(kv_lengths, item, n_k);
     const int* list = indices + (bh * t_m + row_block) * max_selected;
-    const int steps = blocks_with_keys(list, first_row < n_q ? counts[bh * t_m + row_block] : 0, length);
-    const long long alpha_at = static_cast<long long>(item) * alpha_stride_b + head * alpha_stride_h +
-                               row_block * alpha_stride_row;
-    const float weight = sparse_weight(alpha, alpha_at, rest_inverse, bh * t_m + row_block, steps > 0);
+    const int steps =
+        blocks_with_keys(list, first_row < n_q ? counts[bh * t_m + row_block] : 0, length);
+    const long long alpha_at = static_cast<long long>(item) * alpha_stride_b +
+                               head * alpha_stride_h + row_block * alpha_stride_row;
+    const float weight =
+        sparse_weight(alpha, alpha_at, rest_inverse, bh * t_m + row_block, steps > 0);
     k += bh * n_k * HEAD_DIM, v += bh * n_k * HEAD_DIM;
     if (MATCHED) k_scale += bh * ceil_div(n_k, BLOCK_K);
 
-    const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * 16, g = lane >> 2, column = (lane & 3) * 2;
+    const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * 16, g = lane >> 2;
+    const int column = (lane & 3) * 2;
     float l[2], mean[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -93,10 +104,12 @@ sla2_sparse_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
             for (int n = 0; n < BLOCK_K / 8; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const float probability = 8 * n + column + (e & 1) < valid
-                                                  ? exp2_approx(p[n][e] * (scale * key_scale) - l[e >> 1])
-                                                  : 0.0f;
-                    p[n][e] = probability * (d_p[n][e] - mean[e >> 1]) * (gradient_scale * key_scale);
+                    const float probability =
+                        8 * n + column + (e & 1) < valid
+                            ? exp2_approx(p[n][e] * (scale * key_scale) - l[e >> 1])
+                            : 0.0f;
+                    p[n][e] =
+                        probability * (d_p[n][e] - mean[e >> 1]) * (gradient_scale * key_scale);
                 }
             product_over_rows(acc, p, k_tile);
         });
@@ -114,44 +127,52 @@ sla2_sparse_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
     }
 }
 
-// dK = sum over the query blocks that chose this key block of dS^T Q, dV of (w P)^T dO. d_k is fp32 and, with
-// `accumulate`, holds the linear branch's part on entry, as d_v_linear does; d_v is 16 bit; key_sum (B H, T_n, D) takes
-// the block's column sums of dK for the smoothing's backward. row_mean, q_scale, k_scale as in sparse_bwd_q; row_top (B H,
-// n_q), the largest P of a row, is null unless the backward is matched. Grid (T_n, B H). Shared memory: K | V | two Q tiles
-// | two dO tiles | L, row_mean and row_top of their rows.
+// dK = sum over the query blocks that chose this key block of dS^T Q, dV of (w P)^T dO. d_k is fp32
+// and, with `accumulate`, holds the linear branch's part on entry, as d_v_linear does; d_v is
+// 16 bit; key_sum (B H, T_n, D) takes the block's column sums of dK for the smoothing's backward.
+// row_mean, q_scale, k_scale as in sparse_bwd_q; row_top (B H, n_q), the largest P of a row, is
+// null unless the backward is matched. Grid (T_n, B H). Shared memory:
+// K | V | two Q tiles | two dO tiles | L, row_mean and row_top of their rows.
 extern "C" __global__ void __launch_bounds__(DKV_THREADS, 1)
-sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict__ k, const half_bits* __restrict__ v,
-                   const half_bits* __restrict__ grad, const float* __restrict__ lse, const float* __restrict__ row_mean,
-                   const float* __restrict__ row_top, const float* __restrict__ q_scale, const float* __restrict__ k_scale,
-                   const int* __restrict__ offsets, const int* __restrict__ column_rows, long long capacity,
+sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict__ k,
+                   const half_bits* __restrict__ v, const half_bits* __restrict__ grad,
+                   const float* __restrict__ lse, const float* __restrict__ row_mean,
+                   const float* __restrict__ row_top, const float* __restrict__ q_scale,
+                   const float* __restrict__ k_scale, const int* __restrict__ offsets,
+                   const int* __restrict__ column_rows, long long capacity,
                    const int* __restrict__ kv_lengths, const float* __restrict__ rest_inverse,
-                   const float* __restrict__ alpha, int alpha_stride_b, int alpha_stride_h, int alpha_stride_row,
-                   const float* __restrict__ d_v_linear, float* d_k, half_bits* __restrict__ d_v,
-                   float* __restrict__ key_sum, int num_heads, int n_q, int n_k, int t_m, int accumulate,
-                   float softmax_scale) {
+                   const float* __restrict__ alpha, int alpha_stride_b, int alpha_stride_h,
+                   int alpha_stride_row, const float* __restrict__ d_v_linear, float* d_k,
+                   half_bits* __restrict__ d_v, float* __restrict__ key_sum, int num_heads,
+                   int n_q, int n_k, int t_m, int accumulate, float softmax_scale) {
     SLA2_DYNAMIC_SHARED(shared);
     unsigned char* k_tile = shared;
     unsigned char* v_tile = k_tile + KEY_BYTES;
     unsigned char* q_ring = v_tile + KEY_BYTES;
     unsigned char* grad_ring = q_ring + 2 * ROW_BYTES_ALL;
-    float* row_values = reinterpret_cast<float*>(grad_ring + 2 * ROW_BYTES_ALL);  // [slot][L, mean, limit / top, top / limit][ROWS]
+    // [slot][L, mean, limit / top, top / limit][ROWS]
+    float* row_values = reinterpret_cast<float*>(grad_ring + 2 * ROW_BYTES_ALL);
     float* sums = reinterpret_cast<float*>(q_ring);  // [warp][D], after the main loop
 
-    const int item = blockIdx.y / num_heads, head = blockIdx.y % num_heads, first_key = blockIdx.x * BLOCK_K;
+    const int item = blockIdx.y / num_heads, head = blockIdx.y % num_heads;
+    const int first_key = blockIdx.x * BLOCK_K;
     const long long bh = blockIdx.y;
     const int valid = clamp_int(valid_keys(kv_lengths, item, n_k) - first_key, 0, BLOCK_K);
     const int* bounds = offsets + bh * (static_cast<long long>(gridDim.x) + 1) + blockIdx.x;
     const int* list = column_rows + bh * capacity + bounds[0];
     const int steps = valid > 0 ? (bounds[1] - bounds[0]) * PARTS : 0;
-    const float* alpha_of_head = alpha + static_cast<long long>(item) * alpha_stride_b + head * alpha_stride_h;
+    const float* alpha_of_head =
+        alpha + static_cast<long long>(item) * alpha_stride_b + head * alpha_stride_h;
     const long long key_at = (bh * n_k + first_key) * HEAD_DIM;
 
     auto load_rows = [&](int step) {
         const int slot = step & 1, first = list[step / PARTS] * BLOCK_Q + step % PARTS * ROWS;
         const int inside = first < n_q ? n_q - first : 0;
         const long long at = inside > 0 ? (bh * n_q + first) * HEAD_DIM : 0;
-        load_tile<ROWS, HALF_ROW, DKV_THREADS>(q_ring + slot * ROW_BYTES_ALL, q + at, HALF_ROW, inside);
-        load_tile<ROWS, HALF_ROW, DKV_THREADS>(grad_ring + slot * ROW_BYTES_ALL, grad + at, HALF_ROW, inside);
+        load_tile<ROWS, HALF_ROW, DKV_THREADS>(q_ring + slot * ROW_BYTES_ALL, q + at, HALF_ROW,
+                                               inside);
+        load_tile<ROWS, HALF_ROW, DKV_THREADS>(grad_ring + slot * ROW_BYTES_ALL, grad + at,
+                                               HALF_ROW, inside);
         for (int i = threadIdx.x; i < ROWS; i += DKV_THREADS) {
             float* values = row_values + ROW_VALUES * slot * ROWS + i;
             values[0] = i < inside ? lse[bh * n_q + first + i] * LOG2_E : 0.0f;
@@ -163,11 +184,13 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
         }
     };
 
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, row0 = warp * 16, g = lane >> 2, column = (lane & 3) * 2;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, row0 = warp * 16, g = lane >> 2;
+    const int column = (lane & 3) * 2;
     float acc_k[D_TILES][4], acc_v[D_TILES][4];
     clear(acc_k);
     clear(acc_v);
-    const float scale = softmax_scale * LOG2_E * scale_of_block(k_scale, bh * gridDim.x + blockIdx.x);
+    const float scale =
+        softmax_scale * LOG2_E * scale_of_block(k_scale, bh * gridDim.x + blockIdx.x);
     if (steps > 0) {
         load_tile<BLOCK_K, HALF_ROW, DKV_THREADS>(k_tile, k + key_at, HALF_ROW, valid);
         load_tile<BLOCK_K, HALF_ROW, DKV_THREADS>(v_tile, v + key_at, HALF_ROW, valid);
@@ -180,15 +203,16 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
         const unsigned char* grad_tile = grad_ring + slot * ROW_BYTES_ALL;
         const float* l = row_values + ROW_VALUES * slot * ROWS;
         const float* mean = l + ROWS;
-        const float* to_format = mean + ROWS;  // P = exp(S - L) -> P~ = exp(S - rowmax) in units of the 8-bit format
+        // P = exp(S - L) -> P~ = exp(S - rowmax) in units of the 8-bit format.
+        const float* to_format = mean + ROWS;
         const float* from_format = to_format + ROWS;
         cp_async_wait<0>();
         __syncthreads();
         if (step + 1 < steps) load_rows(step + 1);
         cp_async_commit();
         const int row_block = list[step / PARTS];
-        const float weight =
-            sparse_weight(alpha_of_head, row_block * alpha_stride_row, rest_inverse, bh * t_m + row_block, true);
+        const float weight = sparse_weight(alpha_of_head, row_block * alpha_stride_row,
+                                           rest_inverse, bh * t_m + row_block, true);
         const float row_scale = scale_of_block(q_scale, bh * t_m + row_block);
         const float gradient_scale = softmax_scale * weight * IN_FACTOR * row_scale;
 
@@ -198,7 +222,8 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
 #pragma unroll
         for (int n = 0; n < ROWS / 8; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) p[n][e] = exp2_approx(p[n][e] * (scale * row_scale) - l[8 * n + column + (e & 1)]);
+            for (int e = 0; e < 4; ++e)
+                p[n][e] = exp2_approx(p[n][e] * (scale * row_scale) - l[8 * n + column + (e & 1)]);
         clear(d_p);
         product_over_channels<DKV_UNROLL>(d_p, v_tile, row0, grad_tile);
 #pragma unroll
@@ -207,7 +232,8 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
             for (int e = 0; e < 4; ++e) {
                 const int row = 8 * n + column + (e & 1);
                 d_p[n][e] = p[n][e] * (d_p[n][e] - mean[row]) * gradient_scale;
-                if (MATCHED) p[n][e] = round_value<PV_FP8>(p[n][e] * to_format[row]) * from_format[row];
+                if (MATCHED)
+                    p[n][e] = round_value<PV_FP8>(p[n][e] * to_format[row]) * from_format[row];
                 p[n][e] *= weight;
             }
         product_over_rows(acc_v, p, grad_tile);
@@ -227,8 +253,11 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
             float x[2], y[2];
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                x[e] = row < valid ? acc_k[n][2 * r + e] * OUT_FACTOR + (accumulate ? d_k[at + e] : 0.0f) : 0.0f;
-                y[e] = row < valid ? acc_v[n][2 * r + e] + (accumulate ? d_v_linear[at + e] : 0.0f) : 0.0f;
+                x[e] = row < valid
+                           ? acc_k[n][2 * r + e] * OUT_FACTOR + (accumulate ? d_k[at + e] : 0.0f)
+                           : 0.0f;
+                y[e] = row < valid ? acc_v[n][2 * r + e] + (accumulate ? d_v_linear[at + e] : 0.0f)
+                                   : 0.0f;
                 d_k[at + e] = x[e];
                 below[e] += x[e];
             }
@@ -248,10 +277,12 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
     }
 }
 
-// dK in 16 bit: d_k - mean over the valid tokens (mean (B H, D) null: K was not smoothed), 0 at padding tokens.
+// dK in 16 bit: d_k - mean over the valid tokens (mean (B H, D) null: K was not smoothed), 0 at
+// padding tokens.
 extern "C" __global__ void __launch_bounds__(256)
-sla2_finish_dk(const float* __restrict__ d_k, const float* __restrict__ mean, const int* __restrict__ kv_lengths,
-               half_bits* __restrict__ out, int num_heads, int n_k) {
+sla2_finish_dk(const float* __restrict__ d_k, const float* __restrict__ mean,
+               const int* __restrict__ kv_lengths, half_bits* __restrict__ out, int num_heads,
+               int n_k) {
     const long long bh = blockIdx.y, base = bh * n_k * HEAD_DIM;
     const int length = valid_keys(kv_lengths, blockIdx.y / num_heads, n_k);
     const int i = (blockIdx.x * 256 + threadIdx.x) * 2, token = i / HEAD_DIM, c = i % HEAD_DIM;

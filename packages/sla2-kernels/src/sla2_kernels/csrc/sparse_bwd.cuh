@@ -1,15 +1,18 @@
-// What the backward kernels of the block-sparse branch share: tiles, formats, the walk over a row's blocks, products.
+// What the backward kernels of the block-sparse branch share: tiles, formats, the walk over a row's
+// blocks, products.
 //
-// Compiled for a low-bit precision, they differentiate what the low-bit forward computed ("matched"): q and k hold the
-// quantised values without their scales, which 16 bit holds exactly, and the scales go into fp32 factors; v holds the
-// dequantised values rounded to 16 bit; P is quantised again for dV.
+// Compiled for a low-bit precision, they differentiate what the low-bit forward computed
+// ("matched"): q and k hold the quantised values without their scales, which 16 bit holds exactly,
+// and the scales go into fp32 factors; v holds the dequantised values rounded to 16 bit; P is
+// quantised again for dV.
 #pragma once
 
 #include "formats.cuh"
 #include "tile.cuh"
 
 constexpr bool MATCHED = SLA2_PRECISION != 0;
-constexpr int ROWS = BLOCK_Q < 64 ? BLOCK_Q : 64;  // query rows of a tile: a query block is one or two of them
+// Query rows of a tile: a query block is one or two of them.
+constexpr int ROWS = BLOCK_Q < 64 ? BLOCK_Q : 64;
 constexpr int PARTS = BLOCK_Q / ROWS;
 constexpr int ROW_BYTES_ALL = ROWS * HALF_ROW;
 constexpr int KEY_BYTES = BLOCK_K * HALF_ROW;
@@ -17,34 +20,43 @@ constexpr int DQ_THREADS = 2 * ROWS;      // 16 query rows a warp
 constexpr int DKV_THREADS = 2 * BLOCK_K;  // 16 keys a warp
 static_assert(BLOCK_Q % ROWS == 0, "a query block is whole tiles");
 
-// Weight w of O_s in a query block, dO_s = w dO: 1 without a complement (or without a linear branch), 0 if nothing is selected.
-SLA2_INLINE float sparse_weight(const float* alpha, long long alpha_at, const float* rest_inverse, long long block,
-                                bool some) {
+// Weight w of O_s in a query block, dO_s = w dO: 1 without a complement (or without a linear
+// branch), 0 if nothing is selected.
+SLA2_INLINE float sparse_weight(const float* alpha, long long alpha_at, const float* rest_inverse,
+                                long long block, bool some) {
     if (rest_inverse == nullptr || rest_inverse[block] == 0.0f) return 1.0f;
     return some ? alpha[alpha_at] : 0.0f;
 }
 
 // The scale of a block's values of Q or K, 1 where they are no quantised ones.
-SLA2_INLINE float scale_of_block(const float* scales, long long block) { return MATCHED ? scales[block] : 1.0f; }
+SLA2_INLINE float scale_of_block(const float* scales, long long block) {
+    return MATCHED ? scales[block] : 1.0f;
+}
 
-// dS goes into a product with Q or K in 16 bit. Quantised Q and K are up to QK_LIMIT, their scales as much smaller: with
-// this factor in dS, and OUT_FACTOR on the sum, both have the size of the plain ones.
-constexpr float IN_FACTOR = MATCHED ? QK_LIMIT : 1.0f, OUT_FACTOR = MATCHED ? 1.0f / QK_LIMIT : 1.0f;
+// dS goes into a product with Q or K in 16 bit. Quantised Q and K are up to QK_LIMIT, their scales
+// as much smaller: with this factor in dS, and OUT_FACTOR on the sum, both have the size of the
+// plain ones.
+constexpr float IN_FACTOR = MATCHED ? QK_LIMIT : 1.0f;
+constexpr float OUT_FACTOR = MATCHED ? 1.0f / QK_LIMIT : 1.0f;
 
-// Takes the key blocks of `list` through two K tiles and two V tiles, by DQ_THREADS threads: with_k(k_tile, block) runs
-// while V of the block may still travel, with_v(k_tile, v_tile, block) while K of the next may. Copies that the caller has
-// issued and not committed have landed by the first with_k.
+// Takes the key blocks of `list` through two K tiles and two V tiles, by DQ_THREADS threads:
+// with_k(k_tile, block) runs while V of the block may still travel, with_v(k_tile, v_tile, block)
+// while K of the next may. Copies that the caller has issued and not committed have landed by the
+// first with_k.
 template <class WithK, class WithV>
-SLA2_INLINE void walk_blocks(const half_bits* k, const half_bits* v, const int* list, int steps, int length,
-                             unsigned char* k_ring, unsigned char* v_ring, WithK with_k, WithV with_v) {
+SLA2_INLINE void walk_blocks(const half_bits* k, const half_bits* v, const int* list, int steps,
+                             int length, unsigned char* k_ring, unsigned char* v_ring, WithK with_k,
+                             WithV with_v) {
     int block = 0, next = 0;
     if (steps > 0) {
         block = list[0];
         next = steps > 1 ? list[1] : 0;
         const long long at = static_cast<long long>(block) * BLOCK_K * HEAD_DIM;
-        load_tile<BLOCK_K, HALF_ROW, DQ_THREADS>(k_ring, k + at, HALF_ROW, length - block * BLOCK_K);
+        load_tile<BLOCK_K, HALF_ROW, DQ_THREADS>(k_ring, k + at, HALF_ROW,
+                                                 length - block * BLOCK_K);
         cp_async_commit();
-        load_tile<BLOCK_K, HALF_ROW, DQ_THREADS>(v_ring, v + at, HALF_ROW, length - block * BLOCK_K);
+        load_tile<BLOCK_K, HALF_ROW, DQ_THREADS>(v_ring, v + at, HALF_ROW,
+                                                 length - block * BLOCK_K);
         cp_async_commit();
     }
     for (int step = 0; step < steps; ++step) {
@@ -58,13 +70,17 @@ SLA2_INLINE void walk_blocks(const half_bits* k, const half_bits* v, const int* 
 
         cp_async_wait<1>();
         __syncthreads();
-        if (more) load_tile<BLOCK_K, HALF_ROW, DQ_THREADS>(k_ring + other, k + next_at, HALF_ROW, next_valid);
+        if (more)
+            load_tile<BLOCK_K, HALF_ROW, DQ_THREADS>(k_ring + other, k + next_at, HALF_ROW,
+                                                     next_valid);
         cp_async_commit();
         with_k(k_tile, block);
 
         cp_async_wait<1>();
         __syncthreads();
-        if (more) load_tile<BLOCK_K, HALF_ROW, DQ_THREADS>(v_ring + other, v + next_at, HALF_ROW, next_valid);
+        if (more)
+            load_tile<BLOCK_K, HALF_ROW, DQ_THREADS>(v_ring + other, v + next_at, HALF_ROW,
+                                                     next_valid);
         cp_async_commit();
         with_v(k_tile, v_tile, block);
         block = next;
@@ -73,7 +89,8 @@ SLA2_INLINE void walk_blocks(const half_bits* k, const half_bits* v, const int* 
     cp_async_wait<0>();
 }
 
-// acc += W B for weights in accumulator layout, 16 rows by 8 TILES columns, and a tile [8 TILES][d].
+// acc += W B for weights in accumulator layout, 16 rows by 8 TILES columns, and a tile
+// [8 TILES][d].
 template <int TILES>
 SLA2_INLINE void product_over_rows(float (&acc)[D_TILES][4], const float (&weights)[TILES][4],
                                    const unsigned char* right) {
@@ -82,7 +99,8 @@ SLA2_INLINE void product_over_rows(float (&acc)[D_TILES][4], const float (&weigh
         unsigned a[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r)
-            a[r] = pack_half(weights[2 * c + (r >> 1)][2 * (r & 1)], weights[2 * c + (r >> 1)][2 * (r & 1) + 1]);
+            a[r] = pack_half(weights[2 * c + (r >> 1)][2 * (r & 1)],
+                             weights[2 * c + (r >> 1)][2 * (r & 1) + 1]);
 #pragma unroll
         for (int n = 0; n < D_TILES; n += 2) {
             unsigned b[4];

@@ -1,10 +1,11 @@
-// What the matched backward needs besides sparse_bwd.cu: Q, K, V as the low-bit forward saw them, and D and the largest P
-// of every row.
+// What the matched backward needs besides sparse_bwd.cu: Q, K, V as the low-bit forward saw them,
+// and D and the largest P of every row.
 #include "sparse_bwd.cuh"
 
 constexpr int ROWS_UNROLL = SLA2_ARCH == 100 ? 2 : HEAD_DIM / 16;  // as DQ_UNROLL
 
-// The 8-bit values of Q or K (rows x D, `count` in all) in 16 bit, which holds them exactly. 256 threads, 4 values each.
+// The 8-bit values of Q or K (rows x D, `count` in all) in 16 bit, which holds them exactly. 256
+// threads, 4 values each.
 extern "C" __global__ void __launch_bounds__(256)
 sla2_widen(const unsigned char* __restrict__ bytes, half_bits* __restrict__ out, long long count) {
     for (long long i = (blockIdx.x * 256ll + threadIdx.x) * 4; i < count; i += gridDim.x * 1024ll) {
@@ -25,11 +26,12 @@ sla2_widen(const unsigned char* __restrict__ bytes, half_bits* __restrict__ out,
     }
 }
 
-// V (B H, n_k, D) after the round trip through its 8-bit format, in 16 bit; value_scale (B H, D). Padding tokens become 0.
-// Grid (ceil(n_k D / 512), B H), 256 threads, 2 values each.
+// V (B H, n_k, D) after the round trip through its 8-bit format, in 16 bit; value_scale (B H, D).
+// Padding tokens become 0. Grid (ceil(n_k D / 512), B H), 256 threads, 2 values each.
 extern "C" __global__ void __launch_bounds__(256)
 sla2_round_values(const half_bits* __restrict__ v, const float* __restrict__ value_scale,
-                  const int* __restrict__ kv_lengths, half_bits* __restrict__ out, int num_heads, int n_k) {
+                  const int* __restrict__ kv_lengths, half_bits* __restrict__ out,
+                  int num_heads, int n_k) {
     const long long bh = blockIdx.y, base = bh * n_k * HEAD_DIM;
     const int length = valid_keys(kv_lengths, blockIdx.y / num_heads, n_k);
     const int i = (blockIdx.x * 256 + threadIdx.x) * 2, token = i / HEAD_DIM;
@@ -42,15 +44,18 @@ sla2_round_values(const half_bits* __restrict__ v, const float* __restrict__ val
                        : 0u;
 }
 
-// Per query row: row_mean = sum of P dP over the selected keys with the unrounded P, dP = dO V^T, which is D over the weight
-// of O_s, and row_top = the largest P; 0 and 1 where nothing is selected. Grid and shared memory as sparse_bwd_q.
+// Per query row: row_mean = sum of P dP over the selected keys with the unrounded P, dP = dO V^T,
+// which is D over the weight of O_s, and row_top = the largest P; 0 and 1 where nothing is
+// selected. Grid and shared memory as sparse_bwd_q.
 extern "C" __global__ void __launch_bounds__(DQ_THREADS, 1)
-sla2_bwd_matched_rows(const half_bits* __restrict__ q, const half_bits* __restrict__ k, const half_bits* __restrict__ v,
-                      const half_bits* __restrict__ grad, const float* __restrict__ lse,
-                      const float* __restrict__ q_scale, const float* __restrict__ k_scale,
-                      const int* __restrict__ indices, const int* __restrict__ counts, int max_selected,
-                      const int* __restrict__ kv_lengths, float* __restrict__ row_mean, float* __restrict__ row_top,
-                      int num_heads, int n_q, int n_k, float softmax_scale) {
+sla2_bwd_matched_rows(const half_bits* __restrict__ q, const half_bits* __restrict__ k,
+                      const half_bits* __restrict__ v, const half_bits* __restrict__ grad,
+                      const float* __restrict__ lse, const float* __restrict__ q_scale,
+                      const float* __restrict__ k_scale, const int* __restrict__ indices,
+                      const int* __restrict__ counts, int max_selected,
+                      const int* __restrict__ kv_lengths, float* __restrict__ row_mean,
+                      float* __restrict__ row_top, int num_heads, int n_q, int n_k,
+                      float softmax_scale) {
     SLA2_DYNAMIC_SHARED(shared);
     unsigned char* q_tile = shared;
     unsigned char* grad_tile = q_tile + ROW_BYTES_ALL;
@@ -62,11 +67,13 @@ sla2_bwd_matched_rows(const half_bits* __restrict__ q, const half_bits* __restri
     const int t_m = gridDim.x / PARTS, first_row = blockIdx.x * ROWS;
     const int length = valid_keys(kv_lengths, blockIdx.y / num_heads, n_k);
     const int* list = indices + (bh * t_m + row_block) * max_selected;
-    const int steps = blocks_with_keys(list, first_row < n_q ? counts[bh * t_m + row_block] : 0, length);
+    const int steps =
+        blocks_with_keys(list, first_row < n_q ? counts[bh * t_m + row_block] : 0, length);
     k += bh * n_k * HEAD_DIM, v += bh * n_k * HEAD_DIM;
     k_scale += bh * ceil_div(n_k, BLOCK_K);
 
-    const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * 16, g = lane >> 2, column = (lane & 3) * 2;
+    const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * 16, g = lane >> 2;
+    const int column = (lane & 3) * 2;
     float l[2], mean[2] = {0.0f, 0.0f}, top[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -1,24 +1,30 @@
-// Block-sparse attention in 16 bit over the selected key blocks, with the linear branch and the mix in its epilogue.
+// Block-sparse attention in 16 bit over the selected key blocks, with the linear branch and the mix
+// in its epilogue.
 #include "mix.cuh"
 
 constexpr int KEY_TILES = BLOCK_K / 8;
 constexpr int KEY_BYTES = BLOCK_K * HALF_ROW;  // one K or V tile
-constexpr int RESIDENT_BLOCKS = FAST_MMA || HEAD_DIM == 64 ? 2 : 1;  // what a multiprocessor has shared memory for
+// What a multiprocessor has shared memory for.
+constexpr int RESIDENT_BLOCKS = FAST_MMA || HEAD_DIM == 64 ? 2 : 1;
 // What keeps the compiler within 255 registers: more unrolling makes it spill a few of them.
-constexpr int SCORE_UNROLL = SLA2_ARCH == 100 ? 1 : (SLA2_ARCH == 80 || SLA2_ARCH == 120 ? 2 : HEAD_DIM / 16);
+constexpr int SCORE_UNROLL =
+    SLA2_ARCH == 100 ? 1 : (SLA2_ARCH == 80 || SLA2_ARCH == 120 ? 2 : HEAD_DIM / 16);
 
-// One block of threads per query block; grid (T_m, B H). q, v and out may lie in any layout (strides: item, head, token), k
-// (B H, n_k, D) comes from the prologue. Shared memory: Q | two K tiles | two V tiles, reused at the end
-// for phi(Q) | H | O. K of step t + 1 travels during Q K^T of step t, V of step t + 1 during P V of step t.
+// One block of threads per query block; grid (T_m, B H). q, v and out may lie in any layout
+// (strides: item, head, token), k (B H, n_k, D) comes from the prologue. Shared memory:
+// Q | two K tiles | two V tiles, reused at the end for phi(Q) | H | O. K of step t + 1 travels
+// during Q K^T of step t, V of step t + 1 during P V of step t.
 extern "C" __global__ void __launch_bounds__(FWD_THREADS, RESIDENT_BLOCKS)
 sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_head, int q_step,
-                const half_bits* __restrict__ k, const half_bits* __restrict__ v, long long v_item, long long v_head,
-                int v_step, const int* __restrict__ indices, const int* __restrict__ counts, int max_selected,
+                const half_bits* __restrict__ k, const half_bits* __restrict__ v,
+                long long v_item, long long v_head, int v_step, const int* __restrict__ indices,
+                const int* __restrict__ counts, int max_selected,
                 const int* __restrict__ kv_lengths, const half_bits* __restrict__ phi_q,
-                const half_bits* __restrict__ state, const float* __restrict__ norm, const float* __restrict__ alpha,
-                int alpha_stride_b, int alpha_stride_h, int alpha_stride_row, half_bits* out, long long out_item,
-                long long out_head, int out_step, half_bits* out_sparse, float* lse, int num_heads, int n_q, int n_k,
-                float softmax_scale) {
+                const half_bits* __restrict__ state, const float* __restrict__ norm,
+                const float* __restrict__ alpha, int alpha_stride_b, int alpha_stride_h,
+                int alpha_stride_row, half_bits* out, long long out_item, long long out_head,
+                int out_step, half_bits* out_sparse, float* lse, int num_heads, int n_q,
+                int n_k, float softmax_scale) {
     SLA2_DYNAMIC_SHARED(shared);
     unsigned char* q_tile = shared;
     unsigned char* k_ring = shared + BLOCK_Q * HALF_ROW;
@@ -31,7 +37,9 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
     const int* list = indices + (bh * t_m + row_block) * max_selected;
     const int steps = blocks_with_keys(list, counts[bh * t_m + row_block], length);
     const bool some = steps > 0, rest = steps < ceil_div(length, BLOCK_K);
-    q += item * q_item + head * q_head, k += bh * n_k * HEAD_DIM, v += item * v_item + head * v_head;
+    q += item * q_item + head * q_head;
+    k += bh * n_k * HEAD_DIM;
+    v += item * v_item + head * v_head;
 
     const int row0 = threadIdx.x / 32 * FWD_WARP_ROWS;
     float o[FWD_M_TILES][D_TILES][4];
@@ -46,11 +54,13 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
         next = steps > 1 ? list[1] : 0;
         tail = length - list[steps - 1] * BLOCK_K;
         const long long at = static_cast<long long>(block) * BLOCK_K;
-        load_tile<BLOCK_Q, HALF_ROW, FWD_THREADS>(q_tile, q + static_cast<long long>(first_row) * q_step, 2 * q_step,
-                                                  n_q - first_row);
-        load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(k_ring, k + at * HEAD_DIM, HALF_ROW, length - block * BLOCK_K);
+        load_tile<BLOCK_Q, HALF_ROW, FWD_THREADS>(
+            q_tile, q + static_cast<long long>(first_row) * q_step, 2 * q_step, n_q - first_row);
+        load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(k_ring, k + at * HEAD_DIM, HALF_ROW,
+                                                  length - block * BLOCK_K);
         cp_async_commit();
-        load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(v_ring, v + at * v_step, 2 * v_step, length - block * BLOCK_K);
+        load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(v_ring, v + at * v_step, 2 * v_step,
+                                                  length - block * BLOCK_K);
         cp_async_commit();
     }
     for (int step = 0; step < steps; ++step) {
@@ -63,8 +73,9 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
         cp_async_wait<1>();  // K of this step is here; V may still travel
         __syncthreads();
         if (more)
-            load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(k_ring + other, k + static_cast<long long>(next_at) * HEAD_DIM,
-                                                      HALF_ROW, next_valid);
+            load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(
+                k_ring + other, k + static_cast<long long>(next_at) * HEAD_DIM, HALF_ROW,
+                next_valid);
         cp_async_commit();
 
         float s[FWD_M_TILES][KEY_TILES][4];
@@ -74,7 +85,8 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
         for (int c = 0; c < HEAD_DIM / 16; ++c) {
             unsigned a[FWD_M_TILES][4];
 #pragma unroll
-            for (int m = 0; m < FWD_M_TILES; ++m) load_a<HALF_ROW>(a[m], q_tile, row0 + 16 * m, 2 * c);
+            for (int m = 0; m < FWD_M_TILES; ++m)
+                load_a<HALF_ROW>(a[m], q_tile, row0 + 16 * m, 2 * c);
 #pragma unroll
             for (int n = 0; n < KEY_TILES; n += 2) {
                 unsigned b[4];
@@ -93,7 +105,8 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
         cp_async_wait<1>();  // V of this step is here; K of the next may still travel
         __syncthreads();
         if (more)
-            load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(v_ring + other, v + static_cast<long long>(next_at) * v_step,
+            load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(v_ring + other,
+                                                      v + static_cast<long long>(next_at) * v_step,
                                                       2 * v_step, next_valid);
         cp_async_commit();
         next = step + 2 < steps ? list[step + 2] : 0;
@@ -105,7 +118,8 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
             for (int m = 0; m < FWD_M_TILES; ++m)
 #pragma unroll
                 for (int r = 0; r < 4; ++r)
-                    a[m][r] = pack_half(s[m][2 * c + (r >> 1)][2 * (r & 1)], s[m][2 * c + (r >> 1)][2 * (r & 1) + 1]);
+                    a[m][r] = pack_half(s[m][2 * c + (r >> 1)][2 * (r & 1)],
+                                        s[m][2 * c + (r >> 1)][2 * (r & 1) + 1]);
 #pragma unroll
             for (int n = 0; n < D_TILES; n += 2) {
                 unsigned b[4];
@@ -120,8 +134,9 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
     }
     cp_async_wait<0>();
 
-    const MixArguments args = mix_arguments(phi_q, state, norm, alpha,
-                                            item * alpha_stride_b + head * alpha_stride_h + row_block * alpha_stride_row,
-                                            out + item * out_item + head * out_head, out_step, out_sparse, lse, n_q);
+    const MixArguments args =
+        mix_arguments(phi_q, state, norm, alpha,
+                      item * alpha_stride_b + head * alpha_stride_h + row_block * alpha_stride_row,
+                      out + item * out_item + head * out_head, out_step, out_sparse, lse, n_q);
     mix_and_store(args, o, softmax, softmax_scale, some, rest, first_row, n_q, q_tile, k_ring);
 }

@@ -1,22 +1,29 @@
-// Block-sparse attention in 8 bit (int8 or FP8 Q K^T, FP8 or int8 P V) over the selected key blocks; epilogue as in 16 bit.
+// Block-sparse attention in 8 bit (int8 or FP8 Q K^T, FP8 or int8 P V) over the selected key
+// blocks; epilogue as in 16 bit.
 #include "formats.cuh"
 #include "mix.cuh"
 
 static_assert(BLOCK_K % 32 == 0, "8-bit products take 32 keys at a time");
 
 constexpr int KEY_TILES = BLOCK_K / 8;
-constexpr int KEY_BYTES = BLOCK_K * HEAD_DIM;  // one K tile, and one V^T tile (D rows of BLOCK_K keys)
+// One K tile, and one V^T tile (D rows of BLOCK_K keys).
+constexpr int KEY_BYTES = BLOCK_K * HEAD_DIM;
 
-// An accumulator tile of 8-bit products: int32, or fp32 for FP8. int32 sums that start at FLOAT_BIAS_BITS are the floats
-// 12582912 + sum, bit for bit, while |sum| < 2^22 (128 * 127 * 127 is less).
+// An accumulator tile of 8-bit products: int32, or fp32 for FP8. int32 sums that start at
+// FLOAT_BIAS_BITS are the floats 12582912 + sum, bit for bit, while |sum| < 2^22
+// (128 * 127 * 127 is less).
 template <bool FP8>
 struct Sums {
     static constexpr int FLOAT_BIAS_BITS = 0x4b400000;
     static constexpr float FLOAT_BIAS = 12582912.0f;
     int c[4];
     __device__ __forceinline__ void clear() { c[0] = c[1] = c[2] = c[3] = FLOAT_BIAS_BITS; }
-    __device__ __forceinline__ void multiply(const unsigned* a, const unsigned* b) { mma_m16n8k32_s8(c, a, b); }
-    __device__ __forceinline__ float value(int e) const { return __int_as_float(c[e]) - FLOAT_BIAS; }
+    __device__ __forceinline__ void multiply(const unsigned* a, const unsigned* b) {
+        mma_m16n8k32_s8(c, a, b);
+    }
+    __device__ __forceinline__ float value(int e) const {
+        return __int_as_float(c[e]) - FLOAT_BIAS;
+    }
 };
 
 #if SLA2_ARCH >= 89
@@ -24,22 +31,27 @@ template <>
 struct Sums<true> {
     float c[4];
     __device__ __forceinline__ void clear() { c[0] = c[1] = c[2] = c[3] = 0.0f; }
-    __device__ __forceinline__ void multiply(const unsigned* a, const unsigned* b) { mma_m16n8k32_e4m3(c, a, b); }
+    __device__ __forceinline__ void multiply(const unsigned* a, const unsigned* b) {
+        mma_m16n8k32_e4m3(c, a, b);
+    }
     __device__ __forceinline__ float value(int e) const { return c[e]; }
 };
 #endif
 
-// Grid (T_m, B H). q_bytes (B H, n_q, D), k_bytes (B H, n_k, D), v_bytes (B H, T_n, D, BLOCK_K) transposed and permuted,
-// scales (B H, T_m), (B H, T_n), (B H, D). Shared memory: Q | two K tiles | two V^T tiles, and at the end phi(Q) | H | O.
+// Grid (T_m, B H). q_bytes (B H, n_q, D), k_bytes (B H, n_k, D), v_bytes (B H, T_n, D, BLOCK_K)
+// transposed and permuted, scales (B H, T_m), (B H, T_n), (B H, D). Shared memory:
+// Q | two K tiles | two V^T tiles, and at the end phi(Q) | H | O.
 extern "C" __global__ void __launch_bounds__(FWD_THREADS, 1)
-sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes, const unsigned char* __restrict__ k_bytes,
+sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
+                    const unsigned char* __restrict__ k_bytes,
                     const unsigned char* __restrict__ v_bytes, const float* __restrict__ q_scale,
                     const float* __restrict__ k_scale, const float* __restrict__ v_scale,
-                    const int* __restrict__ indices, const int* __restrict__ counts, int max_selected,
-                    const int* __restrict__ kv_lengths, const half_bits* __restrict__ phi_q,
-                    const half_bits* __restrict__ state, const float* __restrict__ norm,
-                    const float* __restrict__ alpha, int alpha_stride_b, int alpha_stride_h, int alpha_stride_row,
-                    half_bits* out, long long out_item, long long out_head, int out_step, half_bits* out_sparse,
+                    const int* __restrict__ indices, const int* __restrict__ counts,
+                    int max_selected, const int* __restrict__ kv_lengths,
+                    const half_bits* __restrict__ phi_q, const half_bits* __restrict__ state,
+                    const float* __restrict__ norm, const float* __restrict__ alpha,
+                    int alpha_stride_b, int alpha_stride_h, int alpha_stride_row, half_bits* out,
+                    long long out_item, long long out_head, int out_step, half_bits* out_sparse,
                     float* lse, int num_heads, int n_q, int n_k, float softmax_scale) {
     SLA2_DYNAMIC_SHARED(shared);
     unsigned char* q_tile = shared;
@@ -62,20 +74,23 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes, const unsigned ch
     clear(o);
     OnlineSoftmax<FWD_M_TILES> softmax;
     softmax.init();
-    const float row_scale = softmax_scale * q_scale[bh * t_m + row_block];  // the key block's scale goes into the scores
+    // Without the key block's scale, which goes into the scores.
+    const float row_scale = softmax_scale * q_scale[bh * t_m + row_block];
 
-    int block = 0, next = 0, tail = BLOCK_K;  // key block of this step and of the next; valid keys of the last one
+    // Key block of this step and of the next; valid keys of the last one.
+    int block = 0, next = 0, tail = BLOCK_K;
     if (some) {
         block = list[0];
         next = steps > 1 ? list[1] : 0;
         tail = length - list[steps - 1] * BLOCK_K;
-        load_tile<BLOCK_Q, HEAD_DIM, FWD_THREADS>(q_tile, q_bytes + (bh * n_q + first_row) * HEAD_DIM, HEAD_DIM,
-                                                  n_q - first_row);
-        load_tile<BLOCK_K, HEAD_DIM, FWD_THREADS>(k_ring, k_bytes + static_cast<long long>(block) * KEY_BYTES, HEAD_DIM,
-                                                  length - block * BLOCK_K);
+        load_tile<BLOCK_Q, HEAD_DIM, FWD_THREADS>(
+            q_tile, q_bytes + (bh * n_q + first_row) * HEAD_DIM, HEAD_DIM, n_q - first_row);
+        load_tile<BLOCK_K, HEAD_DIM, FWD_THREADS>(
+            k_ring, k_bytes + static_cast<long long>(block) * KEY_BYTES, HEAD_DIM,
+            length - block * BLOCK_K);
         cp_async_commit();
-        load_tile<HEAD_DIM, BLOCK_K, FWD_THREADS>(v_ring, v_bytes + static_cast<long long>(block) * KEY_BYTES, BLOCK_K,
-                                                  HEAD_DIM);
+        load_tile<HEAD_DIM, BLOCK_K, FWD_THREADS>(
+            v_ring, v_bytes + static_cast<long long>(block) * KEY_BYTES, BLOCK_K, HEAD_DIM);
         cp_async_commit();
     }
     for (int step = 0; step < steps; ++step) {
@@ -104,7 +119,8 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes, const unsigned ch
             for (int c = 0; c < HEAD_DIM / 32; ++c) {
                 unsigned a[FWD_M_TILES][4];
 #pragma unroll
-                for (int m = 0; m < FWD_M_TILES; ++m) load_a<HEAD_DIM>(a[m], q_tile, row0 + 16 * m, 2 * c);
+                for (int m = 0; m < FWD_M_TILES; ++m)
+                    load_a<HEAD_DIM>(a[m], q_tile, row0 + 16 * m, 2 * c);
 #pragma unroll
                 for (int n = 0; n < KEY_TILES; n += 2) {
                     unsigned b[4];
@@ -124,11 +140,14 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes, const unsigned ch
                     for (int e = 0; e < 4; ++e) s[m][n][e] = sums[m][n].value(e) * key_scale;
         }
         if (!more && tail < BLOCK_K) mask_tail(s, tail);
-        softmax.update(s, o, row_scale * LOG2_E, 0.0f);  // no slack: P stays in [0, 1], the range of the 8-bit format
+        // No slack: P stays in [0, 1], the range of the 8-bit format.
+        softmax.update(s, o, row_scale * LOG2_E, 0.0f);
 
         cp_async_wait<1>();
         __syncthreads();
-        if (more) load_tile<HEAD_DIM, BLOCK_K, FWD_THREADS>(v_ring + other, v_bytes + next_at, BLOCK_K, HEAD_DIM);
+        if (more)
+            load_tile<HEAD_DIM, BLOCK_K, FWD_THREADS>(v_ring + other, v_bytes + next_at, BLOCK_K,
+                                                      HEAD_DIM);
         cp_async_commit();
 
         unsigned p[BLOCK_K / 32][FWD_M_TILES][4];
@@ -140,10 +159,11 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes, const unsigned ch
                 for (int r = 0; r < 4; ++r) {
                     const float* left = &s[m][4 * c + 2 * (r >> 1)][2 * (r & 1)];
                     const float* right = &s[m][4 * c + 2 * (r >> 1) + 1][2 * (r & 1)];
-                    p[c][m][r] = pack_bytes<PV_FP8>(left[0] * PV_LIMIT, left[1] * PV_LIMIT, right[0] * PV_LIMIT,
-                                                    right[1] * PV_LIMIT);
+                    p[c][m][r] = pack_bytes<PV_FP8>(left[0] * PV_LIMIT, left[1] * PV_LIMIT,
+                                                    right[0] * PV_LIMIT, right[1] * PV_LIMIT);
                 }
-        // Each block's product has its own sums and is added in fp32: FP8 tensor cores keep fewer bits than fp32.
+        // Each block's product has its own sums and is added in fp32: FP8 tensor cores keep fewer
+        // bits than fp32.
 #pragma unroll
         for (int n = 0; n < D_TILES; n += 2) {
             Sums<PV_FP8> sums[FWD_M_TILES][2];
@@ -176,10 +196,13 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes, const unsigned ch
 #pragma unroll
         for (int m = 0; m < FWD_M_TILES; ++m)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) o[m][n][e] *= channel_scale[8 * n + (e & 1)] * (1.0f / PV_LIMIT);
+            for (int e = 0; e < 4; ++e)
+                o[m][n][e] *= channel_scale[8 * n + (e & 1)] * (1.0f / PV_LIMIT);
 
-    const MixArguments args = mix_arguments(phi_q, state, norm, alpha,
-                                            item * alpha_stride_b + head * alpha_stride_h + row_block * alpha_stride_row,
-                                            out + item * out_item + head * out_head, out_step, out_sparse, lse, n_q);
-    mix_and_store(args, o, softmax, row_scale, some, rest, first_row, n_q, shared, shared + BLOCK_Q * HALF_ROW);
+    const MixArguments args =
+        mix_arguments(phi_q, state, norm, alpha,
+                      item * alpha_stride_b + head * alpha_stride_h + row_block * alpha_stride_row,
+                      out + item * out_item + head * out_head, out_step, out_sparse, lse, n_q);
+    mix_and_store(args, o, softmax, row_scale, some, rest, first_row, n_q, shared,
+                  shared + BLOCK_Q * HALF_ROW);
 }

@@ -1,4 +1,5 @@
-// Tiles in shared memory: XOR-swizzled rows of 16-byte chunks, cp.async loads, and mma fragments read by ldmatrix.
+// Tiles in shared memory: XOR-swizzled rows of 16-byte chunks, cp.async loads, and mma fragments
+// read by ldmatrix.
 #pragma once
 
 #include "common.cuh"
@@ -6,8 +7,9 @@
 constexpr int HALF_ROW = HEAD_DIM * 2;  // bytes of a row of 16-bit channels
 constexpr int D_TILES = HEAD_DIM / 8;   // 8-column accumulator tiles of a row
 
-// Byte offset of a 16-byte chunk. Eight rows at one chunk, which is what ldmatrix reads, fall into eight different
-// 16-byte columns of the 128-byte bank line, whether a row holds 32, 64, 128 or 256 bytes.
+// Byte offset of a 16-byte chunk. Eight rows at one chunk, which is what ldmatrix reads, fall into
+// eight different 16-byte columns of the 128-byte bank line, whether a row holds 32, 64, 128 or 256
+// bytes.
 template <int ROW_BYTES>
 SLA2_INLINE int tile_offset(int row, int chunk) {
     constexpr int CHUNKS = ROW_BYTES / 16;
@@ -16,9 +18,11 @@ SLA2_INLINE int tile_offset(int row, int chunk) {
     return row * ROW_BYTES + ((chunk ^ ((row / ROWS_PER_LINE) & MASK)) << 4);
 }
 
-// Starts the copy of ROWS rows; rows at or past valid_rows become zeros. `gmem` must be readable at row 0.
+// Starts the copy of ROWS rows; rows at or past valid_rows become zeros. `gmem` must be readable at
+// row 0.
 template <int ROWS, int ROW_BYTES, int THREADS>
-SLA2_INLINE void load_tile(unsigned char* smem, const void* gmem, int stride_bytes, int valid_rows) {
+SLA2_INLINE void load_tile(unsigned char* smem, const void* gmem, int stride_bytes,
+                           int valid_rows) {
     constexpr int CHUNKS = ROW_BYTES / 16, ROWS_A_PASS = THREADS / CHUNKS;
     static_assert(THREADS % CHUNKS == 0, "a pass loads whole rows");
     const int row0 = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
@@ -28,13 +32,14 @@ SLA2_INLINE void load_tile(unsigned char* smem, const void* gmem, int stride_byt
         const int row = first + row0;
         if (ROWS % ROWS_A_PASS != 0 && row >= ROWS) break;
         const bool valid = row < valid_rows;
-        cp_async_16(smem + tile_offset<ROW_BYTES>(row, chunk), source + (valid ? row * stride_bytes : 0),
-                    valid ? 16 : 0);
+        cp_async_16(smem + tile_offset<ROW_BYTES>(row, chunk),
+                    source + (valid ? row * stride_bytes : 0), valid ? 16 : 0);
     }
 }
 
-// Byte offset of the row that a lane names to ldmatrix: lane_row of the 16 or 32 rows from row0 (a multiple of 8), and
-// lane_chunk (0 or 1) after `chunk` (even). Written so that everything but two constants is one register per tile shape.
+// Byte offset of the row that a lane names to ldmatrix: lane_row of the 16 or 32 rows from row0
+// (a multiple of 8), and lane_chunk (0 or 1) after `chunk` (even). Written so that everything but
+// two constants is one register per tile shape.
 template <int ROW_BYTES>
 SLA2_INLINE int lane_offset(int lane_row, int lane_chunk, int row0, int chunk) {
     return (tile_offset<ROW_BYTES>(lane_row, lane_chunk) ^ (chunk << 4)) + row0 * ROW_BYTES;
@@ -54,8 +59,8 @@ SLA2_INLINE void load_a_trans(unsigned (&a)[4], const unsigned char* tile, int k
     ldmatrix_x4_trans(a, tile + lane_offset<ROW_BYTES>(row, (lane >> 3) & 1, k0, m0 / 8));
 }
 
-// B operands of two 8-column tiles, columns n0 .. +15 and 32 bytes from `chunk`, of a tile stored [n][k]:
-// b[0], b[1] belong to the first tile, b[2], b[3] to the second.
+// B operands of two 8-column tiles, columns n0 .. +15 and 32 bytes from `chunk`, of a tile stored
+// [n][k]: b[0], b[1] belong to the first tile, b[2], b[3] to the second.
 template <int ROW_BYTES>
 SLA2_INLINE void load_b(unsigned (&b)[4], const unsigned char* tile, int n0, int chunk) {
     const int lane = threadIdx.x & 31, row = (lane & 7) + ((lane >> 4) << 3);

@@ -1,4 +1,5 @@
-// The CUDA names that the kernels use, for a C++ compiler: qualifiers, vector types, indices, barriers, shuffles, arithmetic.
+// The CUDA names that the kernels use, for a C++ compiler: qualifiers, vector types, indices,
+// barriers, shuffles, arithmetic.
 #pragma once
 #include "number_formats.h"
 #include "scheduler.h"
@@ -45,9 +46,12 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-inline void __syncthreads(sla2::Place p = sla2::Place::here()) { sla2::wait_for_block({"__syncthreads", p}); }
+inline void __syncthreads(sla2::Place p = sla2::Place::here()) {
+    sla2::wait_for_block({"__syncthreads", p});
+}
 inline void __syncwarp(unsigned mask = ~0u, sla2::Place p = sla2::Place::here()) {
-    if (mask != ~0u) sla2::misuse("__syncwarp with a partial mask, which is not emulated,", {"__syncwarp", p});
+    if (mask != ~0u)
+        sla2::misuse("__syncwarp with a partial mask, which is not emulated,", {"__syncwarp", p});
     sla2::wait_for_warp({"__syncwarp", p}, [] {});
 }
 inline int __syncthreads_count(int predicate, sla2::Place p = sla2::Place::here()) {
@@ -59,7 +63,9 @@ inline int __syncthreads_count(int predicate, sla2::Place p = sla2::Place::here(
     sla2::wait_for_block({"__syncthreads_count", p});
     return __atomic_load_n(&block.vote, __ATOMIC_RELAXED);
 }
-inline int __syncthreads_or(int predicate, sla2::Place p = sla2::Place::here()) { return __syncthreads_count(predicate, p) != 0; }
+inline int __syncthreads_or(int predicate, sla2::Place p = sla2::Place::here()) {
+    return __syncthreads_count(predicate, p) != 0;
+}
 inline int __syncthreads_and(int predicate, sla2::Place p = sla2::Place::here()) {
     return __syncthreads_count(predicate, p) == int(sla2::self().block->threads.size());
 }
@@ -67,7 +73,8 @@ inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 namespace sla2 {
-// Every lane gives a value and the lane it wants to read; a lane outside the warp gives the own value back.
+// Every lane gives a value and the lane it wants to read; a lane outside the warp gives the own
+// value back.
 template <class T> T shuffle(const char* name, T value, int from, unsigned mask, Place place) {
     static_assert(sizeof(T) <= 16, "a shuffle moves at most 16 bytes");
     Operation operation = {name, place};
@@ -96,28 +103,44 @@ inline unsigned vote(const char* name, bool predicate, unsigned mask, Place plac
     });
     return out;
 }
-inline unsigned lanes_of_warp() { int n = self().warp->lanes; return n == 32 ? ~0u : (1u << n) - 1u; }
-inline int sub_lane(int lane, int offset, int width, int sign) {  // lane + sign * offset inside its segment, else -1
+inline unsigned lanes_of_warp() {
+    int n = self().warp->lanes;
+    return n == 32 ? ~0u : (1u << n) - 1u;
+}
+// lane + sign * offset inside its segment, else -1.
+inline int sub_lane(int lane, int offset, int width, int sign) {
     int target = lane + sign * offset;
     return target / width == lane / width && target >= 0 ? target : -1;
 }
 }  // namespace sla2
 
-template <class T> T __shfl_xor_sync(unsigned m, T v, int x, int width = 32, sla2::Place p = sla2::Place::here()) {
+template <class T>
+T __shfl_xor_sync(unsigned m, T v, int x, int width = 32, sla2::Place p = sla2::Place::here()) {
     int lane = sla2::self().lane, from = lane ^ x;
     return sla2::shuffle("__shfl_xor_sync", v, from / width > lane / width ? -1 : from, m, p);
 }
-template <class T> T __shfl_sync(unsigned m, T v, int from, int width = 32, sla2::Place p = sla2::Place::here()) {
-    return sla2::shuffle("__shfl_sync", v, sla2::self().lane / width * width + (from & (width - 1)), m, p);
+template <class T>
+T __shfl_sync(unsigned m, T v, int from, int width = 32, sla2::Place p = sla2::Place::here()) {
+    return sla2::shuffle("__shfl_sync", v, sla2::self().lane / width * width + (from & (width - 1)),
+                         m, p);
 }
-template <class T> T __shfl_up_sync(unsigned m, T v, unsigned d, int width = 32, sla2::Place p = sla2::Place::here()) {
-    return sla2::shuffle("__shfl_up_sync", v, sla2::sub_lane(sla2::self().lane, int(d), width, -1), m, p);
+template <class T>
+T __shfl_up_sync(unsigned m, T v, unsigned d, int width = 32, sla2::Place p = sla2::Place::here()) {
+    return sla2::shuffle("__shfl_up_sync", v, sla2::sub_lane(sla2::self().lane, int(d), width, -1),
+                         m, p);
 }
-template <class T> T __shfl_down_sync(unsigned m, T v, unsigned d, int width = 32, sla2::Place p = sla2::Place::here()) {
-    return sla2::shuffle("__shfl_down_sync", v, sla2::sub_lane(sla2::self().lane, int(d), width, 1), m, p);
+template <class T>
+T __shfl_down_sync(unsigned m, T v, unsigned d, int width = 32,
+                   sla2::Place p = sla2::Place::here()) {
+    return sla2::shuffle("__shfl_down_sync", v, sla2::sub_lane(sla2::self().lane, int(d), width, 1),
+                         m, p);
 }
-inline unsigned __ballot_sync(unsigned m, int x, sla2::Place p = sla2::Place::here()) { return sla2::vote("__ballot_sync", x, m, p); }
-inline int __any_sync(unsigned m, int x, sla2::Place p = sla2::Place::here()) { return sla2::vote("__any_sync", x, m, p) != 0; }
+inline unsigned __ballot_sync(unsigned m, int x, sla2::Place p = sla2::Place::here()) {
+    return sla2::vote("__ballot_sync", x, m, p);
+}
+inline int __any_sync(unsigned m, int x, sla2::Place p = sla2::Place::here()) {
+    return sla2::vote("__any_sync", x, m, p) != 0;
+}
 inline int __all_sync(unsigned m, int x, sla2::Place p = sla2::Place::here()) {
     return sla2::vote("__all_sync", x, m, p) == sla2::lanes_of_warp();
 }
@@ -162,8 +185,8 @@ template <class T> T atomicAdd(T* p, T v) {
     if constexpr (sizeof(T) == 4 && !std::is_integral_v<T>) {
         unsigned* bits = reinterpret_cast<unsigned*>(p);
         unsigned old = __atomic_load_n(bits, __ATOMIC_RELAXED);
-        while (!__atomic_compare_exchange_n(bits, &old, __float_as_uint(__uint_as_float(old) + v), false, __ATOMIC_RELAXED,
-                                            __ATOMIC_RELAXED)) {}
+        while (!__atomic_compare_exchange_n(bits, &old, __float_as_uint(__uint_as_float(old) + v),
+                                            false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
         return __uint_as_float(old);
     } else {
         return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
@@ -171,12 +194,14 @@ template <class T> T atomicAdd(T* p, T v) {
 }
 template <class T> T atomicMax(T* p, T v) {
     T old = __atomic_load_n(p, __ATOMIC_RELAXED);
-    while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+    while (old < v &&
+           !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
     return old;
 }
 template <class T> T atomicMin(T* p, T v) {
     T old = __atomic_load_n(p, __ATOMIC_RELAXED);
-    while (v < old && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+    while (v < old &&
+           !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
     return old;
 }
 template <class T> T atomicOr(T* p, T v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }

@@ -1,4 +1,5 @@
-// Runs a grid: typed calls of kernels from an array of argument addresses, block by block; the library's C entry point.
+// Runs a grid: typed calls of kernels from an array of argument addresses, block by block; the
+// library's C entry point.
 #pragma once
 #include "scheduler.h"
 #include <atomic>
@@ -17,7 +18,10 @@ struct Entry {
     const unsigned char* sizes;
 };
 
-template <class T> constexpr char kind_of() { return std::is_pointer_v<T> ? 'p' : std::is_floating_point_v<T> ? 'f' : 'i'; }
+template <class T>
+constexpr char kind_of() {
+    return std::is_pointer_v<T> ? 'p' : std::is_floating_point_v<T> ? 'f' : 'i';
+}
 
 template <class... A> struct Signature {
     static constexpr char kinds[sizeof...(A) + 1] = {kind_of<A>()..., 0};
@@ -52,7 +56,8 @@ inline void run_block(Launch& launch, uint3 index) {
         Thread& t = block.threads[i];
         t.linear = i;
         t.lane = i & 31;
-        t.index = {i % launch.block.x, i / launch.block.x % launch.block.y, i / (launch.block.x * launch.block.y)};
+        t.index = {i % launch.block.x, i / launch.block.x % launch.block.y,
+                   i / (launch.block.x * launch.block.y)};
         t.warp = &block.warps[i / 32];
         t.warp->lanes++;
         t.block = &block;
@@ -66,10 +71,12 @@ inline void run_grid(Launch& launch) {
     std::atomic<unsigned long> next{0};
     auto work = [&](unsigned worker) {
         Carrier carrier(launch.settings.seed + worker);
-        for (unsigned long i; (i = next.fetch_add(1)) < total && !__atomic_load_n(&launch.failed, __ATOMIC_ACQUIRE);) {
+        for (unsigned long i; (i = next.fetch_add(1)) < total &&
+                              !__atomic_load_n(&launch.failed, __ATOMIC_ACQUIRE);) {
             unsigned long j = launch.settings.order == 1 ? total - 1 - i : i;
-            run_block(launch, {unsigned(j % launch.grid.x), unsigned(j / launch.grid.x % launch.grid.y),
-                               unsigned(j / launch.grid.x / launch.grid.y)});
+            run_block(launch,
+                      {unsigned(j % launch.grid.x), unsigned(j / launch.grid.x % launch.grid.y),
+                       unsigned(j / launch.grid.x / launch.grid.y)});
         }
     };
     std::vector<std::thread> workers;
@@ -90,12 +97,20 @@ extern "C" int sla2_describe(const char* name, const char** kinds, const unsigne
 }
 
 // Runs an entry: 0, or 1 with a line in `message`.
-extern "C" int sla2_emulate(const char* name, const unsigned* grid, const unsigned* block, size_t shared_bytes,
-                            void** arguments, const int* settings, char* message, size_t message_size) {
+extern "C" int sla2_emulate(const char* name, const unsigned* grid, const unsigned* block,
+                            size_t shared_bytes, void** arguments, const int* settings,
+                            char* message, size_t message_size) {
     for (const sla2::Entry* e = sla2_entries; e->name; e++) {
         if (std::strcmp(e->name, name) != 0) continue;
-        sla2::Launch launch = {{grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes, e->call, e->kernel,
-                               arguments, {settings[0], unsigned(settings[1]), settings[2]}, message, message_size};
+        sla2::Launch launch = {{grid[0], grid[1], grid[2]},
+                               {block[0], block[1], block[2]},
+                               shared_bytes,
+                               e->call,
+                               e->kernel,
+                               arguments,
+                               {settings[0], unsigned(settings[1]), settings[2]},
+                               message,
+                               message_size};
         sla2::run_grid(launch);
         return launch.failed;
     }

@@ -1,4 +1,5 @@
-// The ordinary carrier of emulated threads: one fiber per CUDA thread, switched by hand on x86-64, by ucontext elsewhere.
+// The ordinary carrier of emulated threads: one fiber per CUDA thread, switched by hand on x86-64,
+// by ucontext elsewhere.
 #pragma once
 #include "scheduler.h"
 #include <sys/mman.h>
@@ -102,7 +103,8 @@ inline void prepare(Thread& t) {
     __asan_unpoison_memory_region(bottom, kStack);
 #endif
 #if defined(SLA2_HAND_SWITCH)
-    void** top = reinterpret_cast<void**>(bottom + kStack) - 1;  // where a caller's return address would be
+    // Where a caller's return address would be.
+    void** top = reinterpret_cast<void**>(bottom + kStack) - 1;
     *top = nullptr;
     *--top = reinterpret_cast<void*>(&fiber_main);
     for (int i = 0; i < 6; i++) *--top = nullptr;
@@ -145,7 +147,8 @@ template <class Last> void wait_for_warp(const Operation& operation, Last last) 
 }
 
 template <class Compute>
-void collective(const Operation& operation, const void* in, size_t bytes, void* out, size_t out_bytes, Compute compute) {
+void collective(const Operation& operation, const void* in, size_t bytes, void* out,
+                size_t out_bytes, Compute compute) {
     Thread& t = self();
     Warp& warp = *t.warp;
     std::memcpy(warp.in[t.lane], in, bytes);
@@ -153,7 +156,8 @@ void collective(const Operation& operation, const void* in, size_t bytes, void* 
     std::memcpy(out, warp.out[t.lane], out_bytes);
 }
 
-// Static __shared__ variables are this library's thread-local block: fill it with NaN, keep the scheduler's pointer.
+// Static __shared__ variables are this library's thread-local block: fill it with NaN, keep the
+// scheduler's pointer.
 inline void poison_static_shared() {
 #if !defined(__SANITIZE_ADDRESS__)
     Scheduler* keep = scheduler;
@@ -184,8 +188,9 @@ inline void run_threads(Block& block) {
     const int count = int(block.threads.size());
     if (s.stack_count < size_t(count)) {
         if (s.stacks) munmap(s.stacks, s.stack_count * kStack);
+        const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
         s.stacks = static_cast<unsigned char*>(
-            mmap(nullptr, count * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+            mmap(nullptr, count * kStack, PROT_READ | PROT_WRITE, flags, -1, 0));
         s.stack_count = count;
     }
 #if !defined(SLA2_HAND_SWITCH)
@@ -199,7 +204,8 @@ inline void run_threads(Block& block) {
     for (int left = count; left && !block.failed;) {
         bool moved = false;
         if (kind == 2)
-            for (int i = count - 1; i > 0; i--) std::swap(order[i], order[next_random(s) % unsigned(i + 1)]);
+            for (int i = count - 1; i > 0; i--)
+                std::swap(order[i], order[next_random(s) % unsigned(i + 1)]);
         for (int i : order) {
             Thread& t = block.threads[i];
             if (t.done || (t.waits_at && t.waits_at->generation == t.generation)) continue;

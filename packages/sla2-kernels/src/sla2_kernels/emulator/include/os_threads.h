@@ -1,5 +1,6 @@
-// The carrier for ThreadSanitizer: one OS thread per CUDA thread. Block and warp barriers order memory; a shuffle, vote or
-// mma does not (the programming model promises nothing there), so its exchange is hidden from the sanitizer.
+// The carrier for ThreadSanitizer: one OS thread per CUDA thread. Block and warp barriers order
+// memory; a shuffle, vote or mma does not (the programming model promises nothing there), so its
+// exchange is hidden from the sanitizer.
 #pragma once
 #include "scheduler.h"
 #include <condition_variable>
@@ -50,7 +51,8 @@ struct Locked {  // the block's bookkeeping
     }
     ~Locked() { __atomic_store_n(&block.lock, 0, __ATOMIC_RELEASE); }
     void check() {  // who sleeps now can be woken only by a thread that still runs
-        if (block.asleep && block.asleep + block.returned == int(block.threads.size())) report_stuck(block);
+        if (block.asleep && block.asleep + block.returned == int(block.threads.size()))
+            report_stuck(block);
     }
 };
 
@@ -96,7 +98,8 @@ template <class Last> void wait_for_warp(const Operation& operation, Last last) 
 }
 
 template <class Compute>
-void collective(const Operation& operation, const void* in, size_t bytes, void* out, size_t out_bytes, Compute compute) {
+void collective(const Operation& operation, const void* in, size_t bytes, void* out,
+                size_t out_bytes, Compute compute) {
     Hidden hidden;
     Thread& t = self();
     Warp& warp = *t.warp;
@@ -119,14 +122,15 @@ inline void run_thread(Thread& t) {
     if (!t.block->failed) locked.check();
 }
 
-// Threads are dear under the sanitizer: they stay for the next block. Their start and end order memory with the launcher,
-// and with nobody else: the mutex itself is hidden.
+// Threads are dear under the sanitizer: they stay for the next block. Their start and end order
+// memory with the launcher, and with nobody else: the mutex itself is hidden.
 struct Pool {
     std::mutex mutex;
     std::condition_variable changed;
     std::vector<std::thread> threads;
     Block* block = nullptr;
-    size_t count = 0;  // threads of the block that runs; 0 between blocks, when `block` points to nothing
+    // Threads of the block that runs; 0 between blocks, when `block` points to nothing.
+    size_t count = 0;
     unsigned round = 0;
     size_t left = 0;
     bool stopping = false;
@@ -157,7 +161,8 @@ struct Pool {
     }
 
     void run(Block& next) {
-        for (size_t i = threads.size(); i < next.threads.size(); i++) threads.emplace_back([this, i] { work(i); });
+        for (size_t i = threads.size(); i < next.threads.size(); i++)
+            threads.emplace_back([this, i] { work(i); });
         __tsan_release(&started);
         {
             Hidden hidden;

@@ -1,5 +1,5 @@
-// State of an emulated CUDA block, its threads and warps, and the strict rules of barriers and collectives; the fibers or
-// threads that carry them are in fibers.h and os_threads.h.
+// State of an emulated CUDA block, its threads and warps, and the strict rules of barriers and
+// collectives; the fibers or threads that carry them are in fibers.h and os_threads.h.
 #pragma once
 #include <cstdarg>
 #include <cstdint>
@@ -16,15 +16,21 @@ namespace sla2 {
 struct Place {  // where in the .cu file something is called
     const char* file;
     int line;
-    static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
-    const char* name() const { const char* slash = std::strrchr(file, '/'); return slash ? slash + 1 : file; }
+    static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+        return {file, line};
+    }
+    const char* name() const {
+        const char* slash = std::strrchr(file, '/');
+        return slash ? slash + 1 : file;
+    }
 };
 
 struct Operation {  // what a thread waits for
     const char* name = nullptr;
     Place place = {"", 0};
     bool same(const Operation& o) const {
-        return std::strcmp(name, o.name) == 0 && place.line == o.place.line && std::strcmp(place.file, o.place.file) == 0;
+        return std::strcmp(name, o.name) == 0 && place.line == o.place.line &&
+               std::strcmp(place.file, o.place.file) == 0;
     }
 };
 
@@ -41,7 +47,8 @@ struct Warp {
     alignas(16) unsigned char in[32][64], out[32][64];
 };
 
-struct Copy { unsigned char* to; const unsigned char* from; int bytes; };  // one cp.async, not landed yet
+// One cp.async, not landed yet.
+struct Copy { unsigned char* to; const unsigned char* from; int bytes; };
 
 struct Block;
 struct Thread {
@@ -58,7 +65,8 @@ struct Thread {
     void* carrier = nullptr;                  // the fiber's stack pointer or context
 };
 
-struct Settings { int order; unsigned seed; int workers; };  // order: 0 forward, 1 reverse, 2 random
+// order: 0 forward, 1 reverse, 2 random.
+struct Settings { int order; unsigned seed; int workers; };
 
 struct Launch {
     dim3 grid, block;
@@ -110,20 +118,22 @@ template <class... A> void report(Block& block, const char* format, A... argumen
 
 [[noreturn]] inline void misuse(const char* what, const Operation& operation) {
     Thread& t = self();
-    report(*t.block, "%s at %s:%d, thread %d", what, operation.place.name(), operation.place.line, t.linear);
+    report(*t.block, "%s at %s:%d, thread %d", what, operation.place.name(), operation.place.line,
+           t.linear);
     abandon();
 }
 
-// One arrival of the running thread; true for the last one. Refuses a thread that is at another instruction than the first.
+// One arrival of the running thread; true for the last one. Refuses a thread that is at another
+// instruction than the first.
 inline bool count_arrival(Barrier& b, int needed, const Operation& operation) {
     Thread& t = self();
     if (b.arrived == 0) {
         b.operation = operation;
         b.first = t.linear;
     } else if (!b.operation.same(operation)) {
-        report(*t.block, "divergent barrier: thread %d at %s (%s:%d), thread %d at %s (%s:%d)", b.first, b.operation.name,
-               b.operation.place.name(), b.operation.place.line, t.linear, operation.name, operation.place.name(),
-               operation.place.line);
+        report(*t.block, "divergent barrier: thread %d at %s (%s:%d), thread %d at %s (%s:%d)",
+               b.first, b.operation.name, b.operation.place.name(), b.operation.place.line,
+               t.linear, operation.name, operation.place.name(), operation.place.line);
         abandon();
     }
     return ++b.arrived == needed;
@@ -137,20 +147,25 @@ inline void report_stuck(Block& block) {
         const Thread& first = block.threads[i];
         if (told[i]) continue;
         auto alike = [&](const Thread& t) {
-            return t.done == first.done && (t.done || (t.waits_at && t.operation.same(first.operation)));
+            return t.done == first.done &&
+                   (t.done || (t.waits_at && t.operation.same(first.operation)));
         };
         append(text, sizeof text, i ? "; threads" : " threads");
         for (size_t j = i; j < block.threads.size(); j++) {
             if (told[j] || !alike(block.threads[j])) continue;
             size_t end = j;
-            while (end + 1 < block.threads.size() && !told[end + 1] && alike(block.threads[end + 1])) end++;
+            while (end + 1 < block.threads.size() && !told[end + 1] &&
+                   alike(block.threads[end + 1]))
+                end++;
             append(text, sizeof text, end > j ? " %zu-%zu" : " %zu", j, end);
             for (; j <= end; j++) told[j] = true;
             j--;
         }
-        if (first.done) append(text, sizeof text, " have returned");
-        else append(text, sizeof text, " at %s (%s:%d)", first.operation.name, first.operation.place.name(),
-                    first.operation.place.line);
+        if (first.done)
+            append(text, sizeof text, " have returned");
+        else
+            append(text, sizeof text, " at %s (%s:%d)", first.operation.name,
+                   first.operation.place.name(), first.operation.place.line);
     }
     report(block, "%s", text);
 }
@@ -158,7 +173,8 @@ inline void report_stuck(Block& block) {
 inline void check_copies(const Thread& t) {
     bool waited = t.pending.empty();
     for (const auto& group : t.groups) waited &= group.empty();
-    if (!waited) report(*t.block, "thread %d returned before its cp.async copies were waited for", t.linear);
+    if (!waited)
+        report(*t.block, "thread %d returned before its cp.async copies were waited for", t.linear);
 }
 
 void wait_for_block(const Operation& operation);  // a barrier of the block
@@ -166,8 +182,10 @@ void wait_for_block(const Operation& operation);  // a barrier of the block
 // A barrier of the warp. Each lane deposits before it; `last` computes warp.out from warp.in.
 template <class Last> void wait_for_warp(const Operation& operation, Last last);
 
-// A warp collective: deposits `bytes` of the lane's operands, computes once for all lanes, collects `out_bytes`.
+// A warp collective: deposits `bytes` of the lane's operands, computes once for all lanes, collects
+// `out_bytes`.
 template <class Compute>
-void collective(const Operation& operation, const void* in, size_t bytes, void* out, size_t out_bytes, Compute compute);
+void collective(const Operation& operation, const void* in, size_t bytes, void* out,
+                size_t out_bytes, Compute compute);
 
 }  // namespace sla2

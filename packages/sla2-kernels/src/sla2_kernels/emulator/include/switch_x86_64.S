@@ -1,4 +1,5 @@
-// Switches the stack: saves the callee-saved registers and the stack pointer in *save (rdi), then goes on at `load` (rsi).
+// Switches the stack: saves the callee-saved registers and the stack pointer in *save (rdi), then
+// goes on at `load` (rsi).
     .text
     .globl sla2_switch_stack
     .hidden sla2_switch_stack
