@@ -90,8 +90,9 @@ def kernel_tests() -> dict:
 
 def operator_tests() -> dict:
     """The GPU's own tests, and the custom ops' on CUDA."""
+    tests = ROOT / "tests"
     return run_tests(
-        [ROOT / "tests" / "kernels" / "test_gpu.py", ROOT / "tests" / "core" / "test_cuda_ops.py"]
+        [tests / "kernels" / "test_gpu.py", tests / "core" / "backends" / "test_cuda_ops.py"]
     )
 
 

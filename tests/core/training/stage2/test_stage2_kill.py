@@ -73,7 +73,7 @@ def test_a_process_killed_at_a_random_step_gives_the_same_weights(
     first = train_stage2(whole, data, Stage2Config(**SETTINGS), tmp_path / "whole")
     torch.save({"latents": data[0], "text": data[1], "settings": SETTINGS}, tmp_path / "data.pt")
     arguments = [
-        str(Path(__file__).parents[1]),
+        str(Path(__file__).parents[2]),
         str(tmp_path / "parts"),
         str(step),
         str(tmp_path / "data.pt"),

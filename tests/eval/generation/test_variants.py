@@ -17,7 +17,7 @@ from sla2_eval.parallel import ray_tasks
 from sla2_eval.videos.video import read_video
 
 _SPEC = importlib.util.spec_from_file_location(
-    "tiny_pipelines", Path(__file__).with_name("tiny_pipelines.py")
+    "tiny_pipelines", Path(__file__).parents[1] / "tiny_pipelines.py"
 )
 tiny = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(tiny)

@@ -16,7 +16,7 @@ from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.training.stage2.train import Stage2Config, train_stage2
 
 _SPEC = importlib.util.spec_from_file_location(
-    "tiny_wan", Path(__file__).parents[1] / "conftest.py"
+    "tiny_wan", Path(__file__).parents[2] / "conftest.py"
 )
 tiny = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(tiny)

@@ -176,7 +176,7 @@ def test_the_experiments_prompts_are_those_of_the_quickstart():
 
     from sla2_eval.grid.steps import builtin_prompts
 
-    found = read_prompts(Path(__file__).parents[2] / "experiments" / "tiny_wan" / "prompts.txt")
+    found = read_prompts(Path(__file__).parents[3] / "experiments" / "tiny_wan" / "prompts.txt")
     assert found == builtin_prompts(50)
 
 

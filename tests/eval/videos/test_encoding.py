@@ -19,7 +19,7 @@ from sla2_eval.videos.dataset import captioned_files, read_frames, write_folder
 from sla2_eval.videos.encoding import encode_folder
 
 _SPEC = importlib.util.spec_from_file_location(
-    "tiny_pipelines", Path(__file__).with_name("tiny_pipelines.py")
+    "tiny_pipelines", Path(__file__).parents[1] / "tiny_pipelines.py"
 )
 tiny = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(tiny)

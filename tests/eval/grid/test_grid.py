@@ -21,7 +21,7 @@ from sla2_eval.parallel.processes import Workers
 from sla2_eval.runs.settings import AblationSettings, SettingsError, load_settings, validate
 from sla2_eval.videos.manifest import video_name
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

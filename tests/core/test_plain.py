@@ -15,7 +15,7 @@ CONFIG = SLA2Config(head_dim=12, num_heads=4, topk=1.0, alpha="one", block_q=8, 
 
 
 def test_the_guide_runs():
-    guide = (Path(__file__).parents[3] / "docs" / "integrating.md").read_text()
+    guide = (Path(__file__).parents[2] / "docs" / "integrating.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
     assert len(blocks) == 5
     names: dict = {}
