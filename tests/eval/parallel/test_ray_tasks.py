@@ -114,8 +114,9 @@ def test_ray_tasks_have_a_gpu_each_and_survive_their_workers(jobs, tmp_path, mon
 
 DRIVER = """
 import sys
-from sla2_eval import ablation, ray_tasks
-from sla2_eval.settings import AblationSettings, load_settings
+from sla2_eval.grid import ablation
+from sla2_eval.parallel import ray_tasks
+from sla2_eval.runs.settings import AblationSettings, load_settings
 gpus = int(sys.argv[3])
 ray_tasks.local_gpus = lambda: gpus
 result = ablation.run_grid(load_settings(sys.argv[1], AblationSettings), sys.argv[2])

@@ -302,9 +302,9 @@ def test_registry_is_light_and_complete():
 
 def test_psnr_imports_no_model_and_nothing_heavy_beside_torch():
     code = (
-        "import sys; from sla2_eval import metrics; metrics.load('psnr', {}); metrics.load('ssim',"
-        " {});print([n for n in ('scipy', 'transformers', 'torchvision', 'torchmetrics', 'ray') if"
-        " n in sys.modules])"
+        "import sys; from sla2_eval.scoring import metrics; metrics.load('psnr', {});"
+        " metrics.load('ssim', {}); print([n for n in ('scipy', 'transformers', 'torchvision',"
+        " 'torchmetrics', 'ray') if n in sys.modules])"
     )
     assert printed(code) == "[]"
 
@@ -312,7 +312,8 @@ def test_psnr_imports_no_model_and_nothing_heavy_beside_torch():
 @pytest.mark.slow
 def test_torchmetrics_is_whole_when_imported_afterwards():
     code = (
-        "from sla2_eval import metrics; metrics.load('psnr', {}); import torch, torchmetrics;"
+        "from sla2_eval.scoring import metrics; metrics.load('psnr', {}); import torch;"
+        " import torchmetrics;"
         "print(torchmetrics.MeanMetric()(torch.tensor([1.0, 3.0])).item())"
     )
     assert printed(code) == "2.0"

@@ -44,7 +44,7 @@ def score(frames, fps, prompt):
 
 DRIVER = """
 import sys
-from sla2_eval.scoring import ScoringError, score
+from sla2_eval.scoring.score import ScoringError, score
 videos, out, workers = sys.argv[1:4]
 try:
     score(videos, None, ["vision_reward", "temporal_flickering"], out, num_workers=int(workers))
@@ -352,7 +352,7 @@ def test_of_200_videos_10_broken_in_ten_ways_190_are_scored(make_folder, tmp_pat
 
 MEASURED = """
 import resource, sys
-from sla2_eval.scoring import score
+from sla2_eval.scoring.score import score
 videos, out = sys.argv[1:3]
 score(videos, None, ["temporal_flickering"], out)
 who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)

@@ -15,7 +15,7 @@ MEASURE = """
 import pathlib, sys, torch
 from sla2_core import SLA2Config, build_attention
 from sla2_core.training.capture import Captured
-from sla2_core.training.stage1 import _Trainee
+from sla2_core.training.stage1.train import _Trainee
 
 torch.set_num_threads(1)
 trainee = _Trainee(build_attention(SLA2Config(head_dim=64, num_heads=4, topk=0.03)), (0.03,))

@@ -33,7 +33,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from conftest import make_config, make_wan
 from sla2_core.integrations.diffusers import apply_sla2
-from sla2_core.training.stage2 import Stage2Config, train_stage2
+from sla2_core.training.stage2.train import Stage2Config, train_stage2
 
 def kill(step, steps, metrics):
     if step == int(sys.argv[3]):
