@@ -4,17 +4,9 @@ the same bits each time.
 Its memory is the device's, unlike that of test_kernels_*.py, which run there on pinned memory.
 """
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
-
-_SPEC = importlib.util.spec_from_file_location(
-    "kernel_problems", Path(__file__).with_name("problems.py")
-)
-problems = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(problems)
+from helpers import problems
 
 pytestmark = [
     pytest.mark.gpu,

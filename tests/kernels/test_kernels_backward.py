@@ -2,17 +2,9 @@
 padding, edge maps.
 """
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
-
-_SPEC = importlib.util.spec_from_file_location(
-    "kernel_problems", Path(__file__).with_name("problems.py")
-)
-problems = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(problems)
+from helpers import problems
 
 NAMES = ("dq", "dk", "dv", "d alpha")
 

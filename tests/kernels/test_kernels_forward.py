@@ -2,19 +2,12 @@
 no blocks, NaN.
 """
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import problems
 from sla2_core.reference import block_sparse_reference
-
-_SPEC = importlib.util.spec_from_file_location(
-    "kernel_problems", Path(__file__).with_name("problems.py")
-)
-problems = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(problems)
 
 
 @pytest.mark.parametrize(

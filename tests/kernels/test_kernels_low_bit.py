@@ -2,22 +2,14 @@
 reference's, to rounding.
 """
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import problems
 from sla2_core.formats import formats as quantize
 from sla2_core.reference import sla2_reference
 from sla2_core.routing.router import smooth_keys
 from sla2_kernels import forward as operator
 from sla2_kernels.kernels import Geometry, spec_of
-
-_SPEC = importlib.util.spec_from_file_location(
-    "kernel_problems", Path(__file__).with_name("problems.py")
-)
-problems = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(problems)
 
 pointer = problems.pointer
 PRECISIONS = ("int8", "int8_int8", "fp8")

@@ -2,22 +2,14 @@
 lane orders.
 """
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import problems
 from sla2_core.formats import formats as quantize
 from sla2_core.routing.router import smooth_keys
 from sla2_kernels import forward as operator
 from sla2_kernels.backward import _matched
 from sla2_kernels.emulator.emulate import ORDERS, lanes
-
-_SPEC = importlib.util.spec_from_file_location(
-    "kernel_problems", Path(__file__).with_name("problems.py")
-)
-problems = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(problems)
 
 NAMES = ("dq", "dk", "dv")
 PRECISIONS = ("int8", "int8_int8", "fp8")

@@ -2,22 +2,14 @@
 after low-bit forwards.
 """
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import problems
 from sla2_core.routing.router import pool, smooth_keys, top_k_map
 from sla2_kernels import backward as operator_backward
 from sla2_kernels import forward as operator
 from sla2_kernels.emulator.emulate import ORDERS, lanes
 from sla2_kernels.kernels import all_specs
-
-_SPEC = importlib.util.spec_from_file_location(
-    "kernel_problems", Path(__file__).with_name("problems.py")
-)
-problems = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(problems)
 
 NAMES = ("dq", "dk", "dv", "d alpha")
 ALPHA = 0.6

@@ -2,23 +2,16 @@
 block means.
 """
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from helpers import problems
 from sla2_core import BlockMap
 from sla2_core.routing.router import pool, smooth_keys, top_k_map
 from sla2_kernels import forward as operator
 from sla2_kernels.backward import transpose_map
 from sla2_kernels.emulator.emulate import ORDERS, lanes
 
-_SPEC = importlib.util.spec_from_file_location(
-    "kernel_problems", Path(__file__).with_name("problems.py")
-)
-problems = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(problems)
 DEVICE, pointer = problems.DEVICE, problems.pointer
 
 

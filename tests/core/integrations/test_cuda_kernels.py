@@ -4,21 +4,13 @@ gradient as on the CPU kernels.
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import families
 from sla2_core import SLA2Config
 from sla2_core.config import published_sla
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.family import family_of
-
-_SPEC = importlib.util.spec_from_file_location(
-    "tiny_families", Path(__file__).with_name("families.py")
-)
-families = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(families)
 
 
 @pytest.mark.parametrize("name", list(families.BUILDERS))

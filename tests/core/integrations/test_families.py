@@ -5,11 +5,10 @@ from capture to adapter.
 from __future__ import annotations
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import families
 from safetensors.torch import load_file
 from sla2_core import SLA2Config
 from sla2_core.integrations.diffusers import apply_sla2
@@ -19,11 +18,6 @@ from sla2_core.training.capture import capture
 from sla2_core.training.stage1.train import Stage1Config, train_stage1
 from sla2_core.training.stage2.train import Stage2Config, train_stage2
 
-_SPEC = importlib.util.spec_from_file_location(
-    "tiny_families", Path(__file__).with_name("families.py")
-)
-families = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(families)
 NAMES = list(families.BUILDERS)
 
 

@@ -4,23 +4,16 @@ integrations.check.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import families
 from sla2_core import SLA2Config
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.inspect import inspect_model, main, read_config
 from sla2_core.integrations.loading import apply_adapter, from_pretrained, save_pretrained
-
-_SPEC = importlib.util.spec_from_file_location(
-    "tiny_families", Path(__file__).with_name("families.py")
-)
-families = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(families)
 
 
 def shaken(handle):

@@ -4,32 +4,17 @@ Ulysses against one process.
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import families
+from helpers import worker_families as worker
+from helpers.processes import run_two
 from safetensors.torch import load_file
 from sla2_core import SLA2Config
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.loading import apply_adapter
 from sla2_core.training.capture import CaptureConfig, capture
 from sla2_core.training.stage1.train import Stage1Config, train_stage1
-
-
-def load_sibling(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families, worker = load_sibling("families"), load_sibling("two_processes")
 
 
 def prepare(name, folder):
@@ -71,31 +56,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     for name in families.PIPELINES:
         prepare(name, folder / name)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        env = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        log = (folder / f"log{rank}").open("w")
-        command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(folder)]
-        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join(
-        (folder / f"log{rank}").read_text()[-3000:] for rank in range(2)
-    )
-    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return folder, run_two("worker_families", folder)
 
 
 @pytest.mark.parametrize("case", ["plain", "text", "mass per head", "low bit", "sla"])

@@ -4,23 +4,17 @@ several processes, Ray.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import pipelines
 from sla2_core import SLA2Config
 from sla2_eval.cli.main import main
 from sla2_eval.parallel import ray_tasks
 from sla2_eval.videos.video import read_video
 
-_SPEC = importlib.util.spec_from_file_location(
-    "tiny_pipelines", Path(__file__).parents[1] / "tiny_pipelines.py"
-)
-tiny = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(tiny)
 SLA2 = SLA2Config(
     head_dim=12, num_heads=2, topk=0.3, block_q=4, block_k=2, alpha_knots=3, precision="int8"
 )
@@ -45,7 +39,7 @@ def files(tmp_path_factory):
     from sla2_core.integrations.diffusers import apply_sla2
 
     folder = tmp_path_factory.mktemp("files")
-    pipe = tiny.wan()
+    pipe = pipelines.wan()
     pipe.save_pretrained(folder / "model")
     apply_sla2(pipe.transformer, SLA2).save(folder / "adapter")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
@@ -115,7 +109,7 @@ def test_both_transformers_of_wan22_have_their_adapter(files, tmp_path, capsys):
     from sla2_core.integrations.diffusers import apply_sla2
     from sla2_eval.generation.sampling import load_generator
 
-    pipe = tiny.wan(two=True)
+    pipe = pipelines.wan(two=True)
     pipe.save_pretrained(tmp_path / "model")
     two = ["--model", str(tmp_path / "model"), "--variant"]
     assert generate(files, tmp_path / "out", *two, f"sla2={files / 'adapter'}") != 0

@@ -4,13 +4,12 @@ broken videos, refusals.
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import pipelines
 from sla2_core import SLA2Config
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.family import family_of
@@ -18,11 +17,6 @@ from sla2_core.training.stage2.train import Stage2Config, train_stage2
 from sla2_eval.videos.dataset import captioned_files, read_frames, write_folder
 from sla2_eval.videos.encoding import encode_folder
 
-_SPEC = importlib.util.spec_from_file_location(
-    "tiny_pipelines", Path(__file__).parents[1] / "tiny_pipelines.py"
-)
-tiny = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(tiny)
 CAPTIONS = ["a red circle", "a blue square moving"]
 SIZE = dict(num_frames=5, height=32, width=48)
 
@@ -98,7 +92,7 @@ def raw(pipe, latents, size):
 def test_every_family_trains_on_what_its_pipeline_encodes(
     folder, tmp_path, name, size, latents, text
 ):
-    pipe = getattr(tiny, name)()
+    pipe = getattr(pipelines, name)()
     data = encode_folder(folder, pipe, tmp_path / "cache", **size)
     sample = data[0]
     assert sample["latents"].shape == latents
@@ -129,7 +123,7 @@ def test_every_family_trains_on_what_its_pipeline_encodes(
 @pytest.fixture
 def pipe():
     """A WanPipeline whose text encoder is a stand-in: embeddings that tell the caption's length."""
-    found = tiny.wan()
+    found = pipelines.wan()
     found.encode_prompt = lambda caption, **_: (torch.full((1, 4, 6), float(len(caption))), None)
     return found
 
@@ -189,8 +183,8 @@ def test_sizes_that_do_not_fit_the_model_are_refused(folder, tmp_path):
     with pytest.raises(
         ValueError, match="num_frames: expected 1 for FluxPipeline, a model of images, got 5"
     ):
-        encode_folder(folder, tiny.flux(), tmp_path / "flux", **SIZE)
-    deep = tiny.cogvideox(patch_size_t=2, patch_bias=False, sample_frames=9)
+        encode_folder(folder, pipelines.flux(), tmp_path / "flux", **SIZE)
+    deep = pipelines.cogvideox(patch_size_t=2, patch_bias=False, sample_frames=9)
     with pytest.raises(
         ValueError, match=r"num_frames: expected latent frames that 2 divides.* got 3 from 9 frames"
     ):

@@ -5,24 +5,16 @@ resume.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import worker_sharded as worker
+from helpers.processes import run_two
 from safetensors.torch import load_file
 from sla2_core.adapter import WEIGHTS_NAME
 from sla2_core.training.stage2.train import train_stage2
 
-_SPEC = importlib.util.spec_from_file_location("sharded", Path(__file__).with_name("sharded.py"))
-sharded = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(sharded)
 pytestmark = pytest.mark.slow
 
 
@@ -30,32 +22,7 @@ pytestmark = pytest.mark.slow
 def run(tmp_path_factory):
     """The folder after both processes ended well, with their findings."""
     folder = tmp_path_factory.mktemp("sharded")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        env = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        log = (folder / f"log{rank}").open("w")
-        command = [sys.executable, str(Path(__file__).with_name("sharded.py")), str(folder)]
-        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join(
-        (folder / f"log{rank}").read_text()[-3000:] for rank in range(2)
-    )
-    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return folder, run_two("worker_sharded", folder, CUDA_VISIBLE_DEVICES="")
 
 
 def checkpoint(folder):
@@ -72,21 +39,21 @@ def test_every_parameter_is_sharded_and_requires_grad_comes_back(run):
         assert first["loss"] == second["loss"]
 
 
-@pytest.mark.parametrize("name", sharded.VARIANTS)
+@pytest.mark.parametrize("name", worker.VARIANTS)
 def test_the_weights_are_those_of_one_process(run, name):
     """Adam divides a gradient by its own size, so that one near 0 may turn with its rounding: few
     weights differ more.
     """
-    folder, changes = run[0], sharded.VARIANTS[name]
-    handle = sharded.handle()
-    config = dataclasses.replace(sharded.SETTINGS, **changes)
-    train_stage2(handle, sharded.Data(), config, folder / f"{name}_one")
+    folder, changes = run[0], worker.VARIANTS[name]
+    handle = worker.handle()
+    config = dataclasses.replace(worker.SETTINGS, **changes)
+    train_stage2(handle, worker.Data(), config, folder / f"{name}_one")
     one, two = (checkpoint(folder / f"{name}_{count}") for count in ("one", "two"))
     assert set(one) == set(two)
     rtol = 3e-2 if "autocast" in changes else 1e-3
     torch.testing.assert_close(two["loss"], one["loss"], rtol=rtol, atol=0)
     torch.testing.assert_close(two["grad_norm"], one["grad_norm"], rtol=rtol, atol=0)
-    start = handle_tensors(sharded.handle())
+    start = handle_tensors(worker.handle())
     one, two = (
         load_file(folder / f"{name}_{count}" / "adapter" / WEIGHTS_NAME) for count in ("one", "two")
     )
@@ -104,7 +71,7 @@ def handle_tensors(handle) -> dict[str, torch.Tensor]:
 
 
 def test_the_adapter_is_whole(run):
-    handle = sharded.handle()
+    handle = worker.handle()
     handle.load(run[0] / "plain_two" / "adapter")
     averages = {
         k.removeprefix("ema."): v
@@ -124,7 +91,7 @@ def test_interrupted_and_resumed_to_the_bit(run):
 def test_one_process_goes_on_from_the_checkpoint_of_two(run):
     shutil.copytree(run[0] / "plain_two", run[0] / "alone")
     (run[0] / "alone" / "checkpoint-00000004.safetensors").unlink()
-    report = train_stage2(sharded.handle(), sharded.Data(), sharded.SETTINGS, run[0] / "alone")
+    report = train_stage2(worker.handle(), worker.Data(), worker.SETTINGS, run[0] / "alone")
     assert report.loss == pytest.approx(run[1][0]["plain"]["loss"], rel=1e-4)
 
 

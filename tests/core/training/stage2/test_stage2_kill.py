@@ -4,15 +4,14 @@ gone on with.
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import environment
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.training.stage2.train import Stage2Config, train_stage2
 
@@ -29,21 +28,20 @@ SETTINGS = dict(
 
 TRAIN = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[1])
 import torch
-from conftest import make_config, make_wan
+from helpers import tiny_wan
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.training.stage2.train import Stage2Config, train_stage2
 
 def kill(step, steps, metrics):
-    if step == int(sys.argv[3]):
+    if step == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-data = torch.load(sys.argv[4])
+data = torch.load(sys.argv[3])
 torch.set_num_threads(1)
-handle = apply_sla2(make_wan(), make_config(precision="int8"))
+handle = apply_sla2(tiny_wan.model(), tiny_wan.config(precision="int8"))
 pairs = (data["latents"], data["text"])
-train_stage2(handle, pairs, Stage2Config(**data["settings"]), sys.argv[2], progress=kill)
+train_stage2(handle, pairs, Stage2Config(**data["settings"]), sys.argv[1], progress=kill)
 """
 
 
@@ -72,16 +70,11 @@ def test_a_process_killed_at_a_random_step_gives_the_same_weights(
     whole = apply_sla2(wan(), sla2_config(precision="int8"))
     first = train_stage2(whole, data, Stage2Config(**SETTINGS), tmp_path / "whole")
     torch.save({"latents": data[0], "text": data[1], "settings": SETTINGS}, tmp_path / "data.pt")
-    arguments = [
-        str(Path(__file__).parents[2]),
-        str(tmp_path / "parts"),
-        str(step),
-        str(tmp_path / "data.pt"),
-    ]
+    arguments = [str(tmp_path / "parts"), str(step), str(tmp_path / "data.pt")]
     done = subprocess.run(
         [sys.executable, "-c", TRAIN, *arguments],
         timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=environment(OMP_NUM_THREADS="1"),
     )
     assert done.returncode == -signal.SIGKILL
     parts, steps = apply_sla2(wan(), sla2_config(precision="int8")), []

@@ -5,7 +5,6 @@ interrupted and resumed.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import sys
@@ -15,11 +14,7 @@ import torch
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.training.stage2.train import Stage2Config, train_stage2
 
-_SPEC = importlib.util.spec_from_file_location(
-    "tiny_wan", Path(__file__).parents[2] / "conftest.py"
-)
-tiny = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(tiny)
+from helpers import tiny_wan
 
 SETTINGS = Stage2Config(
     steps=4,
@@ -83,7 +78,7 @@ def accelerator(lean: bool):
 
 
 def handle():
-    return apply_sla2(tiny.make_wan(), tiny.make_config(precision="int8"))
+    return apply_sla2(tiny_wan.model(), tiny_wan.config(precision="int8"))
 
 
 def run(folder: Path, fail_at: int | None = None, lean: bool = False, **changes) -> dict:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import sys
@@ -22,11 +21,8 @@ from sla2_core.integrations.routed import routed_attention
 from sla2_core.integrations.ulysses import Ulysses
 from sla2_core.training.stage2.train import Stage2Config, train_stage2
 
-_SPEC = importlib.util.spec_from_file_location(
-    "tiny_families", Path(__file__).with_name("families.py")
-)
-families = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(families)
+from helpers import families
+
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SETTINGS = Stage2Config(
     steps=2, batch_size=4, learning_rate=1e-3, checkpoint_every=1, ema=0.5, accumulate=2

@@ -1,0 +1,1 @@
+"""What several test files share: tiny models and their data, kernel problems, child processes."""
