@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import tiny_wan
 from sla2_core.integrations.loading import apply_adapter
 from sla2_core.training.cache import encode_samples
 
@@ -35,22 +36,7 @@ def test_settings_are_valid_and_the_papers(name, batch):
 
 
 def test_every_part_runs_on_a_tiny_wan(tmp_path, capsys, monkeypatch):
-    from diffusers import WanTransformer3DModel
-
-    torch.manual_seed(0)
-    settings = dict(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
-    model = WanTransformer3DModel(**settings)
+    model = tiny_wan.model()
     model.save_pretrained(tmp_path / "model" / "transformer")
     encode_samples(
         ["a", "b"],
@@ -91,7 +77,7 @@ def test_every_part_runs_on_a_tiny_wan(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out" / "stage2").exists()
     assert train_wan.main(arguments) == 0
     adapter = capsys.readouterr().out.splitlines()[-1]
-    handle = apply_adapter(WanTransformer3DModel(**settings), adapter)
+    handle = apply_adapter(tiny_wan.model(seed=1), adapter)
     assert handle.config.precision == "int8"
     assert train_wan.main([*arguments[:2], "--out", str(tmp_path / "other")]) == 1
     assert "--videos: expected a folder of captioned mp4 files" in capsys.readouterr().err

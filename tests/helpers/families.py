@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import torch
 
+from helpers import models
+
 TEXT = 7
 
 
@@ -13,47 +15,16 @@ def _randn(*shape):
     return torch.randn(*shape)
 
 
-def wan(layers=2):
-    from diffusers import WanTransformer3DModel
-
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=layers,
-        cross_attn_norm=True,
-        rope_max_seq_len=32,
-    )
-    return (
-        model,
-        lambda: {"latents": _randn(4, 3, 6, 10), "encoder_hidden_states": _randn(TEXT, 8)},
-        45,
-    )
+def wan():
+    sample = lambda: {  # noqa: E731
+        "latents": _randn(4, 3, 6, 10),
+        "encoder_hidden_states": _randn(TEXT, 8),
+    }
+    return models.wan(), sample, 45
 
 
 def wan_image_to_video():
-    from diffusers import WanTransformer3DModel
-
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=9,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        cross_attn_norm=True,
-        rope_max_seq_len=32,
-        image_dim=6,
-        added_kv_proj_dim=24,
-    )
+    model = models.wan(in_channels=9, image_dim=6, added_kv_proj_dim=24)
     sample = lambda: {  # noqa: E731
         "latents": _randn(4, 3, 6, 10),
         "image_latents": _randn(5, 3, 6, 10),
@@ -64,49 +35,16 @@ def wan_image_to_video():
 
 
 def hunyuan_video():
-    from diffusers import HunyuanVideoTransformer3DModel
-
-    model = HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        patch_size=2,
-        patch_size_t=1,
-        guidance_embeds=True,
-        text_embed_dim=8,
-        pooled_projection_dim=6,
-        rope_axes_dim=(4, 4, 4),
-    )
     sample = lambda: {  # noqa: E731
         "latents": _randn(4, 3, 6, 10),
         "encoder_hidden_states": _randn(TEXT, 8),
         "pooled_projections": _randn(6),
         "encoder_attention_mask": (torch.arange(TEXT) < torch.randint(1, TEXT + 1, ())).long(),
     }
-    return model, sample, 45
+    return models.hunyuan_video(), sample, 45
 
 
 def hunyuan_video15():
-    from diffusers import HunyuanVideo15Transformer3DModel
-
-    model = HunyuanVideo15Transformer3DModel(
-        in_channels=9,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        num_layers=2,
-        num_refiner_layers=1,
-        patch_size=2,
-        patch_size_t=1,
-        text_embed_dim=8,
-        text_embed_2_dim=6,
-        image_embed_dim=5,
-        rope_axes_dim=(4, 4, 4),
-    )
     sample = lambda: {  # noqa: E731
         "latents": _randn(4, 3, 6, 10),
         "condition_latents": _randn(5, 3, 6, 10),
@@ -116,25 +54,14 @@ def hunyuan_video15():
         "encoder_attention_mask_2": (torch.arange(4) < torch.randint(0, 5, ())).long(),
         "image_embeds": torch.zeros(3, 5),
     }
-    return model, sample, 45
+    return models.hunyuan_video15(), sample, 45
 
 
 def cogvideox(rotary=True):
-    from diffusers import CogVideoXTransformer3DModel
-
-    model = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=2,
-        text_embed_dim=8,
-        num_layers=2,
+    model = models.cogvideox(
         sample_width=10,
         sample_height=6,
         sample_frames=9,
-        patch_size=2,
-        temporal_compression_ratio=4,
         max_text_seq_length=TEXT,
         use_rotary_positional_embeddings=rotary,
     )
@@ -148,20 +75,6 @@ def cogvideox(rotary=True):
 
 
 def flux():
-    from diffusers import FluxTransformer2DModel
-
-    model = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=8,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=12,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=6,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 4),
-    )
     ids = torch.zeros(45, 3)
     ids[:, 1], ids[:, 2] = torch.arange(45) // 9, torch.arange(45) % 9
     sample = lambda: {  # noqa: E731
@@ -171,30 +84,10 @@ def flux():
         "txt_ids": torch.zeros(TEXT, 3),
         "img_ids": ids,
     }
-    return model, sample, 45
+    return models.flux(), sample, 45
 
 
 def ltx2(**changes):
-    from diffusers import LTX2VideoTransformer3DModel
-
-    model = LTX2VideoTransformer3DModel(
-        **dict(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=12,
-            cross_attention_dim=24,
-            audio_in_channels=3,
-            audio_out_channels=3,
-            audio_num_attention_heads=2,
-            audio_attention_head_dim=6,
-            audio_cross_attention_dim=12,
-            num_layers=2,
-            caption_channels=8,
-            rope_double_precision=False,
-        )
-        | changes
-    )
     sizes = {"num_frames": 3, "height": 3, "width": 5, "audio_num_frames": 4}
     sample = lambda: {  # noqa: E731
         "latents": _randn(45, 4),
@@ -203,7 +96,7 @@ def ltx2(**changes):
         "audio_encoder_hidden_states": _randn(TEXT, 8),
         **{name: torch.tensor(n) for name, n in sizes.items()},
     }
-    return model, sample, 45
+    return models.ltx2(**changes), sample, 45
 
 
 BUILDERS = {
@@ -251,15 +144,7 @@ def pipeline(name: str, transformer):
     if name == "hunyuan_video":
         return diffusers.HunyuanVideoPipeline(**given, **two)
     if name == "hunyuan_video15":
-        vae = diffusers.AutoencoderKLHunyuanVideo15(
-            in_channels=3,
-            out_channels=3,
-            latent_channels=4,
-            block_out_channels=(8, 8, 8, 8, 8),
-            layers_per_block=1,
-            downsample_match_channel=False,
-            upsample_match_channel=False,
-        )
+        vae = models.hunyuan_video15_vae()
         guider = diffusers.guiders.ClassifierFreeGuidance(guidance_scale=1.0)
         return diffusers.HunyuanVideo15Pipeline(**(given | {"vae": vae}), **two, guider=guider)
     if name == "cogvideox_5b":

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import torch
 
+from helpers import models
+
 WORDS = ("a", "red", "blue", "circle", "square", "moving", "horizontally", "vertically")
 
 
@@ -45,19 +47,7 @@ def wan(two: bool = False):
     torch.manual_seed(0)
 
     def transformer():
-        return diffusers.WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=16,
-            out_channels=16,
-            text_dim=8,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=2,
-            cross_attn_norm=True,
-            rope_max_seq_len=32,
-        )
+        return models.wan(in_channels=16, out_channels=16)
 
     return diffusers.WanPipeline(
         tokenizer=tokenizer(),
@@ -107,21 +97,7 @@ def hunyuan_video():
             layers_per_block=1,
             norm_num_groups=4,
         ),
-        transformer=diffusers.HunyuanVideoTransformer3DModel(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=12,
-            num_layers=1,
-            num_single_layers=1,
-            num_refiner_layers=1,
-            patch_size=2,
-            patch_size_t=1,
-            guidance_embeds=True,
-            text_embed_dim=8,
-            pooled_projection_dim=6,
-            rope_axes_dim=(4, 4, 4),
-        ),
+        transformer=models.hunyuan_video(),
     )
 
 
@@ -139,29 +115,8 @@ def hunyuan_video15():
         tokenizer_2=tokenizer(9),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
         guider=diffusers.guiders.ClassifierFreeGuidance(guidance_scale=1.0),
-        vae=diffusers.AutoencoderKLHunyuanVideo15(
-            in_channels=3,
-            out_channels=3,
-            latent_channels=4,
-            block_out_channels=(8, 8, 8, 8, 8),
-            layers_per_block=1,
-            downsample_match_channel=False,
-            upsample_match_channel=False,
-        ),
-        transformer=diffusers.HunyuanVideo15Transformer3DModel(
-            in_channels=9,
-            out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=12,
-            num_layers=2,
-            num_refiner_layers=1,
-            patch_size=1,
-            patch_size_t=1,
-            text_embed_dim=8,
-            text_embed_2_dim=8,
-            image_embed_dim=5,
-            rope_axes_dim=(4, 4, 4),
-        ),
+        vae=models.hunyuan_video15_vae(),
+        transformer=models.hunyuan_video15(patch_size=1, text_embed_2_dim=8),
     )
 
     def embed(text_encoder, tokenizer, prompt: list[str], **_):
@@ -183,22 +138,7 @@ def cogvideox(**changes):
     import diffusers
 
     torch.manual_seed(0)
-    settings = dict(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=2,
-        text_embed_dim=8,
-        num_layers=2,
-        sample_width=6,
-        sample_height=4,
-        sample_frames=5,
-        patch_size=2,
-        temporal_compression_ratio=4,
-        max_text_seq_length=226,
-        use_rotary_positional_embeddings=True,
-    )
+    size = dict(sample_width=6, sample_height=4, sample_frames=5, max_text_seq_length=226)
     return diffusers.CogVideoXPipeline(
         tokenizer=tokenizer(226),
         text_encoder=t5(),
@@ -211,7 +151,7 @@ def cogvideox(**changes):
             down_block_types=("CogVideoXDownBlock3D",) * 4,
             up_block_types=("CogVideoXUpBlock3D",) * 4,
         ),
-        transformer=diffusers.CogVideoXTransformer3DModel(**settings | changes),
+        transformer=models.cogvideox(**size | changes),
     )
 
 
@@ -237,16 +177,5 @@ def flux():
             use_quant_conv=False,
             use_post_quant_conv=False,
         ),
-        transformer=diffusers.FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=8,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=12,
-            num_attention_heads=2,
-            joint_attention_dim=8,
-            pooled_projection_dim=6,
-            guidance_embeds=True,
-            axes_dims_rope=(4, 4, 4),
-        ),
+        transformer=models.flux(),
     )

@@ -5,27 +5,13 @@ from __future__ import annotations
 import torch
 from sla2_core import SLA2Config
 
-TEXT = 8
+from helpers import models
 
 
 def model(seed: int = 0, **changes):
-    from diffusers import WanTransformer3DModel
-
+    """In eval mode, its weights fixed by `seed`."""
     torch.manual_seed(seed)
-    settings = dict(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=TEXT,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        cross_attn_norm=True,
-        rope_max_seq_len=32,
-    )
-    return WanTransformer3DModel(**(settings | changes)).eval()
+    return models.wan(**changes).eval()
 
 
 def inputs(batch: int = 2, seed: int = 1) -> dict[str, torch.Tensor]:
@@ -33,7 +19,7 @@ def inputs(batch: int = 2, seed: int = 1) -> dict[str, torch.Tensor]:
     return {
         "hidden_states": torch.randn(batch, 4, 3, 6, 10, generator=rng),
         "timestep": torch.linspace(900, 100, batch),
-        "encoder_hidden_states": torch.randn(batch, 5, TEXT, generator=rng),
+        "encoder_hidden_states": torch.randn(batch, 5, 8, generator=rng),
     }
 
 
