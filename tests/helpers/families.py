@@ -1,10 +1,12 @@
-"""Tiny random models of every family: transformers, one training sample of each, and pipelines that
-generate latents.
+"""Every family with a tiny random model: its training samples and batches, settings that fit, and a
+pipeline that generates latents.
 """
 
 from __future__ import annotations
 
 import torch
+from sla2_core import SLA2Config
+from sla2_core.integrations.family import family_of
 
 from helpers import models
 
@@ -124,6 +126,37 @@ def build(name: str, seed: int = 0):
         return draw()
 
     return model.eval(), sample, tokens
+
+
+def config(transformer, **changes) -> SLA2Config:
+    """Settings that fit a tiny transformer, with several blocks on both axes."""
+    family = family_of(transformer)
+    heads, dim = family.heads(next(iter(family.attention_layers(transformer).values())))
+    settings = dict(head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5, alpha_knots=3)
+    return SLA2Config(**settings | changes)
+
+
+def batch(sample, count: int = 2):
+    """(latents, sigma, conditions) of the first samples, as a family's predict takes them."""
+    items = [sample(i) for i in range(count)]
+    out = {key: torch.stack([item[key] for item in items]) for key in items[0]}
+    return out.pop("latents"), torch.linspace(0.3, 0.8, count), out
+
+
+class Samples:
+    """Five samples; the one after `limit` draws raises, in every process alike."""
+
+    def __init__(self, sample, limit: int | None = None):
+        self.sample, self.limit, self.drawn = sample, limit, 0
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        if self.drawn == self.limit:
+            raise KeyboardInterrupt
+        self.drawn += 1
+        return self.sample(index)
 
 
 PIPELINES = ("wan", "hunyuan_video", "hunyuan_video15", "cogvideox_5b", "flux", "ltx2")

@@ -30,22 +30,6 @@ SETTINGS = Stage2Config(
 CHECKPOINTED = ("hunyuan_video", "cogvideox_5b", "ltx2")
 
 
-class Samples:
-    """Five samples; the one after `limit` draws raises, in every process alike."""
-
-    def __init__(self, sample, limit=None):
-        self.sample, self.limit, self.drawn = sample, limit, 0
-
-    def __len__(self):
-        return 5
-
-    def __getitem__(self, index):
-        if self.drawn == self.limit:
-            raise KeyboardInterrupt
-        self.drawn += 1
-        return self.sample(index)
-
-
 def mesh_config():
     from diffusers import ContextParallelConfig
 
@@ -116,17 +100,14 @@ def model(name: str, parallel_first: bool) -> dict[str, float]:
     """A whole transformer under diffusers' context parallelism against the same on one process."""
     transformer, sample, _ = families.build(name)
     family = family_of(transformer)
-    heads, dim = family.heads(next(iter(family.attention_layers(transformer).values())))
-    config = SLA2Config(head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5)
-    items = [sample(i) for i in range(2)]
-    batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
+    config = families.config(transformer)
+    latents, sigma, batch = families.batch(sample)
     if name == "flux":  # every axis that is split must divide by the ranks
-        batch["latents"], batch["img_ids"] = batch["latents"][:, :44], batch["img_ids"][:, :44]
+        latents, batch["img_ids"] = latents[:, :44], batch["img_ids"][:, :44]
         for key in ("encoder_hidden_states", "txt_ids"):
             batch[key] = batch[key][:, :6]
     else:
-        batch["latents"] = batch["latents"][..., :8]  # 3 x 3 x 4 tokens
-    latents, sigma = batch.pop("latents"), torch.tensor([0.3, 0.8])
+        latents = latents[..., :8]  # 3 x 3 x 4 tokens
     with torch.no_grad():
         handle = apply_sla2(transformer, config)
         expected = family.predict(transformer, latents, sigma, batch)
@@ -176,7 +157,7 @@ def stage2(name: str, folder: Path, out: str = f"stage2_{RANKS}", limit: int | N
     handle = apply_adapter(pipe.transformer, folder / name / "stage1_adapter")
     handle.configure(precision="int8")
     config = dataclasses.replace(SETTINGS, gradient_checkpointing=name in CHECKPOINTED)
-    train_stage2(handle, Samples(sample, limit), config, folder / name / out)
+    train_stage2(handle, families.Samples(sample, limit), config, folder / name / out)
 
 
 def main() -> None:

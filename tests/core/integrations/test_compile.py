@@ -7,7 +7,6 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import families
-from sla2_core import SLA2Config
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.family import family_of
 from sla2_core.integrations.loading import apply_adapter
@@ -37,20 +36,8 @@ def test_every_family_is_one_graph_forward_and_backward(name):
     torch._dynamo.reset()
     transformer, sample, _ = families.build(name)
     family = family_of(transformer)
-    heads, dim = family.heads(next(iter(family.attention_layers(transformer).values())))
-    config = SLA2Config(
-        head_dim=dim,
-        num_heads=heads,
-        topk=0.3,
-        block_q=8,
-        block_k=5,
-        alpha="mass",
-        precision="int8",
-    )
-    apply_sla2(transformer, config)
-    items = [sample(i) for i in range(2)]
-    batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
-    given = batch.pop("latents"), torch.tensor([0.3, 0.8]), batch
+    apply_sla2(transformer, families.config(transformer, alpha="mass", precision="int8"))
+    given = families.batch(sample)
     expected = outcome(transformer, lambda: family.predict(transformer, *given))
     if (
         name == "hunyuan_video15"
@@ -82,21 +69,10 @@ def test_one_graph_forward_and_backward(wan, inputs, sla2_config, backend, chang
     transformer = wan(num_layers=1)
     apply_sla2(transformer, sla2_config(**changes))
     compiled = torch.compile(transformer, backend=backend, fullgraph=True)
-    results = []
-    for model in (transformer, compiled):
-        transformer.zero_grad()
-        out = model(**inputs(), return_dict=False)[0]
-        out.square().mean().backward()
-        results.append(
-            (
-                out.detach(),
-                {
-                    n: p.grad.clone()
-                    for n, p in transformer.named_parameters()
-                    if p.grad is not None
-                },
-            )
-        )
+    results = [
+        outcome(transformer, lambda model=model: model(**inputs(), return_dict=False)[0])
+        for model in (transformer, compiled)
+    ]
     torch.testing.assert_close(results[1][0], results[0][0], atol=2e-6, rtol=1e-5)
     assert set(results[1][1]) == set(results[0][1])
     for name, grad in results[0][1].items():

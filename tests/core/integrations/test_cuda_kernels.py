@@ -7,7 +7,6 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import families
-from sla2_core import SLA2Config
 from sla2_core.config import published_sla
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.family import family_of
@@ -18,24 +17,15 @@ from sla2_core.integrations.family import family_of
 def test_output_and_gradients_are_those_of_the_cpu_kernels(name, published):
     transformer, sample, _ = families.build(name)
     family = family_of(transformer)
-    heads, dim = family.heads(next(iter(family.attention_layers(transformer).values())))
-    config = SLA2Config(
-        head_dim=dim, num_heads=heads, topk=0.4, block_q=16, block_k=16, alpha_knots=3
-    )
+    config = families.config(transformer, topk=0.4, block_q=16, block_k=16)
     handle = apply_sla2(transformer, published_sla(config) if published else config)
-    items = [sample(i) for i in range(2)]
-    batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
+    batch = families.batch(sample)
     found = []
     for backend in ("emulator", "cpu"):
         handle.configure(backend=backend)
         transformer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = family.predict(
-                transformer,
-                batch["latents"],
-                torch.tensor([0.3, 0.8]),
-                {k: v for k, v in batch.items() if k != "latents"},
-            )
+            out = family.predict(transformer, *batch)
         out.float().square().mean().backward()
         grads = {n: p.grad.clone() for n, p in transformer.named_parameters() if p.grad is not None}
         found.append({"out": out.detach()} | grads)

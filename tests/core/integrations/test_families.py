@@ -21,41 +21,13 @@ from sla2_core.training.stage2.train import Stage2Config, train_stage2
 NAMES = list(families.BUILDERS)
 
 
-def fitting(transformer, **changes) -> SLA2Config:
-    family = family_of(transformer)
-    heads, dim = family.heads(next(iter(family.attention_layers(transformer).values())))
-    return SLA2Config(
-        **(
-            dict(head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5, alpha_knots=3)
-            | changes
-        )
-    )
-
-
-def batch_of(sample, count=2):
-    items = [sample(i) for i in range(count)]
-    out = {key: torch.stack([item[key] for item in items]) for key in items[0]}
-    return out.pop("latents"), torch.linspace(0.3, 0.8, count), out
-
-
-class Samples:
-    def __init__(self, sample, count=5):
-        self.sample, self.count = sample, count
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        return self.sample(index)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_block_with_alpha_one_is_the_original_and_less_is_not(name):
     transformer, sample, tokens = families.build(name)
-    family, batch = family_of(transformer), batch_of(sample)
+    family, batch = family_of(transformer), families.batch(sample)
     with torch.no_grad():
         expected = family.predict(transformer, *batch)
-        handle = apply_sla2(transformer, fitting(transformer, topk=1.0, alpha="one"))
+        handle = apply_sla2(transformer, families.config(transformer, topk=1.0, alpha="one"))
         torch.testing.assert_close(
             family.predict(transformer, *batch), expected, atol=3e-6, rtol=1e-5
         )
@@ -73,8 +45,8 @@ def test_every_block_with_alpha_one_is_the_original_and_less_is_not(name):
 @pytest.mark.parametrize("name", ["hunyuan_video", "cogvideox_5b", "flux"])
 def test_text_keys_are_always_selected(name):
     transformer, sample, tokens = families.build(name)
-    family, batch = family_of(transformer), batch_of(sample)
-    handle = apply_sla2(transformer, fitting(transformer))
+    family, batch = family_of(transformer), families.batch(sample)
+    handle = apply_sla2(transformer, families.config(transformer))
     with torch.no_grad():
         maps = handle.block_maps(lambda: family.predict(transformer, *batch))
     for block_map in maps.values():
@@ -89,8 +61,8 @@ def test_text_keys_are_always_selected(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_reach_alpha_router_and_model(name):
     transformer, sample, _ = families.build(name)
-    handle = apply_sla2(transformer, fitting(transformer, alpha="mass", precision="int8"))
-    noisy, sigma, conditions = batch_of(sample)
+    handle = apply_sla2(transformer, families.config(transformer, alpha="mass", precision="int8"))
+    noisy, sigma, conditions = families.batch(sample)
     handle.family.predict(transformer, noisy, sigma, conditions).square().mean().backward()
     for group in ("router", "alpha"):
         assert all(
@@ -108,11 +80,11 @@ def test_gradients_reach_alpha_router_and_model(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_from_capture_to_adapter_and_back(name, tmp_path):
     transformer, sample, tokens = families.build(name)
-    handle = apply_sla2(transformer, fitting(transformer))
+    handle = apply_sla2(transformer, families.config(transformer))
     family = handle.family
 
     def run(i):
-        noisy, sigma, conditions = batch_of(lambda j: sample(i + j))
+        noisy, sigma, conditions = families.batch(lambda j: sample(i + j))
         family.predict(transformer, noisy, sigma, conditions)
 
     captures = capture(handle, run, tmp_path / "captures", samples=2)
@@ -127,7 +99,7 @@ def test_from_capture_to_adapter_and_back(name, tmp_path):
         steps=2, batch_size=2, learning_rate=1e-3, loss="distill", checkpoint_every=1
     )
     handle.configure(precision="int8")
-    result = train_stage2(handle, Samples(sample), config, tmp_path / "stage2")
+    result = train_stage2(handle, families.Samples(sample), config, tmp_path / "stage2")
     moved = {n for n, p in transformer.named_parameters() if not torch.equal(p, before[n])}
     assert not any(".router." in n for n in moved)
     assert all(
@@ -137,7 +109,7 @@ def test_from_capture_to_adapter_and_back(name, tmp_path):
     other, _, _ = families.build(name, seed=5)
     again = apply_adapter(other, result.adapter)
     assert again.config == handle.config
-    batch = batch_of(sample)
+    batch = families.batch(sample)
     with torch.no_grad():
         expected = family.predict(transformer, *batch)
         torch.testing.assert_close(family.predict(other, *batch), expected, atol=0, rtol=0)
@@ -151,9 +123,9 @@ def test_from_capture_to_adapter_and_back(name, tmp_path):
 )
 def test_bfloat16_keeps_router_and_alpha_in_fp32(name):
     transformer, sample, _ = families.build(name)
-    handle = apply_sla2(transformer, fitting(transformer))
+    handle = apply_sla2(transformer, families.config(transformer))
     transformer.to(torch.bfloat16)
-    noisy, sigma, conditions = batch_of(sample)
+    noisy, sigma, conditions = families.batch(sample)
     conditions = {k: v.bfloat16() if v.dtype == torch.float32 else v for k, v in conditions.items()}
     with torch.no_grad():
         out = handle.family.predict(transformer, noisy.bfloat16(), sigma, conditions)
@@ -166,8 +138,8 @@ def test_bfloat16_keeps_router_and_alpha_in_fp32(name):
 
 def test_masks_without_block_form_are_refused():
     transformer, sample, tokens = families.build("ltx2")
-    handle = apply_sla2(transformer, fitting(transformer))
-    noisy, sigma, conditions = batch_of(sample)
+    handle = apply_sla2(transformer, families.config(transformer))
+    noisy, sigma, conditions = families.batch(sample)
     conditions["video_self_attention_mask"] = torch.ones(2, tokens, tokens)
     with pytest.raises(
         ValueError, match="video_self_attention_mask: expected None with SLA2, got a mask"
@@ -181,24 +153,24 @@ def test_context_parallelism_of_masked_text_is_refused(name):
     it says so.
     """
     transformer, sample, _ = families.build(name)
-    handle = apply_sla2(transformer, fitting(transformer))
+    handle = apply_sla2(transformer, families.config(transformer))
     for processor in handle.processors.values():
         processor._parallel_config = object()
     with pytest.raises(
         ValueError, match=r"_parallel_config: expected a model without masked text for SLA2 \(Wan, "
     ):
-        handle.family.predict(transformer, *batch_of(sample))
+        handle.family.predict(transformer, *families.batch(sample))
 
 
 def test_perturbed_guidance_of_ltx2_is_the_original():
     transformer, sample, _ = families.build("ltx2_gated")
-    noisy, sigma, conditions = batch_of(sample)
+    noisy, sigma, conditions = families.batch(sample)
     for mask in (torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0])):
         given = conditions | {"spatio_temporal_guidance_blocks": [1], "perturbation_mask": mask}
         with torch.no_grad():
             family = family_of(transformer)
             expected = family.predict(transformer, noisy, sigma, given)
-            handle = apply_sla2(transformer, fitting(transformer, topk=1.0, alpha="one"))
+            handle = apply_sla2(transformer, families.config(transformer, topk=1.0, alpha="one"))
             torch.testing.assert_close(
                 family.predict(transformer, noisy, sigma, given), expected, atol=3e-6, rtol=1e-5
             )

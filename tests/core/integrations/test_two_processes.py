@@ -10,7 +10,6 @@ from helpers import families
 from helpers import worker_families as worker
 from helpers.processes import run_two
 from safetensors.torch import load_file
-from sla2_core import SLA2Config
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.loading import apply_adapter
 from sla2_core.training.capture import CaptureConfig, capture
@@ -24,11 +23,7 @@ def prepare(name, folder):
     transformer, sample, _ = families.build(name)
     families.pipeline(name, transformer).save_pretrained(folder / "pipeline")
     pipe = families.load_pipeline(name, folder / "pipeline")
-    heads, dim = families_heads(pipe.transformer)
-    config = SLA2Config(
-        head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5, alpha_knots=3
-    )
-    handle = apply_sla2(pipe.transformer, config)
+    handle = apply_sla2(pipe.transformer, families.config(pipe.transformer))
     captures = capture(
         handle,
         lambda i: families.generate(name, pipe, sample, seed=i),
@@ -41,13 +36,6 @@ def prepare(name, folder):
         handle, captures, Stage1Config(topk=(0.3,), steps=2, eval_every=2), folder / "stage1"
     )
     handle.save(folder / "stage1_adapter")
-
-
-def families_heads(transformer):
-    from sla2_core.integrations.family import family_of
-
-    family = family_of(transformer)
-    return family.heads(next(iter(family.attention_layers(transformer).values())))
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import pipelines
-from sla2_core import SLA2Config
+from helpers import families, pipelines
 from sla2_core.integrations.diffusers import apply_sla2
-from sla2_core.integrations.family import family_of
 from sla2_core.training.stage2.train import Stage2Config, train_stage2
 from sla2_eval.videos.dataset import captioned_files, read_frames, write_folder
 from sla2_eval.videos.encoding import encode_folder
@@ -108,12 +106,8 @@ def test_every_family_trains_on_what_its_pipeline_encodes(
     ):
         encode_folder(folder, pipe, tmp_path / "other", **size)
     data = encode_folder(folder, pipe, tmp_path / "cache", **size)
-    family = family_of(pipe.transformer)
-    heads, dim = family.heads(next(iter(family.attention_layers(pipe.transformer).values())))
-    config = SLA2Config(
-        head_dim=dim, num_heads=heads, topk=0.5, block_q=4, block_k=2, precision="int8"
-    )
-    handle = apply_sla2(pipe.transformer, config)
+    changes = {"topk": 0.5, "block_q": 4, "block_k": 2, "precision": "int8"}
+    handle = apply_sla2(pipe.transformer, families.config(pipe.transformer, **changes))
     report = train_stage2(
         handle, data, Stage2Config(steps=1, batch_size=2, caption_dropout=0.5), tmp_path / "run"
     )
