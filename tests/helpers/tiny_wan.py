@@ -27,3 +27,14 @@ def config(**changes) -> SLA2Config:
     return SLA2Config(
         **(dict(head_dim=12, num_heads=2, topk=0.3, block_q=8, block_k=5, alpha_knots=3) | changes)
     )
+
+
+def pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents (7, 4, 3, 6, 10) and text (7, 5, 8) to train on."""
+    rng = torch.Generator().manual_seed(3)
+    return torch.randn(7, 4, 3, 6, 10, generator=rng), torch.randn(7, 5, 8, generator=rng)
+
+
+def weights(handle) -> dict[str, torch.Tensor]:
+    """Copies of all of the model's tensors, the adapter's among them."""
+    return {name: value.detach().clone() for name, value in handle.transformer.state_dict().items()}

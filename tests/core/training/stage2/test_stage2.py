@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_wan import weights
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.training.data import collate
 from sla2_core.training.stage2.objectives import draw_sigma, noisy_and_target
@@ -26,16 +27,6 @@ CONFIG = Stage2Config(
 def handle(wan, sla2_config):
     """Factory of handles on the same tiny Wan, low bit on."""
     return lambda **changes: apply_sla2(wan(), sla2_config(**({"precision": "int8"} | changes)))
-
-
-@pytest.fixture
-def data():
-    rng = torch.Generator().manual_seed(3)
-    return torch.randn(7, 4, 3, 6, 10, generator=rng), torch.randn(7, 5, 8, generator=rng)
-
-
-def weights(handle):
-    return {name: value.detach().clone() for name, value in handle.transformer.state_dict().items()}
 
 
 def changed(handle, before):

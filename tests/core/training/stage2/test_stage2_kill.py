@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from helpers.processes import environment
+from helpers.tiny_wan import weights
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.training.stage2.train import Stage2Config, train_stage2
 
@@ -53,16 +54,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def data():
-    rng = torch.Generator().manual_seed(3)
-    return torch.randn(7, 4, 3, 6, 10, generator=rng), torch.randn(7, 5, 8, generator=rng)
-
-
-def state(handle):
-    return {name: value.detach().clone() for name, value in handle.transformer.state_dict().items()}
-
-
 def test_a_process_killed_at_a_random_step_gives_the_same_weights(
     wan, sla2_config, data, tmp_path, one_thread
 ):
@@ -90,8 +81,8 @@ def test_a_process_killed_at_a_random_step_gives_the_same_weights(
         second.loss,
         second.grad_norm,
     ), f"killed at step {step}"
-    for name, value in state(whole).items():
-        assert torch.equal(value, state(parts)[name]), f"{name}, killed at step {step}"
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(parts)[name]), f"{name}, killed at step {step}"
 
 
 def test_a_checkpoint_is_one_file_and_a_half_written_one_does_not_count(
@@ -122,7 +113,7 @@ def test_a_checkpoint_is_one_file_and_a_half_written_one_does_not_count(
     again = apply_sla2(wan(), sla2_config(precision="int8"))
     second = train_stage2(again, data, Stage2Config(**SETTINGS), tmp_path / "run")
     assert first.loss == second.loss
-    assert all(torch.equal(value, state(again)[name]) for name, value in state(whole).items())
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(whole).items())
     assert not half.exists()
 
 
