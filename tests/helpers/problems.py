@@ -30,6 +30,16 @@ DTYPES = {
 }
 
 
+EDGES = [  # n_q, n_k and the options of make()
+    pytest.param(63, 63, {}, id="63"),
+    pytest.param(111, 200, {}, id="111x200"),
+    pytest.param(200, 111, {"lengths": (111, 63, 1)}, id="kv_lengths"),
+    pytest.param(16, 16, {"density": 1.0}, id="one block"),
+    pytest.param(63, 63, {"density": 1.0}, id="all blocks"),
+    pytest.param(63, 111, {"density": 0.0}, id="no blocks"),
+]
+
+
 def on_gpu() -> bool:
     """Whether the kernels run on the GPU: on pinned host memory, which both sides read, each launch
     waited for.

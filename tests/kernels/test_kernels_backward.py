@@ -18,18 +18,7 @@ def check(case, **options):
         problems.assert_as_good(found, expected, dense, 3.0, name)
 
 
-@pytest.mark.parametrize(
-    ("n_q", "n_k", "options"),
-    [
-        (63, 63, {}),
-        (111, 200, {}),
-        (200, 111, {"lengths": (111, 63, 1)}),
-        (16, 16, {"density": 1.0}),
-        (63, 63, {"density": 1.0}),
-        (63, 111, {"density": 0.0}),
-    ],
-    ids=["63", "111x200", "kv_lengths", "one block", "all blocks", "no blocks"],
-)
+@pytest.mark.parametrize(("n_q", "n_k", "options"), problems.EDGES)
 def test_every_gradient(n_q, n_k, options):
     check(problems.make(n_q, n_k, **options))
 

@@ -10,18 +10,7 @@ from helpers import problems
 from sla2_core.reference import block_sparse_reference
 
 
-@pytest.mark.parametrize(
-    ("n_q", "n_k", "options"),
-    [
-        (63, 63, {}),
-        (111, 200, {}),
-        (200, 111, {"lengths": (111, 63, 1)}),
-        (16, 16, {"density": 1.0}),
-        (63, 63, {"density": 1.0}),
-        (63, 111, {"density": 0.0}),
-    ],
-    ids=["63", "111x200", "kv_lengths", "one block", "all blocks", "no blocks"],
-)
+@pytest.mark.parametrize(("n_q", "n_k", "options"), problems.EDGES)
 def test_forward(n_q, n_k, options):
     case = problems.make(n_q, n_k, **options)
     out, lse = problems.run(case)
