@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import tiny_model
 from sla2_eval.generation.sampling import (
     PipelineGenerator,
     Request,
@@ -40,16 +41,6 @@ class Recorder:
         self.asked += list(requests)
         seeds = [noise_seed(r.prompt, r.index, r.seed) % 200 for r in requests]
         return np.stack([np.full((3, 8, 8, 3), seed, dtype=np.uint8) for seed in seeds])
-
-
-def _save_random_model(folder):
-    import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler
-    from sla2_eval.tiny.model import SHIFT, build_transformer
-
-    torch.manual_seed(0)
-    build_transformer().save_pretrained(folder / "transformer")
-    FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(folder / "scheduler")
 
 
 def test_noise_seeds_differ_by_prompt_index_and_seed():
@@ -181,7 +172,7 @@ def test_the_experiments_prompts_are_those_of_the_quickstart():
 
 
 def test_tiny_noise_does_not_depend_on_the_batch(tmp_path):
-    _save_random_model(tmp_path)
+    tiny_model.save(tmp_path)
     generator = load_generator(tmp_path)
     assert isinstance(generator, TinyGenerator)
     config = SamplingConfig(steps=2, dtype="float32")
@@ -196,7 +187,7 @@ def test_tiny_noise_does_not_depend_on_the_batch(tmp_path):
 
 
 def test_guidance_moves_away_from_the_empty_caption(tmp_path):
-    _save_random_model(tmp_path)
+    tiny_model.save(tmp_path)
     generator, request = load_generator(tmp_path), [Request(PROMPTS[0], 0, 0)]
     videos = [
         generator.sample(request, SamplingConfig(steps=1, guidance=g, dtype="float32")).astype(
@@ -213,7 +204,7 @@ def test_guidance_moves_away_from_the_empty_caption(tmp_path):
 def test_pixels_that_are_not_finite_are_no_black_video(tmp_path):
     import torch
 
-    _save_random_model(tmp_path)
+    tiny_model.save(tmp_path)
     generator, request = load_generator(tmp_path), [Request(PROMPTS[0], 0, 0)]
     with torch.no_grad():
         generator.transformer.proj_out.bias.fill_(float("nan"))

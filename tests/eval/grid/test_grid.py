@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import tiny_model
 from sla2_eval.cli.main import main
 from sla2_eval.generation.sampling import open_folder
 from sla2_eval.grid.ablation import cells, graph, prompts_of, run_grid, sampling
@@ -27,14 +28,8 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A folder of a tiny model with random weights."""
-    import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler
-    from sla2_eval.tiny.model import SHIFT, build_transformer
-
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    build_transformer().save_pretrained(folder / "transformer")
-    FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(folder / "scheduler")
+    tiny_model.save(folder)
     return folder
 
 

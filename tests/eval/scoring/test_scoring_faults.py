@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
+from helpers import mp4
 from sla2_eval.scoring.pools import ProcessPool
 from sla2_eval.videos.video import write_video
 
@@ -278,18 +278,8 @@ def broken(folder: Path, names: list[str], good: np.ndarray) -> dict[str, str]:
     paths[0].write_bytes(b"")
     paths[1].write_bytes(paths[1].read_bytes()[:-400])
     paths[2].write_text("not a video at all\n" * 40)
-    with av.open(str(paths[3]), "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=8000)
-        frame = av.AudioFrame.from_ndarray(
-            np.zeros((1, 8000), dtype=np.float32), format="fltp", layout="mono"
-        )
-        frame.sample_rate = 8000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    with av.open(str(paths[4]), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=8)
-        stream.height = stream.width = 32
-        container.start_encoding()
+    mp4.sound_alone(paths[3])
+    mp4.no_frames(paths[4])
     paths[5].unlink()
     paths[6].unlink()
     paths[6].mkdir()

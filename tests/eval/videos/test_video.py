@@ -10,6 +10,7 @@ import types
 import av
 import numpy as np
 import pytest
+from helpers import mp4
 from PIL import Image
 from sla2_eval.scoring.score import score
 from sla2_eval.videos.video import VideoError, check_decoder, read_video, write_video
@@ -75,24 +76,13 @@ def test_torchcodec_gives_pyavs_frames(make_folder, tmp_path, decoder):
         )
 
 
-def _audio(path) -> None:
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=8000)
-        frame = av.AudioFrame.from_ndarray(
-            np.zeros((1, 8000), dtype=np.float32), format="fltp", layout="mono"
-        )
-        frame.sample_rate = 8000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
 def _audio_with_cover(path) -> None:
     """Music with a picture of its cover, which FFmpeg shows as a video stream."""
 
     def box(kind: bytes, payload: bytes) -> bytes:
         return struct.pack(">I4s", 8 + len(payload), kind) + payload
 
-    _audio(path)
+    mp4.sound_alone(path)
     picture = io.BytesIO()
     Image.new("RGB", (64, 64), "teal").save(picture, "JPEG")
     covers = box(
@@ -106,13 +96,6 @@ def _audio_with_cover(path) -> None:
     path.write_bytes(data[:start] + struct.pack(">I", size) + data[start + 4 :] + about)
     with av.open(str(path)) as container:
         assert len(container.streams.video) == 1
-
-
-def _no_frames(path) -> None:
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=8)
-        stream.height = stream.width = 32
-        container.start_encoding()
 
 
 def _between_frames(path) -> None:
@@ -142,8 +125,8 @@ BREAK = {
     "text": lambda path: path.write_text("not a video at all\n" * 40),
     "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "short": lambda path: path.write_bytes(path.read_bytes()[:-400]),
-    "audio": _audio,
-    "no frames": _no_frames,
+    "audio": mp4.sound_alone,
+    "no frames": mp4.no_frames,
 }
 
 
