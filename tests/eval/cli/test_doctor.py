@@ -32,11 +32,11 @@ def test_every_finding_says_what_and_how():
 def test_a_missing_package_is_found(monkeypatch):
     real = doctor._version
     monkeypatch.setattr(
-        doctor, "_version", lambda name: None if name in ("ray", "timm") else real(name)
+        doctor, "_version", lambda name: None if name in ("av", "timm") else real(name)
     )
     found = {finding.what: finding for finding in doctor._packages()}
-    assert (found["ray"].status, found["timm"].status) == ("broken", "missing")
-    assert found["timm"].get == "uv pip install timm"
+    assert (found["av"].status, found["timm"].status) == ("broken", "missing")
+    assert found["timm"].get == "pip install 'sla2-eval[metrics]'"
     assert found["torch"].status == "works"
 
 

@@ -13,6 +13,8 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 
+from sla2_eval.runs.extras import how_to_get
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -29,25 +31,17 @@ class Finding:
         return asdict(self)
 
 
-_REQUIRED = (
-    "torch",
-    "diffusers",
-    "accelerate",
-    "av",
-    "torchmetrics",
-    "ray",
-    "numba",
-    "jinja2",
-    "pydantic",
-)
-_OPTIONAL = {  # import name -> (what it is for, how to get it)
-    "lpips": ("LPIPS", "uv pip install lpips"),
-    "open_clip": ("CLIP metrics", "uv pip install open-clip-torch"),
-    "timm": ("subject consistency", "uv pip install timm"),
-    "pyiqa": ("imaging quality", "uv pip install pyiqa"),
-    "torchcodec": ("faster decoding", "uv pip install torchcodec"),
-    "tensorboard": ("training curves", "uv pip install tensorboard peft"),
-    "peft": ("LoRA in stage 2", "uv pip install tensorboard peft"),
+_REQUIRED = ("torch", "diffusers", "accelerate", "peft", "tensorboard", "av", "numba", "pydantic")
+_OPTIONAL = {  # import name -> what it is for
+    "torchmetrics": "PSNR and SSIM",
+    "lpips": "LPIPS",
+    "open_clip": "CLIP metrics",
+    "timm": "subject consistency",
+    "torchvision": "dynamic degree",
+    "ray": "several workers or machines",
+    "jinja2": "the page of a report",
+    "pyiqa": "imaging quality",
+    "torchcodec": "faster decoding",
 }
 
 
@@ -84,14 +78,19 @@ def _packages() -> list[Finding]:
                 name,
                 "works" if version else "broken",
                 version or "not installed",
-                "" if version else "make .venv/.synced",
+                "" if version else "pip install sla2-eval",
             )
         )
-    for name, (purpose, how) in _OPTIONAL.items():
+    for name, purpose in _OPTIONAL.items():
         version = _version(name)
         detail = f"{version}, for {purpose}" if version else f"not installed; for {purpose}"
         found.append(
-            Finding(name, "works" if version else "missing", detail, "" if version else how)
+            Finding(
+                name,
+                "works" if version else "missing",
+                detail,
+                "" if version else how_to_get(name),
+            )
         )
     return found
 
@@ -141,7 +140,7 @@ def _gpu() -> list[Finding]:
             )
         )
     extra = "cuda13" if (torch.version.cuda or "13").startswith("13") else "cuda12"
-    how = f"uv sync --all-packages --extra {extra}"
+    how = f"pip install 'sla2-kernels[{extra}]'"
     found += [_nvrtc(how), _kernel_cache()]
     cupy = _version("cupy")
     found.append(

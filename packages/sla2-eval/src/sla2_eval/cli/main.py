@@ -115,7 +115,9 @@ def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror}"
-    known = isinstance(error, ValueError | OSError | RuntimeError | FloatingPointError)
+    known = isinstance(
+        error, ValueError | OSError | RuntimeError | FloatingPointError | ModuleNotFoundError
+    )
     return (
         text
         if known and text

@@ -9,6 +9,8 @@ import socket
 import sys
 from pathlib import Path
 
+from sla2_eval.runs.extras import needed_for
+
 # No usage statistics; no environment of its own under `uv run`; and patience where the machine is
 # busy.
 _ENVIRONMENT = {
@@ -81,7 +83,7 @@ class Cluster:
     with `close`.
 
     `ray` is the module; `cpus` and `gpus` are what the cluster has. Raises RuntimeError in one line
-    if it cannot be had.
+    if it cannot be had, ModuleNotFoundError without Ray.
     """
 
     def __init__(
@@ -89,7 +91,8 @@ class Cluster:
     ):
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        import ray
+        with needed_for("several workers or a cluster"):
+            import ray
 
         self.ray = ray
         self._started = not ray.is_initialized()

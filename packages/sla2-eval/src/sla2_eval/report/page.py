@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sla2_eval.report.charts import chart, legend
 from sla2_eval.report.data import first_of_each, gather, paper, read_json
+from sla2_eval.runs.extras import needed_for
 from sla2_eval.runs.store import write_atomic
 
 VIDEO_BYTES = (
@@ -364,7 +365,8 @@ def write_report(run_dir: str | Path) -> Path:
     there. Raises ValueError naming the file for one of another form, OSError where the folder
     cannot be written.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    with needed_for("the page of a report"):
+        from jinja2 import Environment, PackageLoader, StrictUndefined
 
     run_dir = Path(run_dir)
     data = gather(run_dir)

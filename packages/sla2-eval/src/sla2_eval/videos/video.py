@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sla2_eval.runs.extras import how_to_get
+
 
 class VideoError(ValueError):
     """A video file that cannot be used; the message is one line that names the file."""
@@ -41,7 +43,8 @@ def check_decoder(name: str) -> None:
         import torchcodec
     except ImportError:
         raise ValueError(
-            "decoder: expected the Python package torchcodec, got none (pip install torchcodec)"
+            "decoder: expected the Python package torchcodec, got none"
+            f" ({how_to_get('torchcodec')})"
         ) from None
     except (RuntimeError, OSError) as error:
         raise ValueError(

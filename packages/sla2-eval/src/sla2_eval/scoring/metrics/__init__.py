@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterable
 
+from sla2_eval.runs.extras import how_to_get
 from sla2_eval.scoring.metrics.base import MetricSpec, MetricUnavailable
 
 _MODULES = (
@@ -59,9 +60,10 @@ def why_unavailable(spec: MetricSpec, settings: dict | None = None) -> str | Non
     from sla2_eval.scoring import weights
 
     for package in spec.packages:
-        name, _, how = package.partition(" ")
+        name, _, about = package.partition(" ")
         if importlib.util.find_spec(name) is None:
-            return f"unavailable: needs the Python package {name} {how}".strip()
+            about = about or f"({how_to_get(name)})"
+            return f"unavailable: needs the Python package {name} {about}"
     missing = [
         name
         for name in spec.weights

@@ -19,7 +19,7 @@ SPECS = (
         higher_is_better=True,
         licence="MIT (OpenAI CLIP, LAION)",
         weights=("clip_l14", "aesthetic_head"),
-        packages=("open_clip (pip install open-clip-torch)",),
+        packages=("open_clip",),
         vbench="aesthetic_quality",
         settings={"model": "ViT-L-14-quickgelu"},
     ),

@@ -40,7 +40,8 @@ class MetricSpec:
     higher_is_better: bool
     licence: str = "none needed"  # of the weights
     weights: tuple[str, ...] = ()  # names in sla2_eval.scoring.weights
-    packages: tuple[str, ...] = ()  # optional Python packages, as "import name (how to install it)"
+    # optional Python packages, by import name; what no package index has, as "name (what it is)"
+    packages: tuple[str, ...] = ()
     needs_prompt: bool = False
     tiny_only: bool = False  # understands the captions of the built-in data set alone
     vbench: str | None = None  # the VBench dimension this is

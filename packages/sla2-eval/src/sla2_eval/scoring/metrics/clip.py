@@ -20,7 +20,7 @@ SPECS = (
         higher_is_better=True,
         licence="MIT (OpenAI CLIP)",
         weights=("clip_b32",),
-        packages=("open_clip (pip install open-clip-torch)",),
+        packages=("open_clip",),
         settings={"model": "ViT-B-32-quickgelu"},
     ),
     MetricSpec(
@@ -33,7 +33,7 @@ SPECS = (
         higher_is_better=True,
         licence="MIT (OpenAI CLIP)",
         weights=("clip_b32",),
-        packages=("open_clip (pip install open-clip-torch)",),
+        packages=("open_clip",),
         needs_prompt=True,
         settings={"model": "ViT-B-32-quickgelu"},
     ),

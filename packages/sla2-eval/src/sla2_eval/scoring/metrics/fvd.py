@@ -39,7 +39,7 @@ SPECS = (
         higher_is_better=False,
         licence="CC-BY-NC-4.0 (VideoMAE)",
         weights=("videomae",),
-        packages=("transformers (pip install transformers)",),
+        packages=("transformers",),
         settings={"clip_frames": 16, "size": 224, "model": {}},
     ),
 )

@@ -17,7 +17,7 @@ SPECS = (
         higher_is_better=True,
         licence="Apache-2.0 (MUSIQ)",
         weights=("musiq",),
-        packages=("pyiqa (pip install sla2-eval[musiq])",),
+        packages=("pyiqa",),
         vbench="imaging_quality",
         settings={"long_side": 512},
     ),

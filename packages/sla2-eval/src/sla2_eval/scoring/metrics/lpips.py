@@ -24,7 +24,7 @@ SPECS = tuple(
         higher_is_better=False,
         licence="BSD-2-Clause (lpips), BSD-3-Clause (torchvision)",
         weights=(weights,),
-        packages=("lpips (pip install lpips)",),
+        packages=("lpips",),
         settings={"net": net},
     )
     for name, (net, title, weights) in _NETS.items()

@@ -18,6 +18,7 @@ SPECS = (
         source="torchmetrics.functional.image.peak_signal_noise_ratio",
         value_range=(0.0, 100.0),
         higher_is_better=True,
+        packages=("torchmetrics",),
         settings={"data_range": 1.0, "limit": 100.0},
     ),
 )

@@ -22,6 +22,7 @@ SPECS = (
         ),
         value_range=(-1.0, 1.0),
         higher_is_better=True,
+        packages=("torchmetrics",),
         settings={"data_range": 1.0, "sigma": 1.5},
     ),
     MetricSpec(
@@ -38,6 +39,7 @@ SPECS = (
         ),
         value_range=(0.0, 1.0),
         higher_is_better=True,
+        packages=("torchmetrics",),
         settings={"data_range": 1.0, "sigma": 1.5, "betas": list(_BETAS)},
     ),
 )
