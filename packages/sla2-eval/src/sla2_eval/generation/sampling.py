@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from sla2_eval.runs.progress import Report, noted, silent
 from sla2_eval.runs.store import digest, file_digest, write_atomic
 from sla2_eval.videos.manifest import read_manifest, video_name
 from sla2_eval.videos.video import write_video
+
+if TYPE_CHECKING:
+    from torch import nn
 
 MANIFEST = "manifest.jsonl"
 SETTINGS = "generation.json"
@@ -69,7 +72,7 @@ class Request:
 class Generator(Protocol):
     """A model that turns requests into videos."""
 
-    transformer: object
+    transformer: nn.Module
     fps: float
     upscale: int  # each pixel is written this many times in both directions
 
@@ -135,7 +138,8 @@ class TinyGenerator:
     def __init__(self, transformer, scheduler):
         from sla2_eval.tiny.shapes import FPS
 
-        self.transformer, self.scheduler, self.fps = transformer.eval(), scheduler, FPS
+        self.transformer, self.scheduler = transformer.eval(), scheduler
+        self.fps: float = FPS
 
     def sample(self, requests: Sequence[Request], config: SamplingConfig) -> np.ndarray:
         """As Generator.sample; the noise of a request does not depend on the others. Raises
@@ -215,7 +219,7 @@ class PipelineGenerator:
             out.frames if hasattr(out, "frames") else np.asarray(out.images)[:, None]
         )  # an image: one frame
         _check_finite(bool(np.isfinite(frames).all()), requests)
-        return np.uint8((frames * 255).round())
+        return (frames * 255).round().astype(np.uint8)
 
 
 def _check_finite(finite: bool, requests: Sequence[Request]) -> None:
@@ -245,7 +249,7 @@ def load_generator(model: str | Path, adapter: str | Path | None = None) -> Gene
     return generator
 
 
-def _adapted(generator: Generator, adapter: Path) -> list[tuple[object, Path]]:
+def _adapted(generator: Generator, adapter: Path) -> list[tuple[nn.Module, Path]]:
     """The transformers of the model and their adapters; those of the two of Wan2.2 A14B lie in
     folders of their names.
     """

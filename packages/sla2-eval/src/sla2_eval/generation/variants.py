@@ -107,7 +107,7 @@ def generate_variants(
             name = f"videos in {folder}" if len(variants) > 1 else "generate"
             for number in range(parts):
                 stage = f"{name}, part {number + 1} of {parts}" if parts > 1 else name
-                arguments = {
+                arguments: dict[str, object] = {
                     "model": model,
                     "adapter": adapter,
                     "requests": requests[number::parts],

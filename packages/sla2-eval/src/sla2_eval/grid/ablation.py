@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -172,6 +173,7 @@ def task_router(
     """Stage 1, shared by every variant of the same routing and seed; it does not depend on the
     precision.
     """
+    assert cell.router is not None  # a cell without stage 1 has no such task
     if (work / cell.router / "adapter" / "sla2_config.json").exists():
         return json.loads((work / cell.router / "report.json").read_text())
     generator = generation.load_generator(settings.model)
@@ -194,6 +196,7 @@ def task_tune(
     settings: AblationSettings, cell: Cell, work: Path, *, report: Report = silent
 ) -> dict:
     """Stage 2, shared by every variant that is trained the same way."""
+    assert cell.tuned is not None  # a cell without stage 2 has no such task
     if (done := work / cell.tuned / "finished.json").exists():
         return json.loads(done.read_text())
     generator = generation.load_generator(settings.model)
@@ -274,7 +277,8 @@ def task_scores(
     from sla2_eval.scoring import metrics
     from sla2_eval.scoring.score import score
 
-    names, reference = metrics_of(settings), out / "videos" / REFERENCE
+    names = metrics_of(settings)
+    reference: Path | None = out / "videos" / REFERENCE
     if name == REFERENCE:
         reference = None
         names = [metric for metric in names if metrics.specs()[metric].kind == "unpaired"] or list(
@@ -309,7 +313,7 @@ def graph(settings: AblationSettings, out: Path) -> dict[str, Task]:
     """
     here, work, tasks = "sla2_eval.grid.ablation", out / "work", {}
 
-    def add(task: str, function: str, needs: list[str | None], **arguments) -> str:
+    def add(task: str, function: str, needs: Sequence[str | None], **arguments) -> str:
         if task not in tasks:
             known = tuple(need for need in needs if need)
             tasks[task] = Task(f"{here}:{function}", {"settings": settings, **arguments}, known)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sla2_eval.generation.sampling import Generator, TinyGenerator, autocast_dtype
 from sla2_eval.runs.folders import note_settings
@@ -31,7 +31,8 @@ def builtin_prompts(count: int, seed: int = 0) -> list[str]:
 
     from sla2_eval.tiny.shapes import sample_scene
 
-    rng, found = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    found: list[str] = []
     while len(found) < count:
         caption = sample_scene(rng).caption
         if caption not in found:
@@ -258,7 +259,7 @@ def block_maps(generator: Generator, handle, video: Path, prompt: str) -> dict:
             generator.transformer(half, time, tiny.encode_captions([prompt]), return_dict=False)
 
     maps = handle.block_maps(run)
-    patch = generator.transformer.config.patch_size
+    config: Any = generator.transformer.config  # of diffusers, whose models have no types
     layers = []
     for layer, found in maps.items():
         for head in range(found.indices.shape[1]):
@@ -270,7 +271,7 @@ def block_maps(generator: Generator, handle, video: Path, prompt: str) -> dict:
             ]
             layers.append({"layer": layer, "head": head, "map": rows})
     return {
-        "grid": [size // p for size, p in zip(tiny.LATENT_SHAPE[1:], patch)],
+        "grid": [size // p for size, p in zip(tiny.LATENT_SHAPE[1:], config.patch_size)],
         "block_q": handle.config.block_q,
         "block_k": handle.config.block_k,
         "sparsity": sum(found.sparsity for found in maps.values()) / len(maps),

@@ -72,14 +72,14 @@ def _cell(metric: str, kind: str, seeds: list[dict], full: dict | None) -> dict 
     full attention.
     """
     if kind == "set":
-        values = [
+        means = [
             r["metrics"][metric]["mean"]
             for r in seeds
             if r["metrics"].get(metric, {}).get("mean") is not None
         ]
         return (
-            {"mean": sum(values) / len(values), "seeds": over_seeds(values).to_dict()}
-            if values
+            {"mean": sum(means) / len(means), "seeds": over_seeds(means).to_dict()}
+            if means
             else None
         )
     per_seed = [values for results in seeds if (values := _values(results, metric))]

@@ -64,7 +64,8 @@ def _videos(shown: list[dict]) -> tuple[list[dict], int]:
 
     counts = Counter(name for variant in shown for name in variant["entries"])
     names = sorted(name for name in counts if counts[name] > 1) or sorted(counts)
-    rows, used = [], 0
+    rows: list[dict] = []
+    used = 0
     for name in names:
         entries = [variant["entries"].get(name) for variant in shown]
         present = [

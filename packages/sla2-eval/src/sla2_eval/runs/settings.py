@@ -228,7 +228,7 @@ def load_settings(path: str | Path, model: type[Model]) -> Model:
 
 def _resolve_paths(settings: Model, folder: Path) -> Model:
     """The same settings with each relative path taken from `folder`."""
-    changed = {}
+    changed: dict[str, object] = {}
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         if isinstance(value, Path) and not value.is_absolute():

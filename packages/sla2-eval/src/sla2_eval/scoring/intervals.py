@@ -63,7 +63,9 @@ class Interval:
         """Whether the interval lies wholly on one side of zero; False where there is no
         interval.
         """
-        return self.low is not None and (self.low > 0 or self.high < 0)
+        if self.low is None or self.high is None:
+            return False
+        return self.low > 0 or self.high < 0
 
     def to_dict(self) -> dict:
         return asdict(self)

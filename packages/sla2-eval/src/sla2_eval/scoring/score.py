@@ -119,6 +119,7 @@ class _Run:
         """
         used = self.used_settings(spec)
         if spec.kind == "paired":
+            assert reference is not None  # otherwise no paired metric is wanted
             used["reference"] = self.digests[reference.path]
         if spec.needs_prompt:
             used["prompt"] = entry.prompt
@@ -263,7 +264,7 @@ def _finish(run: _Run, task: _Task, outcome: dict | WorkerDied) -> bool:
         for name, error in reference_errors.items():
             if name == "*":
                 run.failures["video", task.video.file_name, "reference"] = error
-            else:
+            elif task.reference:
                 run.failures["reference", task.reference.file_name, name] = error
     return not last
 

@@ -73,7 +73,7 @@ def _shape_of(mask: np.ndarray) -> str:
                 template = coverage(shape, cx + ox, cy + oy, radius) > 0.5
                 best = max(best, float((template & mask).sum() / max(1, (template | mask).sum())))
         scores[shape] = best
-    return max(scores, key=scores.get)
+    return max(scores, key=scores.__getitem__)
 
 
 def _moves(track: np.ndarray, frames: np.ndarray, scene: Scene) -> bool:
@@ -120,5 +120,6 @@ def detect(video: np.ndarray, caption: str) -> Detection:
     )
     other = True
     if scene.relation != "alone":
-        _, other = _found(masks[scene.other_colour], scene.other_shape, num_frames // 3)
+        colour, shape = scene.other
+        _, other = _found(masks[colour], shape, num_frames // 3)
     return Detection(visible=visible, shape=shape_ok, motion=motion, other=other)

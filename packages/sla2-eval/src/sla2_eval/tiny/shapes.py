@@ -62,6 +62,13 @@ class Scene:
     other_shape: str | None = None
 
     @property
+    def other(self) -> tuple[str, str]:
+        """Colour and shape of the second shape. Raises ValueError if there is none."""
+        if self.other_colour is None or self.other_shape is None:
+            raise ValueError(f"scene: expected a second shape, got {self.relation!r}")
+        return self.other_colour, self.other_shape
+
+    @property
     def caption(self) -> str:
         text = f"a {self.colour} {self.shape} moving {self.motion}"
         if self.relation == "alone":
@@ -182,9 +189,8 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     mover, other = _tracks(scene, rng)
     layers = [(scene.shape, scene.colour, mover)]
     if other is not None:
-        layers.insert(
-            1 if scene.relation == "behind" else 0, (scene.other_shape, scene.other_colour, other)
-        )
+        colour, shape = scene.other
+        layers.insert(1 if scene.relation == "behind" else 0, (shape, colour, other))
     video = np.empty((NUM_FRAMES, SIZE, SIZE, 3), dtype=np.float32)
     video[:] = BACKGROUND
     for shape, colour, track in layers:

@@ -54,7 +54,8 @@ def per_video_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _optimizers(transformer, config: TeacherConfig) -> list[torch.optim.Optimizer]:
-    matrices, rest = [], []
+    matrices: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for name, parameter in transformer.named_parameters():
         hidden = (
             parameter.ndim == 2 and name.startswith("blocks.") and "scale_shift_table" not in name
@@ -130,7 +131,9 @@ def _load(path: Path, transformer, ema, optimizers) -> int:
 def write_dataset(folder: Path, config: TeacherConfig) -> None:
     """The built-in data set as mp4 files of 128 x 128 pixels with a manifest."""
     scenes = (sample(config.seed, index) for index in range(config.num_videos))
-    write_folder(folder, ((np.uint8((v * 255).round()), c) for v, c in scenes), fps=FPS, upscale=4)
+    write_folder(
+        folder, (((v * 255).round().astype(np.uint8), c) for v, c in scenes), fps=FPS, upscale=4
+    )
 
 
 def train_teacher(

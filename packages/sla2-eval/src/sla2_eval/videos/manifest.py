@@ -100,12 +100,9 @@ def _read_lines(manifest: Path, root: Path) -> list[Entry]:
         if name in seen:
             raise ValueError(f"{where}: expected each file once, got {name!r} again")
         seen.add(name)
-        prompt, index = parse_name(name)
-        prompt, index, seed = (
-            row.get("prompt", row.get("caption", prompt)),
-            row.get("index", index),
-            row.get("seed"),
-        )
+        by_name, number_by_name = parse_name(name)
+        prompt = row.get("prompt", row.get("caption", by_name))
+        index, seed = row.get("index", number_by_name), row.get("seed")
         if (
             not isinstance(prompt, str)
             or not _is_unicode(prompt)

@@ -50,7 +50,8 @@ def fetch(names):
             raise click.UsageError(f"NAME: expected one of {', '.join(FILES)}, got {name!r}")
     with ProgressDisplay() as report:
         for name in names:
-            path = weights_fetch(
-                name, lambda got, expected, name=name: report(name, got, expected or got + 1)
-            )
-            click.echo(path)
+
+            def show(got: int, expected: int | None, name: str = name) -> None:
+                report(name, got, expected or got + 1)
+
+            click.echo(weights_fetch(name, show))

@@ -88,3 +88,17 @@ def need_frames(sample: Sample, least: int) -> None:
     """Raise ValueError if the video has fewer than `least` frames."""
     if len(sample.frames) < least:
         raise ValueError(f"expected at least {least} frames, got {len(sample.frames)}")
+
+
+def need_reference(sample: Sample) -> np.ndarray:
+    """The reference's frames. Raises ValueError if the video has no reference."""
+    if sample.reference is None:
+        raise ValueError("expected a reference video, got none")
+    return sample.reference
+
+
+def need_prompt(sample: Sample) -> str:
+    """The prompt. Raises ValueError if the video has none."""
+    if sample.prompt is None:
+        raise ValueError("expected a prompt, got none")
+    return sample.prompt

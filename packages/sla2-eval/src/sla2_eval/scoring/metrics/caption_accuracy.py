@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sla2_eval.scoring.metrics.base import MetricSpec, Sample
+from sla2_eval.scoring.metrics.base import MetricSpec, Sample, need_prompt
 
 SPECS = (
     MetricSpec(
@@ -43,6 +43,6 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
         factor = height // SIZE
         cells = sample.frames.reshape(count, SIZE, factor, SIZE, factor, 3)
         small = cells.mean(axis=(2, 4), dtype=np.float64).astype(np.float32) / 255.0
-        return float(detect(small, sample.prompt).correct)
+        return float(detect(small, need_prompt(sample)).correct)
 
     return score

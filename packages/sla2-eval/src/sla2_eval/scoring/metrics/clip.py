@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sla2_eval.scoring.metrics.base import MetricSpec, Sample
+from sla2_eval.scoring.metrics.base import MetricSpec, Sample, need_prompt, need_reference
 
 SPECS = (
     MetricSpec(
@@ -48,7 +48,7 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
 
     def similarity(sample: Sample) -> float:
         return (
-            (clip.images(sample.frames) * clip.images(sample.reference))
+            (clip.images(sample.frames) * clip.images(need_reference(sample)))
             .sum(-1)
             .double()
             .mean()
@@ -56,6 +56,6 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
         )
 
     def agreement(sample: Sample) -> float:
-        return (clip.images(sample.frames) @ clip.text(sample.prompt)).double().mean().item()
+        return (clip.images(sample.frames) @ clip.text(need_prompt(sample))).double().mean().item()
 
     return similarity if name == "clip_similarity" else agreement

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sla2_eval.scoring.metrics.base import MetricSpec, MetricUnavailable, Sample, chunks
+from sla2_eval.scoring.metrics.base import (
+    MetricSpec,
+    MetricUnavailable,
+    Sample,
+    chunks,
+    need_reference,
+)
 from sla2_eval.scoring.metrics.loading import load_tensors
 
 _NETS = {"lpips": ("alex", "AlexNet", "alexnet"), "lpips_vgg": ("vgg", "VGG-16", "vgg16")}
@@ -49,9 +55,8 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
     def score(sample: Sample) -> float:
         values = []
         with torch.inference_mode():
-            for video, reference in zip(
-                chunks(sample.frames, device, 8), chunks(sample.reference, device, 8), strict=True
-            ):
+            references = chunks(need_reference(sample), device, 8)
+            for video, reference in zip(chunks(sample.frames, device, 8), references, strict=True):
                 values += model(video * 2 - 1, reference * 2 - 1).double().reshape(-1).tolist()
         return sum(values) / len(values)
 

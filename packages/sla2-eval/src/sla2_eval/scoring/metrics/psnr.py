@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sla2_eval.scoring.metrics.base import MetricSpec, Sample, chunks
+from sla2_eval.scoring.metrics.base import MetricSpec, Sample, chunks, need_reference
 
 SPECS = (
     MetricSpec(
@@ -34,9 +34,8 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
         values = []
         # A frame at a time: several of 480 x 720 at once take longer, as their memory comes fresh
         # from the system.
-        pairs = zip(
-            chunks(sample.frames, device, 1), chunks(sample.reference, device, 1), strict=True
-        )
+        references = chunks(need_reference(sample), device, 1)
+        pairs = zip(chunks(sample.frames, device, 1), references, strict=True)
         for video, reference in pairs:
             frames = ratio(
                 video, reference, data_range=settings["data_range"], reduction="none", dim=(1, 2, 3)

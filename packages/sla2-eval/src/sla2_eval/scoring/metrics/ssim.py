@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sla2_eval.scoring.metrics.base import MetricSpec, Sample, chunks
+from sla2_eval.scoring.metrics.base import MetricSpec, Sample, chunks, need_reference
 
 _BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
@@ -74,9 +74,8 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
             )
         values = []
         # A frame at a time, which holds some twenty more of its size while it is computed.
-        pairs = zip(
-            chunks(sample.frames, device, 1), chunks(sample.reference, device, 1), strict=True
-        )
+        references = chunks(need_reference(sample), device, 1)
+        pairs = zip(chunks(sample.frames, device, 1), references, strict=True)
         for video, reference in pairs:
             found = similarity(video, reference, **options)
             if name == "ssim":
