@@ -16,7 +16,10 @@ test-full: $(READY)
 	.venv/bin/python -m pytest -m "not gpu"
 
 lint: $(READY)
-	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports --no-cache
+	.venv/bin/mypy
 
 # Needs a GPU and a python3 with torch, numpy, click and CuPy; installs nothing.
 gpu-check:
