@@ -78,7 +78,8 @@ SLA2_INLINE int blocks_with_keys(const int* list, int count, int length) {
     return count;
 }
 
-// Sum and maximum over the four lanes that share a row of an mma accumulator.
+// Sum and maximum over the four lanes that share a row of an mma accumulator (README.md,
+// "Fragments").
 SLA2_INLINE float quad_sum(float v) {
     v += shfl_xor(v, 1);
     return v + shfl_xor(v, 2);

@@ -15,6 +15,7 @@ SLA2_INLINE float scale_of(float maximum, float limit) {
 }
 
 SLA2_INLINE unsigned round_int8(float x) {
+    // A NaN comes out as -127, and is not lost: the block's scale or, for P, the row sum has it.
     const int rounded = __float2int_rn(fminf(fmaxf(x, -127.0f), 127.0f));
     return static_cast<unsigned>(clamp_int(rounded, -127, 127)) & 0xffu;
 }
@@ -40,5 +41,5 @@ SLA2_INLINE float round_value(float x) {
 
 // The MMA of P V wants four consecutive keys in a register where the MMA of Q K^T leaves two of one
 // 8-key tile and two of the next. V^T is stored so that it fits without shuffles: byte p of each
-// 16-key group holds this key of the group.
+// 16-key group holds this key of the group (README.md, "Permuted keys").
 SLA2_INLINE int permuted_key(int p) { return ((p >> 2) << 1) + (p & 1) + ((p & 2) << 2); }

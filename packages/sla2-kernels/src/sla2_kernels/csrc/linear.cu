@@ -28,6 +28,8 @@ sla2_states(const half_bits* __restrict__ phi_k, const half_bits* __restrict__ v
 
     const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * 16, g = lane >> 2;
     const int column = (lane & 3) * 2;
+    // Rows of acc are channels of phi, columns channels of V, the depth is tokens: both tiles are
+    // stored [token][channel], so both operands are read transposed.
     float acc[D_TILES][4];
     clear(acc);
 #pragma unroll
@@ -50,6 +52,7 @@ sla2_states(const half_bits* __restrict__ phi_k, const half_bits* __restrict__ v
         for (int r = 0; r < 2; ++r)
             *reinterpret_cast<unsigned*>(target + (row0 + 8 * r + g) * HEAD_DIM + 8 * n + column) =
                 pack_half(acc[n][2 * r] * SHARE, acc[n][2 * r + 1] * SHARE);
+    // z_j: a thread adds one channel over the tokens, where the swizzle has put it.
     for (int c = threadIdx.x; c < HEAD_DIM; c += STATE_THREADS) {
         float sum = 0.0f;
         for (int row = 0; row < BLOCK_K; ++row)
@@ -68,7 +71,8 @@ constexpr int SUM_STAGE_BYTES = SUM_DEPTH * SUM_ROW_BYTES;
 // 16 bit and vector (B H, rows, D) in fp32 take the first D D columns and the last D. row_scale
 // (B H, rows) may be null. Forward: x = states, M the map, row_scale the inverse of the number of
 // blocks summed. Backward: x = d states, M transposed. Grid (ceil(D (D + 1) / 128),
-// ceil(rows / 128), B H); 8 warps of 32 rows x 64 columns over a ring of 4 stages.
+// ceil(rows / 128), B H); 8 warps of 32 rows x 64 columns over a ring of 4 stages of 32 j each.
+// Blocks of padding are summed like the others: their states are zeros.
 extern "C" __global__ void __launch_bounds__(SUM_THREADS)
 sla2_masked_sum(const unsigned* __restrict__ bits, const half_bits* __restrict__ x,
                 const float* __restrict__ row_scale, half_bits* __restrict__ matrix,
@@ -104,11 +108,14 @@ sla2_masked_sum(const unsigned* __restrict__ bits, const half_bits* __restrict__
                         valid ? 16 : 0);
         }
     };
+    // One group a stage, empty where there is none: three are in flight when the loop begins.
     for (int step = 0; step < SUM_STAGES - 1; ++step) {
         if (step < steps) load_stage(step);
         cp_async_commit();
     }
     for (int step = 0; step < steps; ++step) {
+        // The 32 bits of this step for the lane's four rows, inverted: 1 - M. Bits past `depth`
+        // become ones, but their x is zero.
         unsigned word[2][2];
 #pragma unroll
         for (int m = 0; m < 2; ++m)
@@ -117,6 +124,8 @@ sla2_masked_sum(const unsigned* __restrict__ bits, const half_bits* __restrict__
                 const int row = row0 + warp_row + 16 * m + 8 * r + g;
                 word[m][r] = row < rows ? ~bits[static_cast<long long>(row) * words + step] : 0u;
             }
+        // The two newest groups may travel: this stage is here. After the barrier nobody reads the
+        // stage before, whose slot the load three steps ahead takes.
         cp_async_wait<SUM_STAGES - 2>();
         __syncthreads();
         if (step + SUM_STAGES - 1 < steps) load_stage(step + SUM_STAGES - 1);
@@ -127,6 +136,8 @@ sla2_masked_sum(const unsigned* __restrict__ bits, const half_bits* __restrict__
             unsigned a[2][4];
 #pragma unroll
             for (int m = 0; m < 2; ++m)
+                // Register r of the A operand: row g + 8 (r & 1), depths 2 q and 2 q + 1 of the
+                // left (r < 2) or right eight: two neighbouring bits, each made a 16-bit 0 or 1.
 #pragma unroll
                 for (int r = 0; r < 4; ++r) {
                     const unsigned pair = word[m][r & 1] >> (16 * c + 8 * (r >> 1) + 2 * q);

@@ -93,7 +93,7 @@ sla2_linear_bwd_q(const half_bits* __restrict__ phi_q, const half_bits* __restri
     const int column = (lane & 3) * 2;
     float acc[D_TILES][4];
     clear(acc);
-    // Whole, it takes registers that a second block needs.
+    // A = dO H^T. Unrolled whole, it takes registers that a second block needs.
     product_over_channels<4>(acc, grad_tile, row0, state_tile);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -114,6 +114,7 @@ sla2_linear_bwd_q(const half_bits* __restrict__ phi_q, const half_bits* __restri
             factors.d_below[row] = -gain * dot;
             factors.mixing[row] = row < rows ? row_dot[line + row] - dot : 0.0f;
         }
+        // d phi = g (A - (dO . O_l) Z): README.md, "Linear branch".
 #pragma unroll
         for (int n = 0; n < D_TILES; ++n)
 #pragma unroll
@@ -131,7 +132,7 @@ sla2_linear_bwd_q(const half_bits* __restrict__ phi_q, const half_bits* __restri
             for (int e = 0; e < 2; ++e)
                 d_q[(line + row) * HEAD_DIM + 8 * n + column + e] = acc[n][2 * r + e];
     }
-    __syncthreads();
+    __syncthreads();  // the factors of all rows are written
     for (int c = threadIdx.x; c < HEAD_DIM; c += Q_THREADS) {
         float sum = 0.0f;
         for (int row = 0; row < rows; ++row)
@@ -156,6 +157,7 @@ sla2_linear_bwd_q(const half_bits* __restrict__ phi_q, const half_bits* __restri
         *at = pack_half(low_half(*at) * factor, high_half(*at) * factor);
     }
     __syncthreads();
+    // dH, 16 channels of phi at a time: as many tiles as D / 16, whatever the number of warps.
     for (int tile = warp; tile < HEAD_DIM / 16; tile += Q_THREADS / 32) {
         clear(acc);
 #pragma unroll
@@ -222,6 +224,7 @@ sla2_linear_bwd_kv(const half_bits* __restrict__ phi_k, const half_bits* __restr
                         row < valid ? acc[n][2 * r + e] * SHARE : 0.0f;
         }
     };
+    // d phi = V dh^T + dz, through the softmax.
     clear(acc);
     product_over_channels(acc, v_tile, row0, state_tile);
 #pragma unroll
@@ -232,6 +235,7 @@ sla2_linear_bwd_kv(const half_bits* __restrict__ phi_k, const half_bits* __restr
     softmax_backward(acc, phi_tile, row0);
     store(d_k);
 
+    // dV = phi(K) dh.
     clear(acc);
 #pragma unroll
     for (int c = 0; c < HEAD_DIM / 16; ++c) {

@@ -58,6 +58,7 @@ SLA2_INLINE void add_linear(float (&o)[FWD_M_TILES][D_TILES][4], const unsigned 
                             int row0) {
     const int column = (threadIdx.x & 3) * 2;
     float factor[FWD_M_TILES][2];
+    // phi(q) . Z by the A operand's own layout: each lane adds its channels, a quad has them all.
 #pragma unroll
     for (int m = 0; m < FWD_M_TILES; ++m) {
         factor[m][0] = factor[m][1] = 0.0f;
@@ -107,7 +108,7 @@ SLA2_INLINE void store_rows(float (&o)[FWD_M_TILES][D_TILES][4], unsigned char* 
                             half_bits* target, int step, int row0, int rows) {
     constexpr int CHUNKS = HALF_ROW / 16;
     const int lane = threadIdx.x & 31, g = lane >> 2, column = (lane & 3) * 2;
-    __syncwarp();
+    __syncwarp();  // the warp has read what it stored here before
 #pragma unroll
     for (int m = 0; m < FWD_M_TILES; ++m)
 #pragma unroll
@@ -140,7 +141,7 @@ SLA2_INLINE void mix_and_store(const MixArguments& args, float (&o)[FWD_M_TILES]
     const bool linear = args.phi_q != nullptr && rest;
     unsigned char* state_tile = scratch;
     unsigned char* out_tile = scratch + HEAD_DIM * HALF_ROW;
-    __syncthreads();
+    __syncthreads();  // phi(Q) and H overwrite what the main loop of other warps may still read
     if (linear) {
         load_tile<BLOCK_Q, HALF_ROW, FWD_THREADS>(phi_tile, args.phi_q + first_at, HALF_ROW, rows);
         load_tile<HEAD_DIM, HALF_ROW, FWD_THREADS>(state_tile, args.state, HALF_ROW, HEAD_DIM);

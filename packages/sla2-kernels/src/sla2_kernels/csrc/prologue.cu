@@ -126,6 +126,8 @@ SLA2_INLINE void prepare_block(const half_bits* x, int x_step, const float* mean
     __shared__ float sums[GROUPS][HEAD_DIM];
     __shared__ float tops[THREADS / 32];
     const int lane = threadIdx.x % ROW_LANES, group = threadIdx.x / ROW_LANES;
+    // The block stays in registers, 8 channels a lane in each pass: the 8-bit copy at the end needs
+    // the largest value of all of it, and x is read from memory once.
     uint4 kept[PASSES];
     float shift[8], total[8], top = 0.0f;
 #pragma unroll
@@ -146,6 +148,7 @@ SLA2_INLINE void prepare_block(const half_bits* x, int x_step, const float* mean
             }
         }
         unpack_chunk(y, kept[pass]);
+        // phi: the softmax over a row, which ROW_LANES neighbouring lanes share.
         float largest = MINUS_INFINITY, below = 0.0f;
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
@@ -244,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(128)
 sla2_prologue_v(const half_bits* __restrict__ v, long long v_item, long long v_head, int v_step,
                 const float* __restrict__ value_scale, const int* __restrict__ kv_lengths,
                 unsigned char* __restrict__ bytes, int num_heads, int n_k) {
-    __shared__ half_bits tile[BLOCK_K][HEAD_DIM + 2];
+    __shared__ half_bits tile[BLOCK_K][HEAD_DIM + 2];  // + 2: columns fall into different banks
     const long long bh = blockIdx.y;
     const int first = blockIdx.x * BLOCK_K;
     const int item = blockIdx.y / num_heads, head = blockIdx.y % num_heads;
@@ -258,6 +261,7 @@ sla2_prologue_v(const half_bits* __restrict__ v, long long v_item, long long v_h
     unsigned* target =
         reinterpret_cast<unsigned*>(bytes + (bh * gridDim.x + blockIdx.x) * HEAD_DIM * BLOCK_K);
     for (int i = threadIdx.x; i < HEAD_DIM * BLOCK_K / 4; i += 128) {
+        // Four bytes of channel c, from place p of the block; `base` is p's group of 16 keys.
         const int c = i / (BLOCK_K / 4), p = i % (BLOCK_K / 4) * 4, base = p & ~15;
         const float step = value_scale[bh * HEAD_DIM + c];
         float x[4];

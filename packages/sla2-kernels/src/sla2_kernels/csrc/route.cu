@@ -41,6 +41,8 @@ extern "C" __global__ void __launch_bounds__(64)
 sla2_scores(const float* __restrict__ q, const float* __restrict__ k,
             const int* __restrict__ kv_lengths, float* __restrict__ scores, int num_heads,
             int t_m, int t_n, int n_k, float scale) {
+    // Stored [channel][row]: in the products a warp reads 4 and 8 neighbouring words, each by many
+    // lanes. + 1: the stores, which go down a column, fall into different banks.
     __shared__ float rows[32][SCORE_TILE + 1];
     __shared__ float columns[32][SCORE_TILE + 1];
     const long long bh = blockIdx.z;
@@ -83,10 +85,12 @@ sla2_scores(const float* __restrict__ q, const float* __restrict__ k,
 // as in torch.sort.
 SLA2_INLINE unsigned order_key(float x) {
     if (x != x) return 0xffffffffu;
-    const unsigned bits = __float_as_uint(x + 0.0f);
+    const unsigned bits = __float_as_uint(x + 0.0f);  // -0 + 0 = +0
+    // Positive floats are ordered as their bits are; negative ones the other way round, and below.
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+// How many lanes under this one have voted: its place in a list that lanes fill in order.
 SLA2_INLINE int lanes_below(unsigned votes) {
     return __popc(votes & ((1u << (threadIdx.x & 31)) - 1u));
 }
@@ -116,6 +120,9 @@ sla2_topk(const float* __restrict__ scores, const int* __restrict__ kv_lengths,
     const int best = clamp_int(static_cast<int>(rint(topk * blocks)), 1, room);
     const int wanted = best < blocks ? best : blocks;
 
+    // The largest threshold that `wanted` keys reach, from the highest bit down: a bit stays if
+    // enough keys reach the threshold with it. The last trial that failed was threshold + 1 (its
+    // bits below are 0 where all later trials set theirs), so its count is that of the keys above.
     unsigned threshold = 0u;
     int above = 0;
     for (int bit = 31; bit >= 0; --bit) {
@@ -123,11 +130,10 @@ sla2_topk(const float* __restrict__ scores, const int* __restrict__ kv_lengths,
         int reach = 0;
         for (int j = lane; j < blocks; j += 32) reach += order_key(line[j]) >= trial;
         reach = warp_sum(reach);
-        // Where fewer than `wanted` reach the trial, the last such count is that of keys above the
-        // threshold.
         if (reach >= wanted) threshold = trial;
         else above = reach;
     }
+    // All keys above, and as many equal ones as are missing, from the left. Ballots count them.
     const int ties = wanted - above;
     int placed = 0, tied = 0;
     for (int first = 0; first < blocks; first += 32) {
@@ -161,7 +167,7 @@ sla2_row_bits(const int* __restrict__ indices, const int* __restrict__ counts,
     const int count = counts[at], words = ceil_div(t_n, 32);
     const int blocks = ceil_div(valid_keys(kv_lengths, blockIdx.y / num_heads, n_k), BLOCK_K);
     int selected = 0;
-    for (int w = lane; w < words; w += 32) {
+    for (int w = lane; w < words; w += 32) {  // a lane makes whole words; the list is sorted
         int low = 0, high = count;  // the first index that is at least 32 w
         while (low < high) {
             const int middle = (low + high) / 2;
@@ -212,6 +218,7 @@ sla2_column_offsets(const int* __restrict__ column_counts, int* __restrict__ off
     const int run = ceil_div(t_n, 256), first = threadIdx.x * run;
     int own = 0;
     for (int j = first; j < first + run && j < t_n; ++j) own += counts[j];
+    // Inclusive sums over the threads by doubling distances, between two buffers.
     int side = 0;
     sums[0][threadIdx.x] = own;
     __syncthreads();

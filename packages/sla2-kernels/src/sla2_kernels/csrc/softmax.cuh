@@ -32,7 +32,7 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
+            for (int r = 0; r < 2; ++r) {  // elements 2 r and 2 r + 1 of a tile lie in row g + 8 r
                 float t = maximum[m][r];
 #pragma unroll
                 for (int n = 0; n < N_TILES; ++n)
@@ -40,6 +40,7 @@ struct OnlineSoftmax {
                 top[m][r] = quad_max(t);
                 moved = moved || (top[m][r] - maximum[m][r]) * scale > slack;
             }
+        // Voted on by the warp, so that its lanes take one branch: most steps rescale nothing.
         if (__any_sync(0xffffffffu, moved)) {
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m)
@@ -66,7 +67,7 @@ struct OnlineSoftmax {
                 for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
                     for (int e = 2 * r; e < 2 * r + 2; ++e) {
-                        s[m][n][e] = exp2_approx(s[m][n][e] * scale - shift);
+                        s[m][n][e] = exp2_approx(s[m][n][e] * scale - shift);  // one FMA, one ex2
                         total += s[m][n][e];
                     }
                 sum[m][r] += total;

@@ -36,7 +36,8 @@ sla2_bwd_row_dot(const half_bits* __restrict__ grad, const half_bits* __restrict
 // dQ = sum over the selected blocks of dS K, plus d_linear (fp32, or null). One tile of ROWS query
 // rows per block of threads: grid (T_m PARTS, B H). row_mean (B H, n_q) is D over the weight of
 // O_s; q_scale (B H, T_m) and k_scale (B H, T_n) are null unless the backward is matched. Shared
-// memory: Q | dO | two K tiles | two V tiles, filled as in the forward.
+// memory: Q | dO | two K tiles | two V tiles, filled as in the forward. Formulas: README.md,
+// "Backward".
 extern "C" __global__ void __launch_bounds__(DQ_THREADS, 1)
 sla2_sparse_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__ k,
                   const half_bits* __restrict__ v, const half_bits* __restrict__ grad,
@@ -80,9 +81,11 @@ sla2_sparse_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
     }
     float acc[D_TILES][4];
     clear(acc);
+    // P = 2^(s scale - L log2(e)) needs no maximum: L is known. w, and 1 / sqrt(d) of dS -> dQ, go
+    // into one factor of dS.
     const float scale = softmax_scale * LOG2_E * scale_of_block(q_scale, bh * t_m + row_block);
     const float gradient_scale = softmax_scale * weight * IN_FACTOR;
-    if (steps > 0) {
+    if (steps > 0) {  // committed with the first K by walk_blocks
         const long long rows_at = (bh * n_q + first_row) * HEAD_DIM;
         load_tile<ROWS, HALF_ROW, DQ_THREADS>(q_tile, q + rows_at, HALF_ROW, n_q - first_row);
         load_tile<ROWS, HALF_ROW, DQ_THREADS>(grad_tile, grad + rows_at, HALF_ROW, n_q - first_row);
@@ -103,7 +106,7 @@ sla2_sparse_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
 #pragma unroll
             for (int n = 0; n < BLOCK_K / 8; ++n)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
+                for (int e = 0; e < 4; ++e) {  // row e >> 1 of the lane's two, column e & 1
                     const float probability =
                         8 * n + column + (e & 1) < valid
                             ? exp2_approx(p[n][e] * (scale * key_scale) - l[e >> 1])
@@ -165,6 +168,7 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
         alpha + static_cast<long long>(item) * alpha_stride_b + head * alpha_stride_h;
     const long long key_at = (bh * n_k + first_key) * HEAD_DIM;
 
+    // Step t takes part t % PARTS of the query block that is t / PARTS-th in the column's list.
     auto load_rows = [&](int step) {
         const int slot = step & 1, first = list[step / PARTS] * BLOCK_Q + step % PARTS * ROWS;
         const int inside = first < n_q ? n_q - first : 0;
@@ -206,6 +210,8 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
         // P = exp(S - L) -> P~ = exp(S - rowmax) in units of the 8-bit format.
         const float* to_format = mean + ROWS;
         const float* from_format = to_format + ROWS;
+        // One group in flight: rows of this step. They had the whole step before to travel, and the
+        // barrier also covers row_values, which are plain stores.
         cp_async_wait<0>();
         __syncthreads();
         if (step + 1 < steps) load_rows(step + 1);
@@ -216,7 +222,9 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
         const float row_scale = scale_of_block(q_scale, bh * t_m + row_block);
         const float gradient_scale = softmax_scale * weight * IN_FACTOR * row_scale;
 
-        float p[ROWS / 8][4], d_p[ROWS / 8][4];  // transposed: keys by queries
+        // Transposed, keys by queries: the warp's 16 keys are accumulator rows, so P^T and dS^T are
+        // A operands of dV and dK as they lie. A query row's L, mean and weight go by columns here.
+        float p[ROWS / 8][4], d_p[ROWS / 8][4];
         clear(p);
         product_over_channels<DKV_UNROLL>(p, k_tile, row0, q_tile);
 #pragma unroll
@@ -240,7 +248,7 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
         product_over_rows(acc_k, d_p, q_tile);
     }
     cp_async_wait<0>();
-    __syncthreads();
+    __syncthreads();  // `sums` takes the place of the Q ring
 
 #pragma unroll
     for (int n = 0; n < D_TILES; ++n) {
@@ -265,6 +273,7 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
         }
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
+            // Over the eight g: lanes of one column differ in bits 2 to 4.
             for (int mask = 4; mask < 32; mask <<= 1) below[e] += shfl_xor(below[e], mask);
             if (g == 0) sums[warp * HEAD_DIM + 8 * n + column + e] = below[e];
         }

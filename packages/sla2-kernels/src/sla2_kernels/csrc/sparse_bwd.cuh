@@ -68,6 +68,7 @@ SLA2_INLINE void walk_blocks(const half_bits* k, const half_bits* v, const int* 
         const bool more = step + 1 < steps;
         const int after = step + 2 < steps ? list[step + 2] : 0;
 
+        // As in sparse_fwd.cu: the newest group is V of this step, so K is here.
         cp_async_wait<1>();
         __syncthreads();
         if (more)
@@ -76,6 +77,8 @@ SLA2_INLINE void walk_blocks(const half_bits* k, const half_bits* v, const int* 
         cp_async_commit();
         with_k(k_tile, block);
 
+        // The newest group is K of the next step, so V is here. with_v still reads K of this step:
+        // its slot is refilled only after the next barrier.
         cp_async_wait<1>();
         __syncthreads();
         if (more)
@@ -90,7 +93,7 @@ SLA2_INLINE void walk_blocks(const half_bits* k, const half_bits* v, const int* 
 }
 
 // acc += W B for weights in accumulator layout, 16 rows by 8 TILES columns, and a tile
-// [8 TILES][d].
+// [8 TILES][d]. Two accumulator tiles are one A operand as they lie: README.md, "Fragments".
 template <int TILES>
 SLA2_INLINE void product_over_rows(float (&acc)[D_TILES][4], const float (&weights)[TILES][4],
                                    const unsigned char* right) {

@@ -103,7 +103,7 @@ sla2_bwd_matched_rows(const half_bits* __restrict__ q, const half_bits* __restri
             for (int n = 0; n < BLOCK_K / 8; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    if (8 * n + column + (e & 1) >= valid) continue;
+                    if (8 * n + column + (e & 1) >= valid) continue;  // a padding key
                     const float probability = exp2_approx(p[n][e] * factor - l[e >> 1]);
                     mean[e >> 1] += probability * d_p[n][e];
                     top[e >> 1] = fmaxf(top[e >> 1], probability);

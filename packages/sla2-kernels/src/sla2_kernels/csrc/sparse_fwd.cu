@@ -13,7 +13,7 @@ constexpr int SCORE_UNROLL =
 // One block of threads per query block; grid (T_m, B H). q, v and out may lie in any layout
 // (strides: item, head, token), k (B H, n_k, D) comes from the prologue. Shared memory:
 // Q | two K tiles | two V tiles, reused at the end for phi(Q) | H | O. K of step t + 1 travels
-// during Q K^T of step t, V of step t + 1 during P V of step t.
+// during Q K^T of step t, V of step t + 1 during P V of step t: README.md, "The cp.async ring".
 extern "C" __global__ void __launch_bounds__(FWD_THREADS, RESIDENT_BLOCKS)
 sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_head, int q_step,
                 const half_bits* __restrict__ k, const half_bits* __restrict__ v,
@@ -54,6 +54,7 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
         next = steps > 1 ? list[1] : 0;
         tail = length - list[steps - 1] * BLOCK_K;
         const long long at = static_cast<long long>(block) * BLOCK_K;
+        // Two groups of copies before the loop: Q with the first K, then the first V.
         load_tile<BLOCK_Q, HALF_ROW, FWD_THREADS>(
             q_tile, q + static_cast<long long>(first_row) * q_step, 2 * q_step, n_q - first_row);
         load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(k_ring, k + at * HEAD_DIM, HALF_ROW,
@@ -70,12 +71,15 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
         const int next_at = next * BLOCK_K, next_valid = length - next_at;
         const bool more = step + 1 < steps;
 
-        cp_async_wait<1>();  // K of this step is here; V may still travel
+        // All groups but the newest, which is V of this step, have landed: K is here. The barrier
+        // makes every thread's copies visible, and tells that nobody reads the other K slot now.
+        cp_async_wait<1>();
         __syncthreads();
         if (more)
             load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(
                 k_ring + other, k + static_cast<long long>(next_at) * HEAD_DIM, HALF_ROW,
                 next_valid);
+        // Committed even if empty, so that "all but the newest" means the same in the last step.
         cp_async_commit();
 
         float s[FWD_M_TILES][KEY_TILES][4];
@@ -100,9 +104,11 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
         }
         // Indices ascend, so only the last block can hold keys that do not count.
         if (!more && tail < BLOCK_K) mask_tail(s, tail);
+        // P up to 2^8 is harmless in 16 bit and in the fp32 sums, and saves most rescaling of o.
         softmax.update(s, o, scale, 8.0f);
 
-        cp_async_wait<1>();  // V of this step is here; K of the next may still travel
+        // The same for V: the newest group is K of the next step.
+        cp_async_wait<1>();
         __syncthreads();
         if (more)
             load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(v_ring + other,
@@ -116,6 +122,8 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
             unsigned a[FWD_M_TILES][4];
 #pragma unroll
             for (int m = 0; m < FWD_M_TILES; ++m)
+                // The accumulators of two 8-key tiles are the A operand of 16 keys, as they lie:
+                // register r is row g + 8 (r & 1) of the left (r < 2) or the right tile.
 #pragma unroll
                 for (int r = 0; r < 4; ++r)
                     a[m][r] = pack_half(s[m][2 * c + (r >> 1)][2 * (r & 1)],
@@ -132,7 +140,7 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
             }
         }
     }
-    cp_async_wait<0>();
+    cp_async_wait<0>();  // nothing may travel when the epilogue reuses the ring
 
     const MixArguments args =
         mix_arguments(phi_q, state, norm, alpha,

@@ -40,7 +40,7 @@ struct Sums<true> {
 
 // Grid (T_m, B H). q_bytes (B H, n_q, D), k_bytes (B H, n_k, D), v_bytes (B H, T_n, D, BLOCK_K)
 // transposed and permuted, scales (B H, T_m), (B H, T_n), (B H, D). Shared memory:
-// Q | two K tiles | two V^T tiles, and at the end phi(Q) | H | O.
+// Q | two K tiles | two V^T tiles, and at the end phi(Q) | H | O. Copies travel as in sparse_fwd.
 extern "C" __global__ void __launch_bounds__(FWD_THREADS, 1)
 sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
                     const unsigned char* __restrict__ k_bytes,
@@ -89,6 +89,7 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
             k_ring, k_bytes + static_cast<long long>(block) * KEY_BYTES, HEAD_DIM,
             length - block * BLOCK_K);
         cp_async_commit();
+        // A V^T tile has D rows, all of them whole: padding keys are zeros already.
         load_tile<HEAD_DIM, BLOCK_K, FWD_THREADS>(
             v_ring, v_bytes + static_cast<long long>(block) * KEY_BYTES, BLOCK_K, HEAD_DIM);
         cp_async_commit();
@@ -101,7 +102,7 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
         const bool more = step + 1 < steps;
         const float key_scale = k_scale[block];
 
-        cp_async_wait<1>();
+        cp_async_wait<1>();  // K of this step is here
         __syncthreads();
         if (more)
             load_tile<BLOCK_K, HEAD_DIM, FWD_THREADS>(k_ring + other, k_bytes + next_at, HEAD_DIM,
@@ -109,7 +110,7 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
         cp_async_commit();
 
         float s[FWD_M_TILES][KEY_TILES][4];
-        {
+        {  // the integer sums live no longer than this
             Sums<QK_FP8> sums[FWD_M_TILES][KEY_TILES];
 #pragma unroll
             for (int m = 0; m < FWD_M_TILES; ++m)
@@ -143,13 +144,16 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
         // No slack: P stays in [0, 1], the range of the 8-bit format.
         softmax.update(s, o, row_scale * LOG2_E, 0.0f);
 
-        cp_async_wait<1>();
+        cp_async_wait<1>();  // V of this step is here
         __syncthreads();
         if (more)
             load_tile<HEAD_DIM, BLOCK_K, FWD_THREADS>(v_ring + other, v_bytes + next_at, BLOCK_K,
                                                       HEAD_DIM);
         cp_async_commit();
 
+        // Register r of a 32-key A operand holds four keys of row g + 8 (r & 1), of the left
+        // (r < 2) or right 16: here keys 2 q, 2 q + 1 of one 8-key tile and of the next, with
+        // q = lane mod 4. V^T is stored in that order (permuted_key), so no lane needs another's P.
         unsigned p[BLOCK_K / 32][FWD_M_TILES][4];
 #pragma unroll
         for (int c = 0; c < BLOCK_K / 32; ++c)
@@ -190,6 +194,7 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
         next = step + 2 < steps ? list[step + 2] : 0;
     }
     cp_async_wait<0>();
+    // V's scale belongs to the channel, a column of o; the lane's columns are 8 n + 2 q and + 1.
     const float* channel_scale = v_scale + bh * HEAD_DIM + (threadIdx.x & 3) * 2;
 #pragma unroll
     for (int n = 0; n < D_TILES; ++n)

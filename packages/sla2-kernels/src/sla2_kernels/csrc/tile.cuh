@@ -1,5 +1,6 @@
 // Tiles in shared memory: XOR-swizzled rows of 16-byte chunks, cp.async loads, and mma fragments
-// read by ldmatrix.
+// read by ldmatrix. Which lane holds what is drawn in README.md, "Fragments"; the names g, column
+// and row0 that all kernels use are explained there too.
 #pragma once
 
 #include "common.cuh"
@@ -13,6 +14,7 @@ constexpr int D_TILES = HEAD_DIM / 8;   // 8-column accumulator tiles of a row
 template <int ROW_BYTES>
 SLA2_INLINE int tile_offset(int row, int chunk) {
     constexpr int CHUNKS = ROW_BYTES / 16;
+    // Rows shorter than 128 bytes share a bank line and need no swizzle among themselves.
     constexpr int ROWS_PER_LINE = CHUNKS >= 8 ? 1 : 8 / CHUNKS;
     constexpr int MASK = (CHUNKS >= 8 ? 8 : CHUNKS) - 1;
     return row * ROW_BYTES + ((chunk ^ ((row / ROWS_PER_LINE) & MASK)) << 4);
@@ -32,27 +34,32 @@ SLA2_INLINE void load_tile(unsigned char* smem, const void* gmem, int stride_byt
         const int row = first + row0;
         if (ROWS % ROWS_A_PASS != 0 && row >= ROWS) break;
         const bool valid = row < valid_rows;
+        // A copy of 0 valid bytes reads nothing and writes zeros. Its address stays a legal one.
         cp_async_16(smem + tile_offset<ROW_BYTES>(row, chunk),
                     source + (valid ? row * stride_bytes : 0), valid ? 16 : 0);
     }
 }
 
 // Byte offset of the row that a lane names to ldmatrix: lane_row of the 16 or 32 rows from row0
-// (a multiple of 8), and lane_chunk (0 or 1) after `chunk` (even). Written so that everything but
-// two constants is one register per tile shape.
+// (a multiple of 8), and lane_chunk (0 or 1) after `chunk` (even). It equals
+// tile_offset(row0 + lane_row, chunk + lane_chunk): row0 does not change the swizzle, and adding
+// an even chunk is an XOR, which commutes with the swizzle's. So the part that depends on the lane
+// is one register for a tile shape, and the rest folds into constants when loops are unrolled.
 template <int ROW_BYTES>
 SLA2_INLINE int lane_offset(int lane_row, int lane_chunk, int row0, int chunk) {
     return (tile_offset<ROW_BYTES>(lane_row, lane_chunk) ^ (chunk << 4)) + row0 * ROW_BYTES;
 }
 
-// A operand of rows row0 .. +15 and 32 bytes from `chunk` of a tile stored [m][k].
+// A operand of rows row0 .. +15 and 32 bytes from `chunk` of a tile stored [m][k]. Lanes 0-15 name
+// the rows at the left chunk, lanes 16-31 at the right one: the order of a[0] to a[3].
 template <int ROW_BYTES>
 SLA2_INLINE void load_a(unsigned (&a)[4], const unsigned char* tile, int row0, int chunk) {
     const int lane = threadIdx.x & 31;
     ldmatrix_x4(a, tile + lane_offset<ROW_BYTES>(lane & 15, lane >> 4, row0, chunk));
 }
 
-// A operand of rows m0 .. +15, depth k0 .. +15, of a 16-bit tile stored [k][m].
+// A operand of rows m0 .. +15, depth k0 .. +15, of a 16-bit tile stored [k][m]. a[1] is the next
+// eight m, which is the next chunk here, and a[2] the next eight k, which are the next rows.
 template <int ROW_BYTES>
 SLA2_INLINE void load_a_trans(unsigned (&a)[4], const unsigned char* tile, int k0, int m0) {
     const int lane = threadIdx.x & 31, row = (lane & 7) + ((lane >> 4) << 3);

@@ -56,9 +56,9 @@ inline void __syncwarp(unsigned mask = ~0u, sla2::Place p = sla2::Place::here())
 }
 inline int __syncthreads_count(int predicate, sla2::Place p = sla2::Place::here()) {
     sla2::Block& block = *sla2::self().block;
-    sla2::wait_for_block({"__syncthreads_count", p});
+    sla2::wait_for_block({"__syncthreads_count", p});  // all have read the vote before this one
     __atomic_store_n(&block.vote, 0, __ATOMIC_RELAXED);
-    sla2::wait_for_block({"__syncthreads_count", p});
+    sla2::wait_for_block({"__syncthreads_count", p});  // nobody adds before it is 0
     __atomic_fetch_add(&block.vote, predicate != 0, __ATOMIC_RELAXED);
     sla2::wait_for_block({"__syncthreads_count", p});
     return __atomic_load_n(&block.vote, __ATOMIC_RELAXED);

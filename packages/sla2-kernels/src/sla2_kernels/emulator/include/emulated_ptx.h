@@ -21,6 +21,7 @@ inline void cp_async_16(void* smem, const void* gmem, int valid_bytes,
         sla2::misuse("cp.async: global address is not a multiple of 16", {"cp.async", p});
     if (valid_bytes < 0 || valid_bytes > 16)
         sla2::misuse("cp.async: valid bytes outside 0..16", {"cp.async", p});
+    // NaN until the wait that covers the copy: reading too early shows.
     sla2::store_16(smem, {~uint64_t(0), ~uint64_t(0)});
     sla2::self().pending.push_back(
         {static_cast<unsigned char*>(smem), static_cast<const unsigned char*>(gmem), valid_bytes});
@@ -54,6 +55,7 @@ void ldmatrix(const char* name, unsigned* r, const void* row, Place place) {
             misuse("ldmatrix: row address is not a multiple of 16", operation);
         std::memcpy(in, row, 16);
     }
+    // Lane 4 g + q gets row g, elements 2 q and 2 q + 1 of every matrix (of its transpose).
     collective(operation, in, 16, r, 4 * COUNT, [](Warp& w) {
         for (int m = 0; m < COUNT; m++)
             for (int l = 0; l < 32; l++) {

@@ -20,6 +20,9 @@ extern "C" void sla2_switch_stack(void** save, void* load);
 
 namespace sla2 {
 
+// A CUDA thread is a fiber: a stack of its own inside one OS thread, which runs until it waits at a
+// barrier or returns, and then gives the processor back to run_threads() ("home"). Nothing runs at
+// the same time within a block, so barriers need no locks, and the order of threads is ours.
 constexpr size_t kStack = size_t(512) << 10;
 
 struct Scheduler {
@@ -28,8 +31,8 @@ struct Scheduler {
     unsigned char* stacks = nullptr;
     size_t stack_count = 0;
     uint64_t random = 0;
-    void* home = nullptr;
-    const void* home_bottom = nullptr;
+    void* home = nullptr;  // where run_threads() stands while a fiber runs
+    const void* home_bottom = nullptr;  // its stack, for AddressSanitizer
     size_t home_size = 0;
 #if !defined(SLA2_HAND_SWITCH)
     ucontext_t home_context;
@@ -43,6 +46,7 @@ inline Thread& self() { return *scheduler->running; }
 
 inline unsigned char* stack_of(int thread) { return scheduler->stacks + size_t(thread) * kStack; }
 
+// Runs a fiber until it comes home. AddressSanitizer is told of every change of stack.
 inline void to_fiber(Thread& t) {
     Scheduler& s = *scheduler;
     s.running = &t;
@@ -60,6 +64,8 @@ inline void to_fiber(Thread& t) {
 #endif
 }
 
+// Leaves the running fiber; returns when the scheduler runs it again, or never if it is the `last`
+// time.
 inline void to_home(bool last) {
     Scheduler& s = *scheduler;
 #if defined(__SANITIZE_ADDRESS__)
@@ -78,7 +84,7 @@ inline void to_home(bool last) {
 #endif
 }
 
-inline void abandon() {
+inline void abandon() {  // no unwinding: what the fiber's frames own is leaked, in a failed launch
     self().done = true;
     to_home(true);
     std::abort();
@@ -97,13 +103,16 @@ inline void fiber_main() {
     std::abort();
 }
 
+// Gives a thread a fresh stack that begins in fiber_main().
 inline void prepare(Thread& t) {
     unsigned char* bottom = stack_of(t.linear);
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(bottom, kStack);
+    __asan_unpoison_memory_region(bottom, kStack);  // poisoned by the frames of the block before
 #endif
 #if defined(SLA2_HAND_SWITCH)
-    // Where a caller's return address would be.
+    // The stack as sla2_switch_stack leaves one: six saved registers, then the address that it
+    // returns to and, above that, the place of fiber_main's own return address. When a function
+    // begins, the x86-64 ABI wants the stack pointer to be 8 more than a multiple of 16: so it is.
     void** top = reinterpret_cast<void**>(bottom + kStack) - 1;
     *top = nullptr;
     *--top = reinterpret_cast<void*>(&fiber_main);
@@ -120,6 +129,8 @@ inline void prepare(Thread& t) {
 #endif
 }
 
+// A barrier counts its uses (`generation`): a thread is released when the count has moved on, even
+// if faster threads wait at the same barrier again by then.
 inline void wait_until_released(Barrier& b, const Operation& operation) {
     Thread& t = self();
     t.waits_at = &b;
@@ -129,6 +140,8 @@ inline void wait_until_released(Barrier& b, const Operation& operation) {
     t.waits_at = nullptr;
 }
 
+// The last of `needed` threads to arrive does what is to be done once, and goes on without leaving
+// its fiber; the others run again when the scheduler comes to them.
 template <class Last> void arrive(Barrier& b, int needed, const Operation& operation, Last last) {
     if (!count_arrival(b, needed, operation)) return wait_until_released(b, operation);
     last();
@@ -157,7 +170,8 @@ void collective(const Operation& operation, const void* in, size_t bytes, void* 
 }
 
 // Static __shared__ variables are this library's thread-local block: fill it with NaN, keep the
-// scheduler's pointer.
+// scheduler's pointer. The block has no name in C++, so it is looked up in the program headers of
+// the library that holds this function.
 inline void poison_static_shared() {
 #if !defined(__SANITIZE_ADDRESS__)
     Scheduler* keep = scheduler;
@@ -198,6 +212,8 @@ inline void run_threads(Block& block) {
 #endif
     poison_static_shared();
     for (Thread& t : block.threads) prepare(t);
+    // Rounds: each runs every thread that can run, in the chosen order (drawn anew in each round if
+    // random). A round in which none can is a deadlock.
     std::vector<int> order(count);
     const int kind = block.launch->settings.order;
     for (int i = 0; i < count; i++) order[i] = kind == 1 ? count - 1 - i : i;
@@ -208,6 +224,7 @@ inline void run_threads(Block& block) {
                 std::swap(order[i], order[next_random(s) % unsigned(i + 1)]);
         for (int i : order) {
             Thread& t = block.threads[i];
+            // done, or at a barrier that not all have reached
             if (t.done || (t.waits_at && t.waits_at->generation == t.generation)) continue;
             moved = true;
             to_fiber(t);

@@ -43,8 +43,8 @@ struct Barrier {
 
 struct Warp {
     Barrier barrier;
-    int lanes = 0;
-    alignas(16) unsigned char in[32][64], out[32][64];
+    int lanes = 0;  // 32 but in a last, short warp
+    alignas(16) unsigned char in[32][64], out[32][64];  // what lanes give to a collective, and get
 };
 
 // One cp.async, not landed yet.
@@ -58,7 +58,7 @@ struct Thread {
     Block* block = nullptr;
     bool done = false;
     const Barrier* waits_at = nullptr;
-    unsigned generation = 0;
+    unsigned generation = 0;  // of that barrier when the thread came to it
     Operation operation;
     std::vector<Copy> pending;                // issued, not committed
     std::vector<std::vector<Copy>> groups;    // committed, oldest first
