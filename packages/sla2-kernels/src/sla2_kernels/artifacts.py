@@ -90,9 +90,12 @@ def _private_folder() -> tempfile.TemporaryDirectory[str]:
 def get(key: str, suffix: str, build: Callable[[], tuple[bytes, dict[str, Any]]]) -> Artifact:
     """The artifact of `key`, built if it is missing.
 
-    `build()` -> (bytes of the file, notes for its JSON). Of many processes that ask at once, one
-    builds and the others wait for it. Where the cache folder cannot be written, the file goes to a
-    folder that lives as long as this process.
+    Of many processes that ask at once, one builds and the others wait for it. Where the cache
+    folder cannot be written, the file goes to a folder that lives as long as this process.
+
+    Args:
+        suffix: of the file's name.
+        build: returns the file's bytes and notes for its JSON; what it raises goes through.
     """
     from filelock import FileLock
 

@@ -15,11 +15,14 @@ from sla2_kernels.problem import NULL, Device, Problem, Strided
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """The transposed map: bits uint32 (B H, T_n, ceil(T_m / 32)); rows of column j are
-    rows[offsets[j] : offsets[j + 1]].
+    """The block map by columns: which row blocks selected each key block.
 
-    counts int32 (B H, T_n), offsets int32 (B H, T_n + 1), rows int32 (B H, capacity), ascending in
-    each column.
+    Attributes:
+        bits: uint32 (B H, T_n, ceil(T_m / 32)); row block i is bit i mod 32.
+        counts: int32 (B H, T_n).
+        offsets: int32 (B H, T_n + 1).
+        rows: int32 (B H, capacity); rows[offsets[j] : offsets[j + 1]] are those of column j, and
+            ascend.
     """
 
     bits: Pointer
@@ -31,10 +34,12 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """d_q (B, H, n_q, d), d_k, d_v (B, H, n_k, d) in 16 bit; d_alpha fp32 (B, H, T_m), NULL without
-    a linear branch.
+    """What backward() returns.
 
-    alpha's own gradient is d_alpha summed over the axes that share it.
+    Attributes:
+        d_q, d_k, d_v: 16 bit, contiguous, (B, H, n_q, d) and (B, H, n_k, d).
+        d_alpha: fp32 (B, H, T_m), NULL without a linear branch. The gradient of a shared alpha is
+            its sum over the axes that share it.
     """
 
     d_q: Pointer
@@ -44,8 +49,11 @@ class Gradients:
 
 
 def transpose_map(device: Device, problem: Problem, bits: Pointer, width: int) -> Columns:
-    """The map by columns, from its bits (B H, T_m, ceil(T_n / 32)) with at most `width` blocks a
-    row: count, scan, scatter.
+    """The map by columns: count, scan, scatter.
+
+    Args:
+        bits: uint32 (B H, T_m, ceil(T_n / 32)).
+        width: how many blocks a row selects at most.
     """
     p, new = problem, device.allocate
     t_m, t_n = np.int32(p.t_m), np.int32(p.t_n)
@@ -176,14 +184,20 @@ def _parts(problem: Problem) -> int:
 def backward(
     device: Device, problem: Problem, saved: Forward, grad: Strided, *, qat_backward: str = "paper"
 ) -> Gradients:
-    """Gradients of forward(..., save=True), in 16 bit, contiguous.
+    """Gradients of forward(..., save=True) (Alg. 3).
 
     Args:
-        problem: the forward's. saved: its result. grad: dO (B, H, n_q, d), 16 bit.
+        problem: the forward's.
+        saved: the forward's result.
+        grad: dO, 16 bit (B, H, n_q, d).
         qat_backward: after a low-bit forward, "paper" takes P from the original Q, K, V and the
             forward's L (Alg. 3); "matched" differentiates the low-bit forward with its rounding as
             the identity: the rounded Q, K, V and P, and D = rowsum(P dP) from the unrounded P.
             `saved.prologue` then needs its 8-bit tensors and scales.
+
+    Raises:
+        ValueError: the device's architecture cannot run the problem's precision.
+        RuntimeError: what is needed to compile or run a kernel is missing, or one does not compile.
     """
     p, new, made = problem, device.allocate, saved.prologue
     # These kernels read rows many times over: contiguous ones, copied here where the caller's are

@@ -7,8 +7,9 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """SLA2_CACHE, else `sla2` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache). Makes
-    nothing.
+    """$SLA2_CACHE, else `sla2` in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache).
+
+    Makes nothing.
     """
     if os.environ.get("SLA2_CACHE"):
         return Path(os.environ["SLA2_CACHE"]).expanduser()

@@ -23,8 +23,13 @@ _OPTIONS = ("-std=c++17", "--ptxas-options=-v")
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas says of a kernel: registers a thread, bytes of spill, of stack a thread, of static
-    shared memory.
+    """What ptxas says of a kernel.
+
+    Attributes:
+        registers: of a thread.
+        spill_stores, spill_loads: bytes.
+        stack: bytes of a thread.
+        shared: bytes of static shared memory of a block.
     """
 
     registers: int
@@ -36,7 +41,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A cubin in the cache and what its entries use."""
+    """A cubin in the cache, and what each of its kernels uses."""
 
     path: Path
     key: str
@@ -77,10 +82,12 @@ def _nvidia_roots() -> list[str]:
 
 
 def find_nvrtc() -> Path:
-    """The NVRTC library: $SLA2_NVRTC, else the newest of the nvidia wheels and the CUDA toolkit
-    that the driver can follow.
+    """The NVRTC library: $SLA2_NVRTC, else the newest that the driver can follow.
 
-    Raises RuntimeError in one line if there is none.
+    It is looked for in the nvidia wheels and in the CUDA toolkit.
+
+    Raises:
+        RuntimeError: there is none, or $SLA2_NVRTC is no file.
     """
     if chosen := os.environ.get("SLA2_NVRTC"):
         if not Path(chosen).is_file():
@@ -134,16 +141,15 @@ def nvrtc_version(path: Path) -> str:
 
 
 def options_of(spec: KernelSpec) -> tuple[str, ...]:
-    """The options NVRTC gets: language, architecture, definitions. No fast math, no flushing of
-    subnormals.
+    """The options NVRTC gets: language, architecture, definitions.
+
+    No fast math, and subnormals are kept.
     """
     return (*_OPTIONS, f"--gpu-architecture={spec.arch}", *spec.definitions)
 
 
 def kernel_key(spec: KernelSpec) -> str:
-    """The cache key: sources with every header they reach, options, architecture, NVRTC's version,
-    the schema.
-    """
+    """The cache key: sources with every header they reach, options and NVRTC's version."""
     parts = [SCHEMA, nvrtc_version(find_nvrtc()), *options_of(spec)]
     return key_of(parts + [text for pair in gather(spec.path).items() for text in pair])
 
@@ -151,8 +157,9 @@ def kernel_key(spec: KernelSpec) -> str:
 def compile_kernel(spec: KernelSpec) -> Compiled:
     """The cubin of a spec, from the cache or compiled now (about a tenth of a second).
 
-    Raises RuntimeError with NVRTC's first error lines, or saying that NVRTC is missing;
-    FileNotFoundError for a header.
+    Raises:
+        RuntimeError: NVRTC is missing, or says why the source does not compile (its first lines).
+        FileNotFoundError: a header is nowhere.
     """
     texts, nvrtc = gather(spec.path), find_nvrtc()
     parts = [SCHEMA, nvrtc_version(nvrtc), *options_of(spec)]
@@ -219,8 +226,10 @@ def _nvrtc(path: Path, texts: dict[str, str], options: tuple[str, ...]) -> tuple
 
 
 def parse_log(log: str) -> dict[str, Resources]:
-    """What ptxas -v says of each entry function; RuntimeError if it says nothing that
-    can be read.
+    """What ptxas -v says of each kernel.
+
+    Raises:
+        RuntimeError: it says nothing that can be read.
     """
     found: dict[str, Resources] = {}
     for part in re.split(r"Compiling entry function '", log)[1:]:
@@ -243,9 +252,7 @@ def parse_log(log: str) -> dict[str, Resources]:
 
 
 def gate(spec: KernelSpec, compiled: Compiled) -> list[str]:
-    """Why a compiled kernel breaks its spec or its architecture's limits: lines, none if it is
-    fine.
-    """
+    """Why a compiled kernel breaks its spec's or its architecture's limits: lines, none if fine."""
     if spec.entry not in compiled.kernels:
         return [f"{spec.label} {spec.arch}: no such entry in {spec.source}"]
     used, limits, where = (

@@ -19,12 +19,18 @@ from sla2_kernels.problem import NULL, ONE, Alpha, Device, Map, Problem, Strided
 
 @dataclass(frozen=True, kw_only=True)
 class Prologue:
-    """q, k, v padded to the kernels' width, K smoothed (16 bit, (B, H, N, width)), and what is
-    derived from them.
+    """What is derived from Q, K and V once and read by the later steps (Alg. 2).
 
-    phi_q, phi_k like q and k; pooled_q (B H, T_m, width) and pooled_k (B H, T_n, width) fp32; for
-    low bit q_bytes, k_bytes like q and k, v_bytes (B H, T_n, width, block_k), scales q (B H, T_m),
-    k (B H, T_n), v (B H, width). NULL: not made.
+    `width` is 64 or 128, the channels of a row as the kernels see it. NULL: not made.
+
+    Attributes:
+        q, k, v: 16 bit (B, H, N, width), K minus its mean over tokens if it was smoothed.
+        phi_q, phi_k: softmax over the channels of q and of k, 16 bit (B H, N, width).
+        pooled_q, pooled_k: block means, fp32 (B H, T_m, width) and (B H, T_n, width).
+        q_bytes, k_bytes: 8-bit copies (B H, N, width), for a low-bit precision.
+        v_bytes: 8-bit copy of V, transposed in each block: (B H, T_n, width, block_k).
+        q_scale, k_scale, v_scale: what the copies are divided by, fp32 (B H, T_m), (B H, T_n) and
+            (B H, width).
     """
 
     q: Strided
@@ -44,8 +50,15 @@ class Prologue:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """bits uint32 (B H, T_m, ceil(T_n / 32)), rest_inverse fp32 (B H, T_m), H (B H, T_m, width,
-    width) 16 bit, Z fp32.
+    """What the linear branch knows of every row block.
+
+    Attributes:
+        bits: the block map, uint32 (B H, T_m, ceil(T_n / 32)); key block j is bit j mod 32.
+        rest_inverse: 1 / number of valid key blocks that are not selected, 0 if none is left; fp32
+            (B H, T_m).
+        state: H, the mean of phi(K_j)^T V_j / block_k over those blocks, 16 bit
+            (B H, T_m, width, width).
+        norm: Z, the same mean of the column sums of phi(K_j), fp32 (B H, T_m, width).
     """
 
     bits: Pointer
@@ -56,10 +69,15 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
-    """O (B, H, n_q, d) and the natural log-sum-exp L fp32 (B, H, n_q) of the selected scores; the
-    rest is for backward().
+    """What forward() returns.
 
-    `out_sparse` is O_s (B, H, n_q, width), kept with `save` (without a linear branch it is O).
+    Attributes:
+        out: O (B, H, n_q, d), 16 bit.
+        lse: the natural log-sum-exp L of the selected scores, fp32 (B, H, n_q); -inf where a row
+            selects nothing.
+        out_sparse: O_s (B, H, n_q, width), 16 bit; without a linear branch it is O. NULL without
+            `save`.
+        prologue, block_map, alpha, linear, smooth_k: for backward().
     """
 
     out: Strided
@@ -75,8 +93,17 @@ class Forward:
 def run_kernel(
     device: Device, problem: Problem, name: str, grid: tuple[int, ...], *args: Argument
 ) -> None:
-    """Launch kernel `name` of the problem's geometry on the device's stream; `args` as the kernel
-    lists them.
+    """Launch one kernel on the device's stream.
+
+    Args:
+        name: of the kernel, which is compiled for the problem's geometry.
+        grid: up to three sizes.
+        args: what the kernel lists, in its order: Pointers and numpy scalars of its exact types.
+
+    Raises:
+        ValueError: the device's architecture cannot run the problem's precision.
+        RuntimeError: what compiling or running needs is missing, or the kernel does not compile.
+        TypeError: an argument is neither a Pointer nor a numpy scalar.
     """
     kernel = load(spec_of(name, device.arch, problem.geometry), device.target, device.index)
     spec = kernel.spec
@@ -91,8 +118,10 @@ def copy_columns(
     columns: int,
     target_columns: int,
 ) -> Pointer:
-    """Rows of `columns` values copied into contiguous rows of `target_columns`, cut or padded with
-    zeros.
+    """The first `columns` channels of every token, cut or padded with zeros to `target_columns`.
+
+    `source` is 16 bit (B, H, tokens, columns) in any layout with adjacent channels; the result is
+    contiguous, (B H, tokens, target_columns).
     """
     target = device.allocate((problem.pairs, tokens, target_columns), problem.dtype)
     grid = min(65535, -(-tokens * target_columns // 256)), problem.pairs
@@ -102,9 +131,7 @@ def copy_columns(
 
 
 def widened(device: Device, problem: Problem, x: Strided, tokens: int) -> Strided:
-    """x (B, H, tokens, head_dim) as the kernels read it: itself, or a contiguous copy padded to
-    their width.
-    """
+    """x (B, H, tokens, head_dim) as the kernels read it: itself, or a padded contiguous copy."""
     p = problem
     if p.head_dim == p.width and x.fits:
         return x
@@ -135,8 +162,15 @@ def prologue(
     linear: bool = True,
     pool: bool = False,
 ) -> Prologue:
-    """Pad, smooth K, pool, take phi and the 8-bit copies: what the later steps need,
-    and no more.
+    """Make what the later steps need of Q, K and V, and no more (Alg. 2).
+
+    Args:
+        q: 16 bit (B, H, n_q, d). k, v: 16 bit (B, H, n_k, d).
+        smooth_k: subtract K's mean over its valid tokens.
+        linear: make phi_q and phi_k.
+        pool: make pooled_q and pooled_k.
+
+    8-bit copies and their scales are made if the problem's precision is a low-bit one.
     """
     p, new, dtype = problem, device.allocate, problem.dtype
     q = widened(device, p, q, p.n_q)
@@ -317,8 +351,9 @@ def route(
 
 
 def linear_states(device: Device, problem: Problem, made: Prologue, block_map: Map) -> Linear:
-    """H and Z of every row block, summed over the key blocks it does not select and divided by
-    their number.
+    """H and Z of every row block: means over the valid key blocks that it does not select.
+
+    `made` needs phi_k. O_l = phi(Q) H / (phi(Q) . Z) is a quotient: means do what sums do.
     """
     p, new = problem, device.allocate
     heads, n_k, t_m, t_n = map(np.int32, (p.heads, p.n_k, p.t_m, p.t_n))
@@ -356,8 +391,15 @@ def masked_sum(
     rows: int,
     depth: int,
 ) -> tuple[Pointer, Pointer]:
-    """(1 - M) x for bits (B H, rows, ceil(depth / 32)) and x (B H, depth, width (width + 1)):
-    matrix and vector part.
+    """row_scale (1 - M) x: for every row the sum of the x whose bit in the row is clear.
+
+    Args:
+        bits: M, uint32 (B H, rows, ceil(depth / 32)).
+        x: 16 bit (B H, depth, width (width + 1)): matrices, row by row, and a vector behind each.
+        row_scale: fp32 (B H, rows), or NULL for 1.
+
+    Returns:
+        The matrices, 16 bit (B H, rows, width, width), and the vectors, fp32 (B H, rows, width).
     """
     p = problem
     matrix = device.allocate((p.pairs, rows, p.width, p.width), p.dtype)
@@ -388,9 +430,18 @@ def sparse_forward(
     save: bool,
     out: Strided | None = None,
 ) -> tuple[Strided, Pointer, Strided]:
-    """O (B, H, n_q, width), written to `out` if given, L, and O_s, which is NULL where a linear
-    branch is mixed in and `save`
-    is off."""
+    """Softmax over the selected blocks, the linear branch and their mixture, in one kernel.
+
+    Args:
+        made: q, k and v, or their 8-bit copies and scales; with `linear` also phi_q.
+        alpha: of every row block; read only with `linear`.
+        save: keep O_s where a linear branch is mixed in.
+        out: where to write O, 16 bit (B, H, n_q, width); None: new contiguous memory.
+
+    Returns:
+        O, L (natural, fp32 (B, H, n_q)), and O_s, which is O without `linear`, and NULL with it if
+        `save` is off.
+    """
     p, new = problem, device.allocate
     rows = (p.pairs, p.n_q, p.width)
     out = out or Strided.of(new(rows, p.dtype), p.heads, p.n_q, p.width)
@@ -442,13 +493,20 @@ def forward(
     made: Prologue | None = None,
     out: Strided | None = None,
 ) -> Forward:
-    """O = alpha O_s + (1 - alpha) O_l (Eq. 13-16); alpha None: the sparse branch alone.
+    """O = alpha O_s + (1 - alpha) O_l (Eq. 13-16).
 
     Args:
-        q, k, v: 16-bit (B, H, N, d). block_map, alpha: on the same device; values are not checked.
-        smooth_k: subtract the mean over tokens from K first. save: keep what backward() needs.
+        q: 16 bit (B, H, n_q, d). k, v: 16 bit (B, H, n_k, d).
+        block_map: on the same device. Indices ascend; values are not checked.
+        alpha: fp32, or None for the sparse branch alone.
+        smooth_k: subtract the mean over tokens from K first.
+        save: keep what backward() needs.
         made: the prologue, if route() needed it before (then made with linear=True for an alpha).
-        out: where to write O, for d 64 or 128, and such that it fits; None: new contiguous memory.
+        out: where to write O, if d is 64 or 128 and it `fits`; None: new contiguous memory.
+
+    Raises:
+        ValueError: the device's architecture cannot run the problem's precision.
+        RuntimeError: what is needed to compile or run a kernel is missing, or one does not compile.
     """
     p = problem
     made = made or prologue(device, p, q, k, v, smooth_k=smooth_k, linear=alpha is not None)

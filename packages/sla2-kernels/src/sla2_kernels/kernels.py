@@ -20,7 +20,18 @@ from sla2_kernels.specs import (
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """What a kernel is compiled for; `head_dim` is 64 or 128 (smaller heads are padded to it)."""
+    """What a kernel is compiled for.
+
+    Attributes:
+        head_dim: 64 or 128; smaller heads are padded.
+        dtype: "bfloat16" or "float16".
+        block_q: a multiple of 16, 16 to 128.
+        block_k: a multiple of 16 (of 32 in low bit), up to 64.
+        precision: "full", "int8", "int8_int8" or "fp8".
+
+    Raises:
+        ValueError: names the argument that is none of these.
+    """
 
     head_dim: int
     dtype: str = "bfloat16"
@@ -157,8 +168,10 @@ def supports(arch: str, precision: str) -> bool:
 
 @cache
 def spec_of(name: str, arch: str, geometry: Geometry) -> KernelSpec:
-    """The spec of kernel `name` for an architecture such as "sm_90a"; ValueError if the
-    architecture cannot run it.
+    """The spec of kernel `name` for an architecture such as "sm_90a".
+
+    Raises:
+        ValueError: the architecture cannot run the geometry's precision.
     """
     kernel = _KERNELS[name]
     precision = (
@@ -187,8 +200,10 @@ def spec_of(name: str, arch: str, geometry: Geometry) -> KernelSpec:
 
 
 def all_specs(arch: str) -> list[KernelSpec]:
-    """Every kernel of an architecture: what `sla2 compile` builds and the gate checks; ValueError
-    for an unknown one.
+    """Every kernel of an architecture: what `sla2 compile` builds and the gate checks.
+
+    Raises:
+        ValueError: an unknown architecture.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}, got {arch!r}")

@@ -25,16 +25,18 @@ TARGETS = ("cuda", "emulator")
 
 @dataclass(frozen=True)
 class Pointer:
-    """An address in device memory (GPU) or host memory (emulator); `owner` keeps the
-    memory alive.
-    """
+    """An address in device memory (GPU) or host memory (emulator), kept alive by `owner`."""
 
     address: int
     owner: Any = None
 
     @classmethod
     def of(cls, array: npt.NDArray[Any] | None) -> Pointer:
-        """The address of a C-contiguous numpy array; None is the null pointer."""
+        """The address of a numpy array; None is the null pointer.
+
+        Raises:
+            ValueError: the array is not C-contiguous.
+        """
         if array is None:
             return cls(0)
         if not array.flags.c_contiguous:
@@ -49,8 +51,11 @@ Argument = Pointer | np.generic  # of a kernel
 
 @dataclass(frozen=True)
 class LoadedKernel:
-    """A kernel ready to launch. `handle` is CuPy's function or the emulator's kernel; `device` the
-    GPU's index.
+    """A kernel ready to launch.
+
+    Attributes:
+        handle: CuPy's function, or the emulator's kernel.
+        device: number of the GPU.
     """
 
     spec: KernelSpec
@@ -62,9 +67,13 @@ class LoadedKernel:
 def load(spec: KernelSpec, target: str = "cuda", device: int = 0) -> LoadedKernel:
     """The kernel of `spec`, built if need be; once per process and device.
 
-    `target` is "cuda" (GPU number `device`, whose architecture the spec must have been made for) or
-    "emulator". Raises ValueError for another target, RuntimeError if something that is needed is
-    missing or the build fails.
+    Args:
+        target: "cuda" or "emulator".
+        device: number of the GPU, for whose architecture the spec must have been made.
+
+    Raises:
+        ValueError: another target.
+        RuntimeError: something that is needed is missing, or the build fails.
     """
     if target not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
@@ -94,12 +103,17 @@ def launch(
     args: Sequence[Argument],
     stream: int | None = None,
 ) -> None:
-    """Launch a kernel: asynchronously on `stream` (a cudaStream_t as an int; None: the default
-    stream), or emulated.
+    """Launch a kernel: asynchronously on a stream of the GPU, or emulated.
 
-    `grid` and `block` are up to three integers, `args` Pointers and numpy scalars of exactly the
-    kernel's parameter types. An empty grid launches nothing. Raises TypeError for an argument that
-    is neither; EmulatorError (a RuntimeError) if the emulated kernel breaks a rule.
+    Args:
+        grid, block: up to three sizes each. An empty grid launches nothing.
+        shared_bytes: dynamic shared memory of a block.
+        args: Pointers and numpy scalars of exactly the kernel's parameter types.
+        stream: a cudaStream_t as an integer; None: the default stream.
+
+    Raises:
+        TypeError: an argument is neither a Pointer nor a numpy scalar.
+        EmulatorError: the emulated kernel breaks a rule.
     """
     grid, block = ((*map(int, extent), 1, 1)[:3] for extent in (grid, block))
     if 0 in grid:
@@ -156,9 +170,7 @@ def _driver_version() -> int | None:
 
 
 def missing_for_cuda() -> str | None:
-    """One line saying what `backend="cuda"` lacks on this machine and how to get it; None if
-    nothing.
-    """
+    """What backend="cuda" lacks on this machine and how to get it, in one line; None if nothing."""
     if (version := _driver_version()) is None:
         return (
             "no NVIDIA driver (libcuda.so.1); it needs a machine with an NVIDIA GPU and driver 570"
@@ -181,8 +193,10 @@ def missing_for_cuda() -> str | None:
 
 
 def require_cuda() -> None:
-    """RuntimeError with one line that names what is missing, if kernels cannot run on a
-    GPU here.
+    """Do nothing if kernels can run on a GPU here.
+
+    Raises:
+        RuntimeError: names in one line what is missing.
     """
     if missing := missing_for_cuda():
         raise RuntimeError(f"backend='cuda': {missing}")
@@ -190,8 +204,10 @@ def require_cuda() -> None:
 
 @cache
 def device_architecture(device: int = 0) -> str:
-    """The architecture to compile for on GPU number `device`, such as "sm_90a"; RuntimeError if it
-    is too old.
+    """The architecture to compile for on GPU number `device`, such as "sm_90a".
+
+    Raises:
+        RuntimeError: the GPU is too old, or unknown.
     """
     import cupy
 

@@ -19,12 +19,14 @@ Allocate = Callable[[tuple[int, ...], str], Pointer]
 
 @dataclass(frozen=True)
 class Strided:
-    """A 16-bit tensor (B, H, N, channels) in any layout with adjacent channels, such as a
-    transposed (B, N, H, channels).
+    """A 16-bit tensor (B, H, N, channels) in any layout with adjacent channels.
 
-    `strides`: elements from a batch item, a head and a token to the next. They and the address must
-    be multiples of 16 bytes where the kernels read it directly, which is where channels are 64 or
-    128; see `fits`.
+    A transposed (B, N, H, channels), as models hold it, is one.
+
+    Attributes:
+        pointer: of the first element.
+        strides: elements from a batch item, a head and a token to the next. Kernels read the tensor
+            itself if it `fits` and has 64 or 128 channels, and a copy of it otherwise.
     """
 
     pointer: Pointer
@@ -37,9 +39,7 @@ class Strided:
 
     @property
     def fits(self) -> bool:
-        """Whether the kernels can read and write it 16 bytes at a time, with 32-bit offsets within
-        a block of tokens.
-        """
+        """Whether kernels can take it 16 bytes at a time, with 32-bit offsets within a block."""
         return (
             not self.pointer.address % 16
             and not any(s % 8 for s in self.strides)
@@ -53,19 +53,23 @@ class Strided:
 
     @property
     def arguments(self) -> tuple[Pointer, np.int64, np.int64, np.int32]:
-        """As kernels list it: pointer, then strides."""
+        """As kernels list it: pointer, then the strides of item, head and token."""
         item, head, token = self.strides
         return self.pointer, np.int64(item), np.int64(head), np.int32(token)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """Where kernels run: target "cuda" or "emulator", architecture, GPU number, CUDA stream, and
-    the allocator.
+    """Where kernels run.
 
-    `allocate(shape, dtype)` returns a Pointer to uninitialised memory of that shape, 16-byte
-    aligned; dtype is "float32", "int32", "uint32", "uint8", "bfloat16" or "float16". The Pointer's
-    owner must keep the memory alive.
+    Attributes:
+        allocate: allocate(shape, dtype) returns a Pointer to uninitialised memory, 16-byte aligned,
+            whose owner keeps it alive. dtype is "float32", "int32", "uint32", "uint8",
+            "bfloat16" or "float16".
+        target: "cuda" or "emulator".
+        arch: what kernels are compiled for, such as "sm_90a".
+        index: number of the GPU.
+        stream: a cudaStream_t as an integer; None: the default stream.
     """
 
     allocate: Allocate
@@ -77,11 +81,17 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Shapes and settings of a call: q (B, H, n_q, d), k and v (B, H, n_k, d), d <= 128; see
-    sla2_core.functional.
+    """Shapes and settings of one call.
 
-    `kv_lengths` is a device pointer to int32 (B,), or NULL. Raises ValueError naming the argument
-    for what no kernel takes.
+    Attributes:
+        batch, heads, n_q, n_k, head_dim: of q (B, H, n_q, d) and k, v (B, H, n_k, d); d <= 128.
+        dtype: of Q, K, V and O, "bfloat16" or "float16".
+        block_q, block_k: tokens in a query block and in a key block; see `Geometry`.
+        precision: of the sparse branch's forward, "full", "int8", "int8_int8" or "fp8".
+        kv_lengths: valid keys of each item, int32 (B,) on the device, or NULL for all n_k.
+
+    Raises:
+        ValueError: names the argument that no kernel takes.
     """
 
     batch: int
@@ -112,6 +122,7 @@ class Problem:
 
     @property
     def geometry(self) -> Geometry:
+        """What kernels are compiled for."""
         return Geometry(
             head_dim=self.width,
             dtype=self.dtype,
@@ -122,30 +133,38 @@ class Problem:
 
     @property
     def pairs(self) -> int:
-        """(batch, head) pairs."""
+        """B H, the number of (item, head) pairs."""
         return self.batch * self.heads
 
     @property
     def t_m(self) -> int:
+        """Query blocks, the last of which may be short."""
         return -(-self.n_q // self.block_q)
 
     @property
     def t_n(self) -> int:
+        """Key blocks, the last of which may be short."""
         return -(-self.n_k // self.block_k)
 
     @property
     def softmax_scale(self) -> np.float32:
+        """1 / sqrt(d)."""
         return np.float32(self.head_dim**-0.5)
 
     @property
     def low(self) -> bool:
+        """Whether the sparse branch's forward runs in 8 bit."""
         return self.precision != "full"
 
 
 @dataclass(frozen=True)
 class Map:
-    """A block map on the device: indices int32 (B, H, T_m, width), ascending, -1 past counts int32
-    (B, H, T_m).
+    """A block map on the device.
+
+    Attributes:
+        indices: selected key blocks, int32 (B, H, T_m, width), ascending, -1 past the counts.
+        counts: int32 (B, H, T_m).
+        width: how many blocks a row selects at most.
     """
 
     indices: Pointer
@@ -155,7 +174,12 @@ class Map:
 
 @dataclass(frozen=True)
 class Alpha:
-    """The mixing ratio, fp32 (B|1, H|1, T_m|1), by its element strides; 0 where it is shared."""
+    """The mixing ratio, fp32 (B|1, H|1, T_m|1).
+
+    Attributes:
+        values: its first element.
+        strides: elements from an item, a head and a row block to the next; 0 along a shared axis.
+    """
 
     values: Pointer
     strides: tuple[int, int, int]

@@ -15,11 +15,12 @@ HEAD_DIMS = (64, 128)
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What a block may use on a GPU architecture (CUDA programming guide, table of compute
-    capabilities).
+    """What a block may use on a GPU architecture (CUDA programming guide, compute capabilities).
 
-    `number` is the SLA2_ARCH macro; shared memory in bytes; a resident block reserves 1 KB of
-    shared memory more.
+    Attributes:
+        number: the SLA2_ARCH macro.
+        shared_per_block, shared_per_sm: bytes; a resident block reserves 1 KB more.
+        threads_per_sm, blocks_per_sm, registers_per_sm: what a multiprocessor holds at once.
     """
 
     number: int
@@ -31,8 +32,9 @@ class Architecture:
 
     @property
     def fast_mma(self) -> bool:
-        """Whether tensor cores outrun shared memory at 16 rows a warp (FAST_MMA in mix.cuh): the
-        data centre's GPUs.
+        """Whether tensor cores outrun shared memory at 16 rows a warp (FAST_MMA in mix.cuh).
+
+        So it is on the data centre's GPUs.
         """
         return self.number in (80, 90, 100)
 
@@ -100,8 +102,10 @@ _LATER_CHIPS = {87: "sm_86", 103: "sm_100", 121: "sm_120"}
 
 
 def architecture_of(major: int, minor: int) -> str:
-    """The architecture to compile for on a GPU of compute capability (major, minor); RuntimeError
-    if there is none.
+    """The architecture to compile for on a GPU of compute capability (major, minor).
+
+    Raises:
+        RuntimeError: there is none.
     """
     number = 10 * major + minor
     exact = (name for name, architecture in ARCHITECTURES.items() if architecture.number == number)
@@ -115,10 +119,16 @@ def architecture_of(major: int, minor: int) -> str:
 class KernelSpec:
     """One kernel as it is compiled and launched.
 
-    `source` is a file of csrc/ (or an absolute path), `entry` its extern "C" function, `macros`
-    (name, value) pairs; `shared_bytes` is the dynamic shared memory of a launch; `max_registers`
-    the ceiling that the compile gate holds (it allows no spills). Specs with equal source, macros
-    and arch share a compilation.
+    Specs with equal source, macros and arch share a compilation.
+
+    Attributes:
+        source: a file of csrc/, or an absolute path.
+        entry: its extern "C" function.
+        arch: such as "sm_90a".
+        threads: of a block.
+        macros: (name, value) pairs.
+        shared_bytes: dynamic shared memory of a launch.
+        max_registers: the ceiling that the compile gate holds; it allows no spills.
     """
 
     source: str
@@ -131,6 +141,7 @@ class KernelSpec:
 
     @property
     def path(self) -> Path:
+        """The source file."""
         return CSRC / self.source
 
     @property

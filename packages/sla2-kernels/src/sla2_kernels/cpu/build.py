@@ -63,9 +63,7 @@ def exact_kernel(function: Function) -> Function:
 
 
 def kernel(function: Function) -> Function:
-    """A compiled function (*arrays and numbers, lo, hi) over the work items lo..hi; run it with
-    `run`.
-    """
+    """A compiled function (*arrays and numbers, lo, hi) over the work items lo to hi, for `run`."""
     dispatcher: Function = numba.njit(function, fastmath=FASTMATH, error_model="numpy", nogil=True)
     _registered.append(dispatcher)
     return dispatcher
@@ -156,8 +154,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def run(dispatcher: Any, items: int, threads: int, *arguments: Any) -> None:
-    """Call a kernel on all of `items` work items, in up to 4 ranges a thread; each item is computed
-    whole by one thread.
+    """Call a kernel on all of `items` work items, in up to 4 ranges a thread.
+
+    Each item is computed whole by one thread. The first array's dtype fixes that of the others.
     """
     arguments = (*arguments, 0, items)
     if (

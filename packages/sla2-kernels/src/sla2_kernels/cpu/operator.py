@@ -29,10 +29,14 @@ def _up(n: int, step: int) -> int:
 
 @dataclass(frozen=True)
 class Map:
-    """A block map of G heads (batch and head flattened): indices int32 (G, T_m, K), counts int32
-    (G, T_m), and its geometry.
+    """A block map of G heads (batch and head flattened).
 
-    lengths int64 (G,): valid key tokens.
+    Attributes:
+        indices: selected key blocks, int32 (G, T_m, K), ascending, -1 past the counts.
+        counts: int32 (G, T_m).
+        lengths: valid key tokens, int64 (G,).
+        block_q, block_k: tokens in a query block and in a key block.
+        n_k: key tokens.
     """
 
     indices: Array
@@ -48,6 +52,7 @@ class Map:
         return np.clip(self.lengths[:, None] - start, 0, self.block_k)
 
     def heads(self, part: slice) -> Map:
+        """The map of some heads."""
         return Map(
             self.indices[part],
             self.counts[part],
@@ -143,18 +148,20 @@ def forward(
     rounding: str = "none",
     threads: int = 1,
 ) -> tuple[Array, Array, Array]:
-    """O, O_s and L of the operator.
+    """O, O_s and L of the operator (Eq. 13-16).
 
     Args:
-        q (G, N_q, d), k and v (G, N_k, d): contiguous float32 or float64; K already smoothed.
-        block_map: the selected blocks.
+        q: contiguous float32 or float64 (G, N_q, d).
+        k, v: the same, (G, N_k, d); K already smoothed.
+        block_map: the selected blocks; values are not checked.
         alpha: (G, T_m) of q's dtype, or None for the sparse branch alone.
         low: what the sparse branch sees in place of (q, k, v), or None.
         rounding: how it rounds P~, "none", "fp8" or "int8".
         threads: how many work.
 
     Returns:
-        out, o_s (G, N_q, d), lse (G, N_q) natural. Without alpha, out is o_s.
+        out and o_s (G, N_q, d), and the natural log-sum-exp lse (G, N_q), -inf where a row selects
+        nothing. Without alpha, out is o_s.
     """
     (g, n_q, d), kind = q.shape, q.dtype
     q_low, k_low, v_low = low or (q, k, v)
@@ -203,10 +210,15 @@ def backward(
     lse: Array,
     threads: int = 1,
 ) -> tuple[Array, Array, Array, Array]:
-    """dQ, dK, dV (shapes of q, k, v) and d alpha (G, T_m; zeros without alpha) from the forward's
-    O_s and L (Alg. 3).
+    """dQ, dK, dV and d alpha from the forward's O_s and L (Alg. 3).
 
-    Arguments as of `forward`; grad_out and o_s (G, N_q, d), lse (G, N_q).
+    Args:
+        grad_out, o_s: (G, N_q, d) of q's dtype.
+        lse: natural, (G, N_q).
+        q, k, v, block_map, alpha, threads: as of `forward`.
+
+    Returns:
+        dQ, dK, dV in the shapes of q, k and v, and d alpha (G, T_m), 0 without alpha.
     """
     (g, _, d), kind = q.shape, q.dtype
     t_m, linear = block_map.counts.shape[1], alpha is not None

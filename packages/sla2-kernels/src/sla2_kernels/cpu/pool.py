@@ -44,8 +44,13 @@ def _block_means(x: Array, lengths: Array, block: int, means: Array, lo: int, hi
 def block_means(x: Array, lengths: Array, block: int, threads: int = 1) -> Array:
     """Mean of the valid tokens of each block; blocks without one are 0.
 
-    x (G, N, d): float32, float64, or uint16, the bits of bfloat16. lengths int64 (G,). -> (G,
-    ceil(N / block), d) in fp32 (fp64 for fp64).
+    Args:
+        x: (G, N, d) float32, float64, or uint16, the bits of bfloat16.
+        lengths: valid tokens, int64 (G,).
+        block: tokens in a block; the last one may be short.
+
+    Returns:
+        (G, ceil(N / block), d) in fp32 (fp64 for fp64).
     """
     kind = np.float64 if x.dtype == np.float64 else np.float32
     means = np.empty((x.shape[0], -(-x.shape[1] // block), x.shape[2]), kind)

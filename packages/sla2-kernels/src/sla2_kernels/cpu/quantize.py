@@ -105,8 +105,11 @@ def _bits(x: Array) -> Array:
 def quantize_blocks(x: Array, lengths: Array, block: int, fmt: str, threads: int = 1) -> Array:
     """Q or K after the round trip, one scale max|x| / limit per block of tokens and head.
 
-    x (G, N, d): contiguous float32 or float64. lengths int64 (G,): valid tokens; the others become
-    0. fmt: a key of LIMITS.
+    Args:
+        x: (G, N, d), contiguous float32 or float64.
+        lengths: valid tokens, int64 (G,); the others become 0.
+        block: tokens that share a scale.
+        fmt: a key of LIMITS.
     """
     out = np.empty_like(x)
     items = x.shape[0] * -(-x.shape[1] // block)
@@ -126,8 +129,9 @@ def quantize_blocks(x: Array, lengths: Array, block: int, fmt: str, threads: int
 
 
 def quantize_channels(x: Array, lengths: Array, fmt: str, threads: int = 1) -> Array:
-    """V after the round trip, one scale per channel over the whole sequence. Arguments as of
-    quantize_blocks.
+    """V after the round trip, one scale max|x| / limit per channel over the valid tokens.
+
+    Arguments as of quantize_blocks.
     """
     out, bits, limit = np.empty_like(x), _bits(x), x.dtype.type(LIMITS[fmt])
     g, n, d = x.shape

@@ -33,9 +33,14 @@ def _scatter_queries(
 def transposed_map(
     indices: Array, counts: Array, t_n: int, threads: int = 1
 ) -> tuple[Array, Array]:
-    """For each key block the query blocks that selected it, ascending, -1 past the count.
+    """For each key block the query blocks that selected it.
 
-    indices int32 (G, T_m, K), counts int32 (G, T_m) -> int32 (G, T_n, max) and (G, T_n).
+    Args:
+        indices: int32 (G, T_m, K). counts: int32 (G, T_m).
+        t_n: key blocks.
+
+    Returns:
+        Query blocks int32 (G, T_n, most), ascending, -1 past the counts, and counts int32 (G, T_n).
     """
     query_counts = np.empty((len(counts), t_n), np.int32)
     run(_count_queries, len(counts), threads, indices, counts, query_counts)
@@ -96,8 +101,14 @@ def _select(scores: Array, count: int, indices: Array, lo: int, hi: int) -> None
 
 
 def top_k(scores: Array, count: int, threads: int = 1) -> Array:
-    """The `count` largest of each row, ties to the lower index, NaN first, ascending: (G, T_m, T_n)
-    -> int32 (G, T_m, count).
+    """The `count` largest of each row (Alg. 2), ties to the lower index, NaN first.
+
+    Args:
+        scores: (G, T_m, T_n) float32 or float64.
+        count: 1 to T_n.
+
+    Returns:
+        Indices int32 (G, T_m, count), ascending.
     """
     indices = np.empty((*scores.shape[:2], count), np.int32)
     run(_select, scores.shape[0] * scores.shape[1], threads, scores, count, indices)

@@ -74,8 +74,12 @@ def _soft_top_k(x: Array, k: Array, out: Array, lo: int, hi: int) -> None:
 def soft_top_k(x: Array, k: Array, threads: int = 1) -> Array:
     """sigmoid(x + lambda) with lambda such that each row sums to k (Eq. 17).
 
-    x (rows, T_n): float32 or float64, scores / tau; -inf marks blocks that cannot be chosen. k
-    (rows,) of x's dtype. A row with NaN is NaN; one with no more than k blocks chooses them all.
+    Args:
+        x: scores / tau, float32 or float64 (rows, T_n); -inf marks blocks that cannot be chosen.
+        k: (rows,) of x's dtype.
+
+    Returns:
+        (rows, T_n). A row with NaN is NaN; one with no more than k blocks chooses them all.
     """
     out = np.empty_like(x)
     run(_soft_top_k, len(x), threads, x, k, out)

@@ -94,10 +94,10 @@ def key_blocks(
 def complement(
     rest: Array, indices: Array, counts: Array, tokens: Array, share: Array, lo: int, hi: int
 ) -> None:
-    """rest (G, rows, T_n padded) <- 1 where a valid key block is not selected; share (G, T_m) <- 0
-    nothing selected,
+    """Mark the valid key blocks that are not selected; one head per item.
 
-    2 everything selected, 1 otherwise; one head per item.
+    rest (G, rows, T_n padded) <- 1 for them, 0 for the others. share (G, T_m) <- 0 if the row
+    selects nothing, 2 if it selects everything, 1 otherwise.
     """
     t_m, t_n = counts.shape[1], tokens.shape[1]
     for bh in range(lo, hi):

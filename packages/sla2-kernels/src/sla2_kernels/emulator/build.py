@@ -37,8 +37,10 @@ _FLAGS = (
 
 @cache
 def compiler() -> tuple[str, ...]:
-    """The command of the C++ compiler; RuntimeError saying what to install if there is none.
-    $SLA2_CXX overrides.
+    """The command of the C++ compiler: $SLA2_CXX, else g++, clang++ or that of ziglang.
+
+    Raises:
+        RuntimeError: there is none; says what to install.
     """
     if chosen := os.environ.get("SLA2_CXX"):
         return tuple(chosen.split())
@@ -65,17 +67,17 @@ def _version(command: tuple[str, ...]) -> str:
 
 
 def sanitizer_library(name: str) -> str | None:
-    """The library to preload (LD_PRELOAD) where $SLA2_EMULATOR_SANITIZE is `name`; None if the
-    compiler has none.
-    """
+    """The library to preload where $SLA2_EMULATOR_SANITIZE is `name`; None if there is none."""
     file = {"address": "libasan.so", "thread": "libtsan.so"}[name]
     found = _call([*compiler(), f"-print-file-name={file}"]).stdout.strip()
     return found if Path(found).is_absolute() else None
 
 
 def sanitizer() -> str:
-    """$SLA2_EMULATOR_SANITIZE: "", "address" or "thread" (g++ only; the library must be
-    preloaded).
+    """$SLA2_EMULATOR_SANITIZE: "", "address" or "thread" (g++ only, with its library preloaded).
+
+    Raises:
+        ValueError: another value.
     """
     chosen = os.environ.get("SLA2_EMULATOR_SANITIZE", "")
     if chosen not in SANITIZERS:
@@ -86,9 +88,11 @@ def sanitizer() -> str:
 
 
 def build(spec: KernelSpec) -> Artifact:
-    """The shared library with every entry of the spec's source, from the cache or built now.
+    """The shared library with every kernel of the spec's source, from the cache or built now.
 
-    Raises RuntimeError with the compiler's first error lines.
+    Raises:
+        RuntimeError: no compiler, or its first error lines.
+        FileNotFoundError: a header is nowhere.
     """
     texts = gather(spec.path)
     command, flags = compiler(), [*_FLAGS, *spec.definitions, "-DSLA2_EMULATOR=1"]

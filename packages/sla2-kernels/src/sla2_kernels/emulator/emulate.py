@@ -20,16 +20,15 @@ ORDERS = ("forward", "reverse", "random")
 
 
 class EmulatorError(RuntimeError):
-    """A kernel broke a rule (a divergent barrier, a misaligned copy, ...): one line with the block,
-    threads and lines.
+    """A kernel broke a rule, such as a divergent barrier or a misaligned copy.
+
+    One line, with the block, threads, files and lines.
     """
 
 
 @dataclass(frozen=True)
 class Lanes:
-    """In which order the threads of a block run between barriers, and how many blocks
-    run at once.
-    """
+    """The order of a block's threads between barriers, and how many blocks run at once."""
 
     order: str = "forward"
     seed: int = 0
@@ -41,8 +40,15 @@ _LANES: ContextVar[Lanes] = ContextVar("sla2_lanes", default=Lanes())  # noqa: B
 
 @contextmanager
 def lanes(order: str = "forward", seed: int = 0, workers: int = 1) -> Iterator[None]:
-    """Emulated launches inside run their threads in this order ("forward", "reverse", "random" with
-    `seed`).
+    """Emulated launches inside the `with` run their threads in this order.
+
+    Args:
+        order: "forward", "reverse" or "random".
+        seed: of the random order.
+        workers: blocks that run at once.
+
+    Raises:
+        ValueError: another order.
     """
     if order not in ORDERS:
         raise ValueError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
@@ -55,8 +61,11 @@ def lanes(order: str = "forward", seed: int = 0, workers: int = 1) -> Iterator[N
 
 @dataclass(frozen=True)
 class EmulatedKernel:
-    """A loaded entry. `kinds` and `sizes` describe its parameters: p pointer, i integer, f float;
-    bytes.
+    """A loaded kernel.
+
+    Attributes:
+        kinds: of its parameters, a letter each: p pointer, i integer, f float.
+        sizes: their bytes.
     """
 
     entry: str
@@ -71,8 +80,10 @@ def _open(path: str) -> ctypes.CDLL:
 
 
 def load(spec: KernelSpec) -> EmulatedKernel:
-    """Build the spec's source for the CPU and look its entry up; RuntimeError if it does not
-    compile or is not there.
+    """Build the spec's source for the CPU and look its entry up.
+
+    Raises:
+        RuntimeError: no compiler, the source does not compile, or it has no such entry.
     """
     library = _open(str(build(spec).path))
     kinds, sizes = ctypes.c_char_p(), ctypes.POINTER(ctypes.c_ubyte)()
@@ -89,10 +100,16 @@ def run(
     shared_bytes: int,
     values: Sequence[np.generic],
 ) -> None:
-    """Run the grid. `values` are numpy scalars, pointers as np.uint64.
+    """Run a grid on host memory.
 
-    Raises TypeError if a value does not fit its parameter, EmulatorError if the kernel breaks a
-    rule.
+    Args:
+        grid, block: three sizes each.
+        shared_bytes: dynamic shared memory of a block.
+        values: numpy scalars, pointers as np.uint64.
+
+    Raises:
+        TypeError: a value does not fit its parameter.
+        EmulatorError: the kernel breaks a rule.
     """
     if len(values) != len(kernel.kinds):
         raise TypeError(
@@ -134,9 +151,7 @@ def run(
 
 
 def poisoned(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """An array of 0xFF bytes: NaN in floats, -1 in integers, so that what a kernel leaves unwritten
-    shows.
-    """
+    """An array of 0xFF bytes: NaN in floats, -1 in integers, so that what stays unwritten shows."""
     array = np.empty(shape, dtype)
     (
         array.view(np.uint8).fill(0xFF)
