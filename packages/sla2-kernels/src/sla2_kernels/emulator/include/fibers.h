@@ -197,11 +197,21 @@ inline unsigned next_random(Scheduler& s) {
     return unsigned(s.random >> 33);
 }
 
+// AddressSanitizer keeps what it noted of abandoned frames after the memory is unmapped, and would
+// hold it against the library that is loaded at this address next.
+inline void release_stacks(Scheduler& s) {
+    if (!s.stacks) return;
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(s.stacks, s.stack_count * kStack);
+#endif
+    munmap(s.stacks, s.stack_count * kStack);
+}
+
 inline void run_threads(Block& block) {
     Scheduler& s = *scheduler;
     const int count = int(block.threads.size());
     if (s.stack_count < size_t(count)) {
-        if (s.stacks) munmap(s.stacks, s.stack_count * kStack);
+        release_stacks(s);
         const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
         s.stacks = static_cast<unsigned char*>(
             mmap(nullptr, count * kStack, PROT_READ | PROT_WRITE, flags, -1, 0));
@@ -239,7 +249,7 @@ struct Carrier {  // what one worker needs for its blocks
     Scheduler own;
     explicit Carrier(unsigned seed) { own.random = seed; scheduler = &own; }
     ~Carrier() {
-        if (own.stacks) munmap(own.stacks, own.stack_count * kStack);
+        release_stacks(own);
         scheduler = nullptr;
     }
 };
