@@ -241,11 +241,13 @@ def tiny() -> None:
 
 def machine() -> dict:
     """GPU, driver, versions and date."""
+    sys.path[:0] = [*SOURCES, str(ROOT)]
     import torch
-    from sla2_eval.bench_paper import _hardware
     from sla2_kernels.compile import find_nvrtc, nvrtc_version
 
-    return _hardware() | {"nvrtc": nvrtc_version(find_nvrtc()), "torch_cuda": torch.version.cuda}
+    from benchmarks.bench_paper import hardware
+
+    return hardware() | {"nvrtc": nvrtc_version(find_nvrtc()), "torch_cuda": torch.version.cuda}
 
 
 def main() -> int:

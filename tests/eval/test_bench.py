@@ -2,11 +2,19 @@
 missing.
 """
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import sla2_eval
 import torch
-from sla2_eval import bench_paper
 from sla2_eval.cli.main import main
-from sla2_eval.timing import interleave
+
+from benchmarks import bench_paper
+from benchmarks.timing import interleave
 
 
 def test_cases_take_turns_and_a_failing_one_is_named():
@@ -77,6 +85,25 @@ def test_without_a_gpu_one_line_says_so(capsys):
         captured.err
         == "sla2: error: suite 'paper': needs a CUDA GPU, and torch sees none; --suite cpu runs"
         " here\n"
+    )
+
+
+def test_an_installed_package_says_that_it_needs_a_checkout(tmp_path):
+    source = Path(sla2_eval.__file__).parent
+    installed = tmp_path / "site-packages" / "sla2_eval"
+    shutil.copytree(source, installed, ignore=shutil.ignore_patterns("weights", "__pycache__"))
+    path = os.pathsep.join([str(installed.parent), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-m", "sla2_eval.cli.main", "bench", "--suite", "cpu"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "sla2: error: bench: expected a checkout of the repository, which has"
+        f" {Path('benchmarks', 'bench_cpu.py')}, got a package installed at {installed}\n"
     )
 
 

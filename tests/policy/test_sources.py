@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("packages", "tests", "tools", "experiments", ".ci")
+FOLDERS = ("packages", "tests", "tools", "benchmarks", "experiments", ".ci")
 TEXT = {
     ".py",
     ".md",

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import click
 
 from sla2_eval.cli.commands.tables import show
 
-# name -> module with `measure(report, quick) -> {"suite", "hardware", "rows": [...], ...}`, COLUMNS
-# of the table, and perhaps plot(result, path)
-SUITES = {"paper": "sla2_eval.bench_paper", "cpu": "sla2_eval.bench_cpu"}
+# name -> module of the checkout with `measure(report, quick) -> {"suite", "hardware", "rows":
+# [...], ...}`, COLUMNS of the table, and perhaps plot(result, path)
+SUITES = {"paper": "benchmarks.bench_paper", "cpu": "benchmarks.bench_cpu"}
 
 
 @click.command("bench")
@@ -30,9 +32,11 @@ SUITES = {"paper": "sla2_eval.bench_paper", "cpu": "sla2_eval.bench_cpu"}
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write everything to this file; a plot beside it.",
 )
-def command(suite, quick, json_file):
+def command(suite: str, quick: bool, json_file: Path | None) -> None:
     """Time SLA2 whole and by stage against dense attention in one process, interleaved; median and
     spread.
+
+    The suites are in benchmarks/ of the repository: it needs a checkout.
 
     \b
     Example:
@@ -40,7 +44,7 @@ def command(suite, quick, json_file):
     """
     from sla2_eval.runs.progress import ProgressDisplay
 
-    module = importlib.import_module(SUITES[suite])
+    module = _import_suite(suite)
     with ProgressDisplay() as report:
         result = module.measure(report, quick)
     show(result["rows"], module.COLUMNS, as_json=False)
@@ -50,3 +54,18 @@ def command(suite, quick, json_file):
         click.echo(f"{json_file}: {len(result['rows'])} rows", err=True)
         if hasattr(module, "plot"):
             module.plot(result, json_file.with_suffix(".png"))
+
+
+def _import_suite(name: str) -> ModuleType:
+    """The module of the suite, from the checkout that this file is in. Raises UsageError if it is
+    in none, as in an installed wheel.
+    """
+    file = Path(*SUITES[name].split(".")).with_suffix(".py")
+    for folder in Path(__file__).resolve().parents:
+        if (folder / file).is_file():
+            sys.path.insert(0, str(folder))
+            return importlib.import_module(SUITES[name])
+    raise click.UsageError(
+        f"bench: expected a checkout of the repository, which has {file}, got a package installed"
+        f" at {Path(__file__).resolve().parents[2]}"
+    )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from sla2_eval.timing import cuda_clock, interleave
+from benchmarks.timing import cuda_clock, interleave
 
 COLUMNS = (
     "shape",
@@ -100,14 +100,15 @@ def measure(report: Callable[[str, int, int], None], quick: bool) -> dict:
     }
     return {
         "suite": "paper",
-        "hardware": _hardware(),
+        "hardware": hardware(),
         "rates": rates,
         "settings": settings,
         "rows": rows,
     }
 
 
-def _hardware() -> dict:
+def hardware() -> dict:
+    """GPU, driver, versions of what the figures depend on, and date."""
     import datetime
     import importlib.metadata
 

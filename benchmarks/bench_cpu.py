@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from sla2_eval.timing import interleave
+from benchmarks.timing import interleave
 
 COLUMNS = (
     "dtype",
@@ -230,8 +230,14 @@ def _peak(dtype: str, d: int, n: int, label: str) -> float | None:
     import subprocess
     import sys
 
-    code = f"from sla2_eval.bench_cpu import peak; print(peak({dtype!r}, {d}, {n}, {label!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    code = f"from benchmarks.bench_cpu import peak; print(peak({dtype!r}, {d}, {n}, {label!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return float(done.stdout) if done.returncode == 0 else None
 
 

@@ -1,7 +1,7 @@
 """Times what the CPU operator is made of in torch and in numba, interleaved, and prints the table
 of cpu/README.md.
 
-    python tools/bench_cpu_choices.py [--threads 1]
+    python -m benchmarks.bench_cpu_choices [--threads 1]
 
 N = 32,760, d = 128, one head, blocks 128 x 64, 97 %. Milliseconds of CPU time of the process,
 median and quartiles of 9.
@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from sla2_core.formats import formats as quantize
 from sla2_core.routing.softtopk import _bisect
-from sla2_eval.timing import interleave
 from sla2_kernels.cpu import build, pool, route, softtopk
 from sla2_kernels.cpu import quantize as low_bit
 from sla2_kernels.cpu.tiles import gemm
+
+from benchmarks.timing import interleave
 
 N, D, BLOCK_Q, BLOCK_K, SELECTED = 32760, 128, 128, 64, 15
 BATCH = 16  # products at once

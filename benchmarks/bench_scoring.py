@@ -1,8 +1,9 @@
 """Measures scoring on this machine: overhead over bare decoding and arithmetic, one worker against
 more, memory over many videos.
 
-Example: python tools/bench_scoring.py --json scoring.json        (about forty minutes on two cores;
---quick for a try)
+Example: python -m benchmarks.bench_scoring --json scoring.json
+
+About forty minutes on two cores; --quick for a try.
 """
 
 from __future__ import annotations
