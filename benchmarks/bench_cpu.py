@@ -7,11 +7,19 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.timing import interleave
+
+if TYPE_CHECKING:
+    import torch
+    from sla2_core import SLA2Attention
+
+    Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Case = Callable[[], object]
 
 COLUMNS = (
     "dtype",
@@ -137,7 +145,7 @@ def _seconds(function: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def _module(d: int, sparsity: float):
+def _module(d: int, sparsity: float) -> SLA2Attention:
     from sla2_core import SLA2Attention, SLA2Config
 
     return SLA2Attention(
@@ -145,7 +153,9 @@ def _module(d: int, sparsity: float):
     )
 
 
-def _cases(dtype, d: int, n: int, sparsities, dense: bool) -> dict[str, Callable[[], object]]:
+def _cases(
+    dtype: torch.dtype, d: int, n: int, sparsities: Sequence[float], dense: bool
+) -> dict[str, Case]:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -154,14 +164,14 @@ def _cases(dtype, d: int, n: int, sparsities, dense: bool) -> dict[str, Callable
     for x in (q, k, v):
         x.requires_grad_()
 
-    def forward(attend):
+    def forward(attend: Attention) -> None:
         with torch.no_grad():
             attend(q, k, v)
 
-    def both(attend):
+    def both(attend: Attention) -> None:
         torch.autograd.grad(attend(q, k, v), (q, k, v), grad)
 
-    cases = {}
+    cases: dict[str, Case] = {}
     for label, run in (("forward", forward), ("forward + backward", both)):
         if dense:
             cases[f"SDPA {label}"] = partial(run, scaled_dot_product_attention)
@@ -170,17 +180,27 @@ def _cases(dtype, d: int, n: int, sparsities, dense: bool) -> dict[str, Callable
     return cases
 
 
-def _setting(dtype, d, n, sparsities, dense, repetitions, rates, report) -> list[dict]:
+def _setting(
+    dtype: torch.dtype,
+    d: int,
+    n: int,
+    sparsities: Sequence[float],
+    dense: bool,
+    repetitions: int,
+    rates: dict[str, float],
+    report: Callable[[int, int], None],
+) -> list[dict]:
     name = str(dtype).removeprefix("torch.")
-    cases, cpu = _cases(dtype, d, n, sparsities, dense), {}
+    cases = _cases(dtype, d, n, sparsities, dense)
+    cpu: dict[int, list[float]] = {}
 
-    def clock(case) -> float:
+    def clock(case: Case) -> float:
         wall, used = _seconds(case)
         cpu.setdefault(id(case), []).append(used)
         return 1e3 * wall
 
     found = interleave(cases, clock, repetitions, warmups=1, report=report)
-    rows = []
+    rows: list[dict] = []
     for label, case in cases.items():
         what, direction = label.split(" ", 1)
         row = {
@@ -247,7 +267,7 @@ def peak(dtype: str, d: int, n: int, label: str) -> float:
     """
     import torch
 
-    def case(length: int):
+    def case(length: int) -> Case:
         return _cases(
             getattr(torch, dtype), d, length, (float(label.split()[-1].rstrip("%")) / 100,), False
         )[label]
@@ -269,7 +289,7 @@ def peak(dtype: str, d: int, n: int, label: str) -> float:
     return (field("VmHWM") - before) / 1024
 
 
-def _shares(dtype, n: int, d: int) -> dict[str, float]:
+def _shares(dtype: torch.dtype, n: int, d: int) -> dict[str, float]:
     """Share of the time of one forward + backward at 97 % by kernel; "other" is torch
     and the glue.
     """

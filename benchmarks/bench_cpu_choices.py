@@ -28,7 +28,7 @@ BATCH = 16  # products at once
 
 
 @build.kernel
-def _products(a, b, c, lo, hi):
+def _products(a: np.ndarray, b: np.ndarray, c: np.ndarray, lo: int, hi: int) -> None:
     for i in range(lo, hi):
         gemm(
             a[i],
@@ -59,12 +59,12 @@ def cases(threads: int) -> dict[str, tuple[Callable, Callable]]:
     a, b = torch.randn(BATCH, BLOCK_Q, D), torch.randn(BATCH, D, SELECTED * BLOCK_K)
     c = torch.empty(BATCH, BLOCK_Q, SELECTED * BLOCK_K)
 
-    def plain_means():
+    def plain_means() -> torch.Tensor:
         return (
             torch.nn.functional.pad(x, (0, 0, 0, -N % BLOCK_K)).unflatten(2, (-1, BLOCK_K)).mean(3)
         )
 
-    def plain_top():
+    def plain_top() -> torch.Tensor:
         return (
             torch.sort(scores, dim=-1, descending=True, stable=True)
             .indices[..., :SELECTED]

@@ -8,8 +8,18 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.timing import cuda_clock, interleave
+
+if TYPE_CHECKING:
+    import torch
+    from sla2_kernels.problem import Device, Pointer, Problem, Strided
+    from torch import Tensor
+    from torch.nn.attention import SDPBackend
+
+Attention = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
+Case = Callable[[], object]
 
 COLUMNS = (
     "shape",
@@ -167,7 +177,15 @@ def _rates(repetitions: int) -> dict[str, float]:
     }
 
 
-def _rows(shape, n, heads, sparsity, selected, found, rates) -> list[dict]:
+def _rows(
+    shape: str,
+    n: int,
+    heads: int,
+    sparsity: float,
+    selected: int,
+    found: dict[str, dict],
+    rates: dict[str, float],
+) -> list[dict]:
     least = floors(n, heads, selected)
     full = 4.0 * n * n * HEAD_DIM * heads
     rows = []
@@ -197,7 +215,12 @@ def _rows(shape, n, heads, sparsity, selected, found, rates) -> list[dict]:
 
 
 def _setting(
-    n: int, heads: int, sparsity: float, warmups: int, repetitions: int, report
+    n: int,
+    heads: int,
+    sparsity: float,
+    warmups: int,
+    repetitions: int,
+    report: Callable[[int, int], None],
 ) -> tuple[dict[str, dict], int]:
     """Times of every case at one shape and sparsity, and how many key blocks a row selects."""
     import torch
@@ -215,7 +238,7 @@ def _setting(
 class _Kernels:
     """SLA2's stages on one input, through the kernels' own operator; buffers are torch's."""
 
-    def __init__(self, q, k, v, topk: float):
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, topk: float):
         import torch
         from sla2_kernels import forward as operator
         from sla2_kernels.problem import Alpha, Problem
@@ -237,18 +260,18 @@ class _Kernels:
         self.linear = operator.linear_states(self.device, self.problem, self.made, self.block_map)
 
     @staticmethod
-    def pointer(tensor):
+    def pointer(tensor: Tensor) -> Pointer:
         from sla2_kernels.problem import Pointer
 
         return Pointer(tensor.data_ptr(), tensor)
 
-    def strided(self, tensor):
+    def strided(self, tensor: Tensor) -> Strided:
         from sla2_kernels.problem import Strided
 
         return Strided(self.pointer(tensor), tensor.stride()[:3])
 
     @property
-    def device(self):
+    def device(self) -> Device:
         """On the current stream, which is another one while a graph is captured."""
         import torch
         from sla2_kernels.problem import Device
@@ -256,15 +279,15 @@ class _Kernels:
         stream = torch.cuda.current_stream().cuda_stream
         return Device(allocate=self.allocate, target="cuda", arch=self.arch, stream=stream)
 
-    def allocate(self, shape, dtype):
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Pointer:
         import torch
 
         return self.pointer(torch.empty(shape, dtype=getattr(torch, dtype), device="cuda"))
 
-    def prologue(self, problem):
+    def prologue(self, problem: Problem) -> Any:
         return self.operator.prologue(self.device, problem, *self.inputs, linear=True, pool=True)
 
-    def route(self, problem, made):
+    def route(self, problem: Problem, made: Any) -> Any:
         return self.operator.route(
             self.device,
             problem,
@@ -276,14 +299,14 @@ class _Kernels:
             self.topk,
         )[0]
 
-    def forward(self, problem, save: bool = False):
+    def forward(self, problem: Problem, save: bool = False) -> Any:
         made = self.prologue(problem)
         block_map = self.route(problem, made)
         return self.operator.forward(
             self.device, problem, *self.inputs, block_map, self.alpha, made=made, save=save
         )
 
-    def cases(self, grad) -> dict[str, Callable[[], object]]:
+    def cases(self, grad: Tensor) -> dict[str, Case]:
         from dataclasses import replace
 
         from sla2_kernels.backward import backward
@@ -291,7 +314,7 @@ class _Kernels:
 
         op, problem = self.operator, self.problem
         saved, d_out = self.forward(problem, save=True), self.strided(grad)
-        cases = {
+        cases: dict[str, Case] = {
             "SLA2 forward": lambda: self.forward(problem),
             "SLA2 prologue": lambda: self.prologue(problem),
             "SLA2 route": lambda: self.route(problem, self.made),
@@ -311,11 +334,11 @@ class _Kernels:
         return {name: _graphed(case) for name, case in cases.items()} | launched
 
 
-def _graphed(function: Callable[[], object]) -> Callable[[], None]:
+def _graphed(function: Case) -> Callable[[], None]:
     """The function as a CUDA graph, captured at the first call; a plain call before it loads its
     kernels.
     """
-    graphs = []
+    graphs: list[torch.cuda.CUDAGraph] = []
 
     def replay() -> None:
         import torch
@@ -332,20 +355,22 @@ def _graphed(function: Callable[[], object]) -> Callable[[], None]:
     return replay
 
 
-def _both(function: Callable, q, k, v, grad, name: str) -> dict[str, Callable[[], object]]:
+def _both(
+    function: Attention, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, name: str
+) -> dict[str, Case]:
     """Forward and backward of an attention function as two cases; the backward of a graph that is
     kept.
     """
     import torch
 
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    graph = []
+    graph: list[Tensor] = []
 
-    def forward():
+    def forward() -> Tensor:
         with torch.no_grad():
             return function(q, k, v)
 
-    def backward():
+    def backward() -> tuple[Tensor, ...]:
         if not graph:
             graph.append(function(*leaves))
         return torch.autograd.grad(graph[0], leaves, grad, retain_graph=True)
@@ -353,7 +378,7 @@ def _both(function: Callable, q, k, v, grad, name: str) -> dict[str, Callable[[]
     return {f"{name} forward": forward, f"{name} backward": backward}
 
 
-def _module(q, k, v, grad, topk: float) -> dict[str, Callable[[], object]]:
+def _module(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, topk: float) -> dict[str, Case]:
     """What users call: SLA2Attention through torch's custom ops and autograd, launched one by one;
     also on tensors whose
     tokens come before their heads, as models hold them."""
@@ -369,18 +394,18 @@ def _module(q, k, v, grad, topk: float) -> dict[str, Callable[[], object]]:
     )
 
 
-def _dense(q, k, v, grad) -> dict[str, Callable[[], object]]:
+def _dense(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> dict[str, Case]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    cases = {}
+    cases: dict[str, Case] = {}
     for name, backend in (
         ("flash", SDPBackend.FLASH_ATTENTION),
         ("cuDNN", SDPBackend.CUDNN_ATTENTION),
         ("efficient", SDPBackend.EFFICIENT_ATTENTION),
     ):
 
-        def attention(q, k, v, backend=backend):
+        def attention(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend = backend) -> Tensor:
             with sdpa_kernel(backend):
                 return scaled_dot_product_attention(q, k, v)
 
@@ -388,11 +413,11 @@ def _dense(q, k, v, grad) -> dict[str, Callable[[], object]]:
     return cases
 
 
-def _flex(q, k, v, grad, kernels: _Kernels) -> dict[str, Callable[[], object]]:
+def _flex(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, kernels: _Kernels) -> dict[str, Case]:
     """FlexAttention over the blocks that the router chose."""
-    compiled = []
+    compiled: list[Attention] = []
 
-    def attention(q, k, v):
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not compiled:
             compiled.append(_compiled_flex(q, k, kernels))
         return compiled[0](q, k, v)
@@ -400,7 +425,7 @@ def _flex(q, k, v, grad, kernels: _Kernels) -> dict[str, Callable[[], object]]:
     return _both(attention, q, k, v, grad, "FlexAttention")
 
 
-def _compiled_flex(q, k, kernels: _Kernels) -> Callable:
+def _compiled_flex(q: Tensor, k: Tensor, kernels: _Kernels) -> Attention:
     import torch
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
