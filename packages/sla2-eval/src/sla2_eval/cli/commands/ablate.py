@@ -20,7 +20,9 @@ import click
     help="Run as Ray tasks on this cluster, a GPU each where it has any; 'auto' finds one.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(config, out, workers, ray_address, as_json):
+def command(
+    config: str, out: str, workers: int | None, ray_address: str | None, as_json: bool
+) -> int:
     """Run a grid of variants over seeds; run again, finished parts are not done twice.
 
     On a machine with several GPUs, or a Ray cluster, it runs as Ray tasks of one GPU each instead
@@ -38,12 +40,8 @@ def command(config, out, workers, ray_address, as_json):
     if workers is not None:
         settings = settings.model_copy(update={"workers": workers})
 
-    def grid(report):
-        from sla2_eval.grid.estimate import estimate
-        from sla2_eval.parallel.cluster import local_gpus
-
-        processes = 1 if ray_address else max(settings.workers, local_gpus())
-        click.echo(estimate(settings, out, processes), err=True)
-        return run_grid(settings, out, ray_address=ray_address, report=report)
-
-    return run(grid, out, as_json)
+    return run(
+        lambda report: run_grid(settings, out, ray_address=ray_address, report=report),
+        out,
+        as_json,
+    )
