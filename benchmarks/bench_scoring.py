@@ -211,7 +211,7 @@ def is_worker(pid: int) -> bool:
         return False
     return any(
         part in title
-        for part in ("sla2_eval.scoring.worker", "default_worker.py", "ray::IDLE", "ray::Worker")
+        for part in ("--multiprocessing-fork", "default_worker.py", "ray::IDLE", "ray::TaskWorker")
     )
 
 
@@ -220,8 +220,8 @@ def held(videos: Path, reference: Path, workers: int, out: Path) -> dict:
     by what holds them.
 
     Medians are over the time from when each worker holds its libraries to when the first ends.
-    "ray": all that Ray starts beside the workers; "anonymous": what of all is no file's, which
-    other programs with the same libraries do not make less.
+    "ray": all that is started beside the workers, by Ray or by multiprocessing; "anonymous": what
+    of all is no file's, which other programs with the same libraries do not make less.
     """
     names = [
         "psnr",

@@ -12,7 +12,7 @@ import torch
 from helpers import pipelines
 from sla2_core import SLA2Config
 from sla2_eval.cli.main import main
-from sla2_eval.parallel import ray_tasks
+from sla2_eval.parallel import pool
 from sla2_eval.videos.video import read_video
 
 SLA2 = SLA2Config(
@@ -169,7 +169,7 @@ def test_two_gpus_share_the_videos_with_ray(files, tmp_path, monkeypatch):
     """Two pretended GPUs: Ray gives each task one of them, and the videos are those of
     one process.
     """
-    monkeypatch.setattr(ray_tasks, "local_gpus", lambda: 2)
+    monkeypatch.setattr(pool, "local_gpus", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert (
         generate(files, tmp_path / "ray", "--batch-size", "1", "--adapter", str(files / "adapter"))

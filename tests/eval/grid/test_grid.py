@@ -16,8 +16,8 @@ from helpers import tiny_model
 from sla2_eval.cli.main import main
 from sla2_eval.generation.sampling import open_folder
 from sla2_eval.grid.ablation import cells, graph, run_grid, sampling
-from sla2_eval.parallel.cluster import WorkerDied
-from sla2_eval.parallel.processes import Workers
+from sla2_eval.parallel.processes import ThisProcess
+from sla2_eval.parallel.tasks import WorkerDied
 from sla2_eval.runs.settings import AblationSettings, SettingsError, load_settings, validate
 from sla2_eval.videos.manifest import video_name
 
@@ -134,15 +134,17 @@ def test_the_experiments_settings_are_valid():
     assert found.generate.prompts == ROOT / "experiments" / "tiny_wan" / "prompts.txt"
 
 
-class Deadly(Workers):
+class Deadly(ThisProcess):
     """One process in which the worker of "videos b" always dies."""
 
-    def __init__(self, said: list):
-        super().__init__(0, say=said.append)
+    def submit(self, name, task):
+        super().submit(name, task)
+        self.at = name
 
     def wait(self):
-        if self._here[-1][0] == "videos b":
-            return self._here.pop()[0], WorkerDied("signal SIGKILL")
+        if self.at == "videos b":
+            self._submitted.clear()
+            return self.at, WorkerDied("signal SIGKILL")
         return super().wait()
 
 
@@ -161,7 +163,9 @@ def test_a_variant_whose_worker_dies_is_listed_and_the_others_are_done(
     }
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(settings))
     said = []
-    monkeypatch.setattr("sla2_eval.grid.ablation.open_workers", lambda *_, **__: Deadly(said))
+    monkeypatch.setattr(
+        "sla2_eval.grid.ablation.open_pool", lambda *_, **__: Deadly(say=said.append)
+    )
     out = tmp_path / "out"
     assert main(["ablate", "--config", str(tmp_path / "grid.yaml"), "--out", str(out)]) == 1
     errors = [

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from sla2_eval.parallel import ray_tasks
-from sla2_eval.parallel.processes import Task, TasksLost, Workers
-from sla2_eval.parallel.ray_tasks import RayTasks, open_workers
+from sla2_eval.parallel import pool as pools
+from sla2_eval.parallel.processes import ProcessPool, ThisProcess
+from sla2_eval.parallel.ray_pool import RayPool
+from sla2_eval.parallel.tasks import Task, TasksLost
 
 PATIENCE = 900  # seconds for what takes 60 where nothing else runs
 JOBS = '''
@@ -54,20 +55,28 @@ def free(report):
 def jobs(tmp_path, monkeypatch):
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sla2_ray_jobs.py").write_text(JOBS)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"), prepend=os.pathsep)
     return "sla2_ray_jobs"
 
 
 @pytest.mark.parametrize(
-    ("gpus", "address", "kind"),
-    [(0, None, Workers), (1, None, Workers), (2, None, RayTasks), (0, "auto", RayTasks)],
+    ("count", "gpus", "address", "kind"),
+    [
+        (3, 0, None, ProcessPool),
+        (3, 1, None, ProcessPool),
+        (0, 1, None, ThisProcess),
+        (3, 2, None, RayPool),
+        (3, 0, "auto", RayPool),
+    ],
 )
-def test_ray_runs_where_there_are_several_gpus_or_a_cluster(monkeypatch, gpus, address, kind):
-    monkeypatch.setattr(ray_tasks, "local_gpus", lambda: gpus)
-    workers = open_workers(3, address)
-    assert type(workers) is kind
-    if kind is Workers:
-        assert workers.free() == 3
+def test_ray_runs_where_there_are_several_gpus_or_a_cluster(
+    monkeypatch, count, gpus, address, kind
+):
+    monkeypatch.setattr(pools, "local_gpus", lambda: gpus)
+    pool = pools.open_pool(count, address)
+    assert type(pool) is kind
+    if kind is not RayPool:
+        assert pool.free() == max(1, count)
 
 
 @pytest.mark.slow
@@ -75,12 +84,10 @@ def test_ray_runs_where_there_are_several_gpus_or_a_cluster(monkeypatch, gpus, a
 def test_ray_tasks_have_a_gpu_each_and_survive_their_workers(jobs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen, said = [], []
-    with RayTasks(
-        None, gpus=2, report=lambda *event: seen.append(event), say=said.append
-    ) as workers:
-        assert workers.about == "Ray tasks of one GPU each, 2 at a time"
+    with RayPool(None, gpus=2, report=lambda *event: seen.append(event), say=said.append) as pool:
+        assert pool.about == "Ray tasks of one GPU each, 2 at a time"
         arguments = {"folder": str(tmp_path)}
-        found = workers.run(
+        found = pool.run(
             {
                 "a": Task(f"{jobs}:meet", {**arguments, "name": "x", "other": "y"}),
                 "b": Task(f"{jobs}:meet", {**arguments, "name": "y", "other": "x"}),
@@ -95,7 +102,7 @@ def test_ray_tasks_have_a_gpu_each_and_survive_their_workers(jobs, tmp_path, mon
         assert sorted(seen) == [("x", 1, 1), ("y", 1, 1)]
 
         with pytest.raises(TasksLost) as caught:
-            workers.run(
+            pool.run(
                 {
                     "poison": Task(f"{jobs}:die", {}),
                     "unlucky": Task(f"{jobs}:die_once", {"path": str(tmp_path / "died")}),
@@ -109,16 +116,16 @@ def test_ray_tasks_have_a_gpu_each_and_survive_their_workers(jobs, tmp_path, mon
         assert not any("\n" in line for line in said)
 
         with pytest.raises(ValueError, match=r"^expected better\nthan this$"):
-            workers.run({"failing": Task(f"{jobs}:fail", {})})
+            pool.run({"failing": Task(f"{jobs}:fail", {})})
 
 
 DRIVER = """
 import sys
 from sla2_eval.grid import ablation
-from sla2_eval.parallel import ray_tasks
+from sla2_eval.parallel import pool
 from sla2_eval.runs.settings import AblationSettings, load_settings
 gpus = int(sys.argv[3])
-ray_tasks.local_gpus = lambda: gpus
+pool.local_gpus = lambda: gpus
 result = ablation.run_grid(load_settings(sys.argv[1], AblationSettings), sys.argv[2])
 print(result.failed, result.lost)
 """

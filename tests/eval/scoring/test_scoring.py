@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sla2_eval.scoring import metrics
-from sla2_eval.scoring.pools import ProcessPool
 from sla2_eval.scoring.score import ScoringError, score
 from sla2_eval.scoring.summary import document
+from sla2_eval.scoring.worker import Worker, score_video
 from sla2_eval.videos.manifest import Entry
 from sla2_eval.videos.video import read_video, write_video
 
@@ -170,7 +170,7 @@ def test_a_metric_that_cannot_be_loaded_is_tried_once(make_folder, tmp_path, mon
 )
 def test_the_current_folder_shadows_no_library(make_folder, tmp_path, monkeypatch, workers):
     videos = make_folder("a", 1)
-    for name in ("av", "random", "dataclasses"):
+    for name in ("av", "random", "dataclasses", "socket"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not the library')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
@@ -180,7 +180,7 @@ def test_the_current_folder_shadows_no_library(make_folder, tmp_path, monkeypatc
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_done(
     make_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("sla2_eval.scoring.pools.local_gpus", lambda: 0)
+    monkeypatch.setattr("sla2_eval.parallel.processes.local_gpus", lambda: 0)
     videos = make_folder("a", 1)
     with pytest.raises(
         ValueError, match="device: expected a GPU that torch can use for 'cuda', got none"
@@ -194,7 +194,7 @@ def test_rerun_uses_the_store_and_changed_videos_score_again(make_folder, tmp_pa
     before = (tmp_path / "out" / "results.json").read_bytes()
 
     monkeypatch.setattr(
-        "sla2_eval.scoring.pools.open_pool", lambda *_: pytest.fail("a worker was started")
+        "sla2_eval.scoring.score._open_pool", lambda *_: pytest.fail("a worker was started")
     )
     assert score(videos, reference, CHEAP, tmp_path / "out") == first
     assert (tmp_path / "out" / "results.json").read_bytes() == before
@@ -257,11 +257,25 @@ def test_what_is_no_file_is_listed_and_waited_for_by_none(make_folder, tmp_path)
     assert results["metrics"]["temporal_flickering"]["num_videos"] == 1
 
 
-def test_paths_of_weights_may_be_paths():
-    hello = json.loads(
-        ProcessPool({"lpips": {"files": {"alexnet": Path("a") / "b.pth"}}}, "cpu", "pyav").hello
+def test_a_worker_keeps_its_metrics_for_the_next_video(make_folder, tmp_path, monkeypatch):
+    folder = make_folder("a", 2)
+    task = {"reference": None, "prompt": "", "metrics": CHEAP[:1], "reference_metrics": []}
+    loaded = []
+    original = metrics.load
+    monkeypatch.setattr(
+        metrics, "load", lambda name, *rest: loaded.append(rest) or original(name, *rest)
     )
-    assert hello["settings"] == {"lpips": {"files": {"alexnet": "a/b.pth"}}}
+    for limit in (1, 1, 2):  # a run with other settings has a Worker of its own
+        settings = {CHEAP[0]: {"files": {"none": tmp_path / str(limit)}}}
+        for name in ("pattern 000-0.mp4", "pattern 001-0.mp4"):
+            outcome = score_video(
+                {**task, "video": str(folder / name)},
+                settings=settings,
+                device="cpu",
+                decoder="pyav",
+            )
+            assert list(outcome["results"]) == CHEAP[:1]
+    assert loaded == [({"files": {"none": tmp_path / str(limit)}}, "cpu") for limit in (1, 2)]
 
 
 def test_metrics_without_their_weights_are_listed_and_not_zero(make_folder, tmp_path, monkeypatch):
@@ -276,7 +290,6 @@ def test_metrics_without_their_weights_are_listed_and_not_zero(make_folder, tmp_
 
 
 def test_a_video_is_decoded_once_for_all_its_metrics(make_folder, monkeypatch):
-    from sla2_eval.scoring.worker import Worker
     from sla2_eval.videos import video
 
     folders, decoded = [make_folder("a", 1, noise=5.0), make_folder("b", 1)], []
@@ -285,8 +298,6 @@ def test_a_video_is_decoded_once_for_all_its_metrics(make_folder, monkeypatch):
         decoded.append((path, decoder))
         return read_video(path, decoder)
 
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        monkeypatch.setenv(name, "1")
     monkeypatch.setattr(video, "read_video", counting)
     paths = [str(folder / "pattern 000-0.mp4") for folder in folders]
     task = {

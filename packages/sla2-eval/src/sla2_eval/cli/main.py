@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0 all went well, 2 bad arguments, settings or input
     files, 1 anything else.
     """
-    from sla2_eval.parallel.processes import hush
+    from sla2_eval.parallel.tasks import hush
 
     state = {"debug": False}
     hush()

@@ -19,8 +19,8 @@ from sla2_eval.generation.sampling import (
     write_videos,
 )
 from sla2_eval.parallel.cluster import check_address
-from sla2_eval.parallel.processes import Task
-from sla2_eval.parallel.ray_tasks import open_workers
+from sla2_eval.parallel.pool import open_pool
+from sla2_eval.parallel.tasks import Task
 from sla2_eval.runs.progress import Report, silent
 
 
@@ -100,7 +100,7 @@ def generate_variants(
             raise ValueError(f"adapter: expected a folder with sla2_config.json, got {adapter}")
         trained = None if adapter is None else folder_digest(Path(adapter))
         open_folder(folder, config, {"model": weights, "adapter": trained})
-    with open_workers(workers if workers > 1 else 0, ray_address, report=report) as pool:
+    with open_pool(workers if workers > 1 else 0, ray_address, report=report) as pool:
         parts = min(pool.free(), len(requests))
         tasks = {}
         for folder, adapter in variants.items():

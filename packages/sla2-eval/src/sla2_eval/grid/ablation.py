@@ -16,8 +16,8 @@ from pathlib import Path
 from sla2_eval.generation import sampling as generation
 from sla2_eval.grid import steps as pipeline
 from sla2_eval.parallel.cluster import check_address
-from sla2_eval.parallel.processes import Task, TasksLost
-from sla2_eval.parallel.ray_tasks import open_workers
+from sla2_eval.parallel.pool import open_pool
+from sla2_eval.parallel.tasks import Task, TasksLost
 from sla2_eval.runs.progress import Report, silent
 from sla2_eval.runs.settings import (
     AblationSettings,
@@ -367,14 +367,14 @@ def run_grid(
         generation.open_folder(out / "videos" / cell.name, config, _fingerprint(cell))
     generation.write_manifest(generation.plan(prompts, settings.seeds, config.seed), full)
     write_run(settings, grid, out, notes)
-    with open_workers(settings.workers, ray_address, report=report) as workers:
+    with open_pool(settings.workers, ray_address, report=report) as pool:
         try:
-            results, lost = workers.run(tasks), {}
+            results, lost = pool.run(tasks), {}
         except TasksLost as error:
             results, lost = error.results, error.lost
     failed = sum(results[name] for name in tasks if name.startswith("scores ") and name in results)
     seconds = round(time.time() - started)
-    notes = (*notes, f"this pass took {seconds} s in {workers.about}")
+    notes = (*notes, f"this pass took {seconds} s in {pool.about}")
     write_run(settings, grid, out, notes, lost)
     from sla2_eval.report.page import write_report
 

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 from sla2_eval.runs.extras import needed_for
 
@@ -23,10 +24,6 @@ _ENVIRONMENT = {
 # attempts at a local cluster; on a machine busy beyond Ray's patience the second finds its files
 # cached
 _STARTS = 2
-
-
-class WorkerDied(RuntimeError):
-    """A worker ended in the middle of a task; the message says how."""
 
 
 def local_gpus() -> int:
@@ -102,7 +99,7 @@ class Cluster:
         self.cpus, self.gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
 
     def _start(self, address: str | None, num_cpus: int | None, num_gpus: int | None) -> None:
-        options = {"logging_level": "ERROR", "log_to_driver": False}
+        options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
         if address is None:
             options |= {"num_cpus": num_cpus, "num_gpus": num_gpus, "include_dashboard": False}
         attempts = 1 if address else _STARTS

@@ -1,282 +1,251 @@
-"""Runs tasks that need one another in worker processes of one thread each; a worker never outlives
-its parent.
+"""A pool of processes of this machine, on concurrent.futures; and the one that has none and works
+in this process.
 """
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
-import traceback
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from multiprocessing import connection
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import ModuleType, TracebackType
+from typing import Any
 
-from sla2_eval.parallel.cluster import WorkerDied
+from sla2_eval.parallel.cluster import local_gpus
+from sla2_eval.parallel.tasks import (
+    ONE_THREAD,
+    Pool,
+    Task,
+    WorkerDied,
+    call,
+    call_in_worker,
+    compute_on_one_thread,
+    warn,
+)
 from sla2_eval.runs.progress import Report, silent
 
-ATTEMPTS = 2  # of a task whose worker dies
+_LOOK = 0.2  # seconds between two looks at the reports of the running tasks
+
+_reports: Connection  # in a worker: to the driver
 
 
-@dataclass(frozen=True)
-class Task:
-    """A call of "module:name" with these arguments and a `report`, once the tasks named in `needs`
-    are done.
-    """
+class ThisProcess(Pool):
+    """A pool without workers: `wait` does the task itself."""
 
-    function: str
-    arguments: dict
-    needs: tuple[str, ...] = ()
+    about, places = "one process", 1
 
+    def __init__(self, *, report: Report = silent, say: Callable[[str], None] = warn):
+        super().__init__(report, say)
+        self._submitted: list[tuple[str, Task]] = []
 
-class TasksLost(RuntimeError):
-    """Workers died over some tasks every time; `results` holds what the others returned, `lost` a
-    reason by name.
-    """
+    @property
+    def gpus(self) -> int:
+        return local_gpus()
 
-    def __init__(self, lost: dict[str, str], results: dict[str, object]):
-        name = next(iter(lost))
-        super().__init__(f"{name}: {lost[name]}; run again to go on")
-        self.lost, self.results = lost, results
-
-
-def warn(text: str) -> None:
-    """One line on standard error."""
-    print(f"sla2: warning: {text}", file=sys.stderr, flush=True)
-
-
-def hush() -> None:
-    """Keep one warning of torch off the terminal: under autocast diffusers' RMSNorm takes its plain
-    path.
-    """
-    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-
-
-def call(task: Task, report: Report) -> object:
-    """Do the task here."""
-    module, _, function = task.function.partition(":")
-    return getattr(importlib.import_module(module), function)(**task.arguments, report=report)
-
-
-def compute_on(threads: int) -> None:
-    """Set up a new worker: this many threads for torch, and for what the worker starts."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    import torch
-
-    torch.set_num_threads(threads)
-    hush()
-
-
-class Pool(ABC):
-    """Runs tasks in the order of their needs. Where they run is what its kinds differ in: `free`,
-    `submit`, `wait`.
-    """
-
-    about: str  # how much of what, for the report
-
-    def __init__(self, say: Callable[[str], None] = warn):
-        self._say = say
-
-    @abstractmethod
-    def free(self) -> int:
-        """How many tasks may be submitted now."""
-
-    @abstractmethod
-    def submit(self, name: str, task: Task) -> None:
-        """Start a task."""
-
-    @abstractmethod
-    def wait(self) -> tuple[str, object]:
-        """Block until any task is done: its name, and what it returned or how its worker died.
-        Raises the task's error.
-        """
-
-    def run(self, tasks: Mapping[str, Task]) -> dict[str, object]:
-        """Run every task once those it needs are done, of those that can run the first in `tasks`;
-        results by name.
-
-        The first error ends the run and is raised. A task whose worker dies (out of memory, killed)
-        is said to and tried once more; if that dies too, what needs the task is left out, the rest
-        is run, and TasksLost is raised in the end. Raises ValueError if tasks need each other in a
-        circle or one that is not there.
-        """
-        waiting, results, running = dict(tasks), {}, set()
-        deaths: dict[str, int] = {}
-        lost: dict[str, str] = {}
-        while waiting or running:
-            while stuck := [
-                name for name, task in waiting.items() if lost.keys() & set(task.needs)
-            ]:
-                for name in stuck:
-                    need = next(need for need in waiting.pop(name).needs if need in lost)
-                    lost[name] = (
-                        f"needs {need}, whose worker died" if need in deaths else lost[need]
-                    )
-            ready = [
-                name
-                for name, task in waiting.items()
-                if all(need in results for need in task.needs)
-            ]
-            if waiting and not ready and not running:
-                raise ValueError(
-                    f"tasks: expected needs that can be met, got {next(iter(waiting))!r} waiting"
-                    " for ever"
-                )
-            for name in ready[: self.free()]:
-                self.submit(name, waiting.pop(name))
-                running.add(name)
-            if not running:
-                continue
-            name, outcome = self.wait()
-            running.discard(name)
-            if not isinstance(outcome, WorkerDied):
-                results[name] = outcome
-                continue
-            deaths[name] = deaths.get(name, 0) + 1
-            if deaths[name] < ATTEMPTS:
-                self._say(f"{name}: its worker died ({outcome}); trying it once more")
-                waiting = {name: tasks[name], **waiting}
-            else:
-                lost[name] = f"its worker died {ATTEMPTS} times ({outcome})"
-                self._say(f"{name}: {lost[name]}; going on without it")
-        if lost:
-            raise TasksLost(lost, results)
-        return results
-
-
-def _serve(channel, threads: int) -> None:
-    """Runs in a new worker: tasks come through `channel`; reports, results and errors go back; ends
-    with the parent.
-    """
-    compute_on(threads)
-
-    def follow_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-    while (task := channel.recv()) is not None:
-        try:
-            message = ("done", call(task, lambda *event: channel.send(("report", event))))
-        except Exception as error:
-            message = ("error", _portable(error))
-        channel.send(message)
-
-
-def _portable(error: Exception) -> Exception:
-    """The error as it can be sent, with its traceback as a note."""
-    error.add_note("".join(traceback.format_exception(error)).rstrip())
-    try:
-        pickle.loads(pickle.dumps(error))
-        return error
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-@dataclass
-class _Slot:
-    """A worker process, its end of the channel, and the task it is at."""
-
-    process: multiprocessing.Process
-    channel: connection.Connection
-    task: str | None = None
-
-
-class Workers(Pool):
-    """A pool of processes: `with Workers(2) as workers: results = workers.run({"name": Task(...),
-    ...})`.
-
-    Two processes of one thread are faster than one of two threads on small models, and do not stall
-    beside other work, as threads that wait for each other at every layer do. With `count` 0
-    everything runs in this process.
-    """
-
-    def __init__(
-        self,
-        count: int,
-        *,
-        threads: int = 1,
-        report: Report = silent,
-        say: Callable[[str], None] = warn,
-    ):
-        super().__init__(say)
-        self._count, self._threads, self._report = count, threads, report
-        self._slots: list[_Slot] = []
-        self._here: list[
-            tuple[str, Task]
-        ] = []  # what `wait` does itself where there are no workers
-        self.about = f"{count} worker processes of one thread" if count else "one process"
-
-    def __enter__(self) -> Workers:
-        if self._count:
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    def __enter__(self) -> ThisProcess:
         return self
 
-    def __exit__(self, kind, *_) -> None:
-        for slot in self._slots:
-            if kind is None and slot.task is None:
-                slot.channel.send(None)
-            else:
-                slot.process.terminate()
-        for slot in self._slots:
-            slot.process.join()
-            slot.channel.close()
-        self._slots = []
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._submitted.clear()
 
     def free(self) -> int:
-        busy = sum(slot.task is not None for slot in self._slots)
-        return self._count - busy if self._count else 1 - len(self._here)
+        return self.places - len(self._submitted)
 
     def submit(self, name: str, task: Task) -> None:
-        if not self._count:
-            self._here.append((name, task))
-            return
-        slot = next((slot for slot in self._slots if slot.task is None), None) or self._start()
-        slot.task = name
+        self._submitted.append((name, task))
+
+    def wait(self) -> tuple[str, Any]:
+        name, task = self._submitted.pop()
+        return name, call(task, self._report)
+
+
+class ProcessPool(Pool):
+    """Worker processes of one thread each, started when there is work for them.
+
+    Each is a ProcessPoolExecutor of one process. An executor of several ends them all when one
+    dies, and does not say over which task; nor does it say how a process died, pass on reports, end
+    a task that runs, or end with a driver that is killed. `_Worker` adds that.
+    """
+
+    def __init__(self, count: int, *, report: Report = silent, say: Callable[[str], None] = warn):
+        super().__init__(report, say)
+        self.places = count
+        self.about = f"{count} worker processes of one thread"
+        self._workers: list[_Worker] = []
+        self._running: dict[Future, tuple[str, _Worker]] = {}
+
+    @property
+    def gpus(self) -> int:
+        return local_gpus()
+
+    def __enter__(self) -> ProcessPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        busy = [worker for _, worker in self._running.values()]
+        for worker in self._workers:
+            worker.end(kill=worker in busy)
+        self._workers, self._running = [], {}
+
+    def free(self) -> int:
+        return self.places - len(self._running)
+
+    def submit(self, name: str, task: Task) -> None:
+        busy = [worker for _, worker in self._running.values()]
+        idle = next((worker for worker in self._workers if worker not in busy), None)
         try:
-            slot.channel.send(task)
-        except BrokenPipeError:
-            pass  # `wait` finds out how it died
+            worker = idle or self._start()
+            future = worker.submit(task)
+        except BrokenProcessPool:  # it died between two tasks, which costs none of them
+            self._remove(worker)
+            worker = self._start()
+            future = worker.submit(task)
+        self._running[future] = name, worker
 
-    def _start(self) -> _Slot:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self._threads))
-        process.start()
-        theirs.close()  # so that the worker's end closes with it
-        self._slots.append(_Slot(process, ours))
-        return self._slots[-1]
+    def wait(self) -> tuple[str, Any]:
+        done: set[Future] = set()
+        while not done:
+            done, _ = wait(self._running, timeout=_LOOK, return_when=FIRST_COMPLETED)
+            for worker in self._workers:
+                for event in worker.reports():
+                    self._report(*event)
+        future = done.pop()
+        name, worker = self._running.pop(future)
+        try:
+            return name, future.result()
+        except BrokenProcessPool:
+            return name, WorkerDied(self._remove(worker))
 
-    def wait(self) -> tuple[str, object]:
-        if not self._count:
-            name, task = self._here.pop()
-            return name, call(task, self._report)
-        while True:
-            busy = {slot.channel: slot for slot in self._slots if slot.task is not None}
-            for channel in connection.wait(list(busy)):
-                slot, name = busy[channel], busy[channel].task
-                try:
-                    kind, value = channel.recv()
-                except (EOFError, ConnectionResetError):
-                    self._slots.remove(slot)
-                    return name, _how_it_died(slot)
-                if kind == "report":
-                    self._report(*value)
-                    continue
-                slot.task = None
-                if kind == "error":
-                    raise value
-                return name, value
+    def _start(self) -> _Worker:
+        self._workers.append(_Worker())
+        return self._workers[-1]
+
+    def _remove(self, worker: _Worker) -> str:
+        """Forget a worker that died; returns how it did."""
+        self._workers.remove(worker)
+        worker.end(kill=True)
+        return worker.how_it_ended()
 
 
-def _how_it_died(slot: _Slot) -> WorkerDied:
-    slot.channel.close()
-    slot.process.join()
-    code = slot.process.exitcode
-    return WorkerDied(f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
+class _Context(SpawnContext):
+    """The spawn context; keeps the process that it makes for an executor, which hides it."""
+
+    process: SpawnProcess | None = None
+
+    def Process(self, *args: Any, **options: Any) -> SpawnProcess:  # type: ignore[override]
+        self.process = SpawnProcess(*args, **options)
+        return self.process
+
+
+class _Worker:
+    """One process: its executor, and the end of the pipe through which it reports.
+
+    The pipe is its own: one that all share has a lock, which a killed worker may hold for ever.
+    """
+
+    def __init__(self) -> None:
+        self._context = _Context()
+        self._reports, self._theirs = self._context.Pipe(duplex=False)
+        with _start_clean():  # the first executor starts multiprocessing's tracker of resources
+            self._executor = ProcessPoolExecutor(1, self._context, _begin, (self._theirs,))
+
+    def submit(self, task: Task) -> Future:
+        """Start a task, and with the first one the process. Raises BrokenProcessPool if that is
+        dead.
+        """
+        with _start_clean():
+            future = self._executor.submit(_work, task)
+        self._theirs.close()  # here, so that the pipe ends with the process
+        return future
+
+    def reports(self) -> Iterator[tuple[str, int, int]]:
+        """What the process has reported since the last look."""
+        with contextlib.suppress(EOFError, OSError):  # the end of one that died
+            while self._reports.poll():
+                yield self._reports.recv()
+
+    def end(self, kill: bool) -> None:
+        """End the process: once its task is done, or, with `kill`, at once."""
+        if kill and self._context.process:
+            self._context.process.kill()
+        self._executor.shutdown()
+        self._reports.close()
+
+    def how_it_ended(self) -> str:
+        """How the process, which has ended, did: "signal SIGKILL", "exit code 1"."""
+        assert self._context.process is not None
+        code = self._context.process.exitcode
+        assert code is not None
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+@contextlib.contextmanager
+def _start_clean() -> Iterator[None]:
+    """What a process that is started here takes over, or must not.
+
+    Libraries read their number of threads as they are imported. The current folder is not searched
+    for modules before this process's own path is known there: a file in it may be called like one
+    of Python's. And multiprocessing runs the script of this process again in a new one, which
+    tasks, called by their names in modules, do not need: a script that scores without `if __name__
+    == "__main__"` would start processes without end.
+    """
+    more = {**ONE_THREAD, "PYTHONSAFEPATH": "1"}
+    before = {name: os.environ.get(name) for name in more}
+    main = sys.modules["__main__"]
+    os.environ.update(more)
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _begin(reports: Connection) -> None:
+    """Set up a new worker process: it ends with its parent, leaves ^C to it, and prints nothing
+    among what a command prints.
+    """
+    global _reports
+    _reports = reports
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(2, 1)
+    compute_on_one_thread()
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(task: Task) -> object:
+    """Runs in a worker process. A task that exits ends the process, as it would outside a pool."""
+    try:
+        return call_in_worker(task, lambda *event: _reports.send(event))
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr, flush=True)
+        os._exit(error.code if isinstance(error.code, int) else 1)

@@ -15,10 +15,13 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sla2_eval.parallel.cluster import WorkerDied, check_address
+from sla2_eval.parallel.cluster import check_address
+from sla2_eval.parallel.processes import ProcessPool
+from sla2_eval.parallel.ray_pool import RayPool
+from sla2_eval.parallel.tasks import Pool, Task, WorkerDied
 from sla2_eval.runs.folders import INPUTS
 from sla2_eval.runs.store import ResultStore, digest, file_digest, write_atomic
-from sla2_eval.scoring import metrics, pools
+from sla2_eval.scoring import metrics
 from sla2_eval.scoring.metrics import MetricSpec
 from sla2_eval.scoring.summary import document
 from sla2_eval.scoring.vbench import as_vbench
@@ -50,6 +53,10 @@ class _Task:
     reference_wanted: list[str]
     side: str = "video"  # "reference": a reference of no video here, scored for set metrics alone
     attempts: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.side} {self.video.file_name}"
 
     def narrow(self, known: Container[str]) -> list[str]:
         """Leave out the metrics that turned out to be unavailable; returns those the video itself
@@ -300,38 +307,51 @@ def _execute(
     their last attempt.
     """
     deaths = 0
-    waiting = deque(range(len(tasks)))
-    started: set[int] = set()
-    pool = pools.open_pool(run.settings, device, run.decoder, num_workers, address)
-    try:
+    waiting = deque(tasks)
+    started: dict[str, _Task] = {}
+    held = {"settings": run.settings, "device": device, "decoder": run.decoder}
+    with _open_pool(device, num_workers, address) as pool:
+        if device == "cuda" and not pool.gpus:
+            raise ValueError("device: expected a GPU that torch can use for 'cuda', got none")
         while waiting or started:
             while waiting and pool.free():
-                number = waiting.popleft()
-                gone = tasks[number].narrow(run.specs)
-                if tasks[number].side == "video":
+                task = waiting.popleft()
+                gone = task.narrow(run.specs)
+                if task.side == "video":
                     counter.count(gone)
-                if tasks[number].wanted or tasks[number].reference_wanted:
-                    started.add(number)
-                    pool.submit(number, tasks[number].plain())
+                if task.wanted or task.reference_wanted:
+                    started[task.name] = task
+                    arguments = {"task": task.plain(), **held}
+                    pool.submit(task.name, Task("sla2_eval.scoring.worker:score_video", arguments))
             if not started:
                 break
-            number, outcome = pool.wait()
-            started.discard(number)
-            task = tasks[number]
+            name, outcome = pool.wait()
+            task = started.pop(name)
             deaths += isinstance(outcome, WorkerDied)
             before = list(task.wanted)
             again = _finish(run, task, outcome)
             if again:
-                waiting.append(number)
+                waiting.append(task)
             if task.side == "video":
                 counter.count(name for name in before if not again or name not in task.wanted)
-    finally:
-        pool.close()
     return deaths
 
 
+def _open_pool(device: str, num_workers: int, address: str | None) -> Pool:
+    """One process for one worker, because a local Ray takes seconds to start and gives nothing to
+    it; Ray for two or more, or on a cluster. All give the same bytes.
+    """
+    if num_workers == 1 and address is None:
+        return ProcessPool(1)
+    return RayPool(address, workers=num_workers, gpus=0 if device == "cpu" else None)
+
+
 def _chosen(
-    names, settings: dict, reference, num_workers: int, device: str
+    names: Iterable[str],
+    settings: dict,
+    reference: str | Path | None,
+    num_workers: int,
+    device: str,
 ) -> dict[str, MetricSpec]:
     """The metrics asked for; raises ValueError for a bad argument of `score`."""
     chosen = metrics.select(names)

@@ -1,19 +1,15 @@
-"""Scores one video: decodes it once, runs all its metrics, returns plain data. Runs in a process
-that may die.
-
-`python -m sla2_eval.scoring.worker` reads tasks and writes outcomes as JSON lines on its standard
-streams, for the driver of `pools.ProcessPool`; `pools.RayPool` calls `Worker` inside an actor.
+"""Scores one video: decodes it once, runs all its metrics, returns plain data. Runs in a worker of
+a pool, which may die.
 """
 
 from __future__ import annotations
 
 import base64
-import json
-import os
-import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from sla2_eval.parallel.cluster import enter, local_gpus
+from sla2_eval.parallel.cluster import local_gpus
+from sla2_eval.runs.progress import Report, silent
 from sla2_eval.scoring import metrics
 from sla2_eval.scoring.metrics.base import MetricUnavailable, Sample
 
@@ -74,38 +70,18 @@ def _check_pair(path: str, video: Video, reference: Video) -> None:
 
 
 class Worker:
-    """Holds the loaded metrics of one process. Every computation runs on one CPU thread, so that
-    sums come out alike.
-    """
+    """Holds the loaded metrics of one process."""
 
-    def __init__(
-        self,
-        settings: dict[str, dict],
-        device: str,
-        decoder: str,
-        place: tuple[str, bool] | None = None,
-    ):
-        """`place`: the driver's, in a worker of Ray's, which starts elsewhere."""
-        if place:
-            enter(*place)
-        for name in (
-            "OMP_NUM_THREADS",
-            "MKL_NUM_THREADS",
-            "OPENBLAS_NUM_THREADS",
-            "NUMBA_NUM_THREADS",
-        ):
-            os.environ[name] = "1"
+    def __init__(self, settings: dict[str, dict], device: str, decoder: str):
         self.settings, self.device, self.decoder = settings, device, decoder
         self.specs = metrics.specs()
         self.scorers: dict = {}
 
-    def _scorer(self, name: str):
+    def _scorer(self, name: str) -> Callable:
         if name not in self.scorers:
             if self.device == "auto":
                 self.device = "cuda" if local_gpus() else "cpu"
             self.scorers[name] = metrics.load(name, self.settings.get(name, {}), self.device)
-            if "torch" in sys.modules:
-                sys.modules["torch"].set_num_threads(1)
         return self.scorers[name]
 
     def run(self, task: dict) -> dict:
@@ -115,7 +91,7 @@ class Worker:
         by metric; an error under "*" is of the file itself. Raises nothing that a file or a metric
         can cause.
         """
-        out = {
+        out: dict[str, dict] = {
             "results": {},
             "reference_results": {},
             "errors": {},
@@ -175,19 +151,14 @@ class Worker:
                 errors[name] = one_line(error)
 
 
-def main() -> None:
-    """Serve tasks until the input ends. The first line holds the arguments of Worker, and where the
-    driver finds modules.
+_held: tuple[dict, Worker] | None = None  # of this process: what it was made with, and itself
+
+
+def score_video(task: dict, *, report: Report = silent, **arguments: Any) -> dict:
+    """`Worker(**arguments).run(task)` in a worker of a pool, which keeps the Worker, and so its
+    models, for the next video.
     """
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not mix with the outcomes
-    hello = json.loads(sys.stdin.readline())
-    sys.path[:] = hello.pop("path")
-    worker = Worker(**hello)
-    for line in sys.stdin:
-        channel.write(json.dumps(worker.run(json.loads(line))) + "\n")
-        channel.flush()
-
-
-if __name__ == "__main__":
-    main()
+    global _held
+    if _held is None or _held[0] != arguments:
+        _held = arguments, Worker(**arguments)
+    return _held[1].run(task)
