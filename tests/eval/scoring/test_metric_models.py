@@ -346,14 +346,6 @@ def test_overall_consistency_runs_vbenchs_viclip(tmp_path, monkeypatch):
     assert scorer(Sample(frames(0, 16), 8, None, "a fox")) == pytest.approx(0.6)
 
 
-def test_vision_reward_is_the_users_hook(monkeypatch):
-    modules(
-        monkeypatch,
-        {"vision_reward": {"score": lambda frames, fps, prompt: len(frames) + fps + len(prompt)}},
-    )
-    assert metrics.load("vision_reward", {})(Sample(frames(0), 8.0, None, "abc")) == 15.0
-
-
 @pytest.mark.parametrize("case", ["digest", "no digest", "pickle", "other model", "missing"])
 def test_weights_that_are_not_right_make_the_metric_unavailable(tmp_path, clip_settings, case):
     settings = dict(clip_settings)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import toy_metric
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sla2_eval.scoring import metrics
 from sla2_eval.scoring.score import ScoringError, score
@@ -95,23 +96,17 @@ def test_videos_of_one_prompt_without_numbers_all_count(make_folder, tmp_path):
 def test_a_reference_is_scored_and_kept_with_the_prompt_of_its_video(
     make_folder, tmp_path, monkeypatch
 ):
-    hook = tmp_path / "hook"
-    hook.mkdir()
-    (hook / "vision_reward.py").write_text(
-        "def score(frames, fps, prompt):\n    return len(prompt)\n"
-    )
-    monkeypatch.syspath_prepend(hook)
+    load = "def load(name, settings, device):\n    return lambda sample: len(sample.prompt)\n"
+    toy_metric.register(tmp_path / "hook", load, monkeypatch)
     videos, reference = make_folder("a", 1, noise=5.0), make_folder("b", 1)
     (videos / "manifest.jsonl").write_text(
         '{"file_name": "pattern 000-0.mp4", "prompt": "long, long prompt"}\n'
     )
     store = tmp_path / "store"
-    both = score(videos, reference, ["vision_reward"], tmp_path / "out", store=store)["metrics"][
-        "vision_reward"
-    ]
+    both = score(videos, reference, ["toy"], tmp_path / "out", store=store)["metrics"]["toy"]
     assert both["mean"] == both["reference_mean"] == len("long, long prompt")
-    alone = score(reference, None, ["vision_reward"], tmp_path / "alone", store=store)
-    assert alone["metrics"]["vision_reward"]["mean"] == len("pattern 000")
+    alone = score(reference, None, ["toy"], tmp_path / "alone", store=store)
+    assert alone["metrics"]["toy"]["mean"] == len("pattern 000")
 
 
 def test_references_of_no_video_do_not_count_for_the_difference():
@@ -146,23 +141,19 @@ def test_references_of_no_video_do_not_count_for_the_difference():
 
 def test_a_metric_that_cannot_be_loaded_is_tried_once(make_folder, tmp_path, monkeypatch):
     hook = tmp_path / "hook"
-    hook.mkdir()
-    (hook / "vision_reward.py").write_text(
-        "from pathlib import Path\n"
-        "from sla2_eval.scoring.metrics.base import MetricUnavailable\n"
-        "with open(Path(__file__).with_name('log'), 'a') as log:\n    log.write('x')\n"
-        "raise MetricUnavailable('unavailable: its weights are of another model')\n"
+    load = (
+        "def load(name, settings, device):\n"
+        "    with open(__file__ + '.log', 'a') as log:\n        log.write('x')\n"
+        "    raise MetricUnavailable('unavailable: its weights are of another model')\n"
     )
-    monkeypatch.syspath_prepend(hook)
+    toy_metric.register(hook, load, monkeypatch)
     videos, calls = make_folder("a", 4), []
     results = score(
-        videos, None, ["vision_reward"], tmp_path / "out", progress=lambda *call: calls.append(call)
+        videos, None, ["toy"], tmp_path / "out", progress=lambda *call: calls.append(call)
     )
-    assert results["unavailable"] == {
-        "vision_reward": "unavailable: its weights are of another model"
-    }
-    assert (hook / "log").read_text() == "x"
-    assert calls[-1] == ("vision_reward", 4, 4)
+    assert results["unavailable"] == {"toy": "unavailable: its weights are of another model"}
+    assert (hook / "toy.py.log").read_text() == "x"
+    assert calls[-1] == ("toy", 4, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
 """Faults that scoring survives: killed workers, poison videos, a killed driver, a full disk, two
 runs at once, broken files.
 
-The faults come from a `vision_reward` module on the Python path, the hook that scoring offers for a
-user's own metric.
+The faults come from a metric of the tests' own, which the drivers and their workers have.
 """
 
 import json
@@ -15,15 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import mp4
+from helpers import mp4, toy_metric
 from sla2_eval.videos.video import write_video
 
 HOOK = """
 import os, signal, time
 from pathlib import Path
 
-def score(frames, fps, prompt):
-    here = Path(os.environ["FAULTS"])
+def load(name, settings, device):
+    return score
+
+def score(sample):
+    here, prompt = Path(os.environ["FAULTS"]), sample.prompt
     with (here / "calls").open("a") as log:
         log.write(prompt + "\\n")
     if (here / "kill once").exists() and prompt.endswith("002"):
@@ -38,7 +40,7 @@ def score(frames, fps, prompt):
         raise ValueError("not yet")
     if (here / "slow").exists():
         time.sleep(0.4)
-    return float(frames.mean())
+    return float(sample.frames.mean())
 """
 
 DRIVER = """
@@ -46,7 +48,7 @@ import sys
 from sla2_eval.scoring.score import ScoringError, score
 videos, out, workers = sys.argv[1:4]
 try:
-    score(videos, None, ["vision_reward", "temporal_flickering"], out, num_workers=int(workers))
+    score(videos, None, ["toy", "temporal_flickering"], out, num_workers=int(workers))
 except ScoringError as error:
     print(error)
     sys.exit(1)
@@ -62,9 +64,7 @@ class Runs:
 
     def __init__(self, root: Path):
         self.root = root
-        (root / "hook").mkdir()
-        (root / "hook" / "vision_reward.py").write_text(HOOK)
-        path = os.pathsep.join([str(root / "hook"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = toy_metric.write(root / "hook", HOOK)
         self.environment = {**os.environ, "PYTHONPATH": path, "FAULTS": str(root)}
 
     def fault(self, name: str) -> Path:
@@ -118,10 +118,9 @@ def test_a_killed_worker_costs_nothing_but_its_video_again(make_folder, tmp_path
 
 def test_a_worker_that_cannot_start_says_why(make_folder, tmp_path, runs):
     videos = make_folder("a", 1, height=32, width=32)
-    (tmp_path / "hook" / "sitecustomize.py").write_text(
-        "import sys\nif '--multiprocessing-fork' in sys.orig_argv:\n    raise SystemExit('no room"
-        " for a worker')\n"
-    )
+    with (tmp_path / "hook" / "sitecustomize.py").open("a") as site:
+        site.write("import sys\nif '--multiprocessing-fork' in sys.orig_argv:\n")
+        site.write("    raise SystemExit('no room for a worker')\n")
     said = runs.score(videos, tmp_path / "out", expected=1)
     assert "got a worker that died 3 times (exit code 1)" in said
     assert "\nSystemExit: no room for a worker\n" in said
@@ -156,11 +155,11 @@ def test_a_metric_that_fails_is_tried_three_times_and_costs_its_video_nothing_el
     (row,) = results["failed"]
     assert (row["file_name"], row["metric"], row["error"]) == (
         "pattern 001-0.mp4",
-        "vision_reward",
+        "toy",
         "no score today",
     )
     assert sorted(results["videos"][1]["scores"]) == ["temporal_flickering"]
-    assert results["metrics"]["vision_reward"]["num_videos"] == 3
+    assert results["metrics"]["toy"]["num_videos"] == 3
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -169,7 +168,7 @@ def test_a_killed_driver_is_run_again_to_an_identical_report(make_folder, tmp_pa
     runs.score(videos, tmp_path / "clean")
     runs.fault("slow")
     process = runs.start(videos, tmp_path / "out", workers)
-    store = tmp_path / "out" / "store" / "vision_reward"
+    store = tmp_path / "out" / "store" / "toy"
     end = time.time() + PATIENCE / 2
     while len(list(store.rglob("*.json"))) < 2 and time.time() < end:
         assert process.poll() is None, process.communicate()

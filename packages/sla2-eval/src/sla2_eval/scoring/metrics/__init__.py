@@ -24,7 +24,6 @@ _MODULES = (
     "aesthetic_quality",
     "imaging_quality",
     "overall_consistency",
-    "vision_reward",
     "caption_accuracy",
 )
 
