@@ -1,5 +1,8 @@
-"""torchmetrics' image functions without torchmetrics' `__init__`, which takes 6 s of scipy,
-transformers and torchvision.
+"""torchmetrics' image functions without torchmetrics' `__init__`, which imports scipy, transformers
+and torchvision, and through it torch's compiler.
+
+`import torchmetrics.functional.image` takes a process 7.3 s of processor time, torch alone 1.5 s,
+and what is here 2.7 s (an AMD EPYC, the least of several): every worker would pay the difference.
 """
 
 from __future__ import annotations
