@@ -62,7 +62,9 @@ class LazyGroup(click.Group):
         command = importlib.import_module(COMMANDS[name][0]).command
         return _with_debug(command)
 
-    def resolve_command(self, ctx: click.Context, args: list[str]):
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS:
             raise click.UsageError(
                 f"expected a command among {', '.join(COMMANDS)}, got {args[0]!r}", ctx

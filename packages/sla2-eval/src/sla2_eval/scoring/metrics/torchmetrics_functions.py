@@ -33,12 +33,15 @@ def image_function(module: str, name: str) -> Callable:
 
 
 def _import_alone(module: str, name: str) -> Callable:
-    root = importlib.util.find_spec("torchmetrics").submodule_search_locations[0]
+    spec = importlib.util.find_spec("torchmetrics")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("torchmetrics: not a package")
+    root = spec.submodule_search_locations[0]
     try:
         for package in _PACKAGES:
             empty = ModuleType(package)
             empty.__path__ = [root + package.removeprefix("torchmetrics").replace(".", "/")]
-            empty._logger = logging.getLogger("torchmetrics")
+            vars(empty)["_logger"] = logging.getLogger("torchmetrics")
             sys.modules[package] = empty
         return getattr(importlib.import_module(f"torchmetrics.functional.image.{module}"), name)
     finally:
