@@ -293,7 +293,7 @@ def _shares(dtype: torch.dtype, n: int, d: int) -> dict[str, float]:
     """Share of the time of one forward + backward at 97 % by kernel; "other" is torch
     and the glue.
     """
-    from sla2_core.backends.cpu import cpu_stages
+    from sla2_core.backends.cpu import stages as cpu_stages
 
     case = _cases(dtype, d, n, (0.97,), False)["SLA2 forward + backward 97%"]
     with cpu_stages() as stages:

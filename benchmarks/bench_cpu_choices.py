@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from sla2_core.formats import formats as quantize
+from sla2_core.formats import format_of
 from sla2_core.routing.softtopk import _bisect
 from sla2_kernels.cpu import build, pool, route, softtopk
 from sla2_kernels.cpu import quantize as low_bit
@@ -92,11 +92,11 @@ def cases(threads: int) -> dict[str, tuple[Callable, Callable]]:
     }
     for fmt in ("int8", "fp8"):
         found[f"K to {fmt} and back, a scale a block"] = (
-            lambda fmt=fmt: quantize.quantize_blocks(x, BLOCK_K, fmt),
+            lambda fmt=fmt: format_of(fmt).round_blocks(x, BLOCK_K),
             lambda fmt=fmt: low_bit.quantize_blocks(heads, lengths, BLOCK_K, fmt, threads),
         )
         found[f"V to {fmt} and back, a scale a channel"] = (
-            lambda fmt=fmt: quantize.quantize_values(x, fmt, BLOCK_K),
+            lambda fmt=fmt: format_of({"int8": "int8_int8"}.get(fmt, fmt)).round_values(x, BLOCK_K),
             lambda fmt=fmt: low_bit.quantize_channels(heads, lengths, fmt, threads),
         )
     return found

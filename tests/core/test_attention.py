@@ -1,12 +1,20 @@
 """SLA2Attention and SLAAttention: layouts, info, dtypes, gradients, configuration."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
-from sla2_core import SLA2Attention, SLA2Config, SLAAttention, build_attention
-from sla2_core.config import paper_alpha, published_sla, sparse_branch_alone
+from sla2_core import (
+    SLA2Attention,
+    SLA2Config,
+    SLAAttention,
+    attention,
+    build_attention,
+    soft_topk,
+)
 from sla2_core.reference import full_attention, sla2_reference
+from sla2_core.variants import paper_alpha, sla, sparse_only
 
 CONFIG = SLA2Config(head_dim=8, num_heads=2, topk=0.3, block_q=16, block_k=8)
 
@@ -27,7 +35,7 @@ def test_output_is_the_operator_on_the_routed_map():
     torch.testing.assert_close(info.alpha, torch.full((1, 2, 4), 0.8))
 
 
-@pytest.mark.parametrize("config", [CONFIG, published_sla(CONFIG)], ids=["sla2", "sla"])
+@pytest.mark.parametrize("config", [CONFIG, sla(CONFIG)], ids=["sla2", "sla"])
 def test_layouts_agree(config):
     q, k, v = qkv()
     attn = build_attention(config)
@@ -41,9 +49,9 @@ def test_layouts_agree(config):
         CONFIG,
         dataclasses.replace(CONFIG, alpha="mass"),
         paper_alpha(CONFIG, 1),
-        sparse_branch_alone(CONFIG),
+        sparse_only(CONFIG),
         dataclasses.replace(CONFIG, smooth_k=False),
-        published_sla(CONFIG),
+        sla(CONFIG),
     ],
     ids=["position", "mass", "paper", "one", "unsmoothed", "sla"],
 )
@@ -57,6 +65,7 @@ def test_gradcheck(config):
     q, k, v = (
         torch.randn(1, 1, n, 3, dtype=torch.float64, requires_grad=True) for n in (11, 13, 13)
     )
+    attn.requires_grad_(True)  # the router too, which an alpha from the mass gives a gradient
     learned = [p for n, p in attn.named_parameters() if "router" not in n or config.alpha == "mass"]
 
     def run(q, k, v, *_):
@@ -77,12 +86,15 @@ def test_parameters_exist_from_the_start_and_stay_fp32():
     assert {p.dtype for p in attn.parameters()} == {torch.float32}
     q, k, v = (x.bfloat16() for x in qkv())
     assert attn(q, k, v).dtype == torch.bfloat16
-    assert set(SLAAttention(published_sla(CONFIG)).state_dict()) == {"proj.weight", "proj.bias"}
+    assert set(SLAAttention(sla(CONFIG)).state_dict()) == {
+        "complement.weight",
+        "complement.bias",
+    }
 
 
 def test_kv_lengths_equal_a_shorter_sequence():
     q, k, v = qkv()
-    for config in (CONFIG, dataclasses.replace(CONFIG, alpha="mass"), published_sla(CONFIG)):
+    for config in (CONFIG, dataclasses.replace(CONFIG, alpha="mass"), sla(CONFIG)):
         attn = build_attention(config)
         out = attn(q, k, v, kv_lengths=[50, 111])
         torch.testing.assert_close(
@@ -145,9 +157,7 @@ def test_sla_takes_the_backward_of_its_configuration():
     leaves = [x.requires_grad_() for x in qkv()]
     found = []
     for qat_backward in ("paper", "matched"):
-        config = dataclasses.replace(
-            published_sla(CONFIG), precision="int4", qat_backward=qat_backward
-        )
+        config = dataclasses.replace(sla(CONFIG), precision="int4", qat_backward=qat_backward)
         found.append(torch.autograd.grad(SLAAttention(config)(*leaves).sin().sum(), leaves[0])[0])
     assert (found[0] - found[1]).abs().max() > 1e-3
 
@@ -175,3 +185,122 @@ def test_configuration_round_trips_and_names_unknown_and_missing_fields():
         SLA2Config.from_dict(CONFIG.to_dict() | {"blok_q": 3})
     with pytest.raises(ValueError, match="topk: expected a value, got none"):
         SLA2Config.from_dict({"head_dim": 8, "num_heads": 2})
+
+
+@pytest.mark.parametrize("alpha", ["position", "mass"])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_a_module_made_under_a_bf16_default_keeps_router_and_alpha_in_fp32(alpha, per_head):
+    config = dataclasses.replace(CONFIG, alpha=alpha, per_head_router=per_head)
+    expected = SLA2Attention(config)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        attn = SLA2Attention(config)
+        assert {p.dtype for p in attn.parameters()} == {torch.float32}
+        q, k, v = (x.detach().bfloat16() for x in qkv())
+        out = attn(q, k, v)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(out, expected(q, k, v))
+
+
+@pytest.mark.parametrize("config", [CONFIG, sla(CONFIG)], ids=["sla2", "sla"])
+def test_bf16_parameters_are_computed_with_in_fp32(config):
+    """As FSDP2's mixed precision hands them over."""
+    config = dataclasses.replace(config, alpha="mass") if config is CONFIG else config
+    attn, other = SLA2Attention(config), SLA2Attention(config)
+    with torch.no_grad():
+        for parameter, same in zip(attn.parameters(), other.parameters()):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+            same.copy_(parameter.bfloat16())
+            parameter.data = parameter.data.bfloat16()
+    q, k, v = qkv()
+    out, info = attn(q, k, v, return_info=True)
+    expected, right = other(q, k, v, return_info=True)
+    assert torch.equal(out, expected)
+    assert torch.equal(info.block_map.mask(), right.block_map.mask())
+
+
+def test_the_router_requires_no_gradient_outside_of_stage_1():
+    attn = SLA2Attention(dataclasses.replace(CONFIG, alpha="mass"))
+    out = attn(*qkv())
+    out.sum().backward()
+    for name, parameter in attn.named_parameters():
+        assert parameter.requires_grad == (not name.startswith("router.")), name
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, dataclasses.replace(CONFIG, alpha="mass"), sla(CONFIG)],
+    ids=["position", "mass", "sla"],
+)
+def test_the_meta_device_gives_shapes_and_to_empty_then_reset_the_initial_values(config):
+    with torch.device("meta"):
+        attn = SLA2Attention(config)
+        q, k, v = (torch.empty(2, 2, n, 8, dtype=torch.bfloat16) for n in (63, 111, 111))
+        out = attn(q, k, v, kv_lengths=torch.tensor([50, 111]))
+    assert (out.device.type, out.dtype, out.shape) == ("meta", torch.bfloat16, q.shape)
+    attn = attn.to_empty(device="cpu")
+    attn.reset_parameters()
+    again = SLA2Attention(config)
+    for name, value in again.state_dict().items():
+        assert torch.equal(attn.state_dict()[name], value), name
+    assert torch.equal(attn(*qkv()), again(*qkv()))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"alpha": "mass"}, "alpha"),
+        ({"alpha": "one"}, "alpha"),
+        ({"complement": "projected"}, "complement"),
+        ({"router": "heuristic"}, "router"),
+        ({"alpha_init": 0.5}, "alpha_init"),
+        ({"block_q": 32}, "block_q"),
+        ({"smooth_k": False}, "smooth_k"),
+    ],
+)
+def test_a_configuration_that_would_change_the_parameters_is_refused(change, name):
+    attn = SLA2Attention(CONFIG)
+    other = dataclasses.replace(CONFIG, topk=0.5, **change)
+    with pytest.raises(ValueError, match=f"^{name}: expected a field that may change, one of topk"):
+        attn.config = other
+    assert attn.config == CONFIG
+
+
+def test_tau_may_change_and_reaches_the_router():
+    attn = SLA2Attention(CONFIG)
+    attn.config = dataclasses.replace(CONFIG, tau=0.5)
+    scores = torch.randn(1, 2, 3, 7)
+    soft = attn.router.soft(scores, torch.full((1, 1, 1, 1), 2))
+    torch.testing.assert_close(soft, soft_topk(scores, 2, 0.5))
+
+
+def test_text_keys_are_always_selected_and_text_queries_see_everything():
+    q, k, v = (x.detach() for x in qkv(111, 111))
+    for config in (CONFIG, dataclasses.replace(CONFIG, alpha="mass"), sla(CONFIG)):
+        attn = build_attention(config)
+        out, info = attn(q, k, v, text_tokens=13, kv_lengths=[107, 111], return_info=True)
+        mask = info.block_map.mask()
+        assert mask.shape[2:] == (7, 14)  # 98 video queries; block 12 holds video and text
+        assert mask[..., 12:].all()
+        assert (mask[..., :12].sum(-1) == round(0.3 * 12)).all()
+        dense = full_attention(q[:, :, 98:], k, v, kv_lengths=[107, 111])
+        torch.testing.assert_close(out[:, :, 98:], dense, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"text_tokens: expected an integer in \[0, 111\), got 1"):
+        attn(q, k, v, text_tokens=111)
+
+
+def test_a_layout_that_cannot_be_told_from_the_shape_is_warned_about_once():
+    attention._warn_once.cache_clear()
+    attn = SLA2Attention(dataclasses.replace(CONFIG, block_q=2, block_k=2))
+    q = torch.randn(1, 2, 2, 8)
+    with pytest.warns(RuntimeWarning, match="its layout cannot be told from its shape"):
+        attn(q, q, q)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attn(q, q, q, layout="bnhd")
+
+
+def test_sla_attention_takes_the_variant_of_any_configuration():
+    assert SLAAttention(CONFIG).config == sla(CONFIG)

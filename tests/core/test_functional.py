@@ -1,21 +1,31 @@
-"""sla2_attention and block_sparse_attention: the streamed path against the dense reference,
-exactness, edges, bad input.
+"""sla2_attention and block_sparse_attention: every backend against the dense reference, exactness,
+edges, bad input.
 """
 
 import warnings
 
 import pytest
 import torch
-from sla2_core import BlockMap, block_sparse_attention, functional, sla2_attention, sla_attention
-from sla2_core.config import PRECISIONS
+from sla2_core import (
+    BlockMap,
+    SLA2Config,
+    backends,
+    block_sparse_attention,
+    sla2_attention,
+    sla_attention,
+)
+from sla2_core.attend import Parts, soft_attend
+from sla2_core.backends.base import Problem
+from sla2_core.backends.pooling import smooth_keys
+from sla2_core.complement.linear import Linear
+from sla2_core.options import make_options
 from sla2_core.reference import (
     full_attention,
     linear_branch,
     routed_mass,
     sla2_reference,
-    soft_attention,
 )
-from sla2_core.routing.router import smooth_keys
+from sla2_core.registry import FORMATS, MIXINGS
 
 BLOCKS = {"block_q": 16, "block_k": 8}
 
@@ -41,10 +51,11 @@ def with_gradients(function, *leaves):
 
 @pytest.mark.parametrize(("n_q", "n_k"), [(63, 111), (200, 200), (1, 1), (16, 9)])
 @pytest.mark.parametrize("smooth", [True, False])
-def test_streamed_equals_reference_with_every_gradient(n_q, n_k, smooth, monkeypatch):
-    monkeypatch.setattr(
-        "sla2_core.backends.blocked._CHUNK_ELEMENTS", 5000
-    )  # several chunks of uneven size
+@pytest.mark.parametrize("backend", ["cpu", "blocked"])
+def test_backends_equal_the_reference_with_every_gradient(n_q, n_k, smooth, backend, monkeypatch):
+    # Several chunks of uneven size, in the sparse branch and in the complement.
+    monkeypatch.setattr("sla2_core.backends.blocked._CHUNK_ELEMENTS", 5000)
+    monkeypatch.setattr("sla2_core.attend._CHUNK_ELEMENTS", 300)
     q, k, v, alpha, _, bm = inputs(n_q, n_k, dtype=torch.float64)
     pair = [
         with_gradients(
@@ -54,7 +65,7 @@ def test_streamed_equals_reference_with_every_gradient(n_q, n_k, smooth, monkeyp
             v,
             alpha,
         )
-        for b in ("cpu", "reference")
+        for b in (backend, "reference")
     ]
     for fast, plain in zip(*pair):
         torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-11)
@@ -76,13 +87,14 @@ def test_error_is_within_twice_that_of_dense_attention_in_the_same_dtype(dtype):
         assert (a - e).abs().max() <= (3 if i else 2) * (p - f).abs().max() + floor
 
 
-@pytest.mark.parametrize("precision", PRECISIONS[1:])
+@pytest.mark.parametrize("precision", FORMATS.names()[1:])
 @pytest.mark.parametrize("qat_backward", ["paper", "matched"])
-def test_low_bit_forward_matches_its_plain_definition(precision, qat_backward):
+@pytest.mark.parametrize("backend", ["cpu", "blocked"])
+def test_low_bit_forward_matches_its_plain_definition(precision, qat_backward, backend):
     q, k, v, alpha, _, bm = inputs(dtype=torch.float64, d=16)
     options = {"precision": precision, "qat_backward": qat_backward, "kv_lengths": [111, 50]}
     fast = with_gradients(
-        lambda: sla2_attention(q, k, v, bm, alpha, backend="cpu", **options), q, k, v, alpha
+        lambda: sla2_attention(q, k, v, bm, alpha, backend=backend, **options), q, k, v, alpha
     )
     plain = with_gradients(lambda: sla2_reference(q, k, v, bm, alpha, **options), q, k, v, alpha)
     for a, b in zip(fast, plain):
@@ -96,7 +108,7 @@ def test_low_bit_forward_matches_its_plain_definition(precision, qat_backward):
             assert cosine > (0.9 if precision in ("int4", "nvfp4") else 0.998)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "blocked", "reference"])
 def test_paper_backward_is_alg_3_with_the_forward_lse_and_output(backend):
     q, k, v, _, mask, bm = inputs(dtype=torch.float64)
     out, lse = block_sparse_attention(q, k, v, bm, precision="int8", backend=backend)
@@ -121,7 +133,7 @@ def test_exact_mass_and_exact_complement_give_full_attention_in_fp32():
     assert (out - full_attention(q, k, v)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "blocked", "reference"])
 def test_every_block_selected_is_full_attention_whatever_alpha(backend):
     q, k, v, alpha, mask, _ = inputs(dtype=torch.float32)
     bm = BlockMap.from_mask(torch.ones_like(mask), n_q=63, n_k=111, **BLOCKS)
@@ -130,7 +142,7 @@ def test_every_block_selected_is_full_attention_whatever_alpha(backend):
     assert torch.autograd.grad(out.sum(), alpha)[0].abs().max() == 0
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "blocked", "reference"])
 def test_no_block_selected_is_linear_attention(backend):
     q, k, v, alpha, mask, _ = inputs(dtype=torch.float32)
     bm = BlockMap.from_mask(torch.zeros_like(mask), n_q=63, n_k=111, **BLOCKS)
@@ -146,7 +158,7 @@ def test_no_block_selected_is_linear_attention(backend):
     ).all()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "blocked", "reference"])
 def test_kv_lengths_equal_a_shorter_sequence(backend):
     q, k, v, alpha, mask, bm = inputs(dtype=torch.float64)
     out = sla2_attention(q, k, v, bm, alpha, kv_lengths=torch.tensor([50, 111]), backend=backend)
@@ -162,7 +174,7 @@ def test_kv_lengths_equal_a_shorter_sequence(backend):
     torch.testing.assert_close(again, out)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "blocked", "reference"])
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_inf_are_never_hidden(backend, which, bad):
@@ -176,7 +188,7 @@ def test_nan_and_inf_are_never_hidden(backend, which, bad):
     assert torch.isfinite(out[1]).all()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "blocked", "reference"])
 @pytest.mark.parametrize("precision", ["full", "nvfp4"])
 @pytest.mark.parametrize(
     ("of_q", "of_k"), [(-torch.inf, 1.0), (1e30, -1e30)], ids=["infinite", "overflow"]
@@ -206,9 +218,17 @@ def test_gradcheck_of_the_reference():
     assert torch.autograd.gradcheck(lambda *x: sla2_reference(*x[:3], bm, x[3]), (q, k, v, alpha))
 
 
+def soft(q, k, v, mask, alpha):
+    """soft_attend with the linear complement and a given alpha, in blocks of 16 x 8."""
+    options = make_options(16, 8, "full", "paper", False)
+    config = SLA2Config(head_dim=q.shape[3], num_heads=q.shape[1], topk=0.5, **BLOCKS)
+    parts = Parts(Linear(), MIXINGS.make(config))
+    return soft_attend(q, k, v, mask, alpha, parts, lengths=None, options=options)
+
+
 def test_soft_attention_with_a_hard_mask_is_the_operator_and_full_attention():
     q, k, v, alpha, mask, bm = inputs(dtype=torch.float64)
-    out, full = soft_attention(q, k, v, mask.double(), alpha, 16, 8)
+    out, full = soft(q, k, v, mask.double(), alpha)
     torch.testing.assert_close(out, sla2_reference(q, k, v, bm, alpha, smooth_k=False))
     torch.testing.assert_close(full, full_attention(q, k, v))
 
@@ -221,9 +241,9 @@ def test_soft_attention_matches_its_definition_and_gradchecks_on_some_rows():
     o_s = e @ v / e.sum(-1, keepdim=True)
     a = alpha.repeat_interleave(16, 2)[:, :, :21, None]
     expected = a * o_s + (1 - a) * linear_branch(q, k, v, 1 - weights)
-    torch.testing.assert_close(soft_attention(q, k, v, m, alpha, 16, 8)[0], expected)
+    torch.testing.assert_close(soft(q, k, v, m, alpha)[0], expected)
     assert torch.autograd.gradcheck(
-        lambda m, a: soft_attention(q.detach(), k.detach(), v.detach(), m, a, 16, 8)[0], (m, alpha)
+        lambda m, a: soft(q.detach(), k.detach(), v.detach(), m, a)[0], (m, alpha)
     )
 
 
@@ -254,7 +274,7 @@ def test_the_backward_of_the_reference_does_not_touch_its_value():
     assert torch.isfinite(out).all()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "blocked", "reference"])
 def test_autocast_lowers_the_inputs_and_nothing_else(backend):
     q, k, v, _, _, bm = inputs()
     low = [x.to(torch.bfloat16) for x in (q, k, v)]
@@ -288,7 +308,7 @@ def test_the_reference_backend_needs_no_kernel(monkeypatch):
         ),
     )
     expected = [call("cpu") for call in calls]
-    monkeypatch.setattr(functional.ops, "attention", None)
+    monkeypatch.setattr("sla2_core.backends.ops.attention", None)
     for call, value in zip(calls, expected):
         torch.testing.assert_close(call("reference"), value, rtol=1e-9, atol=1e-10)
 
@@ -357,11 +377,17 @@ def test_cuda_without_a_gpu_says_in_one_line_what_is_missing():
     assert "\n" not in str(caught.value)
 
 
-def test_auto_falls_back_to_the_reference_with_one_warning():
-    functional._warn_fallback.cache_clear()
-    with pytest.warns(RuntimeWarning, match="the dense reference runs"):
-        assert functional.resolve_backend("auto", torch.device("cuda")) == "reference"
+def problem(device="cpu", dtype=torch.float32, precision="full"):
+    options = make_options(16, 8, precision, "paper", False)
+    return Problem(dtype, torch.device(device), 16, options)
+
+
+def test_auto_falls_back_to_blocks_in_plain_torch_with_one_warning(monkeypatch):
+    backends._warn_once.cache_clear()
+    monkeypatch.setattr("sla2_core.backends.cuda.missing", lambda: "no GPU here")
+    with pytest.warns(RuntimeWarning, match="plain torch runs, block by block.*: no GPU here"):
+        assert backends.resolve("auto", problem("cuda")).name == "blocked"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert functional.resolve_backend("auto", torch.device("cuda")) == "reference"
-        assert functional.resolve_backend("auto", torch.device("cpu")) == "cpu"
+        assert backends.resolve("auto", problem("cuda")).name == "blocked"
+        assert backends.resolve("auto", problem("cpu", precision="nvfp4")).name == "cpu"

@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from sla2_core import BlockMap
-from sla2_core.backends import blocked as streamed
+from sla2_core import BlockMap, block_sparse_attention
+from sla2_core.backends.pooling import smooth_keys
 from sla2_core.reference import linear_branch, mix, sla2_reference, sparse_branch
-from sla2_core.routing.router import smooth_keys
 from sla2_kernels import forward as operator
 from sla2_kernels.backward import backward
 from sla2_kernels.kernels import supports
@@ -221,8 +220,15 @@ def low_bit_oracle(case: Case, qat_backward: str = "paper"):
     q, k, v, alpha = leaves
     smooth = smooth_keys(k, lengths)
     keys = smooth + (smooth_keys(case.k, lengths).float() - smooth).detach()
-    o_s, _ = streamed.sparse_branch(
-        q, keys, v, case.block_map, lengths, case.problem.precision, qat_backward
+    o_s, _ = block_sparse_attention(
+        q,
+        keys,
+        v,
+        case.block_map,
+        precision=case.problem.precision,
+        qat_backward=qat_backward,
+        kv_lengths=lengths,
+        backend="blocked",
     )
     valid = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool)
     if lengths is not None:

@@ -29,6 +29,10 @@ def config(**changes) -> SLA2Config:
     )
 
 
+# What the variant `sla` changes.
+SLA = {"router": "heuristic", "complement": "projected", "alpha": "sum", "smooth_k": False}
+
+
 def pairs() -> tuple[torch.Tensor, torch.Tensor]:
     """Latents (7, 4, 3, 6, 10) and text (7, 5, 8) to train on."""
     rng = torch.Generator().manual_seed(3)

@@ -17,11 +17,10 @@ from sla2_core import SLA2Config, build_attention
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.family import family_of
 from sla2_core.integrations.loading import apply_adapter
-from sla2_core.integrations.routed import routed_attention
 from sla2_core.integrations.ulysses import Ulysses
 from sla2_core.training.stage2.train import Stage2Config, train_stage2
 
-from helpers import families
+from helpers import families, tiny_wan
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SETTINGS = Stage2Config(
@@ -67,7 +66,7 @@ def exchange(parallel, changes: dict, text: int) -> dict[str, float]:
         )
 
     leaf = whole.clone().requires_grad_()
-    out, _, _ = routed_attention(attention, *(x.transpose(1, 2) for x in leaf), text_tokens=text)
+    out, _, _ = attention.attend(*(x.transpose(1, 2) for x in leaf), text_tokens=text)
     out = out.transpose(1, 2)
     (out * weight).sum().backward()
     expected = {
@@ -79,9 +78,8 @@ def exchange(parallel, changes: dict, text: int) -> dict[str, float]:
     mine = torch.stack([local(x) for x in whole]).requires_grad_()
     text_here = text // RANKS
     q, k, v = (ulysses.gather_tokens(x, text_here) for x in mine)
-    routed, _, _ = routed_attention(
-        attention, *(x.transpose(1, 2) for x in (q, k, v)), text_tokens=text, heads=ulysses.heads
-    )
+    turned = (x.transpose(1, 2) for x in (q, k, v))
+    routed, _, _ = attention.attend(*turned, text_tokens=text, heads=ulysses.heads)
     result = ulysses.scatter_tokens(routed.transpose(1, 2), text_here)
     (result * local(weight)).sum().backward()
     found = {
@@ -177,7 +175,7 @@ def main() -> None:
         ("text", {}, 6),
         ("mass per head", {"alpha": "mass", "per_head_router": True}, 6),
         ("low bit", {"precision": "int8"}, 0),
-        ("sla", {"method": "sla"}, 6),
+        ("sla", tiny_wan.SLA, 6),
     ):
         found["exchange"][key] = exchange(parallel, changes, text)
     found["models"] = {

@@ -84,12 +84,13 @@ def test_exp2(dtype):
 
 def test_rounding_of_probabilities_is_the_format():
     torch = pytest.importorskip("torch")
-    quantize = pytest.importorskip("sla2_core.formats.formats")
+    formats = pytest.importorskip("sla2_core.formats")
     x = np.concatenate([np.linspace(0, 1, 4001), 2.0 ** -np.arange(30.0), [0.0, np.nan]])[None]
     fp8, int8 = x.copy(), x.copy()
     build.run(roundings, 1, 1, fp8, int8)
-    for found, name in ((fp8, "fp8"), (int8, "int8")):
-        expected = quantize.quantize_probabilities(torch.from_numpy(x), name, 8).numpy()
+    for found, name in ((fp8, "fp8"), (int8, "int8_int8")):
+        form = formats.format_of(name)
+        expected = form.round_probabilities(torch.from_numpy(x), 8).numpy()
         np.testing.assert_allclose(
             found, expected, rtol=1e-15, atol=0
         )  # steps are 1e-3: never a neighbour
@@ -175,7 +176,8 @@ def test_threads_work_after_a_fork():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_low_bit_copies_are_the_plain_definition_to_the_bit(fmt, dtype):
     torch = pytest.importorskip("torch")
-    from sla2_core.formats.formats import fake_quantize, quantize_blocks
+    from sla2_core.formats import format_of
+    from sla2_core.formats.elements import fake_quantize
 
     x = torch.randn(
         2, 1, 111, 24, dtype=getattr(torch, dtype), generator=torch.Generator().manual_seed(0)
@@ -189,7 +191,7 @@ def test_low_bit_copies_are_the_plain_definition_to_the_bit(fmt, dtype):
     valid = (torch.arange(111) < lengths[:, None])[:, None, :, None]
     for plain, found in (
         (
-            quantize_blocks(x.masked_fill(~valid, 0), 16, fmt),
+            format_of(fmt).round_blocks(x.masked_fill(~valid, 0), 16),
             quantize.quantize_blocks(x[:, 0].numpy(), lengths.numpy(), 16, fmt),
         ),
         (

@@ -1,13 +1,13 @@
-"""8-bit forward on the emulator: quantised tensors equal quantize.py's definition, outputs the
+"""8-bit forward on the emulator: quantised tensors equal the formats' definition, outputs the
 reference's, to rounding.
 """
 
 import pytest
 import torch
 from helpers import problems
-from sla2_core.formats import formats as quantize
+from sla2_core.backends.pooling import smooth_keys
+from sla2_core.formats import format_of
 from sla2_core.reference import sla2_reference
-from sla2_core.routing.router import smooth_keys
 from sla2_kernels import forward as operator
 from sla2_kernels.kernels import Geometry, spec_of
 
@@ -22,7 +22,7 @@ def decoded(raw: torch.Tensor, fmt: str) -> torch.Tensor:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_low_bit(precision):
     problems.skip_unless_supported(precision)
-    formats = quantize.FORMATS[precision]
+    form = format_of(precision)
     case = problems.make(
         111, 200, d=64, blocks=(64, 32), lengths=(200, 63), heads=1, precision=precision
     )
@@ -42,12 +42,12 @@ def test_low_bit(precision):
         (k, made.k_bytes, made.k_scale, 32),
     ):
         per_token = scale.owner[:, None].repeat_interleave(block, 2)[:, :, : x.shape[2], None]
-        found = decoded(raw.owner, formats.qk).view(x.shape) * per_token
-        assert torch.equal(found, quantize.quantize_blocks(x.float(), block, formats.qk))
+        found = decoded(raw.owner, form.qk).view(x.shape) * per_token
+        assert torch.equal(found, form.round_blocks(x.float(), block))
 
     v = case.v.float().masked_fill(~valid, 0.0)
     order = torch.tensor([2 * (p >> 2) + (p & 1) + 8 * (p >> 1 & 1) for p in range(16)])
-    tiles = decoded(made.v_bytes.owner, formats.pv).unflatten(-1, (2, 16))
+    tiles = decoded(made.v_bytes.owner, form.pv).unflatten(-1, (2, 16))
     tokens = (
         torch.empty_like(tiles)
         .index_copy_(-1, order, tiles)
@@ -56,7 +56,7 @@ def test_low_bit(precision):
         .flatten(1, 2)
     )
     found = tokens[:, None, :200] * made.v_scale.owner[:, None, None]
-    assert torch.equal(found, quantize.quantize_values(v, formats.pv, 32))
+    assert torch.equal(found, form.round_values(v, 32))
     assert (tokens[:, 200:] == 0).all()
 
     out, _ = problems.run(case)

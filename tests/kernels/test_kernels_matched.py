@@ -5,8 +5,8 @@ lane orders.
 import pytest
 import torch
 from helpers import problems
-from sla2_core.formats import formats as quantize
-from sla2_core.routing.router import smooth_keys
+from sla2_core.backends.pooling import smooth_keys
+from sla2_core.formats import format_of
 from sla2_kernels import forward as operator
 from sla2_kernels.backward import _matched
 from sla2_kernels.emulator.emulate import ORDERS, lanes
@@ -64,7 +64,7 @@ def test_rows_that_select_nothing_or_everything(density):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_inputs_and_row_values_are_the_definition_s(precision):
     problems.skip_unless_supported(precision)
-    formats = quantize.FORMATS[precision]
+    form = format_of(precision)
     case = problems.make(111, 200, d=64, blocks=(64, 32), heads=2, density=0.4, precision=precision)
     inputs = [problems.strided(x) for x in (case.q, case.k, case.v)]
     saved = operator.forward(problems.DEVICE, case.problem, *inputs, case.map, None, save=True)
@@ -79,8 +79,8 @@ def test_inputs_and_row_values_are_the_definition_s(precision):
     ):
         per_token = scale.owner[None].repeat_interleave(block, 2)[:, :, : x.shape[2], None]
         rounded.append(wide.owner.view(x.shape).float() * per_token)
-        assert torch.equal(rounded[-1], quantize.quantize_blocks(x.float(), block, formats.qk))
-    rounded.append(quantize.quantize_values(case.v.float(), formats.pv, 32))
+        assert torch.equal(rounded[-1], form.round_blocks(x.float(), block))
+    rounded.append(form.round_values(case.v.float(), 32))
     assert torch.equal(found.v.owner.view(case.v.shape), rounded[-1].to(case.v.dtype))
 
     selected = (

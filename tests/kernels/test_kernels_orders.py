@@ -5,7 +5,8 @@ after low-bit forwards.
 import pytest
 import torch
 from helpers import problems
-from sla2_core.routing.router import pool, smooth_keys, top_k_map
+from sla2_core.backends.pooling import pool, smooth_keys
+from sla2_core.routing import top_k_map
 from sla2_kernels import backward as operator_backward
 from sla2_kernels import forward as operator
 from sla2_kernels.emulator.emulate import ORDERS, lanes

@@ -10,18 +10,27 @@ import warnings
 
 import pytest
 import torch
-from sla2_core import BlockMap, SLA2Attention, SLA2Config, SLAAttention, functional
+from sla2_core import BlockMap, SLA2Attention, SLA2Config, SLAAttention, backends
 from sla2_core.backends import cuda as cuda_ops
-from sla2_core.config import published_sla
+from sla2_core.backends import ops
+from sla2_core.backends.base import Problem
+from sla2_core.backends.pooling import pool
 from sla2_core.functional import block_sparse_attention, sla2_attention, sla_attention
+from sla2_core.options import make_options
 from sla2_core.reference import sla2_reference
-from sla2_core.routing.router import pool, top_k_map
+from sla2_core.routing import top_k_map
+from sla2_core.variants import sla
 
 BLOCKS = {"block_q": 32, "block_k": 16}
 SIZES = tuple(BLOCKS.values())
 TARGET = os.environ.get("SLA2_TEST_TARGET", "emulator")
 DEVICE = "cuda" if TARGET == "cuda" else "cpu"
 pytestmark = [pytest.mark.gpu] if TARGET == "cuda" else []
+
+
+def how(save=True):
+    """The last arguments of ops.attention."""
+    return make_options(*SIZES, "full", "paper", True).text, TARGET, save
 
 
 def inputs(n_q=63, n_k=111, d=64, dtype=torch.bfloat16, b=1, h=2):
@@ -124,9 +133,9 @@ def test_low_bit_forward_and_its_backward(precision, qat_backward):
 def test_the_modules_agree_with_the_cpu_kernels_in_every_gradient(alpha, lengths):
     *qkv, grad, _, _ = inputs(111, 95)
     if alpha == "published SLA":
-        base = published_sla(SLA2Config(head_dim=64, num_heads=2, topk=0.3, **BLOCKS))
+        base = sla(SLA2Config(head_dim=64, num_heads=2, topk=0.3, **BLOCKS))
         module = SLAAttention(base)
-        torch.nn.init.normal_(module.proj.weight, std=0.1)
+        torch.nn.init.normal_(module.complement.weight, std=0.1)
     else:
         per_head = alpha == "mass"
         base = SLA2Config(
@@ -156,7 +165,7 @@ def test_pool_and_route_are_the_plain_ones():
     torch.testing.assert_close(pooled[1], pool(k, 16, lengths), atol=1e-5, rtol=1e-5)
     weight = torch.randn(1, 40, 40, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     scores, indices, counts = cuda_ops.route(
-        *pooled, weight, weight, lengths, *SIZES, 63, 111, 0.5, TARGET
+        *pooled, weight, weight, lengths, *SIZES, 63, 111, 0.5, 7, TARGET
     )
     expected = (pooled[0] @ weight) @ (pooled[1] @ weight).transpose(-1, -2) * 40**-0.5
     torch.testing.assert_close(scores[..., :5], expected[..., :5], atol=1e-4, rtol=1e-4)
@@ -175,24 +184,23 @@ def test_opcheck(weights):
     pooled = [x.detach().requires_grad_() for x in cuda_ops.pool(q, k, None, *SIZES, TARGET)]
     weight = torch.eye(64, device=DEVICE).repeat(weights, 1, 1).requires_grad_()
     torch.library.opcheck(
-        cuda_ops.route, (*pooled, weight, weight, None, *SIZES, 63, 111, 0.3, TARGET)
+        cuda_ops.route, (*pooled, weight, weight, None, *SIZES, 63, 111, 0.3, 7, TARGET)
     )
     for mixed in (alpha.expand(1, 2, 2).clone().requires_grad_(), None):
-        options = (mixed, None, *SIZES, "full", "paper", mixed is not None, True, TARGET)
-        torch.library.opcheck(cuda_ops.attention, (q, k, v, *rows, *options))
+        call = (q, k, v, *rows, mixed, None)
+        torch.library.opcheck(ops.attention, (*call, *how()))
         with torch.no_grad():
-            plain = (x.detach() for x in (q, k, v))
-            results = cuda_ops.attention(q, k, v, *rows, *options)
-            mixed = None if mixed is None else mixed.detach()
-            arguments = (grad, *plain, *rows, mixed, None, results, *SIZES, *options[4:7], TARGET)
-            torch.library.opcheck(cuda_ops.attention_backward, arguments)
+            call = [x if x is None else x.detach() for x in call]
+            results = ops.attention(*call, *how())
+            arguments = (grad, None, *call, results, *how()[:2])
+            torch.library.opcheck(ops.attention_backward, arguments)
 
 
 def test_gradients_of_the_scores_are_the_matrix_products():
     q, k = (torch.randn(1, 2, n, 64, device=DEVICE, requires_grad=True) for n in (2, 7))
     weights = [torch.randn(1, 64, 64, device=DEVICE, requires_grad=True) for _ in range(2)]
     leaves, grad = (q, k, *weights), torch.randn(1, 2, 2, 7, device=DEVICE)
-    scores = cuda_ops.route(*leaves, None, *SIZES, 63, 111, 0.3, TARGET)[0]
+    scores = cuda_ops.route(*leaves, None, *SIZES, 63, 111, 0.3, 7, TARGET)[0]
     plain = (q @ weights[0]) @ (k @ weights[1]).transpose(-1, -2) / 8
     for found, right in zip(
         torch.autograd.grad(scores, leaves, grad), torch.autograd.grad(plain, leaves, grad)
@@ -257,11 +265,12 @@ def test_a_model_s_own_layout_is_neither_copied_nor_changed(monkeypatch):
         operator, "run_kernel", lambda *args: launched.append(args[2]) or real(*args)
     )
     qkv = [tokens_first(x) for x in inputs(b=2)[:3]]
+    sizes = {**BLOCKS, "block_k": 32}
     attn = SLA2Attention(
-        SLA2Config(head_dim=64, num_heads=2, topk=0.3, backend=TARGET, **BLOCKS)
+        SLA2Config(head_dim=64, num_heads=2, topk=0.3, backend=TARGET, **sizes)
     ).to(DEVICE)
     for precision in ("full", "int8"):
-        attn.config = dataclasses.replace(attn.config, precision=precision, block_k=32)
+        attn.config = dataclasses.replace(attn.config, precision=precision)
         out = attn(*qkv)
         assert out.transpose(1, 2).is_contiguous()
     assert "sla2_sparse_fwd" in launched
@@ -271,8 +280,8 @@ def test_a_model_s_own_layout_is_neither_copied_nor_changed(monkeypatch):
 def test_opcheck_and_compile_with_tokens_first():
     *qkv, grad, alpha, block_map = inputs()
     qkv = [tokens_first(x).requires_grad_() for x in qkv]
-    options = (alpha.expand(1, 2, 2).clone(), None, *SIZES, "full", "paper", True, True, TARGET)
-    torch.library.opcheck(cuda_ops.attention, (*qkv, block_map.indices, block_map.counts, *options))
+    rows = (block_map.indices, block_map.counts, alpha.expand(1, 2, 2).clone(), None)
+    torch.library.opcheck(ops.attention, (*qkv, *rows, *how()))
     attn = SLA2Attention(
         SLA2Config(head_dim=64, num_heads=2, topk=0.3, backend=TARGET, **BLOCKS)
     ).to(DEVICE)
@@ -291,20 +300,11 @@ def test_nan_is_not_hidden():
 
 def test_without_gradients_nothing_is_kept():
     *qkv, _, alpha, block_map = inputs()
-    rows = (
-        block_map.indices,
-        block_map.counts,
-        alpha.expand(1, 2, 2),
-        None,
-        *SIZES,
-        "full",
-        "paper",
-        True,
-    )
-    assert len(cuda_ops.attention(*qkv, *rows, False, TARGET)) == 2
+    rows = (block_map.indices, block_map.counts, alpha.expand(1, 2, 2), None)
+    assert len(ops.attention(*qkv, *rows, *how(save=False))) == 2
     qkv[0].requires_grad_()
     with pytest.raises(RuntimeError, match="expected save=True"):
-        cuda_ops.attention(*qkv, *rows, False, TARGET)
+        ops.attention(*qkv, *rows, *how(save=False))
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_without_gradients_nothing_is_kept():
             "^q: expected bfloat16 or float16 for the CUDA kernels, got torch.float32$",
         ),
         (dict(d=160), {}, "^head_dim: expected at most 128, got 160$"),
-        ({}, dict(precision="int4"), "^precision: expected one of .*, got 'int4'$"),
+        ({}, dict(precision="int4"), "^precision: the CUDA kernels do not have 'int4'$"),
         ({}, dict(precision="int8"), r"^block_k: expected a multiple of 32 in \[32, 64\], got 16$"),
     ],
 )
@@ -327,23 +327,21 @@ def test_what_no_kernel_takes_is_named(change, options, match):
 
 
 def test_auto_takes_the_kernels_for_cuda_tensors_and_warns_once_where_it_cannot(monkeypatch):
-    device = torch.device("cuda")
-    functional._warn_fallback.cache_clear()
+    backends._warn_once.cache_clear()
+    options = make_options(*SIZES, "full", "paper", True)
+    problem = Problem(torch.bfloat16, torch.device("cuda"), 64, options)
     monkeypatch.setattr(cuda_ops, "missing", lambda: None)
-    assert functional.resolve_backend("auto", device) == "cuda"
-    with pytest.warns(
-        RuntimeWarning, match="dense reference runs, with N x N memory: q: expected bfloat16"
-    ):
-        assert (
-            functional.resolve_backend("auto", device, lambda _: "q: expected bfloat16")
-            == "reference"
-        )
+    monkeypatch.setattr(cuda_ops, "_unfit", lambda *_: None)
+    assert backends.resolve("auto", problem).name == "cuda"
+    monkeypatch.setattr(cuda_ops, "_unfit", lambda *_: "q: expected bfloat16")
+    with pytest.warns(RuntimeWarning, match="plain torch runs.*: q: expected bfloat16"):
+        assert backends.resolve("auto", problem).name == "blocked"
     monkeypatch.setattr(cuda_ops, "missing", lambda: "no GPU")
     with pytest.warns(RuntimeWarning, match="no GPU"):
-        assert functional.resolve_backend("auto", device) == "reference"
+        assert backends.resolve("auto", problem).name == "blocked"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert functional.resolve_backend("auto", device) == "reference"
+        assert backends.resolve("auto", problem).name == "blocked"
 
 
 def test_sla_on_the_kernels_has_the_linear_branch_over_all_blocks():

@@ -5,10 +5,16 @@ and what is returned.
 import pytest
 import torch
 from sla2_core import BlockMap, SLA2Attention, SLA2Config, sla2_attention
-from sla2_core.backends import cpu as ops
+from sla2_core.backends import ops
+from sla2_core.options import make_options
 from sla2_core.reference import full_attention, sla2_reference
 
 BLOCKS = {"block_q": 16, "block_k": 8}
+
+
+def how(precision="full", backend="cpu", save=True):
+    """The last arguments of ops.attention."""
+    return make_options(16, 8, precision, "paper", False).text, backend, save
 
 
 def inputs(n_q=63, n_k=111, d=8, dtype=torch.float32, b=2, h=2):
@@ -32,39 +38,36 @@ def test_opcheck(precision, mixed, lengths):
     for x in (q, k, v, alpha):
         x.requires_grad_()
     alpha = alpha if mixed else None
-    torch.library.opcheck(
-        ops.attention, (q, k, v, bm.indices, bm.counts, alpha, lengths, 16, 8, precision)
-    )
+    call = (q, k, v, bm.indices, bm.counts, alpha, lengths)
+    torch.library.opcheck(ops.attention, (*call, *how(precision)))
     with torch.no_grad():
-        out, o_s, lse = ops.attention(
-            q, k, v, bm.indices, bm.counts, alpha, lengths, 16, 8, precision
-        )
-        q, k, v = q.detach(), k.detach(), v.detach()
-        alpha = alpha if alpha is None else alpha.detach()
-        saved = o_s if mixed else out
-        arguments = (
-            torch.ones_like(out),
-            q,
-            k,
-            v,
-            bm.indices,
-            bm.counts,
-            alpha,
-            lengths,
-            saved,
-            lse,
-            16,
-            8,
-        )
+        results = ops.attention(*call, *how(precision))
+        call = [x if x is None or not x.requires_grad else x.detach() for x in call]
+        arguments = (torch.ones_like(results[0]), None, *call, results, *how(precision)[:2])
         torch.library.opcheck(ops.attention_backward, arguments)
+
+
+@pytest.mark.parametrize("precision", ["full", "nvfp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_plain_torch_with_the_gradient_of_the_log_sum_exp(precision, dtype):
+    q, k, v, _, bm = inputs(dtype=dtype)
+    for x in (q, k, v):
+        x.requires_grad_()
+    call = (q, k, v, bm.indices, bm.counts, None, torch.tensor([50, 111]))
+    torch.library.opcheck(ops.attention, (*call, *how(precision, "blocked")))
+    with torch.no_grad():
+        results = ops.attention(*call, *how(precision, "blocked"))
+    call = [x.detach() if x is not None and x.requires_grad else x for x in call]
+    grads = (torch.ones_like(results[0]), torch.ones_like(results[1]))
+    arguments = (*grads, *call, results, *how(precision, "blocked")[:2])
+    torch.library.opcheck(ops.attention_backward, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_opcheck_of_other_dtypes(dtype):
     q, k, v, alpha, bm = inputs(dtype=dtype)
-    torch.library.opcheck(
-        ops.attention, (q, k, v, bm.indices, bm.counts, alpha, None, 16, 8, "full")
-    )
+    call = (q, k, v, bm.indices, bm.counts, alpha, None)
+    torch.library.opcheck(ops.attention, (*call, *how()))
 
 
 def test_opcheck_of_soft_top_k():
@@ -79,7 +82,7 @@ def test_gradcheck():
     bm = BlockMap.from_mask(mask, n_q=5, n_k=9, **BLOCKS)
 
     def run(q, k, v, alpha):
-        return ops.attention(q, k, v, bm.indices, bm.counts, alpha, None, 16, 8, "full")[0]
+        return ops.attention(q, k, v, bm.indices, bm.counts, alpha, None, *how())[0]
 
     assert torch.autograd.gradcheck(run, (q, k, v, alpha))
 
@@ -134,16 +137,15 @@ def test_a_compiled_function_equals_the_eager_one():
 
 
 def test_one_and_two_threads_agree_to_the_bit(monkeypatch):
-    monkeypatch.setattr(ops, "_ALONE", 0)
+    monkeypatch.setattr("sla2_core.backends.cpu._ALONE", 0)
     leaves = [x.requires_grad_() for x in inputs(200, 333)[:4]]
     bm = inputs(200, 333)[4]
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
-            out = ops.attention(*leaves[:3], bm.indices, bm.counts, leaves[3], None, 16, 8, "full")[
-                0
-            ]
+            call = (*leaves[:3], bm.indices, bm.counts, leaves[3], None)
+            out = ops.attention(*call, *how())[0]
             found.append((out, *torch.autograd.grad(torch.sin(out).sum(), leaves)))
     finally:
         torch.set_num_threads(before)
@@ -185,7 +187,7 @@ def test_strided_inputs_and_gradients():
     plain = [x.clone().requires_grad_() for x in (q, k, v)]
     found = []
     for leaves in (turned, plain):
-        out = ops.attention(*leaves, bm.indices, bm.counts, alpha, None, 16, 8, "full")[0]
+        out = ops.attention(*leaves, bm.indices, bm.counts, alpha, None, *how())[0]
         grad = torch.ones(out.shape[::-1]).permute(3, 2, 1, 0)
         found.append((out, *torch.autograd.grad(out, leaves, grad)))
     assert all(torch.equal(a, b) for a, b in zip(*found))

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from helpers import tiny_wan
 from safetensors.torch import load_file, save_file
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.loading import apply_adapter
@@ -21,9 +22,7 @@ def shake(handle, groups=("router", "alpha", "proj")):
                 parameter.add_(torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"alpha": "mass", "per_head_router": True}, {"method": "sla"}]
-)
+@pytest.mark.parametrize("changes", [{}, {"alpha": "mass", "per_head_router": True}, tiny_wan.SLA])
 @pytest.mark.parametrize("include_model", [False, True])
 def test_round_trip(wan, inputs, sla2_config, tmp_path, changes, include_model):
     first = apply_sla2(wan(), sla2_config(**changes), base_model="me/model")
@@ -101,7 +100,7 @@ def test_damaged_files_are_refused_and_change_nothing(wan, sla2_config, tmp_path
         "shape": rf"expected shape \(2, 3\) for {key}, got \(2, 4\)",
         "dtype": f"expected torch.float32 for {key}, got torch.float16",
         "truncated": "sla2_adapter.safetensors: expected a readable safetensors file",
-        "version": "sla2_config.json: expected format_version 1, got 99",
+        "version": "sla2_config.json: expected format_version 2, got 99",
         "json": "sla2_config.json: expected JSON",
         "absent": "sla2_adapter.safetensors: expected a safetensors file, found none",
         "field": "sla2_config.json: colour: expected a field among",

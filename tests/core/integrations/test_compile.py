@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import families
+from helpers import families, tiny_wan
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.family import family_of
 from sla2_core.integrations.loading import apply_adapter
@@ -62,7 +62,7 @@ def test_every_family_is_one_graph_forward_and_backward(name):
     ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize(
-    "changes", [{"alpha": "mass", "precision": "int8"}, {"method": "sla"}], ids=["sla2", "sla"]
+    "changes", [{"alpha": "mass", "precision": "int8"}, tiny_wan.SLA], ids=["sla2", "sla"]
 )
 def test_one_graph_forward_and_backward(wan, inputs, sla2_config, backend, changes):
     torch._dynamo.reset()
@@ -99,23 +99,6 @@ def test_configure_and_disable_act_on_a_compiled_model(wan, inputs, sla2_config)
     assert torch.equal(difference(), first)
     with handle.disabled():
         assert not torch.equal(difference(), first)
-
-
-def test_the_operator_is_well_formed(sla2_config):
-    """torch's own check: schema, fake shapes, autograd registration, and tracing with symbolic
-    shapes.
-    """
-    from sla2_core import build_attention
-    from sla2_core.integrations.compiled import config_text, register
-
-    register()
-    config = sla2_config(alpha="mass")
-    parameters = list(build_attention(config).parameters())
-    q, k, v = (torch.randn(1, 45, 2, 12, requires_grad=True) for _ in range(3))
-    torch.library.opcheck(
-        torch.ops.sla2.routed_attention,
-        (q, k, v, parameters, torch.tensor([43]), config_text(config), 4),
-    )
 
 
 def test_a_model_compiled_before_has_the_adapter_of_a_plain_one(wan, inputs, sla2_config, tmp_path):

@@ -7,9 +7,9 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import families
-from sla2_core.config import published_sla
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.family import family_of
+from sla2_core.variants import sla
 
 
 @pytest.mark.parametrize("name", list(families.BUILDERS))
@@ -18,7 +18,7 @@ def test_output_and_gradients_are_those_of_the_cpu_kernels(name, published):
     transformer, sample, _ = families.build(name)
     family = family_of(transformer)
     config = families.config(transformer, topk=0.4, block_q=16, block_k=16)
-    handle = apply_sla2(transformer, published_sla(config) if published else config)
+    handle = apply_sla2(transformer, sla(config) if published else config)
     batch = families.batch(sample)
     found = []
     for backend in ("emulator", "cpu"):

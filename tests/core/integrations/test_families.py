@@ -63,6 +63,9 @@ def test_gradients_reach_alpha_router_and_model(name):
     transformer, sample, _ = families.build(name)
     handle = apply_sla2(transformer, families.config(transformer, alpha="mass", precision="int8"))
     noisy, sigma, conditions = families.batch(sample)
+    assert not any(p.requires_grad for p in handle.parameters()["router"])
+    for parameter in handle.parameters()["router"]:  # as a training loop of one's own may ask
+        parameter.requires_grad_(True)
     handle.family.predict(transformer, noisy, sigma, conditions).square().mean().backward()
     for group in ("router", "alpha"):
         assert all(

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from sla2_core import SLA2Config
-from sla2_core.mixing.mixing import Mixing, interpolate_knots, mass_log_odds
+from sla2_core.mixing.mass import mass_log_odds
+from sla2_core.mixing.position import interpolate_knots
+from sla2_core.registry import MIXINGS
 
 
 def mixing(**kw):
-    return Mixing(SLA2Config(head_dim=4, num_heads=2, topk=0.5, **kw))
+    return MIXINGS.make(SLA2Config(head_dim=4, num_heads=2, topk=0.5, **kw))
 
 
 def test_knots_equal_to_rows_give_one_value_per_query_block():

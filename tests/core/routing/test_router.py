@@ -3,7 +3,9 @@
 import pytest
 import torch
 from sla2_core import SLA2Config
-from sla2_core.routing.router import Router, pool, smooth_keys, top_k_map
+from sla2_core.backends.pooling import pool, smooth_keys
+from sla2_core.registry import ROUTERS
+from sla2_core.routing import top_k_map
 
 GEOMETRY = {"block_q": 4, "block_k": 4, "n_q": 4, "n_k": 30}
 
@@ -61,7 +63,7 @@ def test_kv_lengths_route_each_item_as_its_own_sequence():
 
 
 def test_identity_router_scores_are_scaled_dot_products_in_fp32():
-    router = Router(SLA2Config(head_dim=8, num_heads=2, topk=0.5)).to(torch.bfloat16)
+    router = ROUTERS.make(SLA2Config(head_dim=8, num_heads=2, topk=0.5)).to(torch.bfloat16)
     assert {p.dtype for p in router.parameters()} == {torch.float32}
     q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
     torch.testing.assert_close(router.scores(q, k), q @ k.transpose(-1, -2) / 8**0.5)
@@ -70,6 +72,6 @@ def test_identity_router_scores_are_scaled_dot_products_in_fp32():
 
 
 def test_heuristic_router_has_no_parameters():
-    router = Router(SLA2Config(head_dim=8, num_heads=2, topk=0.5, router="heuristic"))
+    router = ROUTERS.make(SLA2Config(head_dim=8, num_heads=2, topk=0.5, router="heuristic"))
     assert not list(router.parameters())
     assert not router.state_dict()

@@ -18,22 +18,7 @@ from sla2_core.config import SLA2Config
 
 WEIGHTS_NAME = "sla2_adapter.safetensors"
 CONFIG_NAME = "sla2_config.json"
-FORMAT_VERSION = 1
-# Fields of SLA2Config a trained adapter is bound to; the others (k%, precision, backend, ...) may
-# be chosen anew.
-GEOMETRY = (
-    "head_dim",
-    "num_heads",
-    "block_q",
-    "block_k",
-    "method",
-    "router",
-    "per_head_router",
-    "alpha",
-    "alpha_knots",
-    "alpha_per_head",
-    "smooth_k",
-)
+FORMAT_VERSION = 2  # 1: SLA's projection was called proj, and `method` chose the variant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +135,7 @@ def load_adapter(folder: str | Path) -> Adapter:
     path = folder / CONFIG_NAME
     content = read_json(path)
     version = content.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}")
     missing = [key for key in ("sla2", "layers", "model") if key not in content]
     if missing:
@@ -168,14 +153,22 @@ def load_adapter(folder: str | Path) -> Adapter:
         config = SLA2Config.from_dict(content["sla2"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
+    tensors = read_tensors(folder / WEIGHTS_NAME)
     return Adapter(
         config=config,
         layers=tuple(content["layers"]),
         model=content["model"],
-        tensors=read_tensors(folder / WEIGHTS_NAME),
+        tensors={_upgraded(name, version): x for name, x in tensors.items()},
         base_model=content.get("base_model"),
         dense_steps=steps,
     )
+
+
+def _upgraded(name: str, version: int) -> str:
+    """The name of a tensor as it is today."""
+    if version == 1 and name.startswith("layers."):
+        return name.replace(".proj.", ".complement.")
+    return name
 
 
 def _are_layers(value: Any) -> bool:
@@ -184,11 +177,11 @@ def _are_layers(value: Any) -> bool:
 
 def check_geometry(source: str, found: SLA2Config, expected: SLA2Config) -> None:
     """Raise ValueError unless both configurations have parameters of the same shape and meaning."""
-    for name in GEOMETRY:
-        if getattr(found, name) != getattr(expected, name):
+    theirs = found.geometry()
+    for name, value in expected.geometry().items():
+        if theirs.get(name) != value:
             raise ValueError(
-                f"{source}: expected {name}={getattr(expected, name)!r} as applied, got"
-                f" {getattr(found, name)!r}"
+                f"{source}: expected {name}={value!r} as applied, got {theirs.get(name)!r}"
             )
 
 

@@ -1,29 +1,42 @@
-"""SLA2Attention and SLAAttention: q, k, v in, attention output out, with the router and the mixing
-ratio inside.
-"""
+"""SLA2Attention and SLAAttention: q, k, v in, attention output out, with the members inside."""
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sla2_core.backends import cuda as cuda_ops
-from sla2_core.block_map import BlockMap, Rows
-from sla2_core.checks import autocast_qkv, check_choice, check_kv_lengths, check_qkv
-from sla2_core.config import SLA2Config, heuristic_router
-from sla2_core.functional import CUDA_BACKENDS, backend_for, sla2_attention, sla_attention
-from sla2_core.mixing.mixing import Mixing
-from sla2_core.routing.router import Float32Module, Router, pool, smooth_pooled, top_k_map
+from sla2_core.attend import Parts, attend, full_attention
+from sla2_core.backends import backend_for
+from sla2_core.block_map import BlockMap
+from sla2_core.checks import (
+    autocast_qkv,
+    check_choice,
+    check_kv_lengths,
+    check_qkv,
+    without_autocast,
+)
+from sla2_core.complement import Complement
+from sla2_core.config import SLA2Config
+from sla2_core.mixing import Mixing
+from sla2_core.options import Options
+from sla2_core.order import Grid, Order
+from sla2_core.registry import COMPLEMENTS, MIXINGS, ORDERS, ROUTERS, Heads, Member
+from sla2_core.routing import Router, route
+from sla2_core.variants import sla
 
 LAYOUTS = ("bhnd", "bnhd")
 
 
 @dataclass(frozen=True)
 class AttentionInfo:
-    """What a call did: its block map, alpha (B|1, H|1, T_m|1), and the measured sparsity of the
-    map.
+    """What a call did: its block map, alpha (B|1, H|1, T_m|1; None for a mixing without one), and
+    the measured sparsity of the map.
     """
 
     block_map: BlockMap
@@ -31,33 +44,109 @@ class AttentionInfo:
     sparsity: float
 
 
-def pooled_means(
-    q: Tensor, k: Tensor, config: SLA2Config, lengths: Tensor | None, smooth: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    """What the router sees: block means of q (B, H, T_m, d) and, with `smooth`, of K minus its mean
-    (B, H, T_n, d).
+class Result(NamedTuple):
+    """Output (B, H, N, d), and of the routed queries the block map and alpha."""
+
+    out: Tensor
+    block_map: BlockMap
+    alpha: Tensor | None
+
+
+class SLA2Attention(nn.Module):
+    """Sparse-linear attention as a module: SLA2 (arXiv 2602.12675), or the variant that the
+    configuration names.
+
+    Its members are `router`, `complement` and `mixing`; their parameters (`router.weight_q`,
+    `mixing.logit`, ...) are made here and stay in fp32 under `.to(bfloat16)`. Code that calls
+    torch's scaled_dot_product_attention can call sdpa.ScaledDotProductSLA2 instead.
+
+    Args:
+        config: fixes the layer. `config` may be replaced later by one that leaves the parameters
+            and their meaning as they are; ValueError names the field otherwise.
     """
-    if backend in CUDA_BACKENDS:
-        pooled_q, pooled_k = cuda_ops.pool(q, k, lengths, config.block_q, config.block_k, backend)
-    else:
-        pooled_q, pooled_k = pool(q, config.block_q), pool(k, config.block_k, lengths)
-    if smooth:
-        pooled_k = smooth_pooled(pooled_k, k.shape[2], config.block_k, lengths)
-    return pooled_q, pooled_k
 
-
-class _RoutedAttention(nn.Module):
-    """Layouts, checks and routing that both modules share."""
-
-    config: SLA2Config
     router: Router
+    complement: Complement
+    mixing: Mixing
+    options: Options
 
-    def _enter(self, q: Tensor, k: Tensor, v: Tensor, layout: str, kv_lengths):
+    def __init__(self, config: SLA2Config):
+        super().__init__()
+        self._config = config
+        self.order: Order = ORDERS.make(config)
+        self.router = ROUTERS.make(config)
+        self.complement = COMPLEMENTS.make(config)
+        self.mixing = MIXINGS.make(config)
+        self.options = Options.of(config)
+        # While Q, K, V are captured: recorder(q, k, v, text_tokens, lengths), and full attention.
+        self.recorder: Callable[..., None] | None = None
+
+    @property
+    def config(self) -> SLA2Config:
+        """The configuration in force."""
+        return self._config
+
+    @config.setter
+    def config(self, new: SLA2Config) -> None:
+        old, given = self._config.to_dict(), new.to_dict()
+        changes = {name: value for name, value in given.items() if value != old[name]}
+        if "options" in changes:
+            known = old["options"]
+            changes["options"] = {k: v for k, v in new.options.items() if v != known.get(k)}
+        self._config = self._config.changed(**changes)
+        self.options = Options.of(self._config)
+        for member in self.members().values():
+            member.configure(self._config)
+
+    def members(self) -> dict[str, Member]:
+        """The members with parameters by attribute name: router, complement, mixing."""
+        return {"router": self.router, "complement": self.complement, "mixing": self.mixing}
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by group ("router", "alpha", "proj", ...), as the members name them."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for member in self.members().values():
+            found.setdefault(member.group, []).extend(member.parameters())
+        return found
+
+    def reset_parameters(self) -> None:
+        """Put the initial values back, for instance after `to_empty`."""
+        for member in self.members().values():
+            member.reset_parameters()
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layout: str = "bhnd",
+        kv_lengths: Tensor | Sequence[int] | None = None,
+        text_tokens: int = 0,
+        grid: Grid | None = None,
+        return_info: bool = False,
+    ) -> Any:
+        """Attention output in q's layout and dtype (autocast's under autocast); with `return_info`
+        also an AttentionInfo.
+
+        Args:
+            q: (B, H, N_q, d), or (B, N_q, H, d) with layout="bnhd". k, v: the same with N_k. Under
+                autocast they are taken in its dtype, as by scaled_dot_product_attention.
+            kv_lengths: None, or one integer in [1, N_k] per batch item. On a GPU the values are
+                not read and not checked.
+            text_tokens: so many tokens at the end are text, of queries and of keys: their keys are
+                always selected, their queries see every key.
+            grid: (frames, height, width) of the other tokens, for a token order that is not the
+                raster's.
+
+        Raises:
+            TypeError, ValueError: an argument of another shape, dtype or device than the
+                configuration or q's.
+        """
         check_choice("layout", layout, LAYOUTS)
         if layout == "bnhd":
-            shapes = [
-                tuple(x.shape) for x in (q, k, v) if isinstance(x, Tensor)
-            ]  # check_qkv names what is no tensor
+            # check_qkv names what is no tensor
+            shapes = [tuple(x.shape) for x in (q, k, v) if isinstance(x, Tensor)]
             if any(len(shape) != 4 for shape in shapes):
                 raise ValueError(
                     f"q, k, v: expected 4 dimensions (B, N, H, d), got shapes {shapes}"
@@ -65,180 +154,161 @@ class _RoutedAttention(nn.Module):
             q, k, v = (x.transpose(1, 2) if isinstance(x, Tensor) else x for x in (q, k, v))
         q, k, v = autocast_qkv(q, k, v)
         check_qkv(q, k, v)
+        self._check_sizes(q, k, layout, text_tokens, grid)
+        lengths = check_kv_lengths(kv_lengths, q, k)
+        places = self.places(q.shape[2], text_tokens, grid, q.device)
+        if places is not None:
+            q, k, v = (x.index_select(2, places) for x in (q, k, v))
+        if self.recorder is not None:
+            self.recorder(q, k, v, text_tokens, lengths)
+            out = full_attention(q, k, v, lengths)
+        else:
+            out, block_map, alpha = self.attend(q, k, v, lengths=lengths, text_tokens=text_tokens)
+        if places is not None:
+            out = out.index_select(2, torch.argsort(places))
+        out = out.transpose(1, 2) if layout == "bnhd" else out
+        if not return_info:
+            return out
+        if self.recorder is not None:
+            raise ValueError("return_info: expected False while Q, K, V are captured")
+        alpha = None if alpha is None else alpha.detach()
+        return out, AttentionInfo(block_map, alpha, block_map.sparsity)
+
+    def _check_sizes(
+        self, q: Tensor, k: Tensor, layout: str, text_tokens: int, grid: Grid | None
+    ) -> None:
+        config, (n_q, n_k) = self._config, (q.shape[2], k.shape[2])
         for name, index, expected in (
-            ("num_heads", 1, self.config.num_heads),
-            ("head_dim", 3, self.config.head_dim),
+            ("num_heads", 1, config.num_heads),
+            ("head_dim", 3, config.head_dim),
         ):
             if q.shape[index] != expected:
                 raise ValueError(
                     f"q: expected {name}={expected} as in the configuration, got {q.shape[index]}"
                 )
-        lengths, backend = check_kv_lengths(kv_lengths, q, k), self.backend_of(q)
-        if (
-            backend not in CUDA_BACKENDS
-        ):  # whose kernels take any layout; here pooling and attention would both copy
-            q, k, v = (x.contiguous() for x in (q, k, v))
-        return q, k, v, lengths, backend
-
-    def _route(
-        self, q: Tensor, k: Tensor, lengths: Tensor | None, smooth: bool, backend: str
-    ) -> tuple[Tensor, BlockMap]:
-        config, router = self.config, self.router
-        sizes = dict(block_q=config.block_q, block_k=config.block_k, n_q=q.shape[2], n_k=k.shape[2])
-        pooled_q, pooled_k = pooled_means(q, k, config, lengths, smooth, backend)
-        if backend in CUDA_BACKENDS:
-            scores, indices, counts = cuda_ops.route(
-                pooled_q,
-                pooled_k,
-                router.weight_q,
-                router.weight_k,
-                lengths,
-                *sizes.values(),
-                config.topk,
-                backend,
+        if n_q == config.num_heads and layout == "bhnd" and n_q > 1:
+            _warn_layout(n_q)
+        if not isinstance(text_tokens, int) or not 0 <= text_tokens < min(n_q, n_k):
+            raise ValueError(
+                f"text_tokens: expected an integer in [0, {min(n_q, n_k)}), got {text_tokens!r}"
             )
-            return scores, BlockMap._trusted(Rows(indices, counts), **sizes)
-        scores = router.scores(pooled_q, pooled_k)
-        block_map = top_k_map(scores, config.topk, kv_lengths=lengths, **sizes)
-        if lengths is not None:
-            start = torch.arange(scores.shape[-1], device=q.device) * config.block_k
-            scores = scores.masked_fill((start >= lengths[:, None])[:, None, None], -torch.inf)
-        return scores, block_map
+        if grid is not None and grid[0] * grid[1] * grid[2] != n_q - text_tokens:
+            raise ValueError(
+                f"grid: expected (frames, height, width) of {n_q - text_tokens} tokens, got {grid}"
+            )
 
-    def backend_of(self, q: Tensor) -> str:
-        """The backend that a call with this q runs on; errors as of sla2_attention."""
-        c = self.config
-        return backend_for(q, (c.block_q, c.block_k), c.precision, c.backend)
-
-    def extra_repr(self) -> str:
-        c = self.config
-        return (
-            f"topk={c.topk}, blocks={c.block_q}x{c.block_k}, alpha={c.alpha}, router={c.router},"
-            f" precision={c.precision}"
-        )
-
-
-class SLA2Attention(_RoutedAttention):
-    """SLA2 (arXiv 2602.12675) as a drop-in for scaled_dot_product_attention.
-
-    Its parameters (`router.weight_q`, `router.weight_k`, and `mixing`'s logits) are made here and
-    stay in fp32 under `.to(bfloat16)`. `config` may be replaced between calls as long as no
-    parameter's shape depends on the change.
-
-    Args:
-        config: an SLA2Config with method="sla2".
-    """
-
-    def __init__(self, config: SLA2Config):
-        super().__init__()
-        if config.method != "sla2":
-            raise ValueError(f"method: expected 'sla2', got {config.method!r}")
-        self.config = config
-        self.router = Router(config)
-        self.mixing = Mixing(config)
-
-    def forward(
+    def attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         *,
-        layout: str = "bhnd",
-        kv_lengths=None,
-        return_info: bool = False,
-    ):
-        """Attention output in q's dtype and layout; with `return_info` also an AttentionInfo.
+        lengths: Tensor | None = None,
+        text_tokens: int = 0,
+        heads: Heads = None,
+    ) -> Result:
+        """forward() without checks, on (B, H, N, d) in the token order; for model integrations.
 
         Args:
-            q: (B, H, N_q, d), or (B, N_q, H, d) with layout="bnhd". k, v: the same with N_k. Under
-                autocast they are taken in its dtype, as by scaled_dot_product_attention.
-            kv_lengths: None, or one integer in [1, N_k] per batch item.
-
-        Raises:
-            TypeError, ValueError: an argument of another shape, dtype or device than the
-                configuration or q's.
+            lengths: int64 (B,) or None. heads: which of the module's heads these are, as under
+                Ulysses; None means all.
         """
-        q, k, v, lengths, backend = self._enter(q, k, v, layout, kv_lengths)
-        config = self.config
-        with torch.autocast(q.device.type, enabled=False):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and config.alpha == "mass"):
-                scores, block_map = self._route(q, k, lengths, config.smooth_k, backend)
-            alpha = self.mixing(scores, block_map.mask() if config.alpha == "mass" else None)
-        out = sla2_attention(
-            q,
-            k,
-            v,
-            block_map,
-            alpha,
-            precision=config.precision,
-            qat_backward=config.qat_backward,
-            smooth_k=config.smooth_k,
-            kv_lengths=lengths,
-            backend=backend,
-        )
-        out = out.transpose(1, 2) if layout == "bnhd" else out
+        q, k, v = autocast_qkv(q, k, v)
+        options, mixing = self.options, self.mixing
+        backend = backend_for(q, options, self._config.backend)
+        n_routed = q.shape[2] - text_tokens
+        routed = q[:, :, :n_routed]
+        if not backend.any_layout:  # pooling and attention would both copy
+            routed, k, v = (x.contiguous() for x in (routed, k, v))
+        with without_autocast(q):
+            # A hard block map has no gradient; only an alpha that reads the scores gives them one.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and mixing.reads_map):
+                scores, block_map = route(
+                    self.router,
+                    routed,
+                    k,
+                    self._config.topk,
+                    options=options,
+                    backend=backend,
+                    lengths=lengths,
+                    text_tokens=text_tokens,
+                    heads=heads,
+                )
+            mask = block_map.mask() if mixing.reads_map else None
+            alpha = mixing.alpha(scores, mask, heads=heads)
+            out = attend(
+                routed,
+                k,
+                v,
+                block_map,
+                alpha,
+                Parts(self.complement, mixing),
+                heads=heads,
+                lengths=lengths,
+                options=options,
+                backend=backend,
+            )
+            if text_tokens:
+                text = full_attention(q[:, :, n_routed:], k, v, lengths)
+                out = torch.cat([out, text], dim=2)
+        return Result(out, block_map, alpha)
+
+    def places(
+        self, tokens: int, text_tokens: int, grid: Grid | None, device: torch.device
+    ) -> Tensor | None:
+        """Which token stands at each place in the token order, int64 (tokens,); None for the
+        raster. Text keeps its place at the end.
+
+        Raises ValueError without a grid for an order that is not the raster's.
+        """
+        if self.order.name == "raster":
+            return None
+        if grid is None:
+            raise ValueError(
+                f"grid: expected (frames, height, width) for token_order={self.order.name!r}, got"
+                " None"
+            )
+        order = self.order.permutation(grid)
+        if order is None:
+            return None
+        text = torch.arange(tokens - text_tokens, tokens, device=order.device)
+        return torch.cat([order, text]).to(device)
+
+    def extra_repr(self) -> str:
+        c = self._config
         return (
-            (out, AttentionInfo(block_map, alpha.detach(), block_map.sparsity))
-            if return_info
-            else out
+            f"topk={c.topk}, blocks={c.block_q}x{c.block_k}, router={c.router},"
+            f" complement={c.complement}, alpha={c.alpha}, precision={c.precision}"
         )
 
 
-class _Projection(Float32Module):
-    """A zero-initialised d x d linear map shared by the heads, kept in fp32."""
-
-    def __init__(self, head_dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(head_dim, head_dim))
-        self.bias = nn.Parameter(torch.zeros(head_dim))
-
-
-class SLAAttention(_RoutedAttention):
+class SLAAttention(SLA2Attention):
     """SLA as published (arXiv 2509.24006), the baseline: heuristic router, O = O_s + proj(O_l over
     all blocks).
 
     Args:
-        config: an SLA2Config with method="sla"; its router, alpha and smooth_k fields do not apply.
+        config: any SLA2Config; the variant `sla` of it is taken.
     """
 
     def __init__(self, config: SLA2Config):
-        super().__init__()
-        if config.method != "sla":
-            raise ValueError(f"method: expected 'sla', got {config.method!r}")
-        self.config = config
-        self.router = Router(heuristic_router(config))
-        self.proj = _Projection(config.head_dim)
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        layout: str = "bhnd",
-        kv_lengths=None,
-        return_info: bool = False,
-    ):
-        """As SLA2Attention.forward; the info's alpha is None."""
-        q, k, v, lengths, backend = self._enter(q, k, v, layout, kv_lengths)
-        with torch.no_grad():
-            _, block_map = self._route(q, k, lengths, True, backend)
-        out = sla_attention(
-            q,
-            k,
-            v,
-            block_map,
-            self.proj.weight,
-            self.proj.bias,
-            precision=self.config.precision,
-            qat_backward=self.config.qat_backward,
-            kv_lengths=lengths,
-            backend=backend,
-        )
-        out = out.transpose(1, 2) if layout == "bnhd" else out
-        return (out, AttentionInfo(block_map, None, block_map.sparsity)) if return_info else out
+        super().__init__(sla(config))
 
 
-def build_attention(config: SLA2Config) -> SLA2Attention | SLAAttention:
-    """The module of `config.method`."""
-    return SLA2Attention(config) if config.method == "sla2" else SLAAttention(config)
+def build_attention(config: SLA2Config) -> SLA2Attention:
+    """The module of a configuration."""
+    return SLA2Attention(config)
+
+
+@functools.cache
+def _warn_once(heads: int) -> None:
+    warnings.warn(
+        f"q: {heads} tokens and {heads} heads: its layout cannot be told from its shape and is"
+        ' taken as (B, H, N, d); give layout="bnhd" for (B, N, H, d)',
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+def _warn_layout(heads: int) -> None:
+    if not torch.compiler.is_compiling():
+        _warn_once(heads)

@@ -4,7 +4,7 @@ once, when made.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,17 @@ class Rows(NamedTuple):
     counts: Tensor
 
 
-def num_blocks(length: int, block: int) -> int:
-    """ceil(length / block)."""
+class Geometry(NamedTuple):
+    """Sizes of a block map: tokens in a block of queries and of keys, query and key tokens."""
+
+    block_q: int
+    block_k: int
+    n_q: int
+    n_k: int
+
+
+def num_blocks(length: Any, block: int) -> Any:
+    """ceil(length / block), of an integer or of an integer tensor."""
     return -(-length // block)
 
 
@@ -93,16 +102,27 @@ class BlockMap:
             n_k,
         )
 
-    def _set(self, rows: Rows, block_q: int, block_k: int, n_q: int, n_k: int) -> None:
+    def _set(
+        self,
+        rows: Rows,
+        block_q: int,
+        block_k: int,
+        n_q: int,
+        n_k: int,
+        uniform: bool = False,
+    ) -> None:
         self.indices, self.counts = rows
+        self.uniform = uniform  # every row is known to fill all of its indices
         self.block_q, self.block_k, self.n_q, self.n_k = block_q, block_k, n_q, n_k
         self._transposed: Rows | None = None
 
     @classmethod
-    def _trusted(cls, rows: Rows, *, block_q: int, block_k: int, n_q: int, n_k: int) -> BlockMap:
+    def _trusted(
+        cls, rows: Rows, *, block_q: int, block_k: int, n_q: int, n_k: int, uniform: bool = False
+    ) -> BlockMap:
         """A map whose rows were made here and need no validation (no device synchronisation)."""
         block_map = cls.__new__(cls)
-        block_map._set(rows, block_q, block_k, n_q, n_k)
+        block_map._set(rows, block_q, block_k, n_q, n_k, uniform)
         return block_map
 
     @classmethod

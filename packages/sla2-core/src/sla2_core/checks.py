@@ -4,12 +4,17 @@ what came.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sla2_core.config import BACKENDS, PRECISIONS
+from sla2_core.block_map import BlockMap
+from sla2_core.config import BACKENDS
+from sla2_core.registry import FORMATS
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -19,11 +24,20 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
-def autocast_qkv(q, k, v):
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which operators on tensors like x keep their dtypes."""
+    if x.device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def autocast_qkv(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     """Under autocast q, k and v in its dtype, as scaled_dot_product_attention has it (float64
     stays); else as they are.
     """
-    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+    if not isinstance(q, Tensor) or q.device.type == "meta":
+        return q, k, v
+    if not torch.is_autocast_enabled(q.device.type):
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
     return tuple(
@@ -63,9 +77,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v: expected shape {expected} to fit k, got {tuple(v.shape)}")
 
 
-def check_block_map(block_map, q: Tensor, k: Tensor) -> None:
+def check_block_map(block_map: Any, q: Tensor, k: Tensor) -> None:
     """The map was made for these batch, heads, lengths and device."""
-    if not hasattr(block_map, "block_q"):
+    if not isinstance(block_map, BlockMap):
         raise TypeError(f"block_map: expected a sla2_core.BlockMap, got {type(block_map).__name__}")
     found = tuple(block_map.shape[:2])
     if found != tuple(q.shape[:2]):
@@ -81,7 +95,7 @@ def check_block_map(block_map, q: Tensor, k: Tensor) -> None:
         )
 
 
-def check_alpha(alpha, q: Tensor, num_rows: int) -> Tensor:
+def check_alpha(alpha: Any, q: Tensor, num_rows: int) -> Tensor:
     """A number, or a tensor (B|1, H|1, T_m|1) on q's device; returned as a tensor. Its values in
     [0, 1] are the caller's.
     """
@@ -115,13 +129,15 @@ def _within(lengths: Tensor, n_k: int) -> Tensor:
 
 
 @_within.register_fake
-def _(lengths, n_k):
+def _(lengths: Tensor, n_k: int) -> Tensor:
     return lengths.new_empty(lengths.shape, dtype=torch.int64)
 
 
-def check_kv_lengths(kv_lengths, q: Tensor, k: Tensor) -> Tensor | None:
+def check_kv_lengths(kv_lengths: Any, q: Tensor, k: Tensor) -> Tensor | None:
     """None, or one integer in [1, N_k] per batch item, as a sequence or an integer tensor; returned
     as int64 (B,).
+
+    Values on a GPU are not read, for that would wait for the device: they are the caller's.
     """
     if kv_lengths is None:
         return None
@@ -137,11 +153,13 @@ def check_kv_lengths(kv_lengths, q: Tensor, k: Tensor) -> Tensor | None:
         raise ValueError(
             f"kv_lengths: expected shape ({q.shape[0]},), one per batch item, got {found}"
         )
+    if kv_lengths.device.type != "cpu":
+        return kv_lengths.to(q.device, torch.int64)
     return _within(kv_lengths, k.shape[2]).to(q.device)
 
 
 def check_precision(precision: str) -> None:
-    check_choice("precision", precision, PRECISIONS)
+    check_choice("precision", precision, FORMATS.names())
 
 
 def check_backend(backend: str) -> None:

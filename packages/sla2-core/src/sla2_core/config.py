@@ -1,19 +1,26 @@
-"""Configuration of the operator and its modules: one frozen dataclass; variants are functions that
-change a base.
+"""SLA2Config: one frozen dataclass that fixes an attention layer.
+
+It names one member of each axis (see registry.py). Named variants are functions that change a base:
+variants.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-METHODS = ("sla2", "sla")
-ROUTERS = ("learned", "heuristic")
-ALPHAS = ("position", "mass", "one")
-PRECISIONS = ("full", "int8", "int8_int8", "fp8", "int4", "nvfp4")
+from sla2_core.registry import AXES, FORMATS, Described
+
 QAT_BACKWARDS = ("paper", "matched")
-BACKENDS = ("auto", "reference", "cpu", "cuda", "emulator")
+BACKENDS = ("auto", "reference", "blocked", "cpu", "cuda", "emulator")
+CHANGEABLE = ("topk", "tau", "precision", "qat_backward", "backend")
+# Fields that fix parameters or their meaning, whichever members are chosen.
+_BOUND = (
+    *("head_dim", "num_heads", "block_q", "block_k", "smooth_k"),
+    *("token_order", "router", "complement", "alpha"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +34,16 @@ class SLA2Config:
         topk: k%, the fraction of key blocks each query block attends to exactly, in (0, 1];
             sparsity is 1 - topk.
         block_q, block_k: tokens in a query block and in a key block (paper: 128 and 64).
-        method: "sla2", or "sla" for the published baseline (heuristic router, linear branch over
-            all blocks, a zero-initialised projection instead of alpha).
-        router: "learned" (W_q, W_k start as the identity) or "heuristic" (they stay the identity).
+        token_order: the order in which tokens are cut into blocks: "raster", or another of
+            order/.
+        router: "learned" (W_q, W_k start as the identity), "heuristic" (nothing learned), or
+            another of routing/.
         per_head_router: one W_q, W_k per head instead of one per layer.
-        alpha: "position", "mass", or "one" (the sparse branch alone).
+        complement: what the blocks that are not selected give: "linear" (linear attention over
+            them), "projected" (SLA's linear attention over all blocks with a learned projection),
+            "none", or another of complement/.
+        alpha: how both branches become one output: "position", "mass", "one" (the sparse branch
+            alone), "sum" (SLA's O_s + O_l), or another of mixing/.
         alpha_knots: knots of "position" over the relative position of the query block; 1 is one
             value per head.
         alpha_per_head: False makes the heads of "position" share their knots (the paper's form with
@@ -39,10 +51,11 @@ class SLA2Config:
         alpha_init: initial value of "position", in (0, 1).
         tau: temperature of SoftTop-k (Eq. 17).
         smooth_k: subtract the mean over tokens from K first (Alg. 2).
-        precision: of the sparse branch's forward, see quantize.PRECISIONS.
+        precision: number format of the sparse branch's forward, a member of formats/.
         qat_backward: "paper" (16-bit from the original Q, K, V) or "matched" (straight-through of
             the low-bit forward).
         backend: see functional.sla2_attention.
+        options: {name: value} of settings that the chosen members have of their own.
     """
 
     head_dim: int
@@ -50,9 +63,10 @@ class SLA2Config:
     topk: float
     block_q: int = 128
     block_k: int = 64
-    method: str = "sla2"
+    token_order: str = "raster"
     router: str = "learned"
     per_head_router: bool = False
+    complement: str = "linear"
     alpha: str = "position"
     alpha_knots: int = 16
     alpha_per_head: bool = True
@@ -62,20 +76,16 @@ class SLA2Config:
     precision: str = "full"
     qat_backward: str = "paper"
     backend: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("head_dim", "num_heads", "block_q", "block_k", "alpha_knots"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-        for name, allowed in (
-            ("method", METHODS),
-            ("router", ROUTERS),
-            ("alpha", ALPHAS),
-            ("precision", PRECISIONS),
-            ("qat_backward", QAT_BACKWARDS),
-            ("backend", BACKENDS),
-        ):
+        for axis in AXES:
+            axis.get(getattr(self, axis.field))
+        for name, allowed in (("qat_backward", QAT_BACKWARDS), ("backend", BACKENDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
@@ -83,27 +93,85 @@ class SLA2Config:
         for name in ("per_head_router", "alpha_per_head", "smooth_k"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        for name, low_open, high, high_open in (
-            ("topk", 0.0, 1.0, False),
-            ("alpha_init", 0.0, 1.0, True),
-            ("tau", 0.0, float("inf"), True),
-        ):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not (
-                low_open < value and (value < high or (not high_open and value == high))
-            ):
+        _check_number("topk", self.topk, 1.0, closed=True)
+        _check_number("alpha_init", self.alpha_init, 1.0)
+        _check_number("tau", self.tau, float("inf"))
+        object.__setattr__(self, "options", _Options(self._checked_options()))
+
+    def _checked_options(self) -> dict[str, Any]:
+        """`options` beside the defaults of the chosen members."""
+        if not isinstance(self.options, Mapping):
+            raise ValueError(f"options: expected names and values, got {self.options!r}")
+        known = {name: value for m in self.members().values() for name, value in m.options.items()}
+        for name, value in self.options.items():
+            if name not in known:
+                chosen = ", ".join(sorted(known)) or "none, for these members have no options"
+                raise ValueError(f"options: expected one of {chosen}, got {name!r}")
+            default = known[name]
+            number = isinstance(default, float) and isinstance(value, int)
+            if default is not None and not isinstance(value, type(default)) and not number:
                 raise ValueError(
-                    f"{name}: expected a number in ({low_open:g},"
-                    f" {high:g}{')' if high_open else ']'}, got {value!r}"
+                    f"options.{name}: expected a {type(default).__name__}, got {value!r}"
                 )
+        given = {n: tuple(v) if isinstance(v, list) else v for n, v in self.options.items()}
+        return known | given
+
+    def members(self) -> dict[str, type[Described]]:
+        """The class of the chosen member of each axis, by the field that names it."""
+        return {axis.field: axis.get(getattr(self, axis.field)) for axis in AXES}
+
+    @property
+    def low_bit(self) -> bool:
+        """Whether the sparse branch's forward is rounded to a low-bit format."""
+        return FORMATS.get(self.precision).low
+
+    def geometry(self) -> dict[str, Any]:
+        """What fixes the parameters and their meaning: an adapter is bound to these values."""
+        found = {name: getattr(self, name) for name in _BOUND}
+        for member in self.members().values():
+            found |= {name: getattr(self, name) for name in member.settings}
+            bound = [name for name in member.options if name not in member.adjustable]
+            found |= {f"options.{name}": self.options[name] for name in bound}
+        return found
+
+    def changed(self, **changes: Any) -> SLA2Config:
+        """This configuration with changes that leave the parameters and their meaning as they are.
+
+        Raises ValueError naming the field for another one (those of CHANGEABLE may change, and
+        `options` that a member calls adjustable), or for a bad value.
+        """
+        adjustable = {name for member in self.members().values() for name in member.adjustable}
+        for name, value in changes.items():
+            if name == "options":
+                for option in value:
+                    if option not in adjustable:
+                        allowed = ", ".join(sorted(adjustable)) or "none"
+                        raise ValueError(
+                            f"options.{option}: expected an option that may change ({allowed})"
+                        )
+            elif name not in CHANGEABLE:
+                raise ValueError(
+                    f"{name}: expected a field that may change, one of {', '.join(CHANGEABLE)}"
+                )
+        if "options" in changes:
+            changes["options"] = {**self.options, **changes["options"]}
+        return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Fields and values that JSON can hold; from_dict reads them."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        found["options"] = {
+            name: list(v) if isinstance(v, tuple) else v for name, v in self.options.items()
+        }
+        return found
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SLA2Config:
-        """Inverse of to_dict. Raises ValueError for an unknown or a missing field, naming it."""
+    def from_dict(cls, values: Mapping[str, Any]) -> SLA2Config:
+        """Inverse of to_dict; also reads what was written before the axes had their names.
+
+        Raises ValueError for an unknown or a missing field, naming it.
+        """
+        values = _upgraded(values)
         known = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(known))
         if unknown:
@@ -111,37 +179,41 @@ class SLA2Config:
                 f"{unknown[0]}: expected a field among {', '.join(known)}, got an unknown one"
             )
         missing = [
-            n for n, f in known.items() if f.default is dataclasses.MISSING and n not in values
+            n
+            for n, f in known.items()
+            if f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+            and n not in values
         ]
         if missing:
             raise ValueError(f"{missing[0]}: expected a value, got none")
         return cls(**values)
 
 
-def with_topk(base: SLA2Config, topk: float) -> SLA2Config:
-    """The same layer at another k%."""
-    return dataclasses.replace(base, topk=topk)
+class _Options(dict):
+    """Options of the members: a dictionary that can be hashed, as the frozen configuration is."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(sorted(self.items())))
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise TypeError("options: expected no change; use dataclasses.replace on the configuration")
 
 
-def heuristic_router(base: SLA2Config) -> SLA2Config:
-    """The same layer with SLA's router: top-k of the pooled scores, nothing learned."""
-    return dataclasses.replace(base, router="heuristic")
+def _check_number(name: str, value: Any, high: float, closed: bool = False) -> None:
+    """A number in (0, high), or (0, high] where `closed`."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (0 < value and (value < high or (closed and value == high))):
+        end = "]" if closed else ")"
+        raise ValueError(f"{name}: expected a number in (0, {high:g}{end}, got {value!r}")
 
 
-def sparse_branch_alone(base: SLA2Config) -> SLA2Config:
-    """The same layer without the linear branch: alpha is 1."""
-    return dataclasses.replace(base, alpha="one")
-
-
-def paper_alpha(base: SLA2Config, num_query_blocks: int) -> SLA2Config:
-    """alpha as in the paper: one value per query block, shared by the heads; ties the layer to one
-    length.
-    """
-    return dataclasses.replace(
-        base, alpha="position", alpha_knots=num_query_blocks, alpha_per_head=False
-    )
-
-
-def published_sla(base: SLA2Config) -> SLA2Config:
-    """The SLA baseline (arXiv 2509.24006) at the same sparsity and geometry."""
-    return dataclasses.replace(base, method="sla", router="heuristic", alpha="one", smooth_k=False)
+def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of version 0.1, where `method` chose between SLA2 and SLA."""
+    values = dict(values)
+    method = values.pop("method", None)
+    if method not in (None, "sla2", "sla"):
+        raise ValueError(f"method: expected 'sla2' or 'sla', got {method!r}")
+    if method == "sla":
+        values |= {"router": "heuristic", "complement": "projected", "alpha": "sum"}
+    return values

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sla2_core.block_map import num_blocks
+from sla2_core.registry import COMPLEMENTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ def sla2_cost(
     block_q: int = 128,
     block_k: int = 64,
     bytes_per_element: int = 2,
+    complement: str = "linear",
 ) -> Cost:
     """Cost on the nominal k%: full 4 N_q N_k d H; sparse k% of it; linear 4 N d^2 H; router 2 T_m
     T_n d H.
@@ -59,6 +61,7 @@ def sla2_cost(
     if not 0 < topk <= 1:
         raise ValueError(f"topk: expected a number in (0, 1], got {topk}")
     t_m, t_n = num_blocks(n_q, block_q), num_blocks(n_k, block_k)
+    rest = COMPLEMENTS.get(complement)
     full = 4.0 * n_q * n_k * head_dim * num_heads
     tokens = bytes_per_element * (2 * n_q + 2 * n_k) * head_dim * num_heads
     states = 4 * 2 * (t_m + t_n) * head_dim * (head_dim + 1) * num_heads
@@ -66,7 +69,7 @@ def sla2_cost(
     return Cost(
         full_flops=full,
         sparse_flops=topk * full,
-        linear_flops=2.0 * (n_q + n_k) * head_dim**2 * num_heads,
+        linear_flops=num_heads * rest.flops(n_q=n_q, n_k=n_k, t_n=t_n, head_dim=head_dim),
         router_flops=2.0 * t_m * t_n * head_dim * num_heads,
         bytes=float(tokens + states + pooled),
         sparsity=1.0 - topk,

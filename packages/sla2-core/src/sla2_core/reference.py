@@ -4,6 +4,9 @@ compared with.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -18,15 +21,16 @@ from sla2_core.checks import (
     check_qkv,
 )
 from sla2_core.config import QAT_BACKWARDS
-from sla2_core.formats import formats as quantize
-from sla2_core.routing.router import smooth_keys
+from sla2_core.formats import format_of
+
+Lengths = Tensor | Sequence[int] | None
 
 
 def _work(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _valid_keys(k: Tensor, kv_lengths: Tensor | None) -> Tensor:
+def valid_keys(k: Tensor, kv_lengths: Tensor | None) -> Tensor:
     """bool (B|1, 1, 1, N_k), True for the tokens that count."""
     token = torch.arange(k.shape[2], device=k.device)
     if kv_lengths is None:
@@ -34,23 +38,29 @@ def _valid_keys(k: Tensor, kv_lengths: Tensor | None) -> Tensor:
     return (token < kv_lengths[:, None])[:, None, None, :]
 
 
-def _drop_padding(x: Tensor, valid: Tensor) -> Tensor:
+def drop_padding(x: Tensor, valid: Tensor) -> Tensor:
     return x.masked_fill(~valid.transpose(-1, -2), 0.0)
 
 
-def _per_token(blocks: Tensor, block_q: int, block_k: int, n_q: int, n_k: int) -> Tensor:
+def smoothed(k: Tensor, valid: Tensor) -> Tensor:
+    """K minus its mean over the valid tokens (Alg. 2, step 1), in k's dtype."""
+    sums = drop_padding(_work(k), valid).sum(2, keepdim=True)
+    return (k - sums / valid.sum(-1)[..., None]).to(k.dtype)
+
+
+def per_token(blocks: Tensor, block_q: int, block_k: int, n_q: int, n_k: int) -> Tensor:
     """(B, H, T_m, T_n) -> (B, H, n_q, n_k)."""
     return blocks.repeat_interleave(block_q, 2)[:, :, :n_q].repeat_interleave(block_k, 3)[..., :n_k]
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, kv_lengths=None) -> Tensor:
+def full_attention(q: Tensor, k: Tensor, v: Tensor, kv_lengths: Lengths = None) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V, dense. q (B, H, N_q, d), k, v (B, H, N_k, d) -> (B, H, N_q, d) in
     q's dtype.
     """
     check_qkv(q, k, v)
     kv_lengths = check_kv_lengths(kv_lengths, q, k)
-    valid = _valid_keys(k, kv_lengths)
-    keys, values = _drop_padding(_work(k), valid), _drop_padding(_work(v), valid)
+    valid = valid_keys(k, kv_lengths)
+    keys, values = drop_padding(_work(k), valid), drop_padding(_work(v), valid)
     scores = (_work(q) @ keys.transpose(-1, -2)) * q.shape[-1] ** -0.5
     return (torch.softmax(scores.masked_fill(~valid, -torch.inf), -1) @ values).to(q.dtype)
 
@@ -61,25 +71,25 @@ def _round_trip(x: Tensor, rounded: Tensor) -> Tensor:
 
 
 class _Alg3(torch.autograd.Function):
-    """The value of a low-bit O_s with the gradient of Alg. 3: P = exp(S - L) from q, k and v as
-    they are.
+    """The values of a low-bit O_s and L with the gradients of Alg. 3: P = exp(S - L) from q, k and
+    v as they are.
     """
 
     @staticmethod
-    def forward(
+    def forward(  # type: ignore[no-untyped-def]
         ctx, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, out: Tensor, lse: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(q, k, v, selected, out, lse)
-        return out.clone()
+        return out.clone(), lse.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, grad_lse: Tensor):  # type: ignore[no-untyped-def]
         q, k, v, selected, out, lse = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5
         scores = ((q @ k.transpose(-1, -2)) * scale).masked_fill(~selected, -torch.inf)
         p = torch.exp(scores - torch.where(lse == -torch.inf, torch.inf, lse)[..., None])
-        mean = (grad * out).sum(-1, keepdim=True)  # D
+        mean = (grad * out).sum(-1, keepdim=True) - grad_lse[..., None]  # D, and what L adds
         d_scores = p * (grad @ v.transpose(-1, -2) - mean) * scale
         d_q, d_k, d_v = d_scores @ k, d_scores.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad
         return d_q, d_k, d_v, None, None, None
@@ -94,22 +104,24 @@ def sparse_branch(
     block_k: int,
     precision: str,
     qat_backward: str = "paper",
-):
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
     """softmax over the selected pairs only, times V; `selected` is bool (B, H, N_q, N_k), per
     token.
 
     Returns O_s (B, H, N_q, d) and L (B, H, N_q), the natural log-sum-exp. A row that selects
-    nothing has 0 and -inf. Low bit is rounded as in `quantize`; its gradients are those of Alg. 3
+    nothing has 0 and -inf. Low bit is rounded as in formats/; its gradients are those of Alg. 3
     (qat_backward="paper"), or straight-through ("matched").
     """
-    if precision != "full" and qat_backward == "paper":
+    form = format_of(precision, options)
+    if form.low and qat_backward == "paper":
         with torch.no_grad():
-            out, lse = sparse_branch(q, k, v, selected, block_q, block_k, precision, "matched")
-        return _Alg3.apply(q, k, v, selected, out, lse), lse
-    if precision != "full":
-        formats = quantize.FORMATS[precision]
-        q = _round_trip(q, quantize.quantize_blocks(q, block_q, formats.qk))
-        k = _round_trip(k, quantize.quantize_blocks(k, block_k, formats.qk))
+            matched = (block_q, block_k, precision, "matched", options)
+            out, lse = sparse_branch(q, k, v, selected, *matched)
+        return _Alg3.apply(q, k, v, selected, out, lse)
+    if form.low:
+        q = _round_trip(q, form.round_blocks(q, block_q))
+        k = _round_trip(k, form.round_blocks(k, block_k))
     scores = ((q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5).masked_fill(~selected, -torch.inf)
     top = scores.detach().amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)
@@ -118,10 +130,10 @@ def sparse_branch(
     empty = ~selected.any(-1, keepdim=True)
     divisor = torch.where(empty, 1.0, total)
     probabilities = weights / divisor
-    if precision != "full":
-        rounded = quantize.quantize_probabilities(weights, formats.pv, block_k) / divisor
+    if form.low:
+        rounded = form.round_probabilities(weights, block_k) / divisor
         probabilities = _round_trip(probabilities, rounded)
-        v = _round_trip(v, quantize.quantize_values(v, formats.pv, block_k))
+        v = _round_trip(v, form.round_values(v, block_k))
     out = torch.where(empty, 0.0, probabilities @ v)
     lse = torch.where(empty, -torch.inf, top + total.clamp_min(torch.finfo(total.dtype).tiny).log())
     return out, lse.squeeze(-1)
@@ -164,7 +176,7 @@ def sla2_reference(
     precision: str = "full",
     qat_backward: str = "paper",
     smooth_k: bool = True,
-    kv_lengths=None,
+    kv_lengths: Lengths = None,
     complement: str = "linear",
 ) -> Tensor:
     """SLA2 (Eq. 13-16) on dense N_q x N_k matrices: the oracle of `functional.sla2_attention`, same
@@ -181,12 +193,12 @@ def sla2_reference(
     check_choice("complement", complement, ("linear", "exact"))
     alpha = check_alpha(alpha, q, block_map.shape[2])
     kv_lengths = check_kv_lengths(kv_lengths, q, k)
-    valid = _valid_keys(k, kv_lengths)
+    valid = valid_keys(k, kv_lengths)
     if smooth_k:
-        k = smooth_keys(k, kv_lengths)
-    keys, values, queries = _drop_padding(_work(k), valid), _drop_padding(_work(v), valid), _work(q)
+        k = smoothed(k, valid)
+    keys, values, queries = drop_padding(_work(k), valid), drop_padding(_work(v), valid), _work(q)
     selected = (
-        _per_token(block_map.mask(), block_map.block_q, block_map.block_k, q.shape[2], k.shape[2])
+        per_token(block_map.mask(), block_map.block_q, block_map.block_k, q.shape[2], k.shape[2])
         & valid
     )
     others = ~selected & valid
@@ -206,10 +218,10 @@ def block_sparse_reference(
     v: Tensor,
     block_map: BlockMap,
     *,
-    precision="full",
-    qat_backward="paper",
-    kv_lengths=None,
-):
+    precision: str = "full",
+    qat_backward: str = "paper",
+    kv_lengths: Lengths = None,
+) -> tuple[Tensor, Tensor]:
     """The sparse branch alone: O_s (B, H, N_q, d) in q's dtype and L (B, H, N_q) in
     fp32 or fp64.
     """
@@ -217,10 +229,10 @@ def block_sparse_reference(
     check_block_map(block_map, q, k)
     check_precision(precision)
     check_choice("qat_backward", qat_backward, QAT_BACKWARDS)
-    valid = _valid_keys(k, check_kv_lengths(kv_lengths, q, k))
-    keys, values = _drop_padding(_work(k), valid), _drop_padding(_work(v), valid)
+    valid = valid_keys(k, check_kv_lengths(kv_lengths, q, k))
+    keys, values = drop_padding(_work(k), valid), drop_padding(_work(v), valid)
     selected = (
-        _per_token(block_map.mask(), block_map.block_q, block_map.block_k, q.shape[2], k.shape[2])
+        per_token(block_map.mask(), block_map.block_q, block_map.block_k, q.shape[2], k.shape[2])
         & valid
     )
     blocks = (block_map.block_q, block_map.block_k)
@@ -228,72 +240,13 @@ def block_sparse_reference(
     return out.to(q.dtype), lse
 
 
-def routed_mass(q: Tensor, k: Tensor, block_map: BlockMap, kv_lengths=None) -> Tensor:
+def routed_mass(q: Tensor, k: Tensor, block_map: BlockMap, kv_lengths: Lengths = None) -> Tensor:
     """The full-softmax probability that each query token's selected blocks hold: (B, H, N_q), fp32
     or fp64 (Eq. 7).
     """
-    valid = _valid_keys(k, check_kv_lengths(kv_lengths, q, k))
-    scores = (_work(q) @ _drop_padding(_work(k), valid).transpose(-1, -2)) * q.shape[-1] ** -0.5
-    selected = _per_token(
+    valid = valid_keys(k, check_kv_lengths(kv_lengths, q, k))
+    scores = (_work(q) @ drop_padding(_work(k), valid).transpose(-1, -2)) * q.shape[-1] ** -0.5
+    selected = per_token(
         block_map.mask(), block_map.block_q, block_map.block_k, q.shape[2], k.shape[2]
     )
     return (torch.softmax(scores.masked_fill(~valid, -torch.inf), -1) * selected).sum(-1)
-
-
-def soft_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    soft_mask: Tensor,
-    alpha: Tensor,
-    block_q: int,
-    block_k: int,
-    kv_lengths=None,
-) -> tuple[Tensor, Tensor]:
-    """SLA2 with a soft mask (training, stage 1) beside full attention, for any subset of the query
-    blocks.
-
-    O_s = sum_j m_j e^{s_j} v_j / sum_j m_j e^{s_j}; O_l weighs phi(q).phi(k_j) by 1 - m_j; a 0/1
-    mask is the hard operator.
-
-    Args:
-        q: (B, H, n, d), the tokens of the query blocks at hand; all but the last block are whole.
-        k, v: (B, H, N_k, d), K already smoothed.
-        soft_mask: (B, H, rows, T_n) in [0, 1]. alpha: (B|1, H|1, rows|1).
-        block_q, block_k: block sizes; rows = ceil(n / block_q). kv_lengths: (B,) or None.
-
-    Returns:
-        (O, O_full), each (B, H, n, d) in fp32 (fp64 stays); memory grows with n N_k, so stream over
-        query blocks. Gradients reach q, k, v, soft_mask and alpha.
-    """
-    valid = _valid_keys(k, check_kv_lengths(kv_lengths, q, k))
-    queries, keys, values = _work(q), _drop_padding(_work(k), valid), _drop_padding(_work(v), valid)
-    (b, h, n, d), n_k = q.shape, k.shape[2]
-    rows, t_n = soft_mask.shape[2:]
-    soft_mask = soft_mask.to(queries.dtype)
-    scores = (queries @ keys.transpose(-1, -2)) * d**-0.5
-    scores = scores.masked_fill(~valid, -torch.inf)
-    exps = torch.exp(scores - scores.detach().amax(-1, keepdim=True))
-    full = (exps @ values) / exps.sum(-1, keepdim=True)
-    spread = torch.nn.functional.pad(exps, (0, t_n * block_k - n_k, 0, rows * block_q - n))
-    weights = (
-        spread.view(b, h, rows, block_q, t_n, block_k) * soft_mask[:, :, :, None, :, None]
-    ).flatten(4)
-    weights = weights.flatten(2, 3)[:, :, :n, :n_k]
-    total = weights.sum(-1, keepdim=True)
-    o_s = torch.where(total == 0, 0.0, (weights @ values) / torch.where(total == 0, 1.0, total))
-
-    phi_k = _drop_padding(torch.softmax(keys, -1), valid)
-    pad = (0, 0, 0, t_n * block_k - n_k)
-    blocks_k = torch.nn.functional.pad(phi_k, pad).unflatten(2, (t_n, block_k))
-    blocks_v = torch.nn.functional.pad(values, pad).unflatten(2, (t_n, block_k))
-    states = torch.cat([blocks_k.transpose(-1, -2) @ blocks_v, blocks_k.sum(3)[..., None]], -1)
-    rest = 1 - soft_mask
-    sums = (rest @ states.flatten(3)).unflatten(3, (d, d + 1))
-    phi_q = torch.nn.functional.pad(
-        torch.softmax(queries, -1), (0, 0, 0, rows * block_q - n)
-    ).unflatten(2, (rows, block_q))
-    parts = (phi_q @ sums).flatten(2, 3)[:, :, :n]
-    below = parts[..., d:]
-    o_l = torch.where(below == 0, 0.0, parts[..., :d] / torch.where(below == 0, 1.0, below))
-    return mix(o_s, o_l, alpha, block_q, total == 0, below == 0), full

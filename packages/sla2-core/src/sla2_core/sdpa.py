@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from sla2_core.attention import build_attention
 from sla2_core.config import SLA2Config
-from sla2_core.integrations.routed import routed_attention
 
 
 class ScaledDotProductSLA2(nn.Module):
@@ -44,7 +43,8 @@ class ScaledDotProductSLA2(nn.Module):
 
         Args:
             query: (B, H, N, d). key, value: the same, or with fewer heads and enable_gqa=True.
-            attn_mask: None, or a bool mask of keys (B, 1, 1, N) whose valid tokens come first.
+            attn_mask: None, or a bool mask of keys (B, 1, 1, N) whose valid tokens come first (on a
+                GPU that is not checked, for it would wait for the device).
             dropout_p, is_causal, scale: 0, False, and None or 1 / sqrt(d): nothing else has a
                 block-sparse form here.
             text_tokens: how many tokens at the end are text (keys always selected, queries dense).
@@ -65,11 +65,7 @@ class ScaledDotProductSLA2(nn.Module):
             share = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
         lengths = None if attn_mask is None else _lengths(attn_mask, query.shape[0], key.shape[2])
-        if not text_tokens:
-            return self.attention(query, key, value, kv_lengths=lengths)
-        return routed_attention(
-            self.attention, query, key, value, text_tokens=text_tokens, kv_lengths=lengths
-        )[0]
+        return self.attention(query, key, value, kv_lengths=lengths, text_tokens=text_tokens)
 
 
 def _lengths(mask: Tensor, batch: int, n_k: int) -> Tensor:
@@ -86,7 +82,9 @@ def _lengths(mask: Tensor, batch: int, n_k: int) -> Tensor:
         )
     valid = mask[:, 0, 0].expand(batch, n_k)
     lengths = valid.sum(-1)
-    if not torch.equal(valid, torch.arange(n_k, device=mask.device) < lengths[:, None]):
+    if mask.device.type == "cpu" and not torch.equal(
+        valid, torch.arange(n_k, device=mask.device) < lengths[:, None]
+    ):
         raise ValueError(
             "attn_mask: expected the valid keys first and padding at the end with SLA2, got holes"
         )

@@ -8,12 +8,15 @@ import dataclasses
 
 import pytest
 import torch
+from helpers import tiny_wan
+from sla2_core import SLA2Attention, build_attention
+from sla2_core.attend import Parts
 from sla2_core.block_map import BlockMap
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.reference import full_attention, routed_mass
-from sla2_core.training.capture import Captured, Captures, capture
+from sla2_core.training.capture import Captured, Captures, capture, record
 from sla2_core.training.stage1.soft import Call, calls
-from sla2_core.training.stage1.train import Stage1Config, load_stage1, train_stage1
+from sla2_core.training.stage1.train import Stage1Config, load_stage1, train_router, train_stage1
 
 CONFIG = Stage1Config(
     topk=(0.2, 0.5), steps=12, rows=4, eval_every=4, checkpoint_every=4, eval_rows=None
@@ -38,6 +41,10 @@ def prepared(wan, inputs, sla2_config, tmp_path):
     return make, captures
 
 
+def parts_of(attention):
+    return Parts(attention.complement, attention.mixing)
+
+
 def values(handle):
     return {name: value.detach().clone() for name, value in handle.adapter_tensors().items()}
 
@@ -50,8 +57,8 @@ def test_rows_and_heads_put_together_are_the_whole(prepared, alpha):
     rows = torch.arange(6)
     whole = Call(captured, attention.config, slice(None))
     scores = whole.scores(attention.router, rows)
-    mask = whole.soft_mask(scores, 0.3)
-    out, full = whole.attend(rows, mask, whole.alpha(attention.mixing, scores, mask, rows))
+    mask = whole.soft_mask(attention.router, scores, 0.3)
+    out, full = whole.attend(rows, scores, mask, parts_of(attention))
     torch.testing.assert_close(
         full, full_attention(captured.q, captured.k, captured.v), atol=1e-5, rtol=1e-5
     )
@@ -62,8 +69,8 @@ def test_rows_and_heads_put_together_are_the_whole(prepared, alpha):
         pieces = []
         for some in (torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4, 5])):
             s = call.scores(attention.router, some)
-            m = call.soft_mask(s, 0.3)
-            pieces.append(call.attend(some, m, call.alpha(attention.mixing, s, m, some))[0])
+            m = call.soft_mask(attention.router, s, 0.3)
+            pieces.append(call.attend(some, s, m, parts_of(attention))[0])
         parts.append(torch.cat(pieces, 2))
     torch.testing.assert_close(torch.cat(parts, 1), out, atol=1e-6, rtol=1e-5)
 
@@ -75,7 +82,7 @@ def test_block_masses_are_the_routed_mass(prepared):
     rows = torch.arange(6)
     masses = call.block_masses(rows)
     torch.testing.assert_close(masses.sum(-1), torch.ones(2, 2, 6))
-    mask = call.hard_mask(masses, 0.3)
+    mask = call.hard_mask(make().attentions[0].router, masses, 0.3)
     assert (mask.sum(-1) == 3).all()
     block_map = BlockMap.from_mask(mask, block_q=8, block_k=5, n_q=45, n_k=45)
     per_token = routed_mass(captured.q, captured.k, block_map)
@@ -91,12 +98,14 @@ def test_text_is_always_selected_and_padding_never(sla2_config):
         call.forced.tolist() == [False] * 4 + [True] * 3
     )  # 18 video tokens: block 4 holds two of them and text
     scores = torch.randn(1, 2, 3, 7)
-    hard, soft = call.hard_mask(scores, 0.5), call.soft_mask(scores, 0.5)
+    attention = build_attention(sla2_config(block_q=8, block_k=4))
+    hard = call.hard_mask(attention.router, scores, 0.5)
+    soft = call.soft_mask(attention.router, scores, 0.5)
     assert hard[..., 4:6].all()
     assert not hard[..., 6].any()  # tokens 24 to 26 are padding
     assert (hard[..., :4].sum(-1) == 2).all()
     torch.testing.assert_close(soft[..., :4].sum(-1), torch.full((1, 2, 3), 2.0))
-    out, full = call.attend(torch.arange(3), torch.ones_like(soft), torch.ones(1, 1, 3))
+    out, full = call.attend(torch.arange(3), scores, torch.ones_like(soft), parts_of(attention))
     torch.testing.assert_close(out, full)
     torch.testing.assert_close(
         full, full_attention(q[:, :, :18], k, v, kv_lengths=[21]), atol=1e-5, rtol=1e-5
@@ -179,7 +188,7 @@ def test_heuristic_router_trains_alpha_alone_and_sla_nothing(prepared, tmp_path)
     assert not torch.equal(
         values(heuristic)["layers.0.mixing.logit"], before["layers.0.mixing.logit"]
     )
-    assert train_stage1(make(method="sla"), captures, CONFIG, tmp_path / "sla").steps == 0
+    assert train_stage1(make(**tiny_wan.SLA), captures, CONFIG, tmp_path / "sla").steps == 0
     assert (
         train_stage1(
             make(router="heuristic", alpha="one"), captures, CONFIG, tmp_path / "one"
@@ -240,3 +249,52 @@ def test_held_out_captures_that_are_not_finite_stop_it(prepared, tmp_path, monke
     monkeypatch.setattr(Captures, "load", spoilt)
     with pytest.raises(FloatingPointError, match="step 2, layer 0: the held-out error is nan"):
         train_stage1(make(), captures, dataclasses.replace(CONFIG, eval_every=2), tmp_path / "run")
+
+
+class HandWritten(torch.nn.Module):
+    """Two attention layers of a model that no family knows."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.qkv = torch.nn.ModuleList(torch.nn.Linear(24, 72) for _ in range(2))
+        self.attention = torch.nn.ModuleList(SLA2Attention(config) for _ in range(2))
+
+    def forward(self, x):
+        for qkv, attention in zip(self.qkv, self.attention):
+            q, k, v = (2 * qkv(x)).unflatten(-1, (3, 2, 12)).unbind(2)
+            x = x + attention(q, k, v / 2, layout="bnhd").flatten(2)
+        return x
+
+
+def test_a_hand_written_model_trains_its_router_without_a_handle(sla2_config, tmp_path):
+    torch.manual_seed(0)
+    model = HandWritten(sla2_config(alpha_init=0.99))
+    attentions = dict(enumerate(model.attention))
+
+    def run(sample):
+        return model(torch.randn(1, 45, 24, generator=torch.Generator().manual_seed(sample)))
+
+    seen = []
+    hook = model.attention[1].register_forward_hook(lambda m, args, out: seen.append((args, out)))
+    captures = record(attentions, run, samples=3)
+    hook.remove()
+    (q, k, v), out = seen[0]
+    turned = (x.transpose(1, 2) for x in (q, k, v))
+    torch.testing.assert_close(out.transpose(1, 2), full_attention(*turned), atol=1e-5, rtol=1e-4)
+    assert captures.layers == (0, 1)
+    assert len(captures.calls) == 6
+    before = {n: p.detach().clone() for n, p in model.attention.named_parameters()}
+    report = train_router(
+        attentions, captures, dataclasses.replace(CONFIG, steps=40), tmp_path / "run"
+    )
+    assert report.held_out[-1][1] < 0.99 * report.held_out[0][1]
+    for name, parameter in model.attention.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+        assert parameter.requires_grad == (".router." not in name)
+    with pytest.raises(ValueError, match="run: expected run\\(0\\) to call the attentions"):
+        record(attentions, lambda sample: None, samples=1)
+    with pytest.raises(ValueError, match="captures: expected calls of layer 2"):
+        train_router({2: model.attention[0]}, captures, CONFIG, tmp_path / "other")
+    other = SLA2Attention(sla2_config(topk=0.5, alpha_init=0.99))
+    with pytest.raises(ValueError, match="attentions: expected modules of one configuration"):
+        train_router({0: model.attention[0], 1: other}, captures, CONFIG, tmp_path / "two")

@@ -1,34 +1,28 @@
-"""torch.library custom ops over the CUDA kernels, on the GPU or on the emulator: pooling, routing,
-attention, autograd.
+"""cuda and emulator: the CUDA kernels of sla2_kernels, on a GPU or, for tests, on the CPU.
 
-16-bit tensors in and out, on the caller's stream, without waiting for the device. `target` is
-"cuda" or "emulator".
+16-bit tensors in and out, on the caller's stream, without waiting for the device.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sla2_core.backends.cpu import spread_means
+from sla2_core.backends.base import Backend, Grads, Inputs, Problem
+from sla2_core.backends.pooling import spread_means
+from sla2_core.block_map import Geometry, num_blocks
+from sla2_core.options import Options, constant
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _EMULATED = "sm_90a"
 _MADE = {"uint32": torch.int32}  # bit sets: torch has few operators on uint32
 
 
-def _constant(function):
-    """What torch.compiler.assume_constant_result does, without importing torch._dynamo, which makes
-    folders.
-    """
-    function._dynamo_marked_constant = True
-    return function
-
-
-@_constant
+@constant
 def missing() -> str | None:
     """One line that says what this machine lacks for kernels on CUDA tensors, None if nothing."""
     return _missing()
@@ -41,27 +35,35 @@ def _missing() -> str | None:
     return missing_for_cuda()
 
 
-@_constant
-def unfit(
+@constant
+def _unfit(
     target: str,
     index: int | None,
     dtype: torch.dtype,
     head_dim: int,
-    blocks: tuple[int, int],
+    block_q: int,
+    block_k: int,
     precision: str,
 ) -> str | None:
-    """One line that says why the kernels cannot take a call with these settings, None
-    if they can.
-    """
+    """Why the kernels cannot take a call with these settings, None if they can."""
     from sla2_kernels.kernels import supports
     from sla2_kernels.launch import device_architecture
-    from sla2_kernels.problem import Problem
+    from sla2_kernels.problem import Problem as KernelProblem
 
     if dtype not in DTYPES:
         return f"q: expected bfloat16 or float16 for the CUDA kernels, got {dtype}"
-    sizes = dict(head_dim=head_dim, block_q=blocks[0], block_k=blocks[1])
     try:
-        Problem(batch=1, heads=1, n_q=1, n_k=1, dtype=DTYPES[dtype], precision=precision, **sizes)
+        KernelProblem(
+            batch=1,
+            heads=1,
+            n_q=1,
+            n_k=1,
+            head_dim=head_dim,
+            block_q=block_q,
+            block_k=block_k,
+            dtype=DTYPES[dtype],
+            precision=precision,
+        )
     except ValueError as error:
         return str(error)
     arch = _EMULATED if target == "emulator" else device_architecture(index or 0)
@@ -73,20 +75,19 @@ def unfit(
     return None
 
 
-def _pointer(x: Tensor | None):
+def _pointer(x: Tensor | None) -> Any:
     from sla2_kernels.launch import Pointer
 
     return Pointer(0) if x is None else Pointer(x.data_ptr(), x)
 
 
-def _device(x: Tensor, target: str):
+def _device(x: Tensor, target: str) -> Any:
     from sla2_kernels.launch import device_architecture
     from sla2_kernels.problem import Device
 
-    def allocate(shape, dtype):
-        return _pointer(
-            torch.empty(shape, dtype=_MADE.get(dtype) or getattr(torch, dtype), device=x.device)
-        )
+    def allocate(shape: tuple[int, ...], dtype: str) -> Any:
+        made = _MADE.get(dtype) or getattr(torch, dtype)
+        return _pointer(torch.empty(shape, dtype=made, device=x.device))
 
     if target == "emulator":
         return Device(allocate=allocate, target=target, arch=_EMULATED)
@@ -95,79 +96,56 @@ def _device(x: Tensor, target: str):
     return Device(allocate=allocate, arch=device_architecture(index), index=index, stream=stream)
 
 
-def _problem(
-    q: Tensor,
-    k: Tensor,
-    lengths: Tensor | None,
-    block_q: int,
-    block_k: int,
-    precision: str = "full",
-):
-    from sla2_kernels.problem import Problem
+def _int32(lengths: Tensor | None) -> Any:
+    return _pointer(None if lengths is None else lengths.to(torch.int32))
 
-    lengths = None if lengths is None else lengths.to(torch.int32)
-    return Problem(
-        batch=q.shape[0],
-        heads=q.shape[1],
-        n_q=q.shape[2],
-        n_k=k.shape[2],
-        head_dim=q.shape[3],
-        dtype=DTYPES[q.dtype],
-        block_q=block_q,
-        block_k=block_k,
-        precision=precision,
-        kv_lengths=_pointer(lengths),
+
+def _problem(call: Inputs, options: Options) -> Any:
+    from sla2_kernels.problem import Problem as KernelProblem
+
+    b, h, n_q, d = call.q.shape
+    return KernelProblem(
+        batch=b,
+        heads=h,
+        n_q=n_q,
+        n_k=call.k.shape[2],
+        head_dim=d,
+        dtype=DTYPES[call.q.dtype],
+        block_q=options.block_q,
+        block_k=options.block_k,
+        precision=options.format.cuda or options.precision,
+        kv_lengths=_int32(call.lengths),
     )
 
 
-def _inputs(*tensors: Tensor):
-    return [_pointer(x.contiguous()) for x in tensors]
-
-
-def _strided(x: Tensor):
+def _strided(x: Tensor) -> Any:
     """x (B, H, N, d) in the layout it has, copied only if its channels are not adjacent."""
     from sla2_kernels.problem import Strided
 
     x = x if x.stride(3) == 1 else x.contiguous()
-    return Strided(
-        _pointer(x), tuple(0 if size == 1 else step for size, step in zip(x.shape[:3], x.stride()))
-    )
+    steps = (0 if size == 1 else step for size, step in zip(x.shape[:3], x.stride()))
+    return Strided(_pointer(x), tuple(steps))
 
 
-def _empty_out(q: Tensor) -> Tensor:
-    """O for q: a transposed (B, N, H, d) if q is one, so that the model's own layout comes back
-    without a copy.
-    """
-    b, h, n, d = q.shape
-    if d == _width(d) and q.stride(1) < q.stride(2):
-        return q.new_empty((b, n, h, d)).transpose(1, 2)
-    return q.new_empty(q.shape)
-
-
-def _map(indices: Tensor, counts: Tensor):
+def _map(call: Inputs) -> Any:
     from sla2_kernels.problem import Map
 
-    return Map(*_inputs(indices, counts), indices.shape[3])
+    indices, counts = call.indices.contiguous(), call.counts.contiguous()
+    return Map(_pointer(indices), _pointer(counts), indices.shape[3])
 
 
-def _alpha(alpha: Tensor | None):
+def _alpha(alpha: Tensor | None) -> Any:
     from sla2_kernels.problem import Alpha
 
     if alpha is None:
         return None
     alpha = alpha.float()
-    return Alpha(
-        _pointer(alpha),
-        tuple(0 if size == 1 else step for size, step in zip(alpha.shape, alpha.stride())),
-    )
+    steps = (0 if size == 1 else step for size, step in zip(alpha.shape, alpha.stride()))
+    return Alpha(_pointer(alpha), tuple(steps))
 
 
 def _width(d: int) -> int:
     return 64 if d <= 64 else 128
-
-
-def _blocks(n: int, block: int) -> int:
-    return -(-n // block)
 
 
 @torch.library.custom_op("sla2::cuda_pool", mutates_args=())
@@ -179,40 +157,41 @@ def pool(
     """
     from sla2_kernels.forward import prologue
 
-    device, problem = _device(q, target), _problem(q, k, lengths, block_q, block_k)
+    nothing = q.new_empty(0)
+    call = Inputs(q, k, k, nothing, nothing, None, lengths)
+    problem = _problem(call, Options(block_q=block_q, block_k=block_k))
     queries, keys = _strided(q), _strided(k)
-    made = prologue(device, problem, queries, keys, keys, smooth_k=False, linear=False, pool=True)
+    made = prologue(
+        _device(q, target), problem, queries, keys, keys, smooth_k=False, linear=False, pool=True
+    )
     b, h, _, d = q.shape
     pooled = (x.owner.view(b, h, -1, _width(d)) for x in (made.pooled_q, made.pooled_k))
-    return tuple(x if d == _width(d) else x[..., :d].contiguous() for x in pooled)
+    means_q, means_k = (x if d == _width(d) else x[..., :d].contiguous() for x in pooled)
+    return means_q, means_k
 
 
 @pool.register_fake
-def _(q, k, lengths, block_q, block_k, target):
-    pairs = ((q, block_q), (k, block_k))
-    return tuple(
-        x.new_empty((*x.shape[:2], _blocks(x.shape[2], b), x.shape[3]), dtype=torch.float32)
-        for x, b in pairs
-    )
+def _(
+    q: Tensor, k: Tensor, lengths: Tensor | None, block_q: int, block_k: int, target: str
+) -> tuple[Tensor, Tensor]:
+    def means(x: Tensor, block: int) -> Tensor:
+        b, h, n, d = x.shape
+        return x.new_empty((b, h, num_blocks(n, block), d), dtype=torch.float32)
+
+    return means(q, block_q), means(k, block_k)
 
 
-def _save_pool(ctx, inputs, output) -> None:
+def _save_pool(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, lengths, *ctx.blocks, _ = inputs
     ctx.sizes, ctx.dtype = (q.shape[2], k.shape[2]), q.dtype
     ctx.save_for_backward(lengths)
 
 
-def _differentiate_pool(ctx, grad_q, grad_k):
+def _differentiate_pool(ctx, grad_q, grad_k):  # type: ignore[no-untyped-def]
     (lengths,) = ctx.saved_tensors
     d_q = spread_means(grad_q, ctx.blocks[0], ctx.sizes[0], None).to(ctx.dtype)
-    return (
-        d_q,
-        spread_means(grad_k, ctx.blocks[1], ctx.sizes[1], lengths).to(ctx.dtype),
-        None,
-        None,
-        None,
-        None,
-    )
+    d_k = spread_means(grad_k, ctx.blocks[1], ctx.sizes[1], lengths).to(ctx.dtype)
+    return d_q, d_k, None, None, None, None
 
 
 pool.register_autograd(_differentiate_pool, setup_context=_save_pool)
@@ -222,31 +201,25 @@ pool.register_autograd(_differentiate_pool, setup_context=_save_pool)
 def route(
     pooled_q: Tensor,
     pooled_k: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
+    weight_q: Tensor | None,
+    weight_k: Tensor | None,
     lengths: Tensor | None,
     block_q: int,
     block_k: int,
     n_q: int,
     n_k: int,
     topk: float,
+    routable: int,
     target: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores and the best key blocks of each row, in fp32 whatever torch's matmul precision is.
-
-    pooled_q (B, H, T_m, d), pooled_k (B, H, T_n, d), weights (1|H, d, d): fp32. n_q and n_k:
-    tokens.
-
-    Returns:
-        Scores fp32 (B, H, T_m, T_n), -inf for blocks without a valid token; indices int32 (B, H,
-        T_m, K), ascending, -1 past counts int32 (B, H, T_m). Only the scores have gradients.
+    """Scores and the best key blocks of each row, in fp32 whatever torch's matmul precision is: see
+    Backend.route. pooled_q (B, H, T_m, d), pooled_k (B, H, T_n, d) fp32; no weights: the identity.
     """
     from sla2_kernels.forward import route as run
-    from sla2_kernels.problem import Problem
+    from sla2_kernels.problem import Problem as KernelProblem
 
     b, h, _, d = pooled_q.shape
-    lengths = None if lengths is None else lengths.to(torch.int32)
-    problem = Problem(
+    problem = KernelProblem(
         batch=b,
         heads=h,
         n_q=n_q,
@@ -254,33 +227,57 @@ def route(
         head_dim=d,
         block_q=block_q,
         block_k=block_k,
-        kv_lengths=_pointer(lengths),
+        kv_lengths=_int32(lengths),
     )
     if (lack := _width(d) - d) > 0:
         pooled_q, pooled_k = (torch.nn.functional.pad(x, (0, lack)) for x in (pooled_q, pooled_k))
-    tensors = _inputs(pooled_q, pooled_k, weight_q.float(), weight_k.float())
-    found, scores = run(_device(pooled_q, target), problem, *tensors, weight_q.shape[0], topk)
+    weights = (None if w is None else w.float() for w in (weight_q, weight_k))
+    tensors = [x if x is None else x.contiguous() for x in (pooled_q, pooled_k, *weights)]
+    found, scores = run(
+        _device(pooled_q, target),
+        problem,
+        *(_pointer(x) for x in tensors),
+        1 if weight_q is None else weight_q.shape[0],
+        topk,
+        routable=routable,
+    )
     return scores.owner, found.indices.owner, found.counts.owner
 
 
 @route.register_fake
-def _(pooled_q, pooled_k, weight_q, weight_k, lengths, block_q, block_k, n_q, n_k, topk, target):
+def _(
+    pooled_q: Tensor,
+    pooled_k: Tensor,
+    weight_q: Tensor | None,
+    weight_k: Tensor | None,
+    lengths: Tensor | None,
+    block_q: int,
+    block_k: int,
+    n_q: int,
+    n_k: int,
+    topk: float,
+    routable: int,
+    target: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, t_n = pooled_q.shape[:3], pooled_k.shape[2]
-    indices = pooled_q.new_empty((*rows, max(1, round(topk * t_n))), dtype=torch.int32)
+    chosen = max(1, round(topk * routable)) if routable else 0
+    indices = pooled_q.new_empty((*rows, chosen + t_n - routable), dtype=torch.int32)
     return pooled_q.new_empty((*rows, t_n)), indices, indices.new_empty(rows)
 
 
-def _save_route(ctx, inputs, output) -> None:
+def _save_route(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs[:4])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_route(ctx, grad, _indices, _counts):
+def _differentiate_route(ctx, grad, _indices, _counts):  # type: ignore[no-untyped-def]
     if grad is None:
-        return (None,) * 11
+        return (None,) * 12
     q, k, weight_q, weight_k = ctx.saved_tensors
     grad = grad * q.shape[-1] ** -0.5
+    if weight_q is None:
+        return grad @ k, grad.transpose(-1, -2) @ q, *(None,) * 10
     found = []
     for x, weight, d_y in (
         (q, weight_q, grad @ (k @ weight_k)),
@@ -290,199 +287,173 @@ def _differentiate_route(ctx, grad, _indices, _counts):
         d_weight = d_weight.sum(0, keepdim=True) if weight.shape[0] == 1 else d_weight
         found.append((d_y @ weight.transpose(-1, -2), d_weight.to(weight.dtype)))
     (d_q, d_weight_q), (d_k, d_weight_k) = found
-    return d_q, d_k, d_weight_q, d_weight_k, *(None,) * 7
+    return d_q, d_k, d_weight_q, d_weight_k, *(None,) * 8
 
 
 route.register_autograd(_differentiate_route, setup_context=_save_route)
 
 
-@torch.library.custom_op("sla2::cuda_attention", mutates_args=())
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    alpha: Tensor | None,
-    lengths: Tensor | None,
-    block_q: int,
-    block_k: int,
-    precision: str,
-    qat_backward: str,
-    smooth_k: bool,
-    save: bool,
-    target: str,
-) -> list[Tensor]:
-    """The operator on a block map.
+class CudaBackend(Backend):
+    """The kernels of sla2_kernels.csrc on a GPU."""
 
-    Args:
-        q (B, H, N_q, d), k, v (B, H, N_k, d): bfloat16 or float16.
-        indices int32 (B, H, T_m, K), counts int32 (B, H, T_m): BlockMap's.
-        alpha: (B, H, T_m), or None for the sparse branch alone.
-        lengths: int64 (B,), valid keys, or None.
-        precision: of the sparse branch's forward. qat_backward: "paper" or "matched", what the
-            backward recomputes from.
-        smooth_k: subtract K's mean over tokens first.
-        save: keep what the backward needs.
+    name: ClassVar[str] = "cuda"
+    device: ClassVar[str | None] = "cuda"
+    smooths = True
+    takes_wide = False
+    any_layout = True
 
-    Returns:
-        O (B, H, N_q, d), laid out as q if d is 64 or 128, L fp32 (B, H, N_q), then with `save` what
-        the backward reads: the smoothed K, and with alpha O_s, phi(Q), phi(K), the map's bits, 1 /
-        unselected blocks, H and Z. Only O has a gradient.
-    """
-    from sla2_kernels.forward import forward
+    def missing(self) -> str | None:
+        return missing()
 
-    device, problem = _device(q, target), _problem(q, k, lengths, block_q, block_k, precision)
-    out = _strided(_empty_out(q)) if problem.head_dim == problem.width else None
-    saved = forward(
-        device,
-        problem,
-        *map(_strided, (q, k, v)),
-        _map(indices, counts),
-        _alpha(alpha),
-        smooth_k=smooth_k,
-        save=save,
-        out=out,
-    )
-    found = [saved.out.owner.view(q.shape), saved.lse.owner]
-    if save and smooth_k:
-        found.append(saved.prologue.k.owner)
-    if save and saved.linear:
-        made, linear = saved.prologue, saved.linear
-        kept = (
-            saved.out_sparse,
-            made.phi_q,
-            made.phi_k,
-            linear.bits,
-            linear.rest_inverse,
-            linear.state,
-            linear.norm,
-        )
-        found += [x.owner for x in kept]
-    return found
+    def fuses(self, options: Options) -> bool:
+        return True
 
-
-@attention.register_fake
-def _(
-    q,
-    k,
-    v,
-    indices,
-    counts,
-    alpha,
-    lengths,
-    block_q,
-    block_k,
-    precision,
-    qat_backward,
-    smooth_k,
-    save,
-    target,
-):
-    (b, h, n_q, d), n_k = q.shape, k.shape[2]
-    pairs, width, t_m, t_n = b * h, _width(d), _blocks(n_q, block_q), _blocks(n_k, block_k)
-    found = [_empty_out(q), q.new_empty(q.shape[:3], dtype=torch.float32)]
-    if save and smooth_k:
-        found.append(q.new_empty((pairs, n_k, width)))
-    if save and alpha is not None:
-        found += [q.new_empty((pairs, n, width)) for n in (n_q, n_q, n_k)]
-        found.append(indices.new_empty((pairs, t_m, _blocks(t_n, 32))))
-        found.append(q.new_empty((pairs, t_m), dtype=torch.float32))
-        found.append(q.new_empty((pairs, t_m, width, width)))
-        found.append(q.new_empty((pairs, t_m, width), dtype=torch.float32))
-    return found
-
-
-@torch.library.custom_op("sla2::cuda_attention_backward", mutates_args=())
-def attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    alpha: Tensor | None,
-    lengths: Tensor | None,
-    results: list[Tensor],
-    block_q: int,
-    block_k: int,
-    precision: str,
-    qat_backward: str,
-    smooth_k: bool,
-    target: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dQ, dK, dV in the inputs' dtype, and d alpha fp32 (B, H, T_m) (empty without).
-
-    `results` is what the forward returned with save=True.
-    """
-    from sla2_kernels.backward import backward
-    from sla2_kernels.forward import Forward, Linear, Prologue, prologue, widened
-    from sla2_kernels.problem import ONE, Strided
-
-    device, problem = _device(q, target), _problem(q, k, lengths, block_q, block_k, precision)
-    out, lse, *kept = results
-    keys = kept.pop(0).view(*k.shape[:3], -1) if smooth_k else k
-
-    def wide(x):
-        return (
-            _strided(x)
-            if x.shape[3] == problem.width
-            else widened(device, problem, _strided(x), x.shape[2])
+    def unfit(self, problem: Problem) -> str | None:
+        options = problem.options
+        if options.format.cuda is None:
+            return f"precision: the CUDA kernels do not have {options.precision!r}"
+        return _unfit(
+            self.name,
+            problem.device.index,
+            problem.dtype,
+            problem.head_dim,
+            options.block_q,
+            options.block_k,
+            options.format.cuda,
         )
 
-    if qat_backward == "matched" and problem.low:  # needs the 8-bit copies again
-        made = prologue(device, problem, *map(_strided, (q, k, v)), smooth_k=smooth_k, linear=False)
-    else:
-        made = Prologue(q=wide(q), k=wide(keys), v=wide(v))
-    linear = None
-    if alpha is None:
-        out_sparse = wide(out)
-    else:
-        out_sparse, phi_q, phi_k, bits, rest_inverse, state, norm = map(_pointer, kept)
-        out_sparse = Strided.of(out_sparse, problem.heads, problem.n_q, problem.width)
-        made = replace(made, phi_q=phi_q, phi_k=phi_k)
-        linear = Linear(bits=bits, rest_inverse=rest_inverse, state=state, norm=norm)
-    saved = Forward(
-        out=_strided(out),
-        lse=_pointer(lse),
-        prologue=made,
-        block_map=_map(indices, counts),
-        alpha=_alpha(alpha) or ONE,
-        linear=linear,
-        out_sparse=out_sparse,
-        smooth_k=smooth_k,
-    )
-    found = backward(device, problem, saved, _strided(grad_out), qat_backward=qat_backward)
-    grads = (p.owner.view(x.shape) for p, x in ((found.d_q, q), (found.d_k, k), (found.d_v, v)))
-    return (*grads, q.new_empty(0, dtype=torch.float32) if alpha is None else found.d_alpha.owner)
+    def pool(
+        self, q: Tensor, k: Tensor, lengths: Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor]:
+        return pool(q, k, lengths, options.block_q, options.block_k, self.name)
 
+    def route(
+        self,
+        pooled_q: Tensor,
+        pooled_k: Tensor,
+        weights: tuple[Tensor, Tensor] | None,
+        lengths: Tensor | None,
+        geometry: Geometry,
+        topk: float,
+        routable: int,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        pair = weights or (None, None)
+        return route(pooled_q, pooled_k, *pair, lengths, *geometry, topk, routable, self.name)
 
-@attention_backward.register_fake
-def _(grad_out, q, k, v, indices, counts, alpha, lengths, results, block_q, block_k, *_options):
-    d_alpha = q.new_empty(0 if alpha is None else counts.shape, dtype=torch.float32)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_alpha
+    def empty_out(self, q: Tensor) -> Tensor:
+        """A transposed (B, N, H, d) if q is one, so that the model's own layout comes back without
+        a copy.
+        """
+        b, h, n, d = q.shape
+        if d == _width(d) and q.stride(1) < q.stride(2):
+            return q.new_empty((b, n, h, d)).transpose(1, 2)
+        return q.new_empty(q.shape)
 
+    def forward(self, call: Inputs, options: Options, save: bool) -> list[Tensor]:
+        """Saved: the smoothed K, and with alpha O_s, phi(Q), phi(K), the map's bits, 1 / unselected
+        blocks, H and Z.
+        """
+        from sla2_kernels.forward import forward
 
-def _save_attention(ctx, inputs, output) -> None:
-    q, k, v, indices, counts, alpha, lengths, *options, save, target = inputs
-    ctx.options = (*options, target)
-    if not save:
-        raise RuntimeError(
-            "sla2::cuda_attention: expected save=True where a gradient is wanted, got False"
+        q, smooth_k = call.q, options.smooth_k
+        device, problem = _device(q, self.name), _problem(call, options)
+        out = _strided(self.empty_out(q)) if problem.head_dim == problem.width else None
+        made = forward(
+            device,
+            problem,
+            *map(_strided, (q, call.k, call.v)),
+            _map(call),
+            _alpha(call.alpha),
+            smooth_k=smooth_k,
+            save=save,
+            out=out,
         )
-    ctx.save_for_backward(q, k, v, indices, counts, alpha, lengths, *output)
-    ctx.set_materialize_grads(False)
+        found = [made.out.owner.view(q.shape), made.lse.owner]
+        if save and smooth_k:
+            found.append(made.prologue.k.owner)
+        if save and made.linear:
+            phi, linear = made.prologue, made.linear
+            kept = (made.out_sparse, phi.phi_q, phi.phi_k, linear.bits, linear.rest_inverse)
+            found += [x.owner for x in (*kept, linear.state, linear.norm)]
+        return found
+
+    def saved(self, call: Inputs, options: Options) -> list[Tensor]:
+        q, indices = call.q, call.indices
+        (b, h, n_q, d), n_k = q.shape, call.k.shape[2]
+        pairs, width = b * h, _width(d)
+        t_m, t_n = num_blocks(n_q, options.block_q), num_blocks(n_k, options.block_k)
+        found = []
+        if options.smooth_k:
+            found.append(q.new_empty((pairs, n_k, width)))
+        if call.alpha is not None:
+            found += [q.new_empty((pairs, n, width)) for n in (n_q, n_q, n_k)]
+            found.append(indices.new_empty((pairs, t_m, num_blocks(t_n, 32))))
+            found.append(q.new_empty((pairs, t_m), dtype=torch.float32))
+            found.append(q.new_empty((pairs, t_m, width, width)))
+            found.append(q.new_empty((pairs, t_m, width), dtype=torch.float32))
+        return found
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        call: Inputs,
+        results: list[Tensor],
+        options: Options,
+    ) -> Grads:
+        from sla2_kernels.backward import backward
+        from sla2_kernels.forward import Forward, Linear, Prologue, prologue, widened
+        from sla2_kernels.problem import ONE, Strided
+
+        q, k, v, alpha = call.q, call.k, call.v, call.alpha
+        smooth_k = options.smooth_k
+        device, problem = _device(q, self.name), _problem(call, options)
+        out, lse, *kept = results
+        keys = kept.pop(0).view(*k.shape[:3], -1) if smooth_k else k
+
+        def wide(x: Tensor) -> Any:
+            if x.shape[3] == problem.width:
+                return _strided(x)
+            return widened(device, problem, _strided(x), x.shape[2])
+
+        if options.qat_backward == "matched" and problem.low:  # needs the 8-bit copies again
+            tensors = map(_strided, (q, k, v))
+            made = prologue(device, problem, *tensors, smooth_k=smooth_k, linear=False)
+        else:
+            made = Prologue(q=wide(q), k=wide(keys), v=wide(v))
+        linear = None
+        if alpha is None:
+            out_sparse = wide(out)
+        else:
+            out_sparse, phi_q, phi_k, bits, rest_inverse, state, norm = map(_pointer, kept)
+            out_sparse = Strided.of(out_sparse, problem.heads, problem.n_q, problem.width)
+            made = replace(made, phi_q=phi_q, phi_k=phi_k)
+            linear = Linear(bits=bits, rest_inverse=rest_inverse, state=state, norm=norm)
+        saved = Forward(
+            out=_strided(out),
+            lse=_pointer(lse),
+            prologue=made,
+            block_map=_map(call),
+            alpha=_alpha(alpha) or ONE,
+            linear=linear,
+            out_sparse=out_sparse,
+            smooth_k=smooth_k,
+        )
+        found = backward(
+            device, problem, saved, _strided(grad_out), qat_backward=options.qat_backward
+        )
+        pairs = ((found.d_q, q), (found.d_k, k), (found.d_v, v))
+        grads = [p.owner.view(x.shape) for p, x in pairs]
+        if alpha is None:
+            return Grads(*grads, None)
+        return Grads(*grads, found.d_alpha.owner.to(alpha.dtype))
 
 
-def _differentiate_attention(ctx, grads):
-    if grads[0] is None:
-        return (None,) * 14
-    *inputs, alpha, lengths = ctx.saved_tensors[:7]
-    d_q, d_k, d_v, d_alpha = attention_backward(
-        grads[0], *inputs, alpha, lengths, list(ctx.saved_tensors[7:]), *ctx.options
-    )
-    d_alpha = None if alpha is None else d_alpha.to(alpha.dtype)
-    return d_q, d_k, d_v, None, None, d_alpha, *(None,) * 8
+class EmulatorBackend(CudaBackend):
+    """The same sources on the CPU, for tests: see sla2_kernels.emulator."""
 
+    name = "emulator"
+    device = "cpu"
 
-attention.register_autograd(_differentiate_attention, setup_context=_save_attention)
+    def missing(self) -> str | None:
+        return None

@@ -10,7 +10,6 @@ from torch import nn
 
 from sla2_core.attention import build_attention
 from sla2_core.config import SLA2Config
-from sla2_core.integrations import compiled
 from sla2_core.integrations.family import family_of, unwrapped
 from sla2_core.integrations.handle import SLA2Handle
 from sla2_core.integrations.processor import SLA2Processor, Switch
@@ -92,7 +91,6 @@ def apply_sla2(
             "transformer: expected weights, got meta tensors; SLA2 does not work with sequential"
             " CPU offload"
         )
-    compiled.register()
     switch = Switch()
     for layer, name in names.items():
         attention = build_attention(config).to(device)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sla2_core.order import Grid
+
 # Class of the transformer in diffusers -> the module of this package that defines its FAMILY.
 _MODULES = {
     "WanTransformer3DModel": "wan",
@@ -40,6 +42,8 @@ class Family:
             reports.
         alphas_cumprod: transformer config -> (T,) for models that predict v on a
             variance-preserving schedule; None for flow matching.
+        grid: (transformer, positional, keyword arguments of its forward) -> (frames, height, width)
+            of its tokens; None if that is not known.
         install_hooks: (transformer, layer names) -> hook handles, where a processor needs to see
             more than its arguments.
     """
@@ -52,6 +56,7 @@ class Family:
     tokens: Callable[[Mapping, int, int, int], int]
     latent_shape: tuple[int, int, int]
     alphas_cumprod: Callable[[Mapping], Tensor] | None = None
+    grid: Callable[[nn.Module, tuple, dict], Grid] | None = None
     install_hooks: Callable[[nn.Module, Sequence[str]], list[Any]] | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from sla2_core import adapter as files
+from sla2_core.attention import SLA2Attention
 from sla2_core.block_map import BlockMap
-from sla2_core.config import SLA2Config
+from sla2_core.config import CHANGEABLE, SLA2Config
 from sla2_core.integrations.family import Family, class_name
 from sla2_core.integrations.processor import SLA2Processor, Switch
-
-_GROUPS = ("router", "alpha", "proj", "model")
+from sla2_core.order import Grid
 
 
 class StepCounter:
@@ -57,13 +57,22 @@ def timestep_of(transformer: nn.Module, args: tuple, kwargs: dict) -> float:
     return float(args[place].max())
 
 
+def _note_grid(
+    grid: Callable[[nn.Module, tuple, dict], Grid],
+    switch: Switch,
+    transformer: nn.Module,
+    args: tuple,
+    kwargs: dict,
+) -> None:
+    switch.grid = grid(transformer, args, kwargs)
+
+
 class SLA2Handle:
     """What apply_sla2 returns.
 
     Attributes:
         transformer: the model. family: its Family. base_model: id of its weights, or None.
-        names: {layer: module name} of the replaced layers. attentions: {layer: SLA2Attention or
-            SLAAttention}.
+        names: {layer: module name} of the replaced layers. attentions: {layer: SLA2Attention}.
         dense_steps: denoising steps that run with full attention first.
     """
 
@@ -83,6 +92,14 @@ class SLA2Handle:
         self._hooks = (
             family.install_hooks(transformer, tuple(names.values())) if family.install_hooks else []
         )
+        if self.config.token_order != "raster":
+            if family.grid is None:
+                raise ValueError(
+                    f"token_order: expected 'raster' for {family.name}, whose grid of tokens is"
+                    f" not known, got {self.config.token_order!r}"
+                )
+            note = functools.partial(_note_grid, family.grid, switch)
+            self._hooks.append(transformer.register_forward_pre_hook(note, with_kwargs=True))
         if dense_steps:
             counter = StepCounter(switch, dense_steps)
             self._hooks.append(transformer.register_forward_pre_hook(counter, with_kwargs=True))
@@ -108,7 +125,7 @@ class SLA2Handle:
         return found
 
     @property
-    def attentions(self) -> dict[int, nn.Module]:
+    def attentions(self) -> dict[int, SLA2Attention]:
         return {i: processor.attention for i, processor in self.processors.items()}
 
     @property
@@ -145,38 +162,32 @@ class SLA2Handle:
         self.names = {}
 
     def configure(self, **changes: Any) -> None:
-        """Change k%, precision, backend, qat_backward or tau of every layer.
+        """Change k%, precision, backend, qat_backward or tau of every layer, or options that their
+        members call adjustable.
 
         Raises ValueError for a field that fixes the shape or meaning of a trained parameter, or a
         bad value.
         """
-        for name in changes:
-            if name in files.GEOMETRY or name not in {
-                field.name for field in dataclasses.fields(SLA2Config)
-            }:
-                allowed = [
-                    f.name for f in dataclasses.fields(SLA2Config) if f.name not in files.GEOMETRY
-                ]
-                raise ValueError(
-                    f"{name}: expected a field that may change, one of {', '.join(allowed)}"
-                )
-        config = dataclasses.replace(self.config, **changes)
-        for processor in self.processors.values():
-            processor.configure(config)
+        config = self.config.changed(**changes)
+        for attention in self.attentions.values():
+            attention.config = config
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by group: router, alpha, proj (of SLA), model (everything that is
-        not SLA2's).
+        """Parameters by group: router, alpha, proj (of SLA), groups of other members, and model
+        (everything that is not SLA2's).
         """
-        groups: dict[str, list[nn.Parameter]] = {group: [] for group in _GROUPS}
+        groups: dict[str, list[nn.Parameter]] = {"router": [], "alpha": [], "proj": []}
         for attention in self.attentions.values():
-            for name, parameter in attention.named_parameters():
-                groups[
-                    {"router": "router", "mixing": "alpha", "proj": "proj"}[name.split(".")[0]]
-                ].append(parameter)
+            for group, found in attention.groups().items():
+                groups.setdefault(group, []).extend(found)
         own = {id(p) for group in groups.values() for p in group}
         groups["model"] = [p for p in self.transformer.parameters() if id(p) not in own]
         return groups
+
+    def trained_in(self, stage: str) -> list[nn.Parameter]:
+        """SLA2's own parameters that a stage trains, "stage1" or "stage2"."""
+        members = (m for a in self.attentions.values() for m in a.members().values())
+        return [p for member in members if stage in member.stages for p in member.parameters()]
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """SLA2's own tensors, "layers.<i>.<name>", as live views."""
@@ -264,10 +275,8 @@ class SLA2Handle:
         expected |= model
         files.copy_tensors(found.tensors, expected)
         if not keep_settings:
-            changeable = (
-                {f.name for f in dataclasses.fields(SLA2Config)} - set(files.GEOMETRY) - {"backend"}
-            )
-            self.configure(**{name: getattr(found.config, name) for name in changeable})
+            kept = [name for name in CHANGEABLE if name != "backend"]
+            self.configure(**{name: getattr(found.config, name) for name in kept})
 
     def _check_model(self, source: str, found: files.Adapter) -> None:
         own = self.model_identity()

@@ -4,6 +4,7 @@ recording.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sla2_core.config import SLA2Config
-from sla2_core.integrations.compiled import config_text, routed_operator
-from sla2_core.integrations.routed import full_attention, routed_attention
+from sla2_core.attend import full_attention
+from sla2_core.attention import SLA2Attention
 from sla2_core.integrations.ulysses import Ulysses
+from sla2_core.order import Grid
 
 
 @dataclass
@@ -23,14 +24,16 @@ class Switch:
 
     `enabled` is the user's choice, `dense_step` is set while one of the first `dense_steps` steps
     runs. `recorder`, if set, is called as recorder(layer, q, k, v, text_tokens, kv_lengths) with
-    (B, N, H, d) tensors after the rotary embedding, and `observer` as observer(layer, block_map) at
-    each routed call.
+    (B, H, N, d) tensors in the token order, after the rotary embedding, and `observer` as
+    observer(layer, block_map) at each routed call. `grid` is that of the tokens in this forward
+    pass, where the token order asks for it.
     """
 
     enabled: bool = True
     dense_step: bool = False
     recorder: Callable[..., None] | None = None
     observer: Callable[..., None] | None = None
+    grid: Grid | None = None
 
 
 class SLA2Processor(nn.Module):
@@ -45,10 +48,9 @@ class SLA2Processor(nn.Module):
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, attention: nn.Module, original: Any, layer: int, switch: Switch):
+    def __init__(self, attention: SLA2Attention, original: Any, layer: int, switch: Switch):
         super().__init__()
         self.attention = attention
-        self.config_text = config_text(attention.config)
         self.layer = layer
         self.switch = switch
         for name in (
@@ -64,11 +66,6 @@ class SLA2Processor(nn.Module):
     def original(self) -> Any:
         return self._original[0]
 
-    def configure(self, config: SLA2Config) -> None:
-        """Replace the configuration of the attention, also for compiled graphs."""
-        self.attention.config = config
-        self.config_text = config_text(config)
-
     @property
     def routed(self) -> bool:
         return self.switch.enabled and not self.switch.dense_step
@@ -83,8 +80,9 @@ class SLA2Processor(nn.Module):
             return self.original(attn, *args, **kwargs)
         return self.attend(attn, *args, **kwargs)
 
-    def attend(self, attn: nn.Module, *args, **kwargs):
-        raise NotImplementedError
+    @abstractmethod
+    def attend(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own projections and norms around `self.self_attention`."""
 
     def self_attention(
         self,
@@ -111,32 +109,26 @@ class SLA2Processor(nn.Module):
             ulysses = Ulysses(self._parallel_config, q.shape[2])
             q, k, v = (ulysses.gather_tokens(x, text_tokens) for x in (q, k, v))
             local_text, text_tokens = text_tokens, text_tokens * ulysses.ranks
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        places = self.attention.places(q.shape[2], text_tokens, self.switch.grid, q.device)
+        if places is not None:
+            q, k, v = (x.index_select(2, places) for x in (q, k, v))
         if self.switch.recorder is not None:
             self.switch.recorder(self.layer, q, k, v, text_tokens, kv_lengths)
         if not self.routed:
-            out = full_attention(*(x.transpose(1, 2) for x in (q, k, v)), kv_lengths).transpose(
-                1, 2
-            )
-        elif torch.compiler.is_compiling() and ulysses is None:
-            out = routed_operator(
-                self.attention, self.config_text, q, k, v, text_tokens, kv_lengths
-            )
-        elif (
-            ulysses is None
-            and not text_tokens
-            and kv_lengths is None
-            and self.switch.observer is None
-        ):
-            out = self.attention(q, k, v, layout="bnhd")
+            out = full_attention(q, k, v, kv_lengths)
         else:
-            out, block_map, _ = routed_attention(
-                self.attention,
-                *(x.transpose(1, 2) for x in (q, k, v)),
+            out, block_map, _ = self.attention.attend(
+                q,
+                k,
+                v,
+                lengths=kv_lengths,
                 text_tokens=text_tokens,
-                kv_lengths=kv_lengths,
-                heads=slice(None) if ulysses is None else ulysses.heads,
+                heads=None if ulysses is None else ulysses.heads,
             )
-            out = out.transpose(1, 2)
             if self.switch.observer is not None:
                 self.switch.observer(self.layer, block_map)
+        if places is not None:
+            out = out.index_select(2, torch.argsort(places))
+        out = out.transpose(1, 2)
         return out if ulysses is None else ulysses.scatter_tokens(out, local_text)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sla2_core.backends import cpu as ops
+from sla2_core.backends import ops
 
 _ITERATIONS = {torch.float64: 64, torch.float32: 36}
 

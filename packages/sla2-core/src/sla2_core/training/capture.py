@@ -4,17 +4,20 @@ shards with an index.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sla2_core.adapter import read_json, write_json, write_tensors
+from sla2_core.attention import SLA2Attention
 from sla2_core.integrations.handle import SLA2Handle, timestep_of
 from sla2_core.training.settings import check_fields, check_same
 
@@ -80,6 +83,30 @@ class Captured:
     kv_lengths: tuple[int, ...] | None = None
 
 
+class AnyCaptures(Protocol):
+    """What stage 1 reads: `calls` lists what there is as records with "layer" and "sample", `load`
+    reads one; `bytes` is the size of all, `name` where they are, `settings` what they are made of.
+    """
+
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def calls(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+    def load(self, call: dict[str, Any], device: torch.device | str = "cpu") -> Captured:
+        """Read one call."""
+        ...
+
+
 class Captures:
     """A folder of captures. Raises FileNotFoundError or ValueError, naming the file, if it is none.
 
@@ -97,6 +124,10 @@ class Captures:
         self.settings: dict[str, Any] = content["settings"]
         self.samples: list[dict[str, Any]] = content["samples"]
         self.full: bool = content["full"]
+
+    @property
+    def name(self) -> str:
+        return str(self.folder)
 
     @property
     def calls(self) -> list[dict[str, Any]]:
@@ -180,9 +211,7 @@ class _Recorder:
         key = f"forward{self.forward}.layer{layer}"
         dtype = getattr(torch, self.config.dtype) if self.config.dtype else q.dtype
         for name, x in zip("qkv", (q, k, v)):
-            self.tensors[f"{key}.{name}"] = (
-                x.detach()[:, :, heads].transpose(1, 2).to("cpu", dtype).contiguous()
-            )
+            self.tensors[f"{key}.{name}"] = x.detach()[:, heads].to("cpu", dtype).contiguous()
         lengths = None if kv_lengths is None else [int(n) for n in kv_lengths]
         self.calls.append(
             {
@@ -233,7 +262,8 @@ def capture(
     if missing:
         raise ValueError(f"layers: expected layers among {list(handle.layers)}, got {missing[0]}")
     folder.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(json.dumps({"config": asdict(config), "model": handle.model_identity()}))
+    model = {"model": handle.model_identity(), "token_order": handle.config.token_order}
+    settings = json.loads(json.dumps({"config": asdict(config), **model}))
     content = {"format_version": 1, "settings": settings, "samples": [], "full": False}
     if (folder / INDEX_NAME).exists():
         found = Captures(folder)
@@ -278,3 +308,69 @@ def _one_sample(
             " it did not"
         )
     return record
+
+
+class Recorded:
+    """Captured calls in memory; as Captures."""
+
+    def __init__(self, found: Sequence[Captured], settings: dict[str, Any]):
+        self.found, self.settings, self.name = list(found), settings, "memory"
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        return [
+            {"layer": c.layer, "sample": c.sample, "shard": "memory", "key": str(i)}
+            for i, c in enumerate(self.found)
+        ]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({c.layer for c in self.found}))
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for c in self.found for x in (c.q, c.k, c.v))
+
+    def load(self, call: dict[str, Any], device: torch.device | str = "cpu") -> Captured:
+        found = self.found[int(call["key"])]
+        q, k, v = (x.to(device) for x in (found.q, found.k, found.v))
+        return dataclasses.replace(found, q=q, k=k, v=v)
+
+
+@torch.no_grad()
+def record(
+    attentions: Mapping[int, SLA2Attention], run: Callable[[int], Any], *, samples: int
+) -> Recorded:
+    """Q, K, V of attention modules in a model of any kind, kept in memory on the CPU; the modules
+    compute full attention meanwhile.
+
+    Args:
+        attentions: {layer: module}. run: run(i) runs the model once or many times, with everything
+            random drawn from i. samples: how many times it is called.
+
+    Raises:
+        ValueError: run() did not call the modules.
+    """
+    found: list[Captured] = []
+    orders = {attention.config.token_order for attention in attentions.values()}
+    for sample in range(samples):
+        before = len(found)
+
+        def keep(
+            layer: int, q: Tensor, k: Tensor, v: Tensor, text_tokens: int, lengths: Tensor | None
+        ) -> None:
+            heads = tuple(range(q.shape[1]))
+            kept = (x.detach().to("cpu", copy=True) for x in (q, k, v))
+            valid = None if lengths is None else tuple(lengths.tolist())
+            found.append(Captured(layer, sample, 0.0, heads, *kept, text_tokens, valid))  # noqa: B023
+
+        for layer, attention in attentions.items():
+            attention.recorder = functools.partial(keep, layer)
+        try:
+            run(sample)
+        finally:
+            for attention in attentions.values():
+                attention.recorder = None
+        if len(found) == before:
+            raise ValueError(f"run: expected run({sample}) to call the attentions, it did not")
+    return Recorded(found, {"token_order": next(iter(orders))})

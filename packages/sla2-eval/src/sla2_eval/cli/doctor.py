@@ -12,8 +12,12 @@ import platform
 import shutil
 import sys
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from sla2_eval.runs.extras import how_to_get
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -181,36 +185,34 @@ def _kernel_cache() -> Finding:
 def _backends() -> list[Finding]:
     """Each backend of the operator, tried on a small input."""
     import torch
-    from sla2_core.backends import cpu as ops
-    from sla2_core.config import BACKENDS
-    from sla2_core.functional import resolve_backend
+    from sla2_core.backends import BACKENDS, Problem, resolve
+    from sla2_core.backends.cpu import compile_seconds
+    from sla2_core.options import Options
 
     found = []
-    cuda = torch.cuda.is_available()
-    for backend in BACKENDS:
-        if backend == "auto":
-            continue
-        device = torch.device("cuda" if backend == "cuda" and cuda else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name, backend in BACKENDS.items():
         try:
-            resolved = resolve_backend(backend, device)
-            _try(resolved, device)
+            if reason := backend.missing():
+                raise RuntimeError(reason)
+            _try(name, torch.device(backend.device or "cpu"))
             detail = "runs and agrees with the reference"
-            if backend == "cpu":
-                seconds = sum(ops.cpu_compile_seconds().values())
+            if name == "cpu":
+                seconds = sum(compile_seconds().values())
                 detail += f"; its kernels took {seconds:.1f} s to compile or to load from the cache"
-            found.append(Finding(f"backend {backend}", "works", detail))
+            found.append(Finding(f"backend {name}", "works", detail))
         except Exception as error:
-            status = "broken" if backend in ("reference", "cpu") else "missing"
-            found.append(Finding(f"backend {backend}", status, " ".join(str(error).split())[:120]))
-    try:
-        choice = resolve_backend("auto", torch.device("cuda" if cuda else "cpu"))
-        found.append(Finding("backend auto", "works", f"takes {choice} here"))
-    except Exception as error:
-        found.append(Finding("backend auto", "broken", " ".join(str(error).split())[:120]))
+            status = "missing" if name in ("cuda", "emulator") else "broken"
+            found.append(Finding(f"backend {name}", status, " ".join(str(error).split())[:120]))
+    options = Options(block_q=128, block_k=64)
+    problem = Problem(torch.bfloat16, device, 128, options)
+    choice = resolve("auto", problem).name
+    found.append(Finding("backend auto", "works", f"takes {choice} here"))
     return found
 
 
-def _try(backend: str, device) -> None:
+def _try(backend: str, device: torch.device) -> None:
+    """Raise RuntimeError if the backend differs from the reference on a small input."""
     import torch
     from sla2_core import BlockMap
     from sla2_core.functional import block_sparse_attention

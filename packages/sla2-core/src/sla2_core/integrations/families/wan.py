@@ -108,6 +108,14 @@ def _tokens(config: Mapping, frames: int, height: int, width: int) -> int:
     return (frames // p_t) * (height // p_h) * (width // p_w)
 
 
+def _grid(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int, int]:
+    latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    frames, height, width = (
+        n // p for n, p in zip(latents.shape[2:], transformer.config.patch_size)
+    )
+    return frames, height, width
+
+
 FAMILY = Family(
     name="wan",
     attention_layers=_layers,
@@ -115,5 +123,6 @@ FAMILY = Family(
     heads=_heads,
     predict=_predict,
     tokens=_tokens,
+    grid=_grid,
     latent_shape=(21, 60, 104),  # 81 frames of 480 x 832
 )

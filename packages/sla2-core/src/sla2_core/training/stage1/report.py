@@ -4,11 +4,13 @@ router and the oracle.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sla2_core.attend import Parts
 from sla2_core.config import SLA2Config
 from sla2_core.training.capture import Captured
 from sla2_core.training.stage1.soft import calls
@@ -19,8 +21,7 @@ def layer_report(
     layer: int,
     captured: Captured,
     config: SLA2Config,
-    router: nn.Module,
-    mixing: nn.Module,
+    members: Mapping[str, Any],
     topk: float,
     rows: Tensor,
     max_scores: int,
@@ -29,7 +30,11 @@ def layer_report(
 
     The oracle selects the top-k of the true block masses (full-softmax probability, mean over the
     query block). All three maps run through the hard operator with the learned alpha.
+
+    Args:
+        members: router, complement and mixing, as they work at this k%.
     """
+    router, parts = members["router"], Parts(members["complement"], members["mixing"])
     mass = dict.fromkeys(("learned", "heuristic", "oracle"), 0.0)
     error = dict(mass)
     norm = 0.0
@@ -40,8 +45,8 @@ def layer_report(
             pooled = call.pooled_q[:, :, row] @ call.pooled_k.transpose(-1, -2)
             part = share / len(rows)
             for name, ranking in (("learned", scores), ("heuristic", pooled), ("oracle", true)):
-                mask = call.hard_mask(ranking, topk)
-                out, full = call.attend(row, mask, call.alpha(mixing, scores, mask, row))
+                mask = call.hard_mask(router, ranking, topk)
+                out, full = call.attend(row, scores, mask, parts)
                 mass[name] += float((true * mask).sum(-1).mean()) * part
                 error[name] += float((out - full).square().mean()) * part
             norm += float(full.square().mean()) * part

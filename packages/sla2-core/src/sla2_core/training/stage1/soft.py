@@ -7,14 +7,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sla2_core.attend import Parts, soft_attend
+from sla2_core.backends.pooling import pool, smooth_keys
 from sla2_core.block_map import num_blocks
 from sla2_core.config import SLA2Config
-from sla2_core.integrations.heads import for_heads
-from sla2_core.reference import soft_attention
-from sla2_core.routing.router import blocks_to_select, pool, smooth_keys
-from sla2_core.routing.softtopk import soft_topk
+from sla2_core.options import Options
+from sla2_core.routing import Router, blocks_to_select
 from sla2_core.training.capture import Captured
 
 
@@ -26,15 +26,13 @@ class Call:
     """
 
     def __init__(self, captured: Captured, config: SLA2Config, chunk: slice):
-        self.config = config
+        self.config, self.options = config, Options.of(config).unsmoothed
         self.heads = list(captured.heads)[chunk]
         n_video = captured.q.shape[2] - captured.text_tokens
         q, k, v = captured.q[:, chunk, :n_video], captured.k[:, chunk], captured.v[:, chunk]
-        self.lengths = (
-            None
-            if captured.kv_lengths is None
-            else torch.tensor(captured.kv_lengths, device=q.device)
-        )
+        self.lengths = None
+        if captured.kv_lengths is not None:
+            self.lengths = torch.tensor(captured.kv_lengths, device=q.device)
         self.q, self.v = q, v
         self.k = smooth_keys(k, self.lengths) if config.smooth_k else k
         self.pooled_q = pool(q, config.block_q)
@@ -57,36 +55,44 @@ class Call:
     def count(self, topk: float) -> Tensor:
         """How many routable blocks a row selects: (B|1, 1, 1, 1)."""
         routable = (~(self.forced | self.dead)).sum(-1, keepdim=True)
-        return torch.tensor(
-            [blocks_to_select(topk, int(n)) for n in routable.flatten()], device=self.q.device
-        ).view(routable.shape)
+        counts = [blocks_to_select(topk, int(n)) for n in routable.flatten()]
+        return torch.tensor(counts, device=self.q.device).view(routable.shape)
 
-    def scores(self, router: nn.Module, rows: Tensor) -> Tensor:
+    def scores(self, router: Router, rows: Tensor) -> Tensor:
         """Router scores (B, H, rows, T_n); -inf for blocks of padding."""
-        raw = for_heads(router, self.heads).scores(self.pooled_q[:, :, rows], self.pooled_k)
+        raw = router.scores(self.pooled_q[:, :, rows], self.pooled_k, self.heads)
         return raw.masked_fill(self.dead, -torch.inf)
 
-    def soft_mask(self, scores: Tensor, topk: float) -> Tensor:
-        routable = scores.masked_fill(self.forced, -torch.inf)
-        soft = soft_topk(routable, self.count(topk).to(scores.dtype), self.config.tau)
+    def soft_mask(self, router: Router, scores: Tensor, topk: float) -> Tensor:
+        """(B, H, rows, T_n) in [0, 1], 1 for the forced blocks."""
+        soft = router.soft(scores.masked_fill(self.forced, -torch.inf), self.count(topk))
         return torch.where(self.forced & ~self.dead, 1.0, soft)
 
-    def hard_mask(self, ranking: Tensor, topk: float) -> Tensor:
-        """bool (B, H, rows, T_n): the best routable blocks of each row of `ranking`, and the forced
-        ones.
+    def hard_mask(self, router: Router, ranking: Tensor, topk: float) -> Tensor:
+        """bool (B, H, rows, T_n): the routable blocks that the router selects by `ranking`, and the
+        forced ones.
         """
         routable = ranking.masked_fill(self.forced | self.dead, -torch.inf)
-        rank = torch.argsort(routable, dim=-1, descending=True, stable=True).argsort(-1)
-        return (rank < self.count(topk)) & ~self.dead | (self.forced & ~self.dead)
+        chosen = router.hard(routable, self.count(topk))
+        return chosen & ~self.dead | (self.forced & ~self.dead)
 
-    def alpha(self, mixing: nn.Module, scores: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
-        return for_heads(mixing, self.heads)(scores, mask, rows=rows, num_rows=self.t_m)
-
-    def attend(self, rows: Tensor, mask: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """(SLA2 with `mask`, full attention) of the query blocks `rows`, each (B, H, n, d)."""
-        c = self.config
-        return soft_attention(
-            self.tokens(rows), self.k, self.v, mask, alpha, c.block_q, c.block_k, self.lengths
+    def attend(
+        self, rows: Tensor, scores: Tensor, mask: Tensor, parts: Parts
+    ) -> tuple[Tensor, Tensor]:
+        """(the operator with `mask`, full attention) of the query blocks `rows`, each (B, H, n,
+        d).
+        """
+        alpha = parts.mixing.alpha(scores, mask, rows=rows, num_rows=self.t_m, heads=self.heads)
+        return soft_attend(
+            self.tokens(rows),
+            self.k,
+            self.v,
+            mask,
+            alpha,
+            parts,
+            lengths=self.lengths,
+            options=self.options,
+            heads=self.heads,
         )
 
     def block_masses(self, rows: Tensor) -> Tensor:

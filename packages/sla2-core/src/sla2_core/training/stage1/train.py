@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from sla2_core.adapter import (
-    GEOMETRY,
     check_tensors,
     copy_tensors,
     read_json,
@@ -24,9 +23,13 @@ from sla2_core.adapter import (
     write_json,
     write_tensors,
 )
+from sla2_core.attend import Parts
+from sla2_core.attention import SLA2Attention
+from sla2_core.config import SLA2Config
 from sla2_core.integrations.family import class_name
 from sla2_core.integrations.handle import SLA2Handle
-from sla2_core.training.capture import Captured, Captures
+from sla2_core.registry import Member
+from sla2_core.training.capture import AnyCaptures, Captured, Captures
 from sla2_core.training.settings import check_fields, check_same
 from sla2_core.training.stage1.report import layer_report
 from sla2_core.training.stage1.soft import calls
@@ -46,8 +49,8 @@ class Stage1Config:
         steps: optimiser steps; each takes one captured call of every layer at one of the k%, in
             turn.
         rows: query blocks drawn per call and step; None takes all.
-        router_lr, alpha_lr: peak learning rates of AdamW, linearly warmed up over 5 % and decayed
-            to 0.
+        router_lr, alpha_lr: peak learning rates of AdamW, of the router and of everything else
+            that stage 1 trains, linearly warmed up over 5 % and decayed to 0.
         eval_every, patience, min_gain: every so many steps the held-out error is measured; training
             ends early when it did not fall by the fraction `min_gain` for `patience` measurements
             in a row.
@@ -118,43 +121,57 @@ class Stage1Report:
 
 
 class _Trainee:
-    """Parameters of one layer in training: its router, and a mixing module for each k%."""
+    """Copies of one layer's members in training: one of each, or one for each k%, as they say."""
 
-    def __init__(self, attention: nn.Module, topk: tuple[float, ...]):
+    def __init__(self, attention: SLA2Attention, topk: tuple[float, ...]):
         self.config = attention.config
-        self.router = copy.deepcopy(attention.router)
-        self.mixing = {k: copy.deepcopy(attention.mixing) for k in topk}
+        members = attention.members()
+        self.shared = {n: _learning(m) for n, m in members.items() if not m.per_topk}
+        self.own = {k: {n: _learning(m) for n, m in members.items() if m.per_topk} for k in topk}
+
+    def members(self, topk: float) -> dict[str, Any]:
+        """The members by name, as they work at one k%."""
+        return {**self.shared, **self.own[topk]}
 
     def tensors(self, layer: int) -> dict[str, nn.Parameter]:
-        found = {f"layers.{layer}.router.{name}": p for name, p in self.router.named_parameters()}
-        for k, mixing in self.mixing.items():
-            found |= {
-                f"layers.{layer}.mixing.{k:g}.{name}": p for name, p in mixing.named_parameters()
-            }
-        return found
+        """What stage 1 trains: "layers.<i>.<member>.<name>", or with the k% before the name."""
+        found = {f"layers.{layer}.{n}.": m for n, m in self.shared.items()}
+        for k, members in self.own.items():
+            found |= {f"layers.{layer}.{n}.{k:g}.": m for n, m in members.items()}
+        return {
+            prefix + name: parameter
+            for prefix, member in found.items()
+            for name, parameter in member.named_parameters()
+            if parameter.requires_grad
+        }
 
     def error(
         self, captured: Captured, topk: float, rows: Tensor, max_scores: int, learn: bool
     ) -> float:
-        """Squared error of soft SLA2 relative to full attention; with `learn`, gradients are added
-        up.
+        """Squared error of the soft operator relative to full attention; with `learn`, gradients
+        are added up.
         """
+        members = self.members(topk)
+        router, parts = members["router"], Parts(members["complement"], members["mixing"])
+        # Beside a router that does not learn, the others may see the mask they will work with.
+        learnt = any(p.requires_grad for p in router.parameters())
         total, norm = 0.0, None
         for call, share in calls(captured, self.config, len(rows), max_scores):
-            scores = call.scores(self.router, rows)
-            learnt = (
-                self.config.router == "learned"
-            )  # with a fixed router alpha may see the mask it will work with
-            mask = call.soft_mask(scores, topk) if learnt else call.hard_mask(scores, topk)
-            out, full = call.attend(rows, mask, call.alpha(self.mixing[topk], scores, mask, rows))
-            norm = (
-                full.square().mean() if norm is None else norm
-            )  # of the first chunk: any fixed scale serves
+            scores = call.scores(router, rows)
+            mask = (call.soft_mask if learnt else call.hard_mask)(router, scores, topk)
+            out, full = call.attend(rows, scores, mask, parts)
+            if norm is None:  # of the first chunk: any fixed scale serves
+                norm = full.square().mean()
             loss = (out - full).square().mean() / norm * share
             if learn:
                 loss.backward()
             total += float(loss.detach())
         return total
+
+
+def _learning(member: Member) -> Member:
+    """A copy whose parameters require a gradient if stage 1 trains them."""
+    return copy.deepcopy(member).requires_grad_("stage1" in member.stages)
 
 
 class _Data:
@@ -164,7 +181,7 @@ class _Data:
 
     def __init__(
         self,
-        captures: Captures,
+        captures: AnyCaptures,
         layers: tuple[int, ...],
         config: Stage1Config,
         device: torch.device,
@@ -188,7 +205,7 @@ class _Data:
         for layer in layers:
             if not self.train[layer]:
                 raise ValueError(
-                    f"captures: expected calls of layer {layer}, got none in {captures.folder}"
+                    f"captures: expected calls of layer {layer}, got none in {captures.name}"
                 )
             self.test[layer] = self.test[layer] or self.train[layer][-1:]
 
@@ -211,6 +228,33 @@ def _rows(rng: np.random.Generator, captured: Captured, block_q: int, count: int
     return torch.from_numpy(chosen).to(captured.q.device)
 
 
+def train_router(
+    attentions: Mapping[int, SLA2Attention],
+    captures: AnyCaptures,
+    config: Stage1Config,
+    folder: str | Path,
+    *,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> Stage1Report:
+    """Stage 1 on attention modules, for a model without a handle: train what their members give to
+    stage 1 (router and alpha of SLA2), and leave each with the alpha of the k% nearest to its own.
+
+    Args:
+        attentions: {layer: module}, all of one configuration; layers as the captures number them.
+        captures: of Captures(folder), or record().
+        folder: checkpoint, settings and report; a finished run in it is loaded, an unfinished one
+            goes on.
+        progress: called as progress(step, steps, {"loss": relative squared error}).
+
+    Raises:
+        ValueError: captures of other heads, layers, head dimension or token order, modules of
+            different configurations, or a folder with other settings.
+        FloatingPointError: the loss or the held-out error is not finite; the message names step and
+            layer.
+    """
+    return _train(dict(attentions), captures, config, Path(folder), {}, progress)
+
+
 def train_stage1(
     handle: SLA2Handle,
     captures: Captures,
@@ -219,65 +263,72 @@ def train_stage1(
     *,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> Stage1Report:
-    """Train router and alpha of every layer; the handle then carries the alpha of the k% nearest to
-    its own.
+    """train_router for the layers of a handle, which keeps captures of another model out.
 
     Args:
         handle: of the model the captures came from; its configuration says what there is to learn.
-        captures: see capture().
-        folder: checkpoint, settings and report; a finished run in it is loaded, an unfinished one
-            goes on.
-        progress: called as progress(step, steps, {"loss": relative squared error}).
+        captures: see capture(). folder, progress: as of train_router.
 
     Raises:
-        ValueError: captures of other heads, layers or head dimension, or a folder with other
-            settings.
-        FloatingPointError: the loss or the held-out error is not finite; the message names step and
-            layer.
+        As train_router; ValueError for captures of another model.
     """
-    folder = Path(folder)
+    if captures.settings["model"] != handle.model_identity():
+        raise ValueError(
+            f"captures: expected captures of this {class_name(handle.transformer)}, got another"
+            " model's"
+        )
+    model = {"model": handle.model_identity()}
+    return _train(handle.attentions, captures, config, Path(folder), model, progress)
+
+
+def _train(
+    attentions: dict[int, SLA2Attention],
+    captures: AnyCaptures,
+    config: Stage1Config,
+    folder: Path,
+    model: dict[str, Any],
+    progress: Callable[[int, int, dict[str, float]], None] | None,
+) -> Stage1Report:
+    sla2 = _common_config(attentions)
+    _check_captures(captures, attentions, sla2)
     folder.mkdir(parents=True, exist_ok=True)
-    attentions = handle.attentions
-    _check_captures(captures, handle)
-    settings = _settings(handle, config)
+    settings = {"config": asdict(config), "sla2": {**sla2.geometry(), "tau": sla2.tau}}
+    settings = json.loads(json.dumps({**settings, "layers": list(attentions), **model}))
     if (folder / SETTINGS_NAME).exists():
         check_same(folder / SETTINGS_NAME, settings)
     else:
         write_json(folder / SETTINGS_NAME, settings)
     if (folder / REPORT_NAME).exists():
-        load_stage1(handle, folder)
+        load_router(attentions, folder)
         return Stage1Report(**read_json(folder / REPORT_NAME))
-    if handle.config.method != "sla2":
-        report = Stage1Report()
-        write_tensors(folder / STATE_NAME, {"step": torch.tensor(0)})
-    else:
-        trainees = {i: _Trainee(a, config.topk) for i, a in attentions.items()}
-        data = _Data(captures, handle.layers, config, next(handle.transformer.parameters()).device)
-        report = _Run(trainees, data, config, folder).train(progress)
-        for layer, trainee in trainees.items():
-            call = data.test[layer][0]
-            rows = _rows(
-                np.random.default_rng([config.seed, 2]),
-                data.get(call),
-                handle.config.block_q,
-                config.eval_rows,
+    trainees = {i: _Trainee(a, config.topk) for i, a in attentions.items()}
+    device = next((p.device for a in attentions.values() for p in a.parameters()), None)
+    data = _Data(captures, tuple(attentions), config, device or torch.device("cpu"))
+    report = _Run(trainees, data, config, folder).train(progress)
+    for layer, trainee in trainees.items():
+        captured = data.get(data.test[layer][0])
+        rng = np.random.default_rng([config.seed, 2])
+        rows = _rows(rng, captured, sla2.block_q, config.eval_rows)
+        for k in config.topk:
+            members = trainee.members(k)
+            report.layers.append(
+                layer_report(layer, captured, trainee.config, members, k, rows, config.max_scores)
             )
-            report.layers += [
-                layer_report(
-                    layer,
-                    data.get(call),
-                    trainee.config,
-                    trainee.router,
-                    trainee.mixing[k],
-                    k,
-                    rows,
-                    config.max_scores,
-                )
-                for k in config.topk
-            ]
     write_json(folder / REPORT_NAME, report.to_dict())
-    load_stage1(handle, folder)
+    load_router(attentions, folder)
     return report
+
+
+def _common_config(attentions: Mapping[int, SLA2Attention]) -> SLA2Config:
+    if not attentions:
+        raise ValueError("attentions: expected at least one module, got none")
+    configs = [attention.config for attention in attentions.values()]
+    if different := [c for c in configs if c != configs[0]]:
+        raise ValueError(
+            f"attentions: expected modules of one configuration, got {configs[0]} and"
+            f" {different[0]}"
+        )
+    return configs[0]
 
 
 class _Run:
@@ -286,15 +337,11 @@ class _Run:
     def __init__(
         self, trainees: dict[int, _Trainee], data: _Data, config: Stage1Config, folder: Path
     ):
-        self.trainees, self.data, self.config, self.path = (
-            trainees,
-            data,
-            config,
-            folder / STATE_NAME,
-        )
+        self.trainees, self.data, self.config = trainees, data, config
+        self.path = folder / STATE_NAME
         self.tensors = {name: p for i, t in trainees.items() for name, p in t.tensors(i).items()}
         routers = [p for name, p in self.tensors.items() if ".router." in name]
-        alphas = [p for name, p in self.tensors.items() if ".mixing." in name]
+        alphas = [p for name, p in self.tensors.items() if ".router." not in name]
         groups = [
             {"params": routers, "lr": config.router_lr},
             {"params": alphas, "lr": config.alpha_lr},
@@ -409,61 +456,59 @@ class _Run:
 
 
 def load_stage1(handle: SLA2Handle, folder: str | Path) -> None:
-    """Put a finished stage 1 into a handle: the router, and the alpha of the k% nearest to
-    handle.config.topk.
+    """load_router for the layers of a handle."""
+    load_router(handle.attentions, folder)
+
+
+def load_router(attentions: Mapping[int, SLA2Attention], folder: str | Path) -> None:
+    """Put a finished stage 1 into modules: the router, and the alpha of the k% nearest to theirs.
 
     Raises FileNotFoundError or ValueError, naming the file, for an unfinished run, another
-    geometry, other kinds of router or alpha, or other layers.
+    geometry, other members, or other layers.
     """
     folder = Path(folder)
     source = folder / STATE_NAME
     settings = read_json(folder / SETTINGS_NAME)
     if not (folder / REPORT_NAME).exists():
         raise FileNotFoundError(f"{folder / REPORT_NAME}: expected a finished stage 1, found none")
-    for name in GEOMETRY:
-        found, expected = settings["sla2"][name], getattr(handle.config, name)
-        if found != expected:
+    config = _common_config(attentions)
+    for name, value in json.loads(json.dumps(config.geometry())).items():
+        if settings["sla2"].get(name) != value:
             raise ValueError(
-                f"{folder / SETTINGS_NAME}: expected {name}={expected!r} as applied, got {found!r}"
+                f"{folder / SETTINGS_NAME}: expected {name}={value!r} as applied, got"
+                f" {settings['sla2'].get(name)!r}"
             )
-    if settings["layers"] != list(handle.layers):
+    if settings["layers"] != list(attentions):
         raise ValueError(
-            f"{folder / SETTINGS_NAME}: expected layers {list(handle.layers)}, got"
+            f"{folder / SETTINGS_NAME}: expected layers {list(attentions)}, got"
             f" {settings['layers']}"
         )
-    topk = min(settings["config"]["topk"], key=lambda k: (abs(k - handle.config.topk), k))
-    expected = {
-        name: value for name, value in handle.adapter_tensors().items() if ".proj." not in name
-    }
-    alpha = f".mixing.{topk:g}."
-    found = {
-        name.replace(alpha, ".mixing."): value
-        for name, value in read_tensors(source).items()
-        if name.startswith("layers.") and (".mixing." not in name or alpha in name)
-    }
+    topk = min(settings["config"]["topk"], key=lambda k: (abs(k - config.topk), k))
+    expected, names = {}, {}
+    for layer, attention in attentions.items():
+        for member_name, member in attention.members().items():
+            if "stage1" not in member.stages:
+                continue
+            middle = f"{member_name}.{topk:g}" if member.per_topk else member_name
+            for name, parameter in member.named_parameters():
+                expected[f"layers.{layer}.{member_name}.{name}"] = parameter
+                names[f"layers.{layer}.{middle}.{name}"] = f"layers.{layer}.{member_name}.{name}"
+    tensors = read_tensors(source)
+    found = {names[name]: value for name, value in tensors.items() if name in names}
     check_tensors(str(source), found, expected)
     copy_tensors(found, expected)
 
 
-def _settings(handle: SLA2Handle, config: Stage1Config) -> dict[str, Any]:
-    sla2 = {name: getattr(handle.config, name) for name in (*GEOMETRY, "tau")}
-    found = {
-        "config": asdict(config),
-        "sla2": sla2,
-        "layers": list(handle.layers),
-        "model": handle.model_identity(),
-    }
-    return json.loads(json.dumps(found))
-
-
-def _check_captures(captures: Captures, handle: SLA2Handle) -> None:
-    if captures.settings["model"] != handle.model_identity():
-        raise ValueError(
-            f"captures: expected captures of this {class_name(handle.transformer)}, got another"
-            " model's"
-        )
-    missing = sorted(set(handle.layers) - set(captures.layers))
+def _check_captures(
+    captures: AnyCaptures, attentions: Mapping[int, SLA2Attention], config: SLA2Config
+) -> None:
+    missing = sorted(set(attentions) - set(captures.layers))
     if missing:
         raise ValueError(
             f"captures: expected calls of layer {missing[0]}, got layers {list(captures.layers)}"
+        )
+    order = captures.settings.get("token_order", "raster")
+    if order != config.token_order:
+        raise ValueError(
+            f"captures: expected tokens in the order {config.token_order!r}, got {order!r}"
         )

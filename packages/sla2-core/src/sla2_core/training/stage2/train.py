@@ -237,14 +237,12 @@ class _Run:
         self.flags = _freeze(handle, config)
         if config.lora_rank:
             lora.add(self.transformer, config.lora_rank, config.lora_targets, config.seed)
-            groups = handle.parameters()  # peft froze all of them
-            for parameter in groups["alpha"] + groups["proj"]:
+            for parameter in handle.trained_in("stage2"):  # peft froze all of them
                 parameter.requires_grad_(config.alpha_learning_rate > 0)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        groups = handle.parameters()
-        alphas = [p for p in groups["alpha"] + groups["proj"] if p.requires_grad]
-        model = [p for p in groups["model"] if p.requires_grad]
+        alphas = [p for p in handle.trained_in("stage2") if p.requires_grad]
+        model = [p for p in handle.parameters()["model"] if p.requires_grad]
         wanted = [
             {"params": model, "lr": config.learning_rate, "peak": config.learning_rate},
             {
@@ -451,12 +449,13 @@ def _freeze(handle: SLA2Handle, config: Stage2Config) -> dict[str, bool]:
     """Set requires_grad for stage 2; returns what it was before, by name. A model parameter frozen
     before stays frozen.
     """
+    own = {id(p) for p in handle.trained_in("stage2")}
     groups = handle.parameters()
     before = {name: p.requires_grad for name, p in handle.transformer.named_parameters()}
-    for parameter in groups["router"]:
-        parameter.requires_grad_(False)
-    for parameter in groups["alpha"] + groups["proj"]:
-        parameter.requires_grad_(config.alpha_learning_rate > 0)
+    for group, parameters in groups.items():
+        for parameter in parameters if group != "model" else ():
+            trained = id(parameter) in own and config.alpha_learning_rate > 0
+            parameter.requires_grad_(trained)
     if config.learning_rate == 0 or config.lora_rank:
         for parameter in groups["model"]:
             parameter.requires_grad_(False)

@@ -1,0 +1,49 @@
+"""projected: SLA's linear attention over all blocks, through a learned projection (2509.24006)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sla2_core.complement.linear import Linear
+from sla2_core.config import SLA2Config
+from sla2_core.registry import COMPLEMENTS, Heads
+
+
+@COMPLEMENTS.register("projected")
+class Projected(Linear):
+    """proj(O_l), O_l the linear attention over all blocks, not over the complement.
+
+    `weight` (d, d) and `bias` (d,), as of nn.Linear and shared by the heads, start at zero. Stage 2
+    trains them, as SLA does.
+    """
+
+    group: ClassVar[str] = "proj"
+    stages: ClassVar[tuple[str, ...]] = ("stage2",)
+    everywhere = True
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def __init__(self, config: SLA2Config):
+        super().__init__(config)
+        self.head_dim = config.head_dim
+        self.make_parameters()
+
+    def start(self) -> Mapping[str, Tensor]:
+        d = self.head_dim
+        return {"weight": torch.zeros(d, d), "bias": torch.zeros(d)}
+
+    def finish(self, out: Tensor, heads: Heads = None) -> Tensor:
+        return project(out, self.weight, self.bias)
+
+
+def project(out: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """out (B, H, n, d) through a projection in out's dtype; no weight is the zero matrix."""
+    if weight is None:
+        out = torch.zeros_like(out)
+    else:
+        out = out @ weight.to(out.dtype).t()
+    return out if bias is None else out + bias.to(out.dtype)

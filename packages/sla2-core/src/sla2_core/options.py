@@ -1,0 +1,97 @@
+"""Options: what the operator is told beside its tensors, as one object that goes whole through all
+layers, and as the text that custom operators take.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sla2_core.config import SLA2Config
+from sla2_core.formats import Format, format_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How the operator computes on a block map. No signature grows when an axis gains a member.
+
+    Args:
+        block_q, block_k: tokens in a query block and in a key block.
+        precision: number format of the sparse branch's forward, a member of formats/.
+        qat_backward: "paper" or "matched", what the backward of a low-bit forward recomputes from.
+        smooth_k: subtract the mean over tokens from K first.
+        more: the options of the members, see SLA2Config.options.
+
+    Attributes:
+        text: JSON that Options.read takes back. format: the number format.
+        unsmoothed: the same where K is smoothed already. unrounded: that, at full precision.
+    """
+
+    block_q: int
+    block_k: int
+    precision: str = "full"
+    qat_backward: str = "paper"
+    smooth_k: bool = True
+    more: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    text: str = field(init=False, repr=False, compare=False)
+    format: Format = field(init=False, repr=False, compare=False)
+    unsmoothed: Options = field(init=False, repr=False, compare=False)
+    unrounded: Options = field(init=False, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, config: SLA2Config) -> Options:
+        """Those of a configuration."""
+        return cls(
+            block_q=config.block_q,
+            block_k=config.block_k,
+            precision=config.precision,
+            qat_backward=config.qat_backward,
+            smooth_k=config.smooth_k,
+            more=config.options,
+        )
+
+    def __post_init__(self) -> None:
+        # Made here, outside of what torch.compile traces.
+        plain = {name: getattr(self, name) for name in ("block_q", "block_k", "precision")}
+        plain |= {"qat_backward": self.qat_backward, "smooth_k": self.smooth_k}
+        text = json.dumps({**plain, "more": dict(self.more)}, sort_keys=True)
+        object.__setattr__(self, "text", text)
+        object.__setattr__(self, "format", format_of(self.precision, self.more))
+        raw = dataclasses.replace(self, smooth_k=False) if self.smooth_k else self
+        object.__setattr__(self, "unsmoothed", raw)
+        whole = dataclasses.replace(raw, precision="full") if self.format.low else raw
+        object.__setattr__(self, "unrounded", whole)
+
+    @staticmethod
+    @functools.cache
+    def read(text: str) -> Options:
+        """The options that `text` was made of."""
+        values = json.loads(text)
+        more = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("more").items()}
+        return Options(**values, more=more)
+
+
+def constant(function: Callable) -> Callable:
+    """What torch.compiler.assume_constant_result does, without importing torch._dynamo, which makes
+    folders.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
+def make_options(
+    block_q: int, block_k: int, precision: str, qat_backward: str, smooth_k: bool
+) -> Options:
+    """Options, also while torch.compile traces."""
+    return Options(
+        block_q=block_q,
+        block_k=block_k,
+        precision=precision,
+        qat_backward=qat_backward,
+        smooth_k=smooth_k,
+    )

@@ -1,0 +1,144 @@
+"""What a router is: scores of every pair of blocks, a hard block map for the operator, and a soft
+one for stage 1.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sla2_core.block_map import BlockMap, Geometry, Rows, num_blocks
+from sla2_core.checks import without_autocast
+from sla2_core.config import SLA2Config
+from sla2_core.registry import Heads, Member
+from sla2_core.routing.softtopk import soft_topk
+
+
+def blocks_to_select(topk: float, t_n: int) -> int:
+    """K = max(1, round(k% * T_n))."""
+    return max(1, round(topk * t_n))
+
+
+class Router(Member):
+    """The k% best key blocks of every row, by scores of pooled Q and K.
+
+    A member gives `scores`, or `weights` where its scores are a projection of each (then the CUDA
+    kernel computes them), and may choose blocks in another way by `select` and `soft`.
+
+    Attributes:
+        projects: scores() is (q W_q)(k W_k)^T / sqrt(d) with W_q, W_k = weights(), and select() is
+            the top-k of this class.
+    """
+
+    group: ClassVar[str] = "router"
+    stages: ClassVar[tuple[str, ...]] = ("stage1",)
+    projects: ClassVar[bool] = False
+
+    def __init__(self, config: SLA2Config):
+        super().__init__()
+        self.head_dim, self.num_heads = config.head_dim, config.num_heads
+        self.configure(config)
+
+    def configure(self, config: SLA2Config) -> None:
+        self.tau = config.tau
+
+    def weights(self, heads: Heads = None) -> tuple[Tensor, Tensor] | None:
+        """W_q and W_k, each fp32 (1|H, d, d), of some heads; None is the identity."""
+        return None
+
+    def scores(self, pooled_q: Tensor, pooled_k: Tensor, heads: Heads = None) -> Tensor:
+        """P_c = (q W_q)(k W_k)^T / sqrt(d) per head (Eq. 16).
+
+        Args:
+            pooled_q: block means (B, H, rows, d) of Q, fp32 or fp64. pooled_k: (B, H, T_n, d) of K.
+            heads: which of the module's heads these are; None means all.
+
+        Returns:
+            (B, H, rows, T_n) in fp32 (fp64 for fp64 inputs to an fp64 module).
+        """
+        with without_autocast(pooled_q):
+            weights = self.weights(heads)
+            if weights is not None:
+                weight_q, weight_k = weights
+                pooled_q = pooled_q.to(weight_q.dtype) @ weight_q
+                pooled_k = pooled_k.to(weight_k.dtype) @ weight_k
+            return (pooled_q @ pooled_k.transpose(-1, -2)) * self.head_dim**-0.5
+
+    def forward(self, pooled_q: Tensor, pooled_k: Tensor, heads: Heads = None) -> Tensor:
+        """As scores()."""
+        return self.scores(pooled_q, pooled_k, heads)
+
+    def select(
+        self, scores: Tensor, topk: float, geometry: Geometry, kv_lengths: Tensor | None = None
+    ) -> BlockMap:
+        """The hard block map of scores (B, H, T_m, T_n): see top_k_map."""
+        return top_k_map(scores, topk, **geometry._asdict(), kv_lengths=kv_lengths)
+
+    def hard(self, scores: Tensor, count: Tensor) -> Tensor:
+        """select() as a mask, for stage 1: bool (B, H, rows, T_n).
+
+        Args:
+            scores: (B, H, rows, T_n), -inf where a block cannot be chosen.
+            count: how many each row selects, (B|1, 1, 1, 1).
+        """
+        rank = torch.argsort(scores, dim=-1, descending=True, stable=True).argsort(-1)
+        return rank < count
+
+    def soft(self, scores: Tensor, count: Tensor) -> Tensor:
+        """select() made differentiable, for stage 1: SoftTop-k (Eq. 17), arguments as of hard()."""
+        return soft_topk(scores, count.to(scores.dtype), self.tau)
+
+
+def top_k_map(
+    scores: Tensor,
+    topk: float,
+    *,
+    block_q: int,
+    block_k: int,
+    n_q: int,
+    n_k: int,
+    kv_lengths: Tensor | None = None,
+) -> BlockMap:
+    """The K best key blocks of every row, ties to the lower index, indices ascending; no gradient.
+
+    Args:
+        scores: (B, H, T_m, T_n) fp32 or fp64.
+        topk: k% in (0, 1]; K = max(1, round(k% * T_n)), T_n counted from the item's own kv_lengths.
+        kv_lengths: int64 (B,) or None.
+    """
+    scores = scores.detach()
+    t_n = scores.shape[-1]
+    most = blocks_to_select(topk, t_n)
+    if kv_lengths is None:
+        indices = _best(scores, most)
+        counts = torch.full(scores.shape[:3], most, dtype=torch.int32, device=scores.device)
+    else:
+        blocks = num_blocks(kv_lengths, block_k)
+        # blocks_to_select for each item; ties to even, as Python's round
+        count = (topk * blocks.double()).round().clamp_min(1)
+        dead = torch.arange(t_n, device=scores.device) >= blocks[:, None]
+        scores = scores.masked_fill(dead[:, None, None], -torch.inf)
+        # Of the best `most` blocks the item's own `count` stay; the places of the others go last.
+        best = _best(scores, most).long()
+        order = torch.sort(scores.gather(-1, best), dim=-1, descending=True, stable=True).indices
+        inside = torch.arange(most, device=scores.device) < count[:, None]
+        kept = inside[:, None, None].expand_as(order)
+        kept = torch.zeros_like(kept).scatter(-1, order, kept)
+        best = torch.where(kept, best, t_n).sort(-1).values
+        indices = torch.where(best == t_n, -1, best)
+        counts = count.to(torch.int32)[:, None, None].expand(scores.shape[:3]).contiguous()
+    rows = Rows(indices.to(torch.int32).contiguous(), counts)
+    sizes = dict(block_q=block_q, block_k=block_k, n_q=n_q, n_k=n_k)
+    return BlockMap._trusted(rows, **sizes, uniform=kv_lengths is None)
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Ascending indices of the `count` best of each row, ties to the lower index."""
+    if scores.device.type == "cpu":
+        from sla2_core.backends import ops
+
+        return ops.top_k(scores, count)
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[..., :count].sort(-1).values

@@ -1,0 +1,86 @@
+"""Named variants: functions that change a base configuration, and `variant: NAME` in settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sla2_core.config import SLA2Config
+
+Variant = Callable[[SLA2Config], SLA2Config]
+VARIANTS: dict[str, Variant] = {}
+
+
+def variant(name: str) -> Callable[[Variant], Variant]:
+    """Register a function that changes a base configuration, as settings files name it."""
+
+    def add(function: Variant) -> Variant:
+        VARIANTS[name] = function
+        return function
+
+    return add
+
+
+@variant("sla2")
+def sla2(base: SLA2Config) -> SLA2Config:
+    """SLA2 (arXiv 2602.12675) as it is configured by default: a learned router, linear attention
+    over the complement, a learned alpha.
+    """
+    return dataclasses.replace(base, router="learned", complement="linear")
+
+
+@variant("sla")
+def sla(base: SLA2Config) -> SLA2Config:
+    """SLA as published (arXiv 2509.24006), the baseline: top-k of pooled scores, linear attention
+    over all blocks with a learned projection, the sum of both, K not smoothed in the operator.
+    """
+    return dataclasses.replace(
+        base, router="heuristic", complement="projected", alpha="sum", smooth_k=False
+    )
+
+
+@variant("sparse_only")
+def sparse_only(base: SLA2Config) -> SLA2Config:
+    """The sparse branch alone: nothing stands in for the blocks that are not selected."""
+    return dataclasses.replace(base, complement="none", alpha="one")
+
+
+@variant("heuristic_router")
+def heuristic_router(base: SLA2Config) -> SLA2Config:
+    """The same layer with SLA's router: top-k of the pooled scores, nothing learned."""
+    return dataclasses.replace(base, router="heuristic")
+
+
+def paper_alpha(base: SLA2Config, num_query_blocks: int) -> SLA2Config:
+    """alpha as in the paper: one value per query block, shared by the heads; ties the layer to one
+    length.
+    """
+    return dataclasses.replace(
+        base, alpha="position", alpha_knots=num_query_blocks, alpha_per_head=False
+    )
+
+
+def build_config(values: Mapping[str, Any], *, head_dim: int, num_heads: int) -> SLA2Config:
+    """The configuration that a settings file describes: `variant: NAME` and what overrides it.
+
+    Args:
+        values: fields of SLA2Config, and optionally "variant".
+        head_dim, num_heads: the model's.
+
+    Raises:
+        ValueError: an unknown variant or field, a missing k%, a value outside its range.
+    """
+    values = dict(values)
+    name = values.pop("variant", None)
+    for field, own in (("head_dim", head_dim), ("num_heads", num_heads)):
+        if values.get(field, own) != own:
+            raise ValueError(f"{field}: expected {own} as in the model, got {values[field]}")
+    config = SLA2Config.from_dict({**values, "head_dim": head_dim, "num_heads": num_heads})
+    if name is None:
+        return config
+    if name not in VARIANTS:
+        raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {name!r}")
+    changed = VARIANTS[name](config)
+    given = {key: getattr(config, key) for key in values if key != "method"}
+    return dataclasses.replace(changed, **given)

@@ -1,0 +1,318 @@
+"""The five axes: a toy member of each from outside the package works everywhere, with one line of
+registration; members of the package keep their names.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import pytest
+import torch
+from helpers import tiny_wan
+from sla2_core import SLA2Attention, SLA2Config
+from sla2_core.attend import Parts, attend, soft_attend
+from sla2_core.backends import BACKENDS
+from sla2_core.block_map import BlockMap
+from sla2_core.complement import Branch, Complement
+from sla2_core.cost import sla2_cost
+from sla2_core.formats import Scaled
+from sla2_core.integrations.diffusers import apply_sla2
+from sla2_core.integrations.loading import apply_adapter
+from sla2_core.mixing import Mixing
+from sla2_core.options import Options
+from sla2_core.order import Order
+from sla2_core.reference import full_attention
+from sla2_core.registry import AXES, COMPLEMENTS, FORMATS, MIXINGS, ORDERS, ROUTERS, of_heads
+from sla2_core.routing import Router
+from sla2_core.training.capture import capture
+from sla2_core.training.stage1 import Stage1Config, train_stage1
+from sla2_core.training.stage2 import Stage2Config, train_stage2
+from sla2_core.variants import build_config
+
+
+class Backwards(Order):
+    """The last token first."""
+
+    def permutation(self, grid):
+        return torch.arange(grid[0] * grid[1] * grid[2]).flip(0)
+
+
+class Scaling(Router):
+    """Channels of the pooled K weighed by a learned vector per head."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.make_parameters()
+
+    def start(self):
+        return {"gain": torch.ones(self.num_heads, 1, self.head_dim)}
+
+    def scores(self, pooled_q, pooled_k, heads=None):
+        return super().scores(pooled_q, pooled_k * of_heads(self.gain, heads))
+
+
+class Means(Complement):
+    """Softmax over the unselected blocks' means of K and V; joins the softmax of the others."""
+
+    stages = ("stage1", "stage2")
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.make_parameters()
+
+    def start(self):
+        return {"bias": torch.zeros(self.num_heads)}
+
+    def states(self, k, v, valid, options, heads=None):
+        count = -(-k.shape[2] // options.block_k)
+        tokens = valid.expand(k.shape[0], 1, 1, -1).transpose(-1, -2).to(k.dtype)
+
+        def sums(x):
+            lack = count * options.block_k - x.shape[2]
+            padded = torch.nn.functional.pad(x, (0, 0, 0, lack))
+            return padded.unflatten(2, (count, options.block_k)).sum(3)
+
+        number = sums(tokens)
+        means = (sums(x) / number.clamp_min(1) for x in (k, v))
+        return *means, number.squeeze(-1), of_heads(self.bias, heads)
+
+    def rows(self, q, states, weights, options):
+        means_k, means_v, number, bias = states
+        logits = q @ means_k.transpose(-1, -2) * q.shape[3] ** -0.5
+        logits = logits + number.log()[:, :, None] + bias[:, None, None]
+        shares = weights.log().repeat_interleave(options.block_q, 2)[:, :, : q.shape[2]]
+        return joined(logits + shares, means_v)
+
+    def dense(self, q, k, v, weights, options, heads=None):
+        valid = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool)
+        first = weights[:, :, :: options.block_q, :: options.block_k]
+        return self.rows(q, self.states(k, v, valid, options, heads), first, options)
+
+    @classmethod
+    def flops(cls, *, n_q, n_k, t_n, head_dim):
+        return 4.0 * n_q * t_n * head_dim
+
+
+def joined(logits, values):
+    lse = logits.logsumexp(-1)
+    empty = (lse == -torch.inf)[..., None]
+    share = torch.exp(logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
+    return Branch(share @ values, empty, lse)
+
+
+class Joint(Mixing):
+    """One softmax over both branches."""
+
+    per_block = False
+    joins = True
+
+    def combine(self, sparse, rest, alpha, block_q):
+        share = torch.sigmoid(sparse.lse - rest.lse)[..., None]
+        share = torch.where(rest.empty, 1.0, torch.where(sparse.empty, 0.0, share))
+        return share * sparse.out + (1 - share) * rest.out
+
+
+class Constant(Mixing):
+    """alpha is one learned number a head, which starts where an option says."""
+
+    options: ClassVar = {"first": 0.5}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.first = config.options["first"]
+        self.make_parameters()
+
+    def start(self):
+        return {"value": torch.full((self.num_heads,), self.first)}
+
+    def alpha(self, scores, mask, *, rows=None, num_rows=None, heads=None):
+        return of_heads(self.value, heads)[None, :, None]
+
+
+class Coarse(Scaled):
+    """INT4 for both products."""
+
+    qk, pv = "int4", "int8"
+
+
+TOYS = (
+    (ORDERS, "toy-order", Backwards),
+    (ROUTERS, "toy-router", Scaling),
+    (COMPLEMENTS, "toy-means", Means),
+    (MIXINGS, "toy-joint", Joint),
+    (MIXINGS, "toy-constant", Constant),
+    (FORMATS, "toy-int4", Coarse),
+)
+CHANGES = {
+    "order": {"token_order": "toy-order"},
+    "router": {"router": "toy-router"},
+    "complement": {"complement": "toy-means", "alpha": "toy-joint"},
+    "mixing": {"alpha": "toy-constant", "options": {"first": 0.25}},
+    "format": {"precision": "toy-int4"},
+    "all": {
+        "token_order": "toy-order",
+        "router": "toy-router",
+        "complement": "toy-means",
+        "alpha": "toy-joint",
+        "precision": "toy-int4",
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def toys():
+    """The toys are known during a test and forgotten after it."""
+    for axis, name, member in TOYS:
+        axis.register(name)(member)
+    yield
+    for axis, name, _ in TOYS:
+        del axis._members[name]
+
+
+def qkv(n=45, heads=2, dim=12, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(2)
+    shape = (2, heads, n, dim)
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("backend", ["auto", "blocked"])
+def test_a_toy_equals_its_dense_definition_with_every_gradient(changes, backend):
+    config = tiny_wan.config(**changes)
+    found = []
+    for name in (backend, "reference"):
+        torch.manual_seed(0)
+        attention = SLA2Attention(dataclasses.replace(config, backend=name)).double()
+        leaves = qkv()
+        out = attention(*leaves, grid=(3, 3, 5))
+        learned = [p for p in attention.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(out.sin().sum(), [*leaves, *learned], allow_unused=True)
+        found.append([out, *(g for g in grads if g is not None)])
+    for fast, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_a_toy_goes_through_adapter_stage_1_stage_2_and_torch_compile(changes, tmp_path):
+    torch._dynamo.reset()
+    config = tiny_wan.config(**changes)
+    transformer = tiny_wan.model()
+    handle = apply_sla2(transformer, config)
+    captures = capture(
+        handle, lambda i: transformer(**tiny_wan.inputs(seed=i)), tmp_path / "c", samples=3
+    )
+    before = {n: p.detach().clone() for n, p in handle.adapter_tensors().items()}
+    stage1 = Stage1Config(topk=(0.3,), steps=3, eval_every=3, rows=None)
+    train_stage1(handle, captures, stage1, tmp_path / "stage1")
+    trained = {id(p) for p in handle.trained_in("stage1")}
+    for name, parameter in handle.adapter_tensors().items():
+        assert torch.equal(parameter, before[name]) == (id(parameter) not in trained), name
+    stage2 = Stage2Config(steps=1, batch_size=2, learning_rate=1e-3, checkpoint_every=1)
+    report = train_stage2(handle, tiny_wan.pairs(), stage2, tmp_path / "stage2")
+    again = tiny_wan.model(seed=5)
+    loaded = apply_adapter(again, report.adapter)
+    assert loaded.config == handle.config
+    with torch.no_grad():
+        expected = transformer.eval()(**tiny_wan.inputs())[0]
+        assert torch.equal(again(**tiny_wan.inputs())[0], expected)
+        compiled = torch.compile(again, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(**tiny_wan.inputs())[0], expected)
+    plain = apply_sla2(tiny_wan.model(), tiny_wan.config())
+    if set(changes) <= {"precision"}:  # which may change at any time
+        plain.load(report.adapter)
+        return
+    with pytest.raises(ValueError, match=r"expected \w+='\w+' as applied, got 'toy-"):
+        plain.load(report.adapter)
+
+
+def test_the_toy_complement_is_full_attention_where_blocks_are_constant():
+    q, k, v = qkv(40)
+    k, v = (x[:, :, ::5].repeat_interleave(5, 2) for x in (k, v))
+    attention = SLA2Attention(tiny_wan.config(**CHANGES["complement"])).double()
+    torch.testing.assert_close(attention(q, k, v), full_attention(q, k, v))
+
+
+def test_a_soft_mask_of_0_and_1_is_the_hard_operator_for_a_joint_complement():
+    q, k, v = qkv(40)
+    config = tiny_wan.config(**CHANGES["complement"], smooth_k=False)
+    attention = SLA2Attention(config).double()
+    parts = Parts(attention.complement, attention.mixing)
+    mask = torch.rand(2, 2, 5, 8, generator=torch.Generator().manual_seed(1)) < 0.4
+    mask[0, 0, 0], mask[1, 1, 1] = True, False
+    options = Options.of(config)
+    soft, _ = soft_attend(q, k, v, mask.double(), None, parts, lengths=None, options=options)
+    block_map = BlockMap.from_mask(mask, block_q=8, block_k=5, n_q=40, n_k=40)
+    how = dict(lengths=None, options=options, backend=BACKENDS["blocked"])
+    torch.testing.assert_close(soft, attend(q, k, v, block_map, None, parts, **how))
+
+
+def test_tokens_of_an_order_come_back_in_their_places_and_text_stays():
+    q, k, v = qkv(52, dtype=torch.float32)
+    attention = SLA2Attention(tiny_wan.config(token_order="toy-order", topk=1.0))
+    out = attention(q, k, v, grid=(3, 3, 5), text_tokens=7)
+    torch.testing.assert_close(out, full_attention(q, k, v), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"grid: expected \(frames, height, width\) for token_"):
+        attention(q, k, v, text_tokens=7)
+    with pytest.raises(ValueError, match=r"grid: expected .* of 52 tokens, got"):
+        attention(q, k, v, grid=(3, 3, 5))
+
+
+def test_an_order_changes_the_map_of_a_model_and_nothing_else():
+    full = tiny_wan.model()(**tiny_wan.inputs())[0]
+    for changes, same in (({"topk": 1.0}, True), ({}, False)):
+        outputs = []
+        for order in ("raster", "toy-order"):
+            transformer = tiny_wan.model()
+            handle = apply_sla2(transformer, tiny_wan.config(token_order=order, **changes))
+            outputs.append(transformer(**tiny_wan.inputs())[0])
+            with handle.disabled():
+                assert torch.equal(transformer(**tiny_wan.inputs())[0], full)
+        close = (outputs[0] - outputs[1]).abs().max() < 1e-5
+        assert bool(close) == same
+
+
+def test_options_are_checked_and_travel_with_the_configuration():
+    config = tiny_wan.config(**CHANGES["mixing"])
+    assert SLA2Config.from_dict(config.to_dict()) == config
+    assert hash(config) == hash(dataclasses.replace(config))
+    assert config.geometry()["options.first"] == 0.25
+    with pytest.raises(ValueError, match=r"options: expected one of first, got 'frist'"):
+        tiny_wan.config(alpha="toy-constant", options={"frist": 1.0})
+    with pytest.raises(ValueError, match=r"options.first: expected a float, got 'x'"):
+        tiny_wan.config(alpha="toy-constant", options={"first": "x"})
+    with pytest.raises(ValueError, match=r"options: expected one of none"):
+        tiny_wan.config(options={"first": 1.0})
+    with pytest.raises(ValueError, match=r"options.first: expected an option that may change"):
+        config.changed(options={"first": 0.75})
+
+
+def test_costs_ask_the_complement():
+    sizes = dict(n_q=640, n_k=640, num_heads=2, head_dim=16, topk=0.1, block_q=64, block_k=32)
+    assert sla2_cost(**sizes, complement="toy-means").linear_flops == 2 * 4.0 * 640 * 20 * 16
+    assert sla2_cost(**sizes, complement="none").linear_flops == 0
+    assert sla2_cost(**sizes).linear_flops == 2.0 * 1280 * 16**2 * 2
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(ValueError, match="alpha: expected a new name, got 'mass' of Mass"):
+        MIXINGS.register("mass")(Constant)
+    assert MIXINGS.names()[:4] == ("mass", "one", "position", "sum")
+    assert {axis.field for axis in AXES} <= set(
+        SLA2Config(head_dim=8, num_heads=1, topk=1).to_dict()
+    )
+
+
+def test_variants_change_a_base_and_settings_override_them():
+    config = build_config(
+        {"variant": "sla", "topk": 0.1, "precision": "int8"}, head_dim=8, num_heads=2
+    )
+    assert (config.router, config.complement, config.alpha) == ("heuristic", "projected", "sum")
+    assert (config.smooth_k, config.precision) == (False, "int8")
+    given = {"variant": "sla", "topk": 0.1, "smooth_k": True}
+    assert build_config(given, head_dim=8, num_heads=2).smooth_k
+    with pytest.raises(ValueError, match="variant: expected one of sla2, sla, "):
+        build_config({"variant": "slaa", "topk": 0.1}, head_dim=8, num_heads=2)
+    with pytest.raises(ValueError, match="head_dim: expected 8 as in the model, got 16"):
+        build_config({"head_dim": 16, "topk": 0.1}, head_dim=8, num_heads=2)
+    with pytest.raises(ValueError, match="topk: expected a value, got none"):
+        build_config({"variant": "sla"}, head_dim=8, num_heads=2)
