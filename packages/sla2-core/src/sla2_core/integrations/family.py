@@ -14,15 +14,7 @@ from torch import Tensor, nn
 
 from sla2_core.order import Grid
 
-# Class of the transformer in diffusers -> the module of this package that defines its FAMILY.
-_MODULES = {
-    "WanTransformer3DModel": "wan",
-    "HunyuanVideoTransformer3DModel": "hunyuan_video",
-    "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
-    "CogVideoXTransformer3DModel": "cogvideox",
-    "FluxTransformer2DModel": "flux",
-    "LTX2VideoTransformer3DModel": "ltx2",
-}
+_FAMILIES: dict[str, Family] = {}  # by the class of the transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +52,28 @@ class Family:
     install_hooks: Callable[[nn.Module, Sequence[str]], list[Any]] | None = None
 
 
+def register_family(class_name: str, family: Family) -> None:
+    """Make a family known for the transformers of a class, of diffusers or of your own.
+
+    Raises ValueError for a class that has another one.
+    """
+    if _FAMILIES.setdefault(class_name, family) is not family:
+        raise ValueError(f"class_name: expected a class without a family, got {class_name!r}")
+
+
+def _families() -> dict[str, Family]:
+    importlib.import_module("sla2_core.integrations.families")  # whose files register themselves
+    return _FAMILIES
+
+
 def known_classes() -> tuple[str, ...]:
     """Names of the transformer classes with an integration."""
-    return tuple(_MODULES)
+    return tuple(_families())
 
 
 def family_of(transformer: nn.Module) -> Family:
-    """The family of a diffusers transformer. Raises ValueError for a class without an
-    integration.
-    """
-    return importlib.import_module(
-        f"sla2_core.integrations.families.{_MODULES[class_name(transformer)]}"
-    ).FAMILY
+    """The family of a transformer. Raises ValueError for a class without an integration."""
+    return _families()[class_name(transformer)]
 
 
 def class_name(transformer: nn.Module) -> str:
@@ -80,9 +82,9 @@ def class_name(transformer: nn.Module) -> str:
     """
     own = type(unwrapped(transformer))
     for cls in own.__mro__:
-        if cls.__name__ in _MODULES:
+        if cls.__name__ in _families():
             return cls.__name__
-    raise ValueError(f"transformer: expected one of {', '.join(_MODULES)}, got {own.__name__}")
+    raise ValueError(f"transformer: expected one of {', '.join(_families())}, got {own.__name__}")
 
 
 def unwrapped(transformer: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from sla2_core.integrations.families.joint import (
     refuse_mask,
     split_heads,
 )
-from sla2_core.integrations.family import Family
+from sla2_core.integrations.family import Family, register_family
 
 _TIMESTEPS = 1000
 
@@ -114,3 +114,4 @@ FAMILY = Family(
     latent_shape=(13, 60, 90),  # 49 frames of 480 x 720
     alphas_cumprod=_alphas_cumprod,
 )
+register_family("CogVideoXTransformer3DModel", FAMILY)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sla2_core.integrations.families.hunyuan_video import transformer_config
 from sla2_core.integrations.families.joint import block_attention, refuse_mask
-from sla2_core.integrations.family import Family
+from sla2_core.integrations.family import Family, register_family
 from sla2_core.integrations.processor import SLA2Processor
 
 
@@ -108,3 +108,4 @@ FAMILY = Family(
     latent_shape=(1, 128, 128),  # 1024 x 1024
     install_hooks=_install_hooks,
 )
+register_family("FluxTransformer2DModel", FAMILY)

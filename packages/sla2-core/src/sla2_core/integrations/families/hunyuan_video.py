@@ -17,7 +17,7 @@ from sla2_core.integrations.families.joint import (
     normed,
     split_heads,
 )
-from sla2_core.integrations.family import Family
+from sla2_core.integrations.family import Family, register_family
 
 
 def project(attn: nn.Module, video: Tensor, text: Tensor, rotary) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,3 +110,4 @@ FAMILY = Family(
     tokens=_tokens,
     latent_shape=(33, 90, 160),  # 129 frames of 720 x 1280
 )
+register_family("HunyuanVideoTransformer3DModel", FAMILY)

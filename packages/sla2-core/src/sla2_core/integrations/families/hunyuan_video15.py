@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sla2_core.integrations.families.hunyuan_video import finish, project
 from sla2_core.integrations.families.joint import JointSLA2Processor, block_attention, heads_of
-from sla2_core.integrations.family import Family
+from sla2_core.integrations.family import Family, register_family
 
 
 class HunyuanVideo15SLA2Processor(JointSLA2Processor):
@@ -70,3 +70,4 @@ FAMILY = Family(
     tokens=_tokens,
     latent_shape=(31, 30, 53),  # 121 frames of 480 x 848
 )
+register_family("HunyuanVideo15Transformer3DModel", FAMILY)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sla2_core.integrations.families.joint import block_attention, refuse_mask
-from sla2_core.integrations.family import Family
+from sla2_core.integrations.family import Family, register_family
 from sla2_core.integrations.processor import SLA2Processor
 
 
@@ -128,3 +128,4 @@ FAMILY = Family(
     tokens=_tokens,
     latent_shape=(16, 16, 24),  # 121 frames of 512 x 768
 )
+register_family("LTX2VideoTransformer3DModel", FAMILY)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from sla2_core.integrations.family import Family
+from sla2_core.integrations.family import Family, register_family
 from sla2_core.integrations.processor import SLA2Processor
 
 
@@ -126,3 +126,4 @@ FAMILY = Family(
     grid=_grid,
     latent_shape=(21, 60, 104),  # 81 frames of 480 x 832
 )
+register_family("WanTransformer3DModel", FAMILY)
