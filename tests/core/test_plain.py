@@ -1,9 +1,6 @@
-"""The drop-in for scaled_dot_product_attention, and the guide: its code runs as printed."""
+"""The drop-in for scaled_dot_product_attention."""
 
 from __future__ import annotations
-
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,15 +9,6 @@ from sla2_core import SLA2Config
 from sla2_core.sdpa import ScaledDotProductSLA2
 
 CONFIG = SLA2Config(head_dim=12, num_heads=4, topk=1.0, alpha="one", block_q=8, block_k=5)
-
-
-def test_the_guide_runs():
-    guide = (Path(__file__).parents[2] / "docs" / "integrating.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
-    assert len(blocks) == 5
-    names: dict = {}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"docs/integrating.md, block {number + 1}", "exec"), names)
 
 
 @pytest.mark.parametrize("text_tokens", [0, 9])
