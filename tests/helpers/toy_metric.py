@@ -1,4 +1,4 @@
-"""A metric of the tests' own, called "toy": a file, and its name in the list, as for any other."""
+"""A metric of the tests' own, "toy", in a module outside the package: `toy_metrics:toy`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from sla2_eval.scoring import metrics
 
+NAME = "toy_metrics:toy"
 SPECS = """
 from sla2_eval.scoring.metrics.base import MetricSpec, MetricUnavailable
 
@@ -25,28 +26,20 @@ SPECS = (
     ),
 )
 """
-# Python imports sitecustomize as it starts, in the workers too.
-REGISTER = """
-from sla2_eval.scoring import metrics
-
-metrics.__path__.append({folder!r})
-metrics._MODULES += ("toy",)
-"""
 
 
 def write(folder: Path, load: str) -> str:
-    """Write the metric, with the source of its `load(name, settings, device)`, to a new `folder`;
-    returns the PYTHONPATH with which a new Python has it.
+    """Write the module, with the source of its `load(name, settings, device)`, to a new `folder`;
+    returns the PYTHONPATH with which a new Python finds it.
     """
     folder.mkdir()
-    (folder / "toy.py").write_text(SPECS + load)
-    (folder / "sitecustomize.py").write_text(REGISTER.format(folder=str(folder)))
+    (folder / "toy_metrics.py").write_text(SPECS + load)
     return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def register(folder: Path, load: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`write` it, and have it in this process, and in those that it starts, until the test ends."""
+    """`write` it, and have it found here, and by processes that start here, until the test ends."""
     monkeypatch.setenv("PYTHONPATH", write(folder, load))
-    monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(folder)])
-    monkeypatch.setattr(metrics, "_MODULES", (*metrics._MODULES, "toy"))
-    monkeypatch.delitem(sys.modules, "sla2_eval.scoring.metrics.toy", raising=False)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(metrics, "_MODULES", list(metrics._MODULES))
+    monkeypatch.delitem(sys.modules, "toy_metrics", raising=False)

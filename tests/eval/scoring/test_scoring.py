@@ -103,9 +103,11 @@ def test_a_reference_is_scored_and_kept_with_the_prompt_of_its_video(
         '{"file_name": "pattern 000-0.mp4", "prompt": "long, long prompt"}\n'
     )
     store = tmp_path / "store"
-    both = score(videos, reference, ["toy"], tmp_path / "out", store=store)["metrics"]["toy"]
+    both = score(videos, reference, [toy_metric.NAME], tmp_path / "out", store=store)["metrics"][
+        "toy"
+    ]
     assert both["mean"] == both["reference_mean"] == len("long, long prompt")
-    alone = score(reference, None, ["toy"], tmp_path / "alone", store=store)
+    alone = score(reference, None, [toy_metric.NAME], tmp_path / "alone", store=store)
     assert alone["metrics"]["toy"]["mean"] == len("pattern 000")
 
 
@@ -149,10 +151,10 @@ def test_a_metric_that_cannot_be_loaded_is_tried_once(make_folder, tmp_path, mon
     toy_metric.register(hook, load, monkeypatch)
     videos, calls = make_folder("a", 4), []
     results = score(
-        videos, None, ["toy"], tmp_path / "out", progress=lambda *call: calls.append(call)
+        videos, None, [toy_metric.NAME], tmp_path / "out", progress=lambda *call: calls.append(call)
     )
     assert results["unavailable"] == {"toy": "unavailable: its weights are of another model"}
-    assert (hook / "toy.py.log").read_text() == "x"
+    assert (hook / "toy_metrics.py.log").read_text() == "x"
     assert calls[-1] == ("toy", 4, 4)
 
 
@@ -342,3 +344,19 @@ def test_bad_arguments_are_named_and_leave_nothing(make_folder, tmp_path, argume
             | arguments
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_modules_of_metrics_are_registered_once_and_bad_ones_are_named(tmp_path, monkeypatch):
+    load = "def load(name, settings, device):\n    return lambda sample: 1.0\n"
+    toy_metric.register(tmp_path / "hook", load, monkeypatch)
+    assert list(metrics.select(["psnr", toy_metric.NAME])) == ["psnr", "toy"]
+    assert list(metrics.select(["toy"])) == ["toy"]  # known from now on
+    metrics.register("toy_metrics")
+    assert metrics.registered() == ("toy_metrics",)
+    with pytest.raises(ValueError, match="metrics: expected a module with SPECS, got 'nowhere'"):
+        metrics.register("nowhere")
+    with pytest.raises(ValueError, match="metrics: expected a module with SPECS, got 'json'"):
+        metrics.select(["json:psnr"])
+    (tmp_path / "hook" / "again.py").write_text(toy_metric.SPECS)
+    with pytest.raises(ValueError, match="metrics: expected new names in again, got 'toy'"):
+        metrics.register("again")

@@ -48,7 +48,7 @@ import sys
 from sla2_eval.scoring.score import ScoringError, score
 videos, out, workers = sys.argv[1:4]
 try:
-    score(videos, None, ["toy", "temporal_flickering"], out, num_workers=int(workers))
+    score(videos, None, ["toy_metrics:toy", "temporal_flickering"], out, num_workers=int(workers))
 except ScoringError as error:
     print(error)
     sys.exit(1)

@@ -310,6 +310,7 @@ def _execute(
     waiting = deque(tasks)
     started: dict[str, _Task] = {}
     held = {"settings": run.settings, "device": device, "decoder": run.decoder}
+    held["modules"] = metrics.registered()
     with _open_pool(device, num_workers, address) as pool:
         if device == "cuda" and not pool.gpus:
             raise ValueError("device: expected a GPU that torch can use for 'cuda', got none")

@@ -72,7 +72,15 @@ def _check_pair(path: str, video: Video, reference: Video) -> None:
 class Worker:
     """Holds the loaded metrics of one process."""
 
-    def __init__(self, settings: dict[str, dict], device: str, decoder: str):
+    def __init__(
+        self,
+        settings: dict[str, dict],
+        device: str,
+        decoder: str,
+        modules: tuple[str, ...] = (),
+    ):
+        for module in modules:  # of metrics that are registered in the driver
+            metrics.register(module)
         self.settings, self.device, self.decoder = settings, device, decoder
         self.specs = metrics.specs()
         self.scorers: dict = {}

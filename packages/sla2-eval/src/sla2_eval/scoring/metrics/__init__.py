@@ -7,41 +7,72 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable
+from types import ModuleType
 
 from sla2_eval.runs.extras import how_to_get
 from sla2_eval.scoring.metrics.base import MetricSpec, MetricUnavailable
 
-_MODULES = (
-    "psnr",
-    "ssim",
-    "lpips",
-    "clip",
-    "fvd",
-    "consistency",
-    "temporal_flickering",
-    "motion_smoothness",
-    "dynamic_degree",
-    "aesthetic_quality",
-    "imaging_quality",
-    "overall_consistency",
-    "caption_accuracy",
-)
+_HERE = "sla2_eval.scoring.metrics"
+_MODULES = [
+    f"{_HERE}.{name}"
+    for name in (
+        "psnr",
+        "ssim",
+        "lpips",
+        "clip",
+        "fvd",
+        "consistency",
+        "temporal_flickering",
+        "motion_smoothness",
+        "dynamic_degree",
+        "aesthetic_quality",
+        "imaging_quality",
+        "overall_consistency",
+        "caption_accuracy",
+    )
+]
 
 
-def _module(name: str):
-    return importlib.import_module(f"sla2_eval.scoring.metrics.{name}")
+def register(module: str) -> None:
+    """Make the metrics of a module known in this process: one that has SPECS and load, as those of
+    this folder. Workers of scoring register what their driver has registered.
+
+    Raises ValueError for a module that cannot be imported or has no SPECS, and for a name that is
+    taken.
+    """
+    if module in _MODULES:
+        return
+    try:
+        found = importlib.import_module(module).SPECS
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"metrics: expected a module with SPECS, got {module!r}: {error}"
+        ) from None
+    known = specs()
+    if taken := next((spec.name for spec in found if spec.name in known), None):
+        raise ValueError(f"metrics: expected new names in {module}, got {taken!r}, which is known")
+    _MODULES.append(module)
+
+
+def registered() -> tuple[str, ...]:
+    """The modules outside this folder that are registered."""
+    return tuple(module for module in _MODULES if not module.startswith(f"{_HERE}."))
 
 
 def specs() -> dict[str, MetricSpec]:
     """Every metric by name, in the order of the tables."""
-    return {spec.name: spec for name in _MODULES for spec in _module(name).SPECS}
+    return {spec.name: spec for m in _MODULES for spec in importlib.import_module(m).SPECS}
 
 
 def select(names: Iterable[str]) -> dict[str, MetricSpec]:
-    """The metrics called `names`, in the registry's order. Raises ValueError for an unknown or
-    repeated one.
+    """The metrics called `names`, in the registry's order; `module:name` registers the module
+    first. Raises ValueError for an unknown or repeated one.
     """
-    known, names = specs(), list(names)
+    parts = [name.rpartition(":") for name in names]
+    for module, _, _ in parts:
+        if module:
+            register(module)
+    known, names = specs(), [name for _, _, name in parts]
     if not names:
         raise ValueError("metrics: expected at least one name, got none")
     for name in names:
@@ -73,11 +104,12 @@ def why_unavailable(spec: MetricSpec, settings: dict | None = None) -> str | Non
     return None
 
 
-def module_of(name: str):
+def module_of(name: str) -> ModuleType:
     """The module that implements the metric `name`."""
     for module in _MODULES:
-        if any(spec.name == name for spec in _module(module).SPECS):
-            return _module(module)
+        found = importlib.import_module(module)
+        if any(spec.name == name for spec in found.SPECS):
+            return found
     raise ValueError(f"metrics: expected names among {', '.join(specs())}, got {name!r}")
 
 
@@ -97,6 +129,8 @@ __all__ = [
     "MetricUnavailable",
     "load",
     "module_of",
+    "register",
+    "registered",
     "select",
     "specs",
     "why_unavailable",
