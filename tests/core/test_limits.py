@@ -1,6 +1,5 @@
 """What a forward and backward may not do: hold an N x N matrix, or read a device's values."""
 
-import contextlib
 import dataclasses
 
 import pytest
@@ -121,8 +120,5 @@ def test_a_forward_and_backward_read_nothing_back(name, backend, text, monkeypat
 
 
 def test_the_watch_sees_a_host_read():
-    with NoHostReads(), pytest.raises(AssertionError, match="_local_scalar_dense.* reads a value"):
+    with NoHostReads(), pytest.raises(AssertionError, match=r"_local_scalar_dense.* reads a value"):
         int(torch.tensor(3))
-    with contextlib.suppress(ValueError), NoHostReads():  # lengths on the host are checked
-        with pytest.raises(AssertionError, match="reads a value"):
-            SLA2Attention(BASE)(*torch.randn(3, 1, 1, 99, 16), kv_lengths=torch.tensor([3]))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from sla2_core import SLA2Attention, SLA2Config
+from sla2_core.training.sharding import shard_attention
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -52,16 +53,26 @@ def main() -> None:
         torch.manual_seed(0)
         config = SLA2Config(**{**CONFIG.to_dict(), "alpha": alpha})
         found[f"ddp {alpha}"] = steps(DistributedDataParallel(Model(config)), 3)
-    torch.manual_seed(0)
-    model = Model(CONFIG)
+    mesh = dist.init_device_mesh("cpu", (2,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)), mp_policy=policy)
-    seen: list[str] = []
-    model.attention.register_forward_pre_hook(
-        lambda m, _: seen.extend(str(p.dtype) for p in m.parameters())
-    )
-    found["fsdp2"] = steps(model, 3)
-    found["fsdp2 dtypes"] = sorted(set(seen))
+    for name, apart in (("fsdp2", False), ("fsdp2 apart", True)):
+        torch.manual_seed(0)
+        model = Model(CONFIG)
+        if apart:
+            assert shard_attention(model, mesh=mesh) == 1
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        seen: set[str] = set()
+        scores = model.attention.router.scores
+
+        def spy(*args, scores=scores, seen=seen, attention=model.attention, **kwargs):
+            seen.update(str(p.dtype) for p in attention.parameters())
+            out = scores(*args, **kwargs)
+            seen.add(f"scores {out.dtype}")
+            return out
+
+        model.attention.router.scores = spy
+        found[name] = steps(model, 3)
+        found[f"{name} dtypes"] = sorted(seen)
     Path(sys.argv[1], f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

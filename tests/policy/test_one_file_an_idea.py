@@ -1,148 +1,27 @@
-"""The five axes: a toy member of each from outside the package works everywhere, with one line of
-registration; members of the package keep their names.
+"""An idea is one file and one line of registration: the toys of tests/helpers/toys.py, defined
+outside the packages, work everywhere.
 """
 
 import dataclasses
-from typing import ClassVar
 
 import pytest
 import torch
-from helpers import tiny_wan
+from helpers import tiny_wan, toys
 from sla2_core import SLA2Attention, SLA2Config
 from sla2_core.attend import Parts, attend, soft_attend
 from sla2_core.backends import BACKENDS
 from sla2_core.block_map import BlockMap
-from sla2_core.complement import Branch, Complement
 from sla2_core.cost import sla2_cost
-from sla2_core.formats import Scaled
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.loading import apply_adapter
-from sla2_core.mixing import Mixing
 from sla2_core.options import Options
-from sla2_core.order import Order
 from sla2_core.reference import full_attention
-from sla2_core.registry import AXES, COMPLEMENTS, FORMATS, MIXINGS, ORDERS, ROUTERS, of_heads
-from sla2_core.routing import Router
+from sla2_core.registry import AXES, MIXINGS
 from sla2_core.training.capture import capture
 from sla2_core.training.stage1 import Stage1Config, train_stage1
 from sla2_core.training.stage2 import Stage2Config, train_stage2
 from sla2_core.variants import build_config
 
-
-class Backwards(Order):
-    """The last token first."""
-
-    def permutation(self, grid):
-        return torch.arange(grid[0] * grid[1] * grid[2]).flip(0)
-
-
-class Scaling(Router):
-    """Channels of the pooled K weighed by a learned vector per head."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.make_parameters()
-
-    def start(self):
-        return {"gain": torch.ones(self.num_heads, 1, self.head_dim)}
-
-    def scores(self, pooled_q, pooled_k, heads=None):
-        return super().scores(pooled_q, pooled_k * of_heads(self.gain, heads))
-
-
-class Means(Complement):
-    """Softmax over the unselected blocks' means of K and V; joins the softmax of the others."""
-
-    stages = ("stage1", "stage2")
-
-    def __init__(self, config):
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.make_parameters()
-
-    def start(self):
-        return {"bias": torch.zeros(self.num_heads)}
-
-    def states(self, k, v, valid, options, heads=None):
-        count = -(-k.shape[2] // options.block_k)
-        tokens = valid.expand(k.shape[0], 1, 1, -1).transpose(-1, -2).to(k.dtype)
-
-        def sums(x):
-            lack = count * options.block_k - x.shape[2]
-            padded = torch.nn.functional.pad(x, (0, 0, 0, lack))
-            return padded.unflatten(2, (count, options.block_k)).sum(3)
-
-        number = sums(tokens)
-        means = (sums(x) / number.clamp_min(1) for x in (k, v))
-        return *means, number.squeeze(-1), of_heads(self.bias, heads)
-
-    def rows(self, q, states, weights, options):
-        means_k, means_v, number, bias = states
-        logits = q @ means_k.transpose(-1, -2) * q.shape[3] ** -0.5
-        logits = logits + number.log()[:, :, None] + bias[:, None, None]
-        shares = weights.log().repeat_interleave(options.block_q, 2)[:, :, : q.shape[2]]
-        return joined(logits + shares, means_v)
-
-    def dense(self, q, k, v, weights, options, heads=None):
-        valid = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool)
-        first = weights[:, :, :: options.block_q, :: options.block_k]
-        return self.rows(q, self.states(k, v, valid, options, heads), first, options)
-
-    @classmethod
-    def flops(cls, *, n_q, n_k, t_n, head_dim):
-        return 4.0 * n_q * t_n * head_dim
-
-
-def joined(logits, values):
-    lse = logits.logsumexp(-1)
-    empty = (lse == -torch.inf)[..., None]
-    share = torch.exp(logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
-    return Branch(share @ values, empty, lse)
-
-
-class Joint(Mixing):
-    """One softmax over both branches."""
-
-    per_block = False
-    joins = True
-
-    def combine(self, sparse, rest, alpha, block_q):
-        share = torch.sigmoid(sparse.lse - rest.lse)[..., None]
-        share = torch.where(rest.empty, 1.0, torch.where(sparse.empty, 0.0, share))
-        return share * sparse.out + (1 - share) * rest.out
-
-
-class Constant(Mixing):
-    """alpha is one learned number a head, which starts where an option says."""
-
-    options: ClassVar = {"first": 0.5}
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.first = config.options["first"]
-        self.make_parameters()
-
-    def start(self):
-        return {"value": torch.full((self.num_heads,), self.first)}
-
-    def alpha(self, scores, mask, *, rows=None, num_rows=None, heads=None):
-        return of_heads(self.value, heads)[None, :, None]
-
-
-class Coarse(Scaled):
-    """INT4 for both products."""
-
-    qk, pv = "int4", "int8"
-
-
-TOYS = (
-    (ORDERS, "toy-order", Backwards),
-    (ROUTERS, "toy-router", Scaling),
-    (COMPLEMENTS, "toy-means", Means),
-    (MIXINGS, "toy-joint", Joint),
-    (MIXINGS, "toy-constant", Constant),
-    (FORMATS, "toy-int4", Coarse),
-)
 CHANGES = {
     "order": {"token_order": "toy-order"},
     "router": {"router": "toy-router"},
@@ -157,16 +36,6 @@ CHANGES = {
         "precision": "toy-int4",
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def toys():
-    """The toys are known during a test and forgotten after it."""
-    for axis, name, member in TOYS:
-        axis.register(name)(member)
-    yield
-    for axis, name, _ in TOYS:
-        del axis._members[name]
 
 
 def qkv(n=45, heads=2, dim=12, dtype=torch.float64):
@@ -295,7 +164,7 @@ def test_costs_ask_the_complement():
 
 def test_a_name_is_taken_once():
     with pytest.raises(ValueError, match="alpha: expected a new name, got 'mass' of Mass"):
-        MIXINGS.register("mass")(Constant)
+        MIXINGS.register("mass")(toys.Constant)
     assert MIXINGS.names()[:4] == ("mass", "one", "position", "sum")
     assert {axis.field for axis in AXES} <= set(
         SLA2Config(head_dim=8, num_heads=1, topk=1).to_dict()
