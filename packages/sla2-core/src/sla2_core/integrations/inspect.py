@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sla2_core.attention import build_attention
 from sla2_core.block_map import num_blocks
 from sla2_core.config import SLA2Config
 from sla2_core.cost import sla2_cost
@@ -83,9 +84,9 @@ def inspect_model(
             block_q=block_q,
             block_k=block_k,
         )
-        sla2 = SLA2Config(
-            head_dim=dim, num_heads=heads, topk=topk, block_q=block_q, block_k=block_k
-        )
+        sizes = dict(topk=topk, block_q=block_q, block_k=block_k)
+        with torch.device("meta"):
+            attention = build_attention(SLA2Config(head_dim=dim, num_heads=heads, **sizes))
         chosen = max(1, round(topk * t_n))
         layers.append(
             {
@@ -101,7 +102,7 @@ def inspect_model(
                     heads
                     * (4 * t_m * (chosen + 1) + 4 * (t_m + t_n) * dim * (dim + 1) + 4 * tokens)
                 ),
-                "parameters": 2 * dim * dim + heads * sla2.alpha_knots,
+                "parameters": sum(p.numel() for p in attention.parameters()),
             }
         )
     totals = {
