@@ -197,6 +197,14 @@ def test_heuristic_router_trains_alpha_alone_and_sla_nothing(prepared, tmp_path)
     )
 
 
+def test_a_run_with_nothing_to_learn_goes_on_after_a_kill(prepared, tmp_path):
+    make, captures = prepared
+    run = tmp_path / "run"
+    first = train_stage1(make(**tiny_wan.SLA), captures, CONFIG, run)
+    (run / "report.json").unlink()  # killed between the checkpoint and the report
+    assert train_stage1(make(**tiny_wan.SLA), captures, CONFIG, run) == first
+
+
 def test_refusals(prepared, wan, sla2_config, tmp_path):
     make, captures = prepared
     train_stage1(make(), captures, dataclasses.replace(CONFIG, steps=1), tmp_path / "run")

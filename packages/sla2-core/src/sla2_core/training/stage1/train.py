@@ -447,6 +447,8 @@ class _Run:
         self.held_out = [(int(step), error) for step, error in found.pop("held_out").tolist()]
         copy_tensors(found, self.tensors)
         self.best = {name: found[f"best.{name}"].to(p.device) for name, p in self.tensors.items()}
+        if self.optimizer is None:
+            return
         state = self.optimizer.state_dict()
         for name, value in found.items():
             if name.startswith("optimizer."):
