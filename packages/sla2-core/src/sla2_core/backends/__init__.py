@@ -35,7 +35,7 @@ _KERNELS = {"cpu": CPU, "meta": CPU, "cuda": CUDA}  # what "auto" takes by devic
 
 
 def resolve(name: str, problem: Problem) -> Backend:
-    """The backend of a call.
+    """The backend of a call. `name` is "auto" or a name in BACKENDS.
 
     "auto" takes the CPU kernels for CPU tensors and the CUDA kernels for CUDA tensors. Where those
     are missing, or cannot take the call, it falls back to `blocked`, plain torch without N x N

@@ -35,9 +35,13 @@ class Problem:
 
 
 class Inputs(NamedTuple):
-    """A call of the operator: q (B, H, N_q, d), k and v (B, H, N_k, d); indices int32
-    (B, H, T_m, K) and counts int32 (B, H, T_m) as of BlockMap; alpha (B, H, T_m), or None for the
-    sparse branch alone; lengths int64 (B,), valid keys, or None.
+    """The tensors of a call of the operator.
+
+    Attributes:
+        q: (B, H, N_q, d). k, v: (B, H, N_k, d), of q's dtype.
+        indices: int32 (B, H, T_m, K) and counts: int32 (B, H, T_m), the rows of a BlockMap.
+        alpha: (B, H, T_m), fp32 or fp64; None for the sparse branch alone.
+        lengths: int64 (B,), valid keys of each item, or None.
     """
 
     q: Tensor
@@ -50,7 +54,12 @@ class Inputs(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """dQ, dK, dV in the inputs' dtypes; d alpha (B, H, T_m), None where there is no alpha."""
+    """Gradients of a call.
+
+    Attributes:
+        q, k, v: in the shapes and dtypes of the inputs.
+        alpha: (B, H, T_m) in alpha's dtype, None where there is no alpha.
+    """
 
     q: Tensor
     k: Tensor
@@ -114,7 +123,10 @@ class Backend(ABC):
         """Scores and top-k of a router that projects, in one go; None where it has no kernel.
 
         Args:
-            weights: W_q and W_k, fp32 (1|H, d, d), None for the identity.
+            pooled_q, pooled_k: block means (B, H, T_m, d) and (B, H, T_n, d), fp32 (fp64 stays).
+            weights: W_q and W_k, each fp32 (1|H, d, d), None for the identity.
+            lengths: int64 (B,), valid keys, or None.
+            geometry: sizes of the map. topk: k% in (0, 1].
             routable: the first so many key blocks are chosen from; the others are always selected
                 where they hold a valid token.
 
@@ -147,7 +159,12 @@ class Backend(ABC):
         results: list[Tensor],
         options: Options,
     ) -> Grads:
-        """Gradients of a call from what forward() returned with `save`."""
+        """Gradients of a call.
+
+        Args:
+            grad_out: dO (B, H, N_q, d). grad_lse: dL (B, H, N_q), or None.
+            call: the forward's. results: what forward() returned with `save`.
+        """
 
 
 def work_dtype(x: Tensor) -> torch.dtype:

@@ -103,15 +103,17 @@ class BlockedBackend(Backend):
     log_sum_exp_gradient = True
 
     def unfit(self, problem: Problem) -> str | None:
+        """None: it takes every call."""
         return None
 
     def pool(
         self, q: Tensor, k: Tensor, lengths: Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor]:
+        """By pooling.pool: the CPU kernel for CPU tensors, plain torch for the others."""
         return pool(q, options.block_q), pool(k, options.block_k, lengths)
 
     def forward(self, call: Inputs, options: Options, save: bool) -> list[Tensor]:
-        """Saved: O in fp32, where the inputs have 16 bits."""
+        """As Backend.forward. Saved: O (B, H, N_q, d) in fp32, where the inputs have 16 bits."""
         gather, form = _Gather(call, options), options.format
         q, k, v = _rounded(_inputs(call), form, options)
         qs, ks = _blocks(q, gather.block_q), _blocks(k, gather.block_k)
@@ -138,6 +140,7 @@ class BlockedBackend(Backend):
         return [*found, whole.contiguous()] if save else found
 
     def saved(self, call: Inputs, options: Options) -> list[Tensor]:
+        """An empty O in fp32 for inputs of 16 bits, nothing for the others."""
         q, work = call.q, work_dtype(call.q)
         return [] if q.dtype == work else [q.new_empty(q.shape, dtype=work)]
 
@@ -191,5 +194,5 @@ class BlockedBackend(Backend):
             part = torch.bmm(used.transpose(1, 2), grads).reshape(shape)
             dv.index_add_(0, index, part)
         found = ((dq, call.q), (dk, call.k), (dv, call.v))
-        grads = [_unblocks(d, x.shape).to(x.dtype).contiguous() for d, x in found]
-        return Grads(*grads, None)
+        d_q, d_k, d_v = (_unblocks(d, x.shape).to(x.dtype).contiguous() for d, x in found)
+        return Grads(d_q, d_k, d_v, None)

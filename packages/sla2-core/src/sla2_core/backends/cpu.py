@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,26 +12,30 @@ from sla2_core.backends.base import Grads, Inputs, to_work, work_dtype
 from sla2_core.backends.blocked import BlockedBackend
 from sla2_core.options import Options, constant
 
+if TYPE_CHECKING:
+    from sla2_kernels.cpu.build import Array
+    from sla2_kernels.cpu.operator import Map
+
 # Multiply-adds of a product over all selected pairs below which one thread does it.
 _ALONE = 1 << 22
 # What the kernels' rounding of P~ is called there, by the format's element of P V.
 _ROUNDING = {"none": "none", "fp8": "fp8", "int8": "int8"}
 
 
-def heads_of(x: Tensor) -> Any:
+def heads_of(x: Tensor) -> Array:
     """A contiguous numpy array (B * H, ...) of x (B, H, ...)."""
     return x.detach().flatten(0, 1).contiguous().numpy()
 
 
-def _map(call: Inputs, options: Options) -> Any:
+def _map(call: Inputs, options: Options) -> Map:
     from sla2_kernels.cpu.operator import Map
 
     b, h = call.counts.shape[:2]
     n_k = call.k.shape[2]
     lengths = torch.full((b,), n_k) if call.lengths is None else call.lengths
-    lengths = lengths.repeat_interleave(h).to(torch.int64).numpy()
+    valid = lengths.repeat_interleave(h).to(torch.int64).numpy()
     indices, counts = heads_of(call.indices), heads_of(call.counts)
-    return Map(indices, counts, lengths, options.block_q, options.block_k, n_k)
+    return Map(indices, counts, valid, options.block_q, options.block_k, n_k)
 
 
 def _threads(call: Inputs, options: Options) -> int:
@@ -40,7 +44,9 @@ def _threads(call: Inputs, options: Options) -> int:
     return 1 if pairs * d < _ALONE else torch.get_num_threads()
 
 
-def _low(arrays: tuple[Any, Any, Any], blocks: Any, qk: str, pv: str, threads: int) -> tuple:
+def _low(
+    arrays: tuple[Array, Array, Array], blocks: Map, qk: str, pv: str, threads: int
+) -> tuple[Array, Array, Array]:
     """Q, K and V (numpy arrays of heads) as the sparse branch of a low-bit forward sees them;
     padding counts in no scale.
     """
@@ -57,8 +63,8 @@ def _low(arrays: tuple[Any, Any, Any], blocks: Any, qk: str, pv: str, threads: i
 
 
 def stages() -> AbstractContextManager[dict[str, float]]:
-    """A context manager: a dict that receives the seconds of each CPU kernel that runs inside, by
-    name.
+    """A context manager that gives a dict. The dict receives the seconds of each CPU kernel that
+    runs inside, by the kernel's name.
     """
     from sla2_kernels.cpu.build import stages as seconds
 
@@ -66,8 +72,8 @@ def stages() -> AbstractContextManager[dict[str, float]]:
 
 
 def compile_seconds() -> dict[str, float]:
-    """Seconds that this process spent compiling the CPU kernels it used, or loading them from the
-    cache, by name.
+    """By the kernel's name: the seconds that this process spent on compiling it, or on loading it
+    from the cache.
     """
     from sla2_kernels.cpu.build import compile_seconds as seconds
 
@@ -94,18 +100,22 @@ class CpuBackend(BlockedBackend):
     log_sum_exp_gradient = False
 
     def fuses(self, options: Options) -> bool:
+        """Whether numba kernels have this format and its backward."""
         return _has_kernel(options.text)
 
     def pool(
         self, q: Tensor, k: Tensor, lengths: Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor]:
+        """By the CPU kernel, in fp32 (fp64 stays)."""
         from sla2_core.backends import ops
 
         means_q = ops.block_means(q, None, options.block_q)
         return means_q, ops.block_means(k, lengths, options.block_k)
 
     def forward(self, call: Inputs, options: Options, save: bool) -> list[Tensor]:
-        """Saved: O_s (B, H, N_q, d) in fp32 (fp64), where there is an alpha; else O is O_s."""
+        """As Backend.forward. Saved: O_s (B, H, N_q, d) in fp32 (fp64 for fp64 inputs) where there
+        is an alpha; without one O is O_s.
+        """
         from sla2_kernels.cpu.operator import forward
 
         if not self.fuses(options):
@@ -124,6 +134,7 @@ class CpuBackend(BlockedBackend):
         return found
 
     def saved(self, call: Inputs, options: Options) -> list[Tensor]:
+        """An empty O_s, where there is an alpha."""
         if not self.fuses(options):
             return super().saved(call, options)
         q = call.q
@@ -137,6 +148,7 @@ class CpuBackend(BlockedBackend):
         results: list[Tensor],
         options: Options,
     ) -> Grads:
+        """Alg. 3 from the saved O_s and L; see sla2_kernels.cpu.operator.backward."""
         from sla2_kernels.cpu.operator import backward
 
         if not self.fuses(options):
@@ -144,18 +156,22 @@ class CpuBackend(BlockedBackend):
         work = work_dtype(call.q)
         alpha = None if call.alpha is None else heads_of(call.alpha.to(work))
         o_s = results[0] if alpha is None else results[2]
-        d_q, d_k, d_v, d_alpha = backward(
+        *found, found_alpha = backward(
             heads_of(grad_out.to(work)),
-            *(heads_of(x.to(work)) for x in (call.q, call.k, call.v)),
+            heads_of(call.q.to(work)),
+            heads_of(call.k.to(work)),
+            heads_of(call.v.to(work)),
             _map(call, options),
             alpha,
             heads_of(o_s.to(work)),
             heads_of(results[1]),
             _threads(call, options),
         )
-        pairs = ((d_q, call.q), (d_k, call.k), (d_v, call.v))
-        grads = [torch.from_numpy(d).view(x.shape).to(x.dtype) for d, x in pairs]
+        d_q, d_k, d_v = (
+            torch.from_numpy(d).view(x.shape).to(x.dtype)
+            for d, x in zip(found, (call.q, call.k, call.v))
+        )
         if call.alpha is None:
-            return Grads(*grads, None)
-        d_alpha = torch.from_numpy(d_alpha).view(call.counts.shape)
-        return Grads(*grads, d_alpha.to(call.alpha.dtype))
+            return Grads(d_q, d_k, d_v, None)
+        d_alpha = torch.from_numpy(found_alpha).view(call.counts.shape)
+        return Grads(d_q, d_k, d_v, d_alpha.to(call.alpha.dtype))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,11 @@ from sla2_core.backends.base import Backend, Grads, Inputs, Problem
 from sla2_core.backends.pooling import spread_means
 from sla2_core.block_map import Geometry, num_blocks
 from sla2_core.options import Options, constant
+
+if TYPE_CHECKING:
+    from sla2_kernels.launch import Pointer
+    from sla2_kernels.problem import Alpha, Device, Map, Strided
+    from sla2_kernels.problem import Problem as KernelProblem
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _EMULATED = "sm_90a"
@@ -75,17 +80,19 @@ def _unfit(
     return None
 
 
-def _pointer(x: Tensor | None) -> Any:
+def _pointer(x: Tensor | None) -> Pointer:
+    """The address of a tensor's first element, which keeps the tensor alive; NULL for None."""
     from sla2_kernels.launch import Pointer
 
     return Pointer(0) if x is None else Pointer(x.data_ptr(), x)
 
 
-def _device(x: Tensor, target: str) -> Any:
+def _device(x: Tensor, target: str) -> Device:
+    """Where kernels on x run: its GPU and torch's current stream there, or the emulator."""
     from sla2_kernels.launch import device_architecture
     from sla2_kernels.problem import Device
 
-    def allocate(shape: tuple[int, ...], dtype: str) -> Any:
+    def allocate(shape: tuple[int, ...], dtype: str) -> Pointer:
         made = _MADE.get(dtype) or getattr(torch, dtype)
         return _pointer(torch.empty(shape, dtype=made, device=x.device))
 
@@ -96,11 +103,11 @@ def _device(x: Tensor, target: str) -> Any:
     return Device(allocate=allocate, arch=device_architecture(index), index=index, stream=stream)
 
 
-def _int32(lengths: Tensor | None) -> Any:
+def _int32(lengths: Tensor | None) -> Pointer:
     return _pointer(None if lengths is None else lengths.to(torch.int32))
 
 
-def _problem(call: Inputs, options: Options) -> Any:
+def _problem(call: Inputs, options: Options) -> KernelProblem:
     from sla2_kernels.problem import Problem as KernelProblem
 
     b, h, n_q, d = call.q.shape
@@ -118,30 +125,35 @@ def _problem(call: Inputs, options: Options) -> Any:
     )
 
 
-def _strided(x: Tensor) -> Any:
+def _steps(x: Tensor) -> tuple[int, int, int]:
+    """Strides of the first three axes in elements, 0 for an axis of size 1."""
+    item, head, row = (0 if size == 1 else step for size, step in zip(x.shape[:3], x.stride()))
+    return item, head, row
+
+
+def _strided(x: Tensor) -> Strided:
     """x (B, H, N, d) in the layout it has, copied only if its channels are not adjacent."""
     from sla2_kernels.problem import Strided
 
     x = x if x.stride(3) == 1 else x.contiguous()
-    steps = (0 if size == 1 else step for size, step in zip(x.shape[:3], x.stride()))
-    return Strided(_pointer(x), tuple(steps))
+    return Strided(_pointer(x), _steps(x))
 
 
-def _map(call: Inputs) -> Any:
+def _map(call: Inputs) -> Map:
     from sla2_kernels.problem import Map
 
     indices, counts = call.indices.contiguous(), call.counts.contiguous()
     return Map(_pointer(indices), _pointer(counts), indices.shape[3])
 
 
-def _alpha(alpha: Tensor | None) -> Any:
+def _alpha(alpha: Tensor | None) -> Alpha | None:
+    """alpha (B|1, H|1, T_m|1) in fp32."""
     from sla2_kernels.problem import Alpha
 
     if alpha is None:
         return None
     alpha = alpha.float()
-    steps = (0 if size == 1 else step for size, step in zip(alpha.shape, alpha.stride()))
-    return Alpha(_pointer(alpha), tuple(steps))
+    return Alpha(_pointer(alpha), _steps(alpha))
 
 
 def _width(d: int) -> int:
@@ -181,13 +193,13 @@ def _(
     return means(q, block_q), means(k, block_k)
 
 
-def _save_pool(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, lengths, *ctx.blocks, _ = inputs
     ctx.sizes, ctx.dtype = (q.shape[2], k.shape[2]), q.dtype
     ctx.save_for_backward(lengths)
 
 
-def _differentiate_pool(ctx, grad_q, grad_k):  # type: ignore[no-untyped-def]
+def _differentiate_pool(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
     (lengths,) = ctx.saved_tensors
     d_q = spread_means(grad_q, ctx.blocks[0], ctx.sizes[0], None).to(ctx.dtype)
     d_k = spread_means(grad_k, ctx.blocks[1], ctx.sizes[1], lengths).to(ctx.dtype)
@@ -231,12 +243,13 @@ def route(
     )
     if (lack := _width(d) - d) > 0:
         pooled_q, pooled_k = (torch.nn.functional.pad(x, (0, lack)) for x in (pooled_q, pooled_k))
-    weights = (None if w is None else w.float() for w in (weight_q, weight_k))
-    tensors = [x if x is None else x.contiguous() for x in (pooled_q, pooled_k, *weights)]
     found, scores = run(
         _device(pooled_q, target),
         problem,
-        *(_pointer(x) for x in tensors),
+        _pointer(pooled_q.contiguous()),
+        _pointer(pooled_k.contiguous()),
+        _pointer(None if weight_q is None else weight_q.float().contiguous()),
+        _pointer(None if weight_k is None else weight_k.float().contiguous()),
         1 if weight_q is None else weight_q.shape[0],
         topk,
         routable=routable,
@@ -265,13 +278,15 @@ def _(
     return pooled_q.new_empty((*rows, t_n)), indices, indices.new_empty(rows)
 
 
-def _save_route(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_route(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_route(ctx, grad, _indices, _counts):  # type: ignore[no-untyped-def]
+def _differentiate_route(
+    ctx: Any, grad: Tensor | None, _indices: None, _counts: None
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 12
     q, k, weight_q, weight_k = ctx.saved_tensors
@@ -303,12 +318,17 @@ class CudaBackend(Backend):
     any_layout = True
 
     def missing(self) -> str | None:
+        """One line that says what this machine lacks: a GPU, its driver, cupy or NVRTC."""
         return missing()
 
     def fuses(self, options: Options) -> bool:
+        """True: the kernels mix the linear branch in for every precision they have."""
         return True
 
     def unfit(self, problem: Problem) -> str | None:
+        """Why the kernels cannot take a call: its dtype, head dimension, block sizes, or its
+        precision on this GPU.
+        """
         options = problem.options
         if options.format.cuda is None:
             return f"precision: the CUDA kernels do not have {options.precision!r}"
@@ -325,6 +345,7 @@ class CudaBackend(Backend):
     def pool(
         self, q: Tensor, k: Tensor, lengths: Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor]:
+        """By the CUDA kernels, in fp32."""
         return pool(q, k, lengths, options.block_q, options.block_k, self.name)
 
     def route(
@@ -337,6 +358,7 @@ class CudaBackend(Backend):
         topk: float,
         routable: int,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """As Backend.route, never None."""
         pair = weights or (None, None)
         return route(pooled_q, pooled_k, *pair, lengths, *geometry, topk, routable, self.name)
 
@@ -350,8 +372,8 @@ class CudaBackend(Backend):
         return q.new_empty(q.shape)
 
     def forward(self, call: Inputs, options: Options, save: bool) -> list[Tensor]:
-        """Saved: the smoothed K, and with alpha O_s, phi(Q), phi(K), the map's bits, 1 / unselected
-        blocks, H and Z.
+        """As Backend.forward. Saved: the smoothed K if K is smoothed; with alpha also O_s, phi(Q),
+        phi(K), the map as bits, 1 / unselected blocks, H and Z (see sla2_kernels.forward.Linear).
         """
         from sla2_kernels.forward import forward
 
@@ -361,7 +383,9 @@ class CudaBackend(Backend):
         made = forward(
             device,
             problem,
-            *map(_strided, (q, call.k, call.v)),
+            _strided(q),
+            _strided(call.k),
+            _strided(call.v),
             _map(call),
             _alpha(call.alpha),
             smooth_k=smooth_k,
@@ -378,6 +402,7 @@ class CudaBackend(Backend):
         return found
 
     def saved(self, call: Inputs, options: Options) -> list[Tensor]:
+        """Empty tensors of what forward() saves, in its order; width is 64 or 128 channels."""
         q, indices = call.q, call.indices
         (b, h, n_q, d), n_k = q.shape, call.k.shape[2]
         pairs, width = b * h, _width(d)
@@ -401,6 +426,9 @@ class CudaBackend(Backend):
         results: list[Tensor],
         options: Options,
     ) -> Grads:
+        """Alg. 3, or the gradient of the low-bit forward ("matched"); see
+        sla2_kernels.backward.backward.
+        """
         from sla2_kernels.backward import backward
         from sla2_kernels.forward import Forward, Linear, Prologue, prologue, widened
         from sla2_kernels.problem import ONE, Strided
@@ -411,7 +439,7 @@ class CudaBackend(Backend):
         out, lse, *kept = results
         keys = kept.pop(0).view(*k.shape[:3], -1) if smooth_k else k
 
-        def wide(x: Tensor) -> Any:
+        def wide(x: Tensor) -> Strided:
             if x.shape[3] == problem.width:
                 return _strided(x)
             return widened(device, problem, _strided(x), x.shape[2])
@@ -425,8 +453,8 @@ class CudaBackend(Backend):
         if alpha is None:
             out_sparse = wide(out)
         else:
-            out_sparse, phi_q, phi_k, bits, rest_inverse, state, norm = map(_pointer, kept)
-            out_sparse = Strided.of(out_sparse, problem.heads, problem.n_q, problem.width)
+            own, phi_q, phi_k, bits, rest_inverse, state, norm = map(_pointer, kept)
+            out_sparse = Strided.of(own, problem.heads, problem.n_q, problem.width)
             made = replace(made, phi_q=phi_q, phi_k=phi_k)
             linear = Linear(bits=bits, rest_inverse=rest_inverse, state=state, norm=norm)
         saved = Forward(
@@ -442,11 +470,12 @@ class CudaBackend(Backend):
         found = backward(
             device, problem, saved, _strided(grad_out), qat_backward=options.qat_backward
         )
-        pairs = ((found.d_q, q), (found.d_k, k), (found.d_v, v))
-        grads = [p.owner.view(x.shape) for p, x in pairs]
-        if alpha is None:
-            return Grads(*grads, None)
-        return Grads(*grads, found.d_alpha.owner.to(alpha.dtype))
+        d_q, d_k, d_v = (
+            pointer.owner.view(x.shape)
+            for pointer, x in ((found.d_q, q), (found.d_k, k), (found.d_v, v))
+        )
+        d_alpha = None if alpha is None else found.d_alpha.owner.to(alpha.dtype)
+        return Grads(d_q, d_k, d_v, d_alpha)
 
 
 class EmulatorBackend(CudaBackend):
@@ -456,4 +485,5 @@ class EmulatorBackend(CudaBackend):
     device = "cpu"
 
     def missing(self) -> str | None:
+        """None: the emulator comes with sla2_kernels."""
         return None

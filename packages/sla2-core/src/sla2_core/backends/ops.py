@@ -6,6 +6,8 @@ and stage 1 use.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ _ALONE = 1 << 22  # elements below which one thread does it
 
 
 def register_backend(backend: Backend) -> Backend:
-    """Make a backend known by its name."""
+    """Make a backend known by its name, in place of one that had it; returns it."""
     BACKENDS[backend.name] = backend
     return backend
 
@@ -108,7 +110,7 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_alpha
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.options, ctx.backend, save = inputs
     if not save:
         raise RuntimeError("sla2::attention: expected save=True where a gradient is wanted")
@@ -118,7 +120,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grads):  # type: ignore[no-untyped-def]
+def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     grad_out, grad_lse = grads[:2]
     if grad_out is None and grad_lse is None:
         return (None,) * 10
@@ -138,7 +140,11 @@ attention.register_autograd(_differentiate, setup_context=_save)
 def run(
     call: Inputs, options: Options, backend: Backend, log_sum_exp_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """O and L of a call by a backend, with gradients; L has one where it is asked for."""
+    """O (B, H, N_q, d) and L (B, H, N_q) of a call by a backend, see Backend.forward.
+
+    O has gradients for q, k, v and alpha; L has them with `log_sum_exp_gradient`, which asks for a
+    backend that gives them.
+    """
     if backend.by_autograd:
         out, lse = backend.forward(call, options, save=False)
         return out, lse if log_sum_exp_gradient else lse.detach()
@@ -173,13 +179,13 @@ def _(x: Tensor, lengths: Tensor | None, block: int) -> Tensor:
     )
 
 
-def _save_means(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_means(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, lengths, ctx.block = inputs
     ctx.length, ctx.dtype = x.shape[2], x.dtype
     ctx.save_for_backward(lengths)
 
 
-def _differentiate_means(ctx, grad):  # type: ignore[no-untyped-def]
+def _differentiate_means(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (lengths,) = ctx.saved_tensors
     return spread_means(grad, ctx.block, ctx.length, lengths).to(ctx.dtype), None, None
 

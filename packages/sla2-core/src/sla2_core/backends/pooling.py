@@ -45,8 +45,11 @@ def block_means(x: Tensor, block: int, lengths: Tensor | None = None) -> Tensor:
 
 
 def spread_means(grad: Tensor, block: int, length: int, lengths: Tensor | None) -> Tensor:
-    """The gradient of block means (B, H, T, d), on the tokens (B, H, length, d) that they are taken
-    from.
+    """The gradient of block_means: (B, H, length, d).
+
+    Args:
+        grad: of the means, (B, H, T, d). block: tokens in a block. length: how many tokens.
+        lengths: int64 (B,), valid tokens of each item, or None.
     """
     start = torch.arange(grad.shape[2], device=grad.device) * block
     last = torch.full((1,), length, device=grad.device) if lengths is None else lengths
@@ -59,7 +62,7 @@ def spread_means(grad: Tensor, block: int, length: int, lengths: Tensor | None) 
 
 
 def pool(x: Tensor, block: int, lengths: Tensor | None = None) -> Tensor:
-    """As block_means, by the CPU kernel for CPU tensors."""
+    """As block_means, but for CPU tensors by the CPU kernel."""
     if x.device.type == "cpu":
         from sla2_core.backends import ops
 
@@ -78,8 +81,12 @@ def smooth_keys(k: Tensor, lengths: Tensor | None = None) -> Tensor:
 
 
 def smooth_pooled(pooled: Tensor, n: int, block: int, lengths: Tensor | None = None) -> Tensor:
-    """The block means (B, H, T_n, d) of smooth_keys(K) from those of K (N = n): the mean over
-    tokens is theirs, weighted.
+    """The block means (B, H, T_n, d) of smooth_keys(K), from those of K. K is not read again: its
+    mean over tokens is the mean of the means, weighted by the valid tokens of each block.
+
+    Args:
+        pooled: block means of K, (B, H, T_n, d). n: tokens of K. block: tokens in a block.
+        lengths: int64 (B,), valid tokens of each item, or None.
     """
     return pooled - _mean_of_means(pooled, n, block, lengths)
 
