@@ -57,7 +57,9 @@ class Member(Described, nn.Module):
     per_topk: ClassVar[bool] = False
 
     def add_parameter(self, name: str, start: Tensor) -> None:
-        """Make a parameter in fp32 on torch's default device; see make_parameters."""
+        """Make the parameter `name` in fp32 on torch's default device; see make_parameters. It
+        requires a gradient if stage 2 trains this member.
+        """
         device = torch.get_default_device()
         value = nn.Parameter(start.to(device=device, dtype=torch.float32), "stage2" in self.stages)
         self.register_parameter(name, value)
@@ -101,9 +103,9 @@ class Member(Described, nn.Module):
 
 
 def of_heads(value: Tensor, heads: Heads) -> Tensor:
-    """A parameter for some heads: whole where its first dimension is 1, as heads then share it.
+    """A parameter (H, ...) for some heads. One of (1, ...) comes back whole: the heads share it.
 
-    16-bit parameters, as FSDP2's mixed precision hands them over, come back in fp32.
+    16-bit parameters, which FSDP2's mixed precision makes, come back in fp32.
     """
     if value.dtype in (torch.bfloat16, torch.float16):
         value = value.float()
@@ -121,7 +123,9 @@ class Axis(Generic[M]):
         self._members: dict[str, type[M]] = {}
 
     def register(self, name: str) -> Callable[[type[M]], type[M]]:
-        """A class decorator. Raises ValueError for a name that another class already has."""
+        """A class decorator that registers a member. Raises ValueError for a name that another
+        class already has.
+        """
 
         def add(member: type[M]) -> type[M]:
             known = self._members.get(name)

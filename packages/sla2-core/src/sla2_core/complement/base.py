@@ -16,9 +16,12 @@ from sla2_core.registry import Heads, Member
 class Branch(NamedTuple):
     """One branch of the operator, for n query tokens.
 
-    out (B, H, n, d), fp32 or fp64. empty: bool (B|1, H|1, n, 1), True for tokens to which the
-    branch gives nothing; there out is 0. lse (B, H, n): the natural log-sum-exp of the branch's
-    logits where it joins the softmax; None for a branch that is normalised by itself.
+    Attributes:
+        out: (B, H, n, d), fp32 or fp64.
+        empty: bool (B|1, H|1, n, 1), True for tokens to which the branch gives nothing; there out
+            is 0.
+        lse: (B, H, n), the natural log-sum-exp of the branch's logits where it joins the softmax;
+            None for a branch that is normalised by itself.
     """
 
     out: Tensor
@@ -27,7 +30,7 @@ class Branch(NamedTuple):
 
 
 class Complement(Member):
-    """A member is plain, differentiable torch over a few query blocks; never N x N.
+    """Base of the members: plain, differentiable torch over a few query blocks, never N x N.
 
     Attributes:
         kernel: "linear" if it is linear attention with phi = softmax, which the kernels have; None
@@ -82,14 +85,16 @@ class Complement(Member):
     @classmethod
     @abstractmethod
     def flops(cls, *, n_q: int, n_k: int, t_n: int, head_dim: int) -> float:
-        """Of one head's forward pass; a multiply-add counts as two. t_n: key blocks."""
+        """FLOPs of one head's forward pass; a multiply-add counts as two. `t_n`: key blocks."""
 
     def finish(self, out: Tensor, heads: Heads = None) -> Tensor:
-        """What follows the kernel, for members that have one: out (B, H, n, d), fp32 or fp64."""
+        """What follows the kernel, for members that have one: (B, H, n, d) -> (B, H, n, d), fp32 or
+        fp64.
+        """
         return out
 
 
 def blocks_of(x: Tensor, block: int, count: int) -> Tensor:
-    """(B, H, N, d) -> (B, H, count, block, d), zero-padded."""
+    """x (B, H, N, d) cut into `count` blocks, zero-padded: (B, H, count, block, d)."""
     lack = count * block - x.shape[2]
     return torch.nn.functional.pad(x, (0, 0, 0, lack)).unflatten(2, (count, block))

@@ -34,6 +34,7 @@ class Linear(Complement):
     def rows(
         self, q: Tensor, states: tuple[Tensor, Heads], weights: Tensor, options: Options
     ) -> Branch:
+        """phi(Q) H_i / (phi(Q) . Z_i), with H_i and Z_i the weighted sums of the states."""
         n, d = q.shape[2:]
         parts, heads = states
         sums = (weights @ parts.flatten(3)).unflatten(3, (d, d + 1))
@@ -53,6 +54,7 @@ class Linear(Complement):
         options: Options,
         heads: Heads = None,
     ) -> Branch:
+        """By reference.linear_branch."""
         out = reference.linear_branch(q, k, v, weights)
         return Branch(self.finish(out, heads), (weights == 0).all(-1, keepdim=True))
 

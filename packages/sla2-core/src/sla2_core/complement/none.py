@@ -19,9 +19,11 @@ class Nothing(Complement):
     def states(
         self, k: Tensor, v: Tensor, valid: Tensor, options: Options, heads: Heads = None
     ) -> None:
+        """None: there is nothing to sum."""
         return None
 
     def rows(self, q: Tensor, states: None, weights: Tensor, options: Options) -> Branch:
+        """0, and empty for every token."""
         empty = torch.ones_like(q[..., :1], dtype=torch.bool)
         return Branch(torch.zeros_like(q), empty)
 
@@ -34,8 +36,10 @@ class Nothing(Complement):
         options: Options,
         heads: Heads = None,
     ) -> Branch:
+        """As rows()."""
         return self.rows(q, None, weights, options)
 
     @classmethod
     def flops(cls, *, n_q: int, n_k: int, t_n: int, head_dim: int) -> float:
+        """0."""
         return 0.0

@@ -33,15 +33,22 @@ class Projected(Linear):
         self.make_parameters()
 
     def start(self) -> Mapping[str, Tensor]:
+        """Zeros, as SLA starts: the operator begins as the sparse branch alone."""
         d = self.head_dim
         return {"weight": torch.zeros(d, d), "bias": torch.zeros(d)}
 
     def finish(self, out: Tensor, heads: Heads = None) -> Tensor:
+        """out through the projection."""
         return project(out, self.weight, self.bias)
 
 
 def project(out: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """out (B, H, n, d) through a projection in out's dtype; no weight is the zero matrix."""
+    """out @ weight^T + bias, (B, H, n, d) in out's dtype.
+
+    Args:
+        out: (B, H, n, d).
+        weight: (d, d); None is the zero matrix. bias: (d,), or None.
+    """
     if weight is None:
         out = torch.zeros_like(out)
     else:

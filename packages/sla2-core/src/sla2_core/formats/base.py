@@ -40,34 +40,44 @@ class Format(Described, ABC):
 
     @abstractmethod
     def round_blocks(self, x: Tensor, block: int) -> Tensor:
-        """Q or K (B, H, N, d) after the round trip; a block has `block` tokens."""
+        """x, Q or K (B, H, N, d), after the round trip, in its dtype; a block has `block`
+        tokens.
+        """
 
     @abstractmethod
     def round_values(self, v: Tensor, block_k: int) -> Tensor:
-        """V (B, H, N_k, d) after the round trip."""
+        """v (B, H, N_k, d) after the round trip, in its dtype."""
 
     @abstractmethod
     def round_probabilities(self, p: Tensor, block_k: int) -> Tensor:
-        """P~ = exp(S - rowmax) in [0, 1], (..., keys), after the round trip."""
+        """p, P~ = exp(S - rowmax) in [0, 1], (..., keys), after the round trip, in its dtype; the
+        keys are whole blocks of `block_k`, but for the last.
+        """
 
 
 class Scaled(Format):
     """One scale max|x| / limit per block of Q and K (per head), one per channel of V over the whole
     sequence, and the fixed scale 1 / limit for P~ (SageAttention2++, arXiv 2505.21136).
+
+    Attributes:
+        qk, pv: the elements of both products, "int8", "int4" (Q K^T alone) or "fp8".
     """
 
     qk: ClassVar[str]
     pv: ClassVar[str]
 
     def round_blocks(self, x: Tensor, block: int) -> Tensor:
+        """With one scale for each block and head."""
         n = x.shape[2]
         blocks = pad(x, (0, 0, 0, -n % block)).unflatten(2, (-1, block))
         return elements.fake_quantize(blocks, self.qk, (3, 4)).flatten(2, 3)[:, :, :n]
 
     def round_values(self, v: Tensor, block_k: int) -> Tensor:
+        """With one scale for each channel."""
         return elements.fake_quantize(v, self.pv, 2)
 
     def round_probabilities(self, p: Tensor, block_k: int) -> Tensor:
+        """With the scale 1 / limit, which takes [0, 1] to the whole range."""
         if self.pv == "fp8":
             return elements.round_e4m3(p * elements.E4M3_MAX) / elements.E4M3_MAX
         return elements.round_integer(p * 127.0, 127) / 127.0
@@ -79,7 +89,14 @@ def _made(name: str, options: tuple[tuple[str, Any], ...]) -> Format:
 
 
 def format_of(name: str, options: Mapping[str, Any] | None = None) -> Format:
-    """The format of that name. Raises ValueError naming `precision` and the known names."""
+    """The format of that name.
+
+    Args:
+        name: of a member of formats/. options: values of its options; others are left out.
+
+    Raises:
+        ValueError: an unknown name; the message names `precision` and the known ones.
+    """
     member = FORMATS.get(name)
     own = tuple((key, value) for key, value in (options or {}).items() if key in member.options)
     return _made(name, own)

@@ -1,6 +1,6 @@
 """Rounding to the values of INT8, INT4, FP8 E4M3 and FP4 E2M1, and the round trip with a scale.
 
-The formats of this folder are made of these.
+The formats of this folder are made of these. Tensors have any shape and float dtype, and keep both.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ _LIMITS = {"int8": 127.0, "int4": 7.0, "fp8": E4M3_MAX}
 
 
 def scale_of(amax: Tensor, fmt: str) -> Tensor:
-    """max|x| / (largest value of the format); 1 where that is 0."""
+    """The scale amax / (largest value of `fmt`), amax = max|x|; 1 where that is 0. `fmt` is "int8",
+    "int4" or "fp8".
+    """
     scale = amax / _LIMITS[fmt]
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
@@ -54,17 +56,22 @@ def quantize(x: Tensor, scale: Tensor, fmt: str) -> Tensor:
 
 
 def fake_quantize(x: Tensor, fmt: str, dims: int | tuple[int, ...]) -> Tensor:
-    """Quantise with one scale max|x| / limit over `dims`, and dequantise."""
+    """x quantised with one scale max|x| / limit over the axes `dims`, and dequantised. `fmt` is
+    "int8", "int4" or "fp8".
+    """
     scale = scale_of(x.abs().amax(dims, keepdim=True), fmt)
     return quantize(x, scale, fmt) * scale
 
 
 def fake_quantize_nvfp4(x: Tensor, block: int | None = None, amax: float | None = None) -> Tensor:
-    """NVFP4: E2M1 values, an E4M3 scale per 16 neighbours of the last axis, one fp32 scale for the
-    tensor.
+    """x quantised to NVFP4 and dequantised: E2M1 values, an E4M3 scale for every 16 neighbours of
+    the last axis, one fp32 scale for the tensor.
 
-    With `block` the last axis is tokens, and groups start anew at every block of that many. `amax`
-    is max|x| where it is known beforehand (1 for probabilities).
+    Args:
+        x: (..., N).
+        block: where the last axis is tokens, groups start anew at every block of that many; None
+            for an axis without blocks.
+        amax: max|x| where it is known beforehand (1 for probabilities); None measures it.
     """
     n = x.shape[-1]
     block = block or n

@@ -17,10 +17,13 @@ class Full(Format):
     cuda = "full"
 
     def round_blocks(self, x: Tensor, block: int) -> Tensor:
+        """x itself."""
         return x
 
     def round_values(self, v: Tensor, block_k: int) -> Tensor:
+        """v itself."""
         return v
 
     def round_probabilities(self, p: Tensor, block_k: int) -> Tensor:
+        """p itself."""
         return p

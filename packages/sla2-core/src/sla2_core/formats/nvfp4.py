@@ -18,10 +18,13 @@ class Nvfp4(Format):
     """
 
     def round_blocks(self, x: Tensor, block: int) -> Tensor:
+        """In groups of 16 along d."""
         return fake_quantize_nvfp4(x)
 
     def round_values(self, v: Tensor, block_k: int) -> Tensor:
+        """In groups of 16 keys of one block, for each channel."""
         return fake_quantize_nvfp4(v.transpose(-1, -2), block_k).transpose(-1, -2)
 
     def round_probabilities(self, p: Tensor, block_k: int) -> Tensor:
+        """In groups of 16 keys of one block; max|P~| is taken as 1."""
         return fake_quantize_nvfp4(p, block_k, amax=1.0)

@@ -68,7 +68,13 @@ class Mixing(Member):
     def combine(self, sparse: Branch, rest: Branch, alpha: Tensor | None, block_q: int) -> Tensor:
         """The output (B, H, n, d) of n query tokens in blocks of `block_q`.
 
-        Tokens that select nothing count alpha as 0, tokens without a complement as 1.
+        For tokens that select nothing alpha counts as 0, for tokens without a complement as 1.
+
+        Args:
+            alpha: (B|1, H|1, T_m|1), or None for a member that has none.
+
+        Raises:
+            ValueError: None for a member that needs an alpha.
         """
         if alpha is None:
             raise ValueError(f"alpha: expected one value per query block from {self.name!r}")
@@ -76,7 +82,7 @@ class Mixing(Member):
 
 
 def mix(sparse: Branch, rest: Branch, alpha: Tensor, block_q: int) -> Tensor:
-    """alpha O_s + (1 - alpha) O_l, alpha (B|1, H|1, T_m|1); see Mixing.combine."""
+    """alpha O_s + (1 - alpha) O_l (Eq. 13), alpha (B|1, H|1, T_m|1); see Mixing.combine."""
     n = sparse.out.shape[2]
     if alpha.shape[2] == 1:
         per_token = alpha[..., None]

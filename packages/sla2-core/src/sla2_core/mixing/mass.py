@@ -16,9 +16,11 @@ _LIMIT = 20.0  # of the log-odds of the routed mass: sigmoid(20) is 1 to fp32 ro
 
 @MIXINGS.register("mass")
 class Mass(Mixing):
-    """alpha = sigmoid(offset + slope * logit(m)), m the routed share of exp(pooled score); `offset`
-    and `slope` are (H,). Eq. 7 gives the exact target: alpha is the full-softmax probability that
-    the selected blocks hold. This follows the content, at any length.
+    """alpha = sigmoid(offset + slope * logit(m)), with m the share of exp(pooled score) that the
+    selected blocks hold; `offset` and `slope` are fp32 (H,).
+
+    The exact target is the full-softmax probability that the selected blocks hold (Eq. 7). This
+    alpha depends on the content, and works at any length.
     """
 
     reads_map = True
@@ -30,6 +32,7 @@ class Mass(Mixing):
         self.make_parameters()
 
     def start(self) -> Mapping[str, Tensor]:
+        """Offset 0 and slope 1, with which alpha = m."""
         return {"offset": torch.zeros(self.num_heads), "slope": torch.ones(self.num_heads)}
 
     def alpha(
@@ -41,6 +44,7 @@ class Mass(Mixing):
         num_rows: int | None = None,
         heads: Heads = None,
     ) -> Tensor:
+        """As Mixing.alpha: (B, H, rows). Raises ValueError without a mask."""
         if mask is None:
             raise ValueError("mask: expected the selected blocks for alpha='mass', got None")
         odds = mass_log_odds(scores, mask)
@@ -49,10 +53,12 @@ class Mass(Mixing):
 
 
 def mass_log_odds(scores: Tensor, mask: Tensor) -> Tensor:
-    """log(m / (1 - m)), m the share of exp(pooled score) that `mask` holds: (B, H, rows), within
-    [-20, 20].
+    """log(m / (1 - m)) within [-20, 20], m the share of exp(score) that the mask holds:
+    (B, H, rows).
 
-    `mask` is bool, or a soft mask in [0, 1], of the shape of `scores` (B, H, rows, T_n).
+    Args:
+        scores: (B, H, rows, T_n), -inf for blocks without a valid token.
+        mask: the selected blocks, of that shape; bool, or soft in [0, 1].
     """
     if mask.dtype == torch.bool:
         inside = scores.masked_fill(~mask, -torch.inf).logsumexp(-1)

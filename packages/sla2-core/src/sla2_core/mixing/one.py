@@ -22,4 +22,5 @@ class One(Mixing):
         num_rows: int | None = None,
         heads: Heads = None,
     ) -> Tensor:
+        """1, as (1, 1, 1)."""
         return torch.ones((1, 1, 1), device=scores.device)

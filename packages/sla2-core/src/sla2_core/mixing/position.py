@@ -15,9 +15,11 @@ from sla2_core.registry import MIXINGS, Heads, of_heads
 
 @MIXINGS.register("position")
 class Position(Mixing):
-    """`logit` (H, knots), or (1, knots) with shared heads, interpolated linearly; any length works.
+    """alpha = sigmoid(logit at the query block's relative position), interpolated linearly between
+    knots; any length works.
 
-    knots = 1 is one value per head; knots = T_m with shared heads is the paper's alpha.
+    `logit` is fp32 (H, knots), or (1, knots) with shared heads. knots = 1 is one value per head;
+    knots = T_m with shared heads is the paper's alpha.
     """
 
     settings = ("alpha_knots", "alpha_per_head")
@@ -31,6 +33,7 @@ class Position(Mixing):
         self.make_parameters()
 
     def start(self) -> Mapping[str, Tensor]:
+        """The logit of alpha_init, at every knot."""
         value = math.log(self.at_first / (1 - self.at_first))
         return {"logit": torch.full((self.copies, self.knots), value)}
 
@@ -43,6 +46,7 @@ class Position(Mixing):
         num_rows: int | None = None,
         heads: Heads = None,
     ) -> Tensor:
+        """As Mixing.alpha: (1, H|1, rows). Neither scores nor mask are read."""
         if rows is None:
             num_rows = scores.shape[2]
             rows = torch.arange(num_rows, device=scores.device)
@@ -51,8 +55,12 @@ class Position(Mixing):
 
 
 def interpolate_knots(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """Linear interpolation of (H, knots) at the relative positions rows / (num_rows - 1): (H,
-    len(rows)).
+    """values (H, knots) interpolated linearly at the relative positions rows / (num_rows - 1):
+    (H, rows).
+
+    Args:
+        values: at knots that are spread evenly from the first query block to the last.
+        rows: int64 (rows,), numbers of query blocks. num_rows: T_m, how many there are.
     """
     knots = values.shape[1]
     if knots == 1:

@@ -16,4 +16,5 @@ class Sum(Mixing):
     per_block = False
 
     def combine(self, sparse: Branch, rest: Branch, alpha: Tensor | None, block_q: int) -> Tensor:
+        """O_s + O_l; alpha is not read."""
         return sparse.out + rest.out

@@ -11,4 +11,5 @@ class Raster(Order):
     """The identity."""
 
     def permutation(self, grid: Grid) -> None:
+        """None: tokens stay where they are."""
         return None

@@ -17,7 +17,7 @@ from sla2_core.routing.softtopk import soft_topk
 
 
 def blocks_to_select(topk: float, t_n: int) -> int:
-    """K = max(1, round(k% * T_n))."""
+    """K = max(1, round(k% * T_n)) for k% = `topk`; ties to even, as Python rounds."""
     return max(1, round(topk * t_n))
 
 
@@ -42,6 +42,7 @@ class Router(Member):
         self.configure(config)
 
     def configure(self, config: SLA2Config) -> None:
+        """Take over tau, the temperature of SoftTop-k."""
         self.tau = config.tau
 
     def weights(self, heads: Heads = None) -> tuple[Tensor, Tensor] | None:
@@ -73,7 +74,12 @@ class Router(Member):
     def select(
         self, scores: Tensor, topk: float, geometry: Geometry, kv_lengths: Tensor | None = None
     ) -> BlockMap:
-        """The hard block map of scores (B, H, T_m, T_n): see top_k_map."""
+        """The hard block map of scores (B, H, T_m, T_n), by top_k_map.
+
+        Args:
+            topk: k% in (0, 1]. geometry: sizes of the map.
+            kv_lengths: int64 (B,), valid keys, or None.
+        """
         return top_k_map(scores, topk, **geometry._asdict(), kv_lengths=kv_lengths)
 
     def hard(self, scores: Tensor, count: Tensor) -> Tensor:
@@ -106,7 +112,9 @@ def top_k_map(
     Args:
         scores: (B, H, T_m, T_n) fp32 or fp64.
         topk: k% in (0, 1]; K = max(1, round(k% * T_n)), T_n counted from the item's own kv_lengths.
-        kv_lengths: int64 (B,) or None.
+        block_q, block_k: tokens in a query block and in a key block. n_q, n_k: query and key
+            tokens.
+        kv_lengths: int64 (B,), valid keys, or None. Blocks without a valid key are not chosen.
     """
     scores = scores.detach()
     t_n = scores.shape[-1]

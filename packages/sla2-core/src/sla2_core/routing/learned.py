@@ -16,9 +16,9 @@ from sla2_core.routing.base import Router
 class LearnedRouter(Router):
     """P_c = (q W_q)(k W_k)^T / sqrt(d) per head, in fp32.
 
-    `weight_q` and `weight_k` are (1, d, d), or (H, d, d) with `per_head_router`. They start as the
-    identity, which is SLA's heuristic router, and require a gradient in stage 1 alone: outside of
-    it a hard top-k gives them none.
+    `weight_q` and `weight_k` are fp32 (1, d, d), or (H, d, d) with `per_head_router`. They start as
+    the identity, which is SLA's heuristic router. They require a gradient in stage 1 alone, for a
+    hard top-k gives them none.
     """
 
     settings = ("per_head_router",)
@@ -32,8 +32,10 @@ class LearnedRouter(Router):
         self.make_parameters()
 
     def start(self) -> Mapping[str, Tensor]:
+        """Identity matrices."""
         eye = torch.eye(self.head_dim).repeat(self.copies, 1, 1)
         return {"weight_q": eye, "weight_k": eye.clone()}
 
     def weights(self, heads: Heads = None) -> tuple[Tensor, Tensor]:
+        """W_q and W_k, each fp32 (1|H, d, d), of some heads."""
         return of_heads(self.weight_q, heads), of_heads(self.weight_k, heads)

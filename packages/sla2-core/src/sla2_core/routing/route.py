@@ -34,11 +34,12 @@ def route(
     text_tokens: int = 0,
     heads: Heads = None,
 ) -> Routed:
-    """Choose the key blocks of each query block.
+    """Choose the key blocks of each query block: scores of pooled Q and K, then the top k%.
 
     Args:
-        q: (B, H, N_q, d), the queries that are routed. k: (B, H, N_k, d).
-        topk: k%, counted of the key blocks without text.
+        q: (B, H, N_q, d), the queries that are routed. k: (B, H, N_k, d), not smoothed.
+        topk: k% in (0, 1], of the key blocks without text.
+        options: block sizes. backend: pools, and routes where it has a kernel for that.
         lengths: int64 (B,), valid keys of each item, or None; with text the padding is at its end.
         text_tokens: so many keys at the end are text. A key block with any text is always selected.
         heads: which of the router's heads these are; None means all.

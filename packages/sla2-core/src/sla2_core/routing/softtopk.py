@@ -4,6 +4,8 @@ gradient.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -15,7 +17,7 @@ _ITERATIONS = {torch.float64: 64, torch.float32: 36}
 
 class _SoftTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scores: Tensor, k: Tensor, tau: float) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, k: Tensor, tau: float) -> Tensor:
         x = scores / tau
         ctx.tau = tau
         out = ops.soft_top_k(x, k) if x.device.type == "cpu" else _bisect(x, k)
@@ -24,7 +26,7 @@ class _SoftTopK(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (out,) = ctx.saved_tensors
         weight = out * (1 - out)
         total = weight.sum(-1, keepdim=True)
