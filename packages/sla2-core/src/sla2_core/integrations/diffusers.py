@@ -5,6 +5,7 @@ attention.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -51,7 +52,7 @@ def apply_sla2(
         transformer
     )  # names in its state_dict, and so in adapters, are those of the model itself
     family = family_of(transformer)
-    found = family.attention_layers(transformer)
+    found: dict[str, Any] = family.attention_layers(transformer)
     if not found:
         raise ValueError(
             "transformer: expected self-attention layers, found none in"

@@ -15,10 +15,15 @@ Sample = dict[str, Tensor]
 
 
 class Encoder(NamedTuple):
-    """video: (pipe, pixels (1, 3, T, H, W) in [-1, 1]) -> latents, and the conditions that follow
-    from their shape.
+    """How a pipeline encodes a video and its caption: {name: tensor} without a batch dimension, in
+    fp32 or int64, named as the transformer's arguments are.
 
-    text: (pipe, caption) -> conditions. Both without a batch dimension, in fp32 or int64.
+    Attributes:
+        video: (pipe, pixels (1, 3, T, H, W) in [-1, 1]) -> "latents", and the conditions that
+            follow from the latents or their shape.
+        text: (pipe, caption) -> the other conditions.
+
+    Both raise ValueError for a part of the pipeline that they need and that is missing.
     """
 
     video: Callable[[Any, Tensor], Sample]
@@ -26,8 +31,10 @@ class Encoder(NamedTuple):
 
 
 def encoder_of(pipe: Any) -> Encoder:
-    """The encoder of a pipeline. Raises ValueError, in one line, for a class without one or a part
-    that is missing.
+    """The encoder of a diffusers pipeline.
+
+    Raises ValueError for a class without one, or for a pipeline without a transformer that its
+    encoder needs.
     """
     name = type(pipe).__name__
     if name in _MISSING:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sla2_core.integrations.processor import SLA2Processor
 from sla2_core.order import Grid
 
 _FAMILIES: dict[str, Family] = {}  # by the class of the transformer
@@ -27,13 +28,13 @@ class Family:
             pass.
         processor: the SLA2Processor class of these layers.
         heads: an attention module -> (number of heads, head dimension).
-        predict: (transformer, noisy latents, sigma (B,) in [0, 1], conditions) -> the model's
-            prediction, a tensor.
-        tokens: (transformer config, latent frames, height, width) -> video tokens.
+        predict: (transformer, noisy latents (B, ...), sigma (B,) in [0, 1], conditions by name)
+            -> the model's prediction, of the latents' shape.
+        tokens: (transformer config, latent frames, height, width) -> number of video tokens.
         latent_shape: (frames, height, width) of the latents in the model's usual setting, for
             reports.
-        alphas_cumprod: transformer config -> (T,) for models that predict v on a
-            variance-preserving schedule; None for flow matching.
+        alphas_cumprod: transformer config -> fp32 (T,) for models that predict v on a
+            variance-preserving schedule of T timesteps; None for flow matching.
         grid: (transformer, positional, keyword arguments of its forward) -> (frames, height, width)
             of its tokens; None if that is not known.
         install_hooks: (transformer, layer names) -> hook handles, where a processor needs to see
@@ -42,20 +43,24 @@ class Family:
 
     name: str
     attention_layers: Callable[[nn.Module], dict[str, nn.Module]]
-    processor: type[nn.Module]
-    heads: Callable[[nn.Module], tuple[int, int]]
+    processor: type[SLA2Processor]
+    heads: Callable[[Any], tuple[int, int]]
     predict: Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
-    tokens: Callable[[Mapping, int, int, int], int]
+    tokens: Callable[[Mapping[str, Any], int, int, int], int]
     latent_shape: tuple[int, int, int]
-    alphas_cumprod: Callable[[Mapping], Tensor] | None = None
-    grid: Callable[[nn.Module, tuple, dict], Grid] | None = None
+    alphas_cumprod: Callable[[Mapping[str, Any]], Tensor] | None = None
+    grid: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Grid] | None = None
     install_hooks: Callable[[nn.Module, Sequence[str]], list[Any]] | None = None
 
 
 def register_family(class_name: str, family: Family) -> None:
     """Make a family known for the transformers of a class, of diffusers or of your own.
 
-    Raises ValueError for a class that has another one.
+    Args:
+        class_name: the class's `__name__`; subclasses are found too.
+
+    Raises:
+        ValueError: the class has another family.
     """
     if _FAMILIES.setdefault(class_name, family) is not family:
         raise ValueError(f"class_name: expected a class without a family, got {class_name!r}")
@@ -77,8 +82,9 @@ def family_of(transformer: nn.Module) -> Family:
 
 
 def class_name(transformer: nn.Module) -> str:
-    """The diffusers class of a transformer, also of a subclass, such as FSDP2 makes. Raises
-    ValueError for an unknown one.
+    """The name of a transformer's diffusers class, also for a subclass, such as FSDP2 makes.
+
+    Raises ValueError for a class without an integration.
     """
     own = type(unwrapped(transformer))
     for cls in own.__mro__:

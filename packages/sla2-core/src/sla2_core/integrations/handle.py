@@ -27,14 +27,17 @@ class StepCounter:
     steps.
 
     A step is a new timestep, however often the model runs at it; a timestep above the last one
-    starts a new video. Not in training mode, where timesteps come in any order.
+    starts a new video. In training mode, where timesteps come in any order, no step counts.
     """
 
     def __init__(self, switch: Switch, dense_steps: int):
         self.switch, self.dense_steps = switch, dense_steps
-        self.step, self.last = -1, None
+        self.step = -1
+        self.last: float | None = None
 
-    def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __call__(
+        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if transformer.training:
             self.switch.dense_step = False
             return
@@ -47,9 +50,9 @@ class StepCounter:
         self.switch.dense_step = self.step < self.dense_steps
 
 
-def timestep_of(transformer: nn.Module, args: tuple, kwargs: dict) -> float:
-    """The largest `timestep` of a call of the transformer's forward (image-conditioned tokens have
-    0).
+def timestep_of(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """The largest `timestep` in the arguments of a call of the transformer's forward, in the
+    model's own unit; tokens of a given first frame have 0.
     """
     if "timestep" in kwargs:
         return float(kwargs["timestep"].max())
@@ -58,22 +61,26 @@ def timestep_of(transformer: nn.Module, args: tuple, kwargs: dict) -> float:
 
 
 def _note_grid(
-    grid: Callable[[nn.Module, tuple, dict], Grid],
+    grid: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Grid],
     switch: Switch,
     transformer: nn.Module,
-    args: tuple,
-    kwargs: dict,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     switch.grid = grid(transformer, args, kwargs)
 
 
 class SLA2Handle:
-    """What apply_sla2 returns.
+    """SLA2 on a model: what apply_sla2 returns, to switch, configure, save and load it.
 
     Attributes:
-        transformer: the model. family: its Family. base_model: id of its weights, or None.
-        names: {layer: module name} of the replaced layers. attentions: {layer: SLA2Attention}.
+        transformer: the model, of a diffusers class. family: its Family.
+        base_model: id of its weights, or None.
+        names: {layer: module name} of the replaced layers.
         dense_steps: denoising steps that run with full attention first.
+
+    Raises:
+        ValueError: a token order beside "raster" for a family whose grid of tokens is not known.
     """
 
     def __init__(
@@ -86,7 +93,8 @@ class SLA2Handle:
         dense_steps: int = 0,
         base_model: str | None = None,
     ):
-        self.transformer, self.family, self.names = transformer, family, names
+        self.transformer: Any = transformer
+        self.family, self.names = family, names
         self.base_model, self.dense_steps = base_model, dense_steps
         self._switch = switch
         self._hooks = (
@@ -106,10 +114,12 @@ class SLA2Handle:
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """Numbers of the replaced layers, ascending, counted among the self-attention layers."""
         return tuple(self.names)
 
     @property
     def processors(self) -> dict[int, SLA2Processor]:
+        """{layer: processor}. Raises ValueError naming the first layer that has another one now."""
         found = {
             i: self.transformer.get_submodule(name).processor for i, name in self.names.items()
         }
@@ -126,14 +136,17 @@ class SLA2Handle:
 
     @property
     def attentions(self) -> dict[int, SLA2Attention]:
+        """{layer: SLA2Attention}: the modules with the trained parameters."""
         return {i: processor.attention for i, processor in self.processors.items()}
 
     @property
     def config(self) -> SLA2Config:
+        """The configuration in force, the same for all layers."""
         return next(iter(self.attentions.values())).config
 
     @property
     def enabled(self) -> bool:
+        """Whether the replaced layers go through SLA2; see enable() and disable()."""
         return self._switch.enabled
 
     def enable(self) -> None:
@@ -141,7 +154,7 @@ class SLA2Handle:
         self._switch.enabled = True
 
     def disable(self) -> None:
-        """Full attention by the model's own processors, with the same weights."""
+        """Run full attention by the model's own processors, with the same weights."""
         self._switch.enabled = False
 
     @contextlib.contextmanager
@@ -162,11 +175,11 @@ class SLA2Handle:
         self.names = {}
 
     def configure(self, **changes: Any) -> None:
-        """Change k%, precision, backend, qat_backward or tau of every layer, or options that their
-        members call adjustable.
+        """Change settings of every layer: topk, precision, backend, qat_backward, tau, or options
+        that the members call adjustable.
 
-        Raises ValueError for a field that fixes the shape or meaning of a trained parameter, or a
-        bad value.
+        Raises ValueError naming the field for one that fixes the shape or the meaning of a trained
+        parameter, or for a value outside its range.
         """
         config = self.config.changed(**changes)
         for attention in self.attentions.values():
@@ -190,7 +203,7 @@ class SLA2Handle:
         return [p for member in members if stage in member.stages for p in member.parameters()]
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """SLA2's own tensors, "layers.<i>.<name>", as live views."""
+        """SLA2's own tensors by "layers.<i>.<name>": the parameters themselves, no copies."""
         return {
             f"layers.{i}.{name}": value
             for i, attention in self.attentions.items()
@@ -198,7 +211,9 @@ class SLA2Handle:
         }
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """The transformer's own tensors, "model.<name>", as live views."""
+        """The transformer's own tensors by "model.<name>": the parameters and buffers themselves,
+        no copies.
+        """
         prefixes = tuple(f"{name}.processor." for name in self.names.values())
         state = self.transformer.state_dict(keep_vars=True)
         return {
@@ -206,7 +221,9 @@ class SLA2Handle:
         }
 
     def model_identity(self) -> dict[str, Any]:
-        """Class and public configuration of the transformer: what an adapter is bound to."""
+        """{"class", "config"} of the transformer, its public configuration as JSON values: what an
+        adapter is bound to.
+        """
         config = {k: v for k, v in dict(self.transformer.config).items() if not k.startswith("_")}
         return {"class": class_name(self.transformer), "config": _plain(config)}
 
@@ -217,11 +234,16 @@ class SLA2Handle:
         include_model: bool = False,
         state: Mapping[str, Tensor] | None = None,
     ) -> Path:
-        """Write the adapter; `include_model` adds the transformer's weights, as fine-tuned in stage
-        2.
+        """Write the adapter; returns the folder.
 
-        `state` is the transformer's whole state_dict where it was gathered from several processes;
-        None takes its own.
+        Args:
+            folder: made if need be.
+            include_model: also write the transformer's weights, as fine-tuned in stage 2.
+            state: the transformer's whole state_dict, where it was gathered from several processes;
+                None takes the handle's own.
+
+        Raises:
+            OSError: a file cannot be written; the message names it.
         """
         tensors = self.adapter_tensors() | (self.model_tensors() if include_model else {})
         if state is not None:
@@ -245,13 +267,20 @@ class SLA2Handle:
         )
 
     def load(self, folder: str | Path, *, keep_settings: bool = False) -> None:
-        """Load an adapter, with its k% and precision unless `keep_settings`.
+        """Load an adapter, in place.
 
         The transformer's own weights, where the adapter holds them, are rounded to the dtype that
         the model is held in.
 
-        Raises FileNotFoundError or ValueError naming the file for another geometry, other layers,
-        another model, or a key, shape or dtype that does not fit; nothing is changed then.
+        Args:
+            folder: as written by save().
+            keep_settings: keep the k%, precision, qat_backward and tau in force; False takes the
+                adapter's.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, another geometry, other layers, another
+                model, or a key, shape or dtype that does not fit. The message names the file;
+                nothing is changed then.
         """
         found = files.load_adapter(folder)
         source = str(Path(folder) / files.CONFIG_NAME)
@@ -299,8 +328,8 @@ class SLA2Handle:
 
     @contextlib.contextmanager
     def recording(self, recorder: Callable[..., None]) -> Iterator[None]:
-        """Full attention inside a with block, with recorder(layer, q, k, v, text_tokens,
-        kv_lengths) at every layer.
+        """Run full attention inside a with block, and call recorder(layer, q, k, v, text_tokens,
+        kv_lengths) at every layer; see processor.Switch for what it gets.
         """
         before, self._switch.recorder = self._switch.recorder, recorder
         try:
@@ -310,7 +339,7 @@ class SLA2Handle:
             self._switch.recorder = before
 
     def block_maps(self, run: Callable[[], Any]) -> dict[int, BlockMap]:
-        """The block map of each layer's last routed call while run() runs the model."""
+        """{layer: BlockMap} of each layer's last routed call while run() runs the model."""
         maps: dict[int, BlockMap] = {}
         before, self._switch.observer = self._switch.observer, maps.__setitem__
         try:

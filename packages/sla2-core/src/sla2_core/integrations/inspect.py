@@ -21,10 +21,14 @@ from sla2_core.integrations.loading import local_folder
 
 
 def read_config(source: str | Path) -> dict[str, Any]:
-    """The configuration of a transformer folder, of a pipeline folder with transformer/ in it, or
-    of a hub id.
+    """The content of a diffusers transformer's config.json.
 
-    Raises FileNotFoundError or ValueError naming what was found instead.
+    Args:
+        source: a transformer's folder, a pipeline's folder with transformer/ in it, or the hub id
+            of either.
+
+    Raises:
+        FileNotFoundError: no such folder, hub id or file. ValueError: the file is no JSON.
     """
     folder = local_folder(source, ["config.json", "transformer/config.json"])
     for path in (folder / "transformer" / "config.json", folder / "config.json"):
@@ -50,15 +54,23 @@ def inspect_model(
     """What SLA2 would replace in the model of a diffusers configuration; the model is built without
     weights.
 
+    Args:
+        config: as read_config gives it.
+        topk: k% in (0, 1]. block_q, block_k: tokens in a query block and in a key block.
+        latent_shape: (frames, height, width) of the latents; None takes the family's usual setting.
+        text_tokens: text tokens that take part in the attention.
+
     Returns:
-        {"class", "family", "latent_shape", "tokens", "text_tokens", "layers": [{"name", "heads",
-        "head_dim", "map", "flops_before", "flops_after", "parameters"}], and totals for one forward
-        pass and one sample}. Bytes count what
-        attention reads and writes beside Q, K, V: the score matrix a plain implementation makes (N
-        x N, 16 bit), and the block map, states and log-sum-exp of SLA2.
+        {"class", "family", "latent_shape", "tokens", "text_tokens", "topk", "block_q", "block_k",
+        "layers", "totals"}, JSON values. Each layer has {"name", "heads", "head_dim", "map" (T_m,
+        T_n), "selected" (blocks in a row), "flops_before", "flops_after", "bytes_before",
+        "bytes_after", "parameters"}, for one forward pass of one sample; a multiply-add counts as
+        two. The totals are sums over the layers, of bytes the largest. Bytes are those of what
+        attention makes beside Q, K, V and O: the N x N scores of a plain implementation in 16 bits,
+        and SLA2's block map, states and log-sum-exp.
 
     Raises:
-        ValueError: a class without an integration.
+        ValueError: a class without an integration, or a k% or block size outside its range.
     """
     import diffusers
 
@@ -188,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     given = parser.parse_args(arguments)
     try:
-        shape = None
+        shape: tuple[int, int, int] | None = None
         if given.latents:
             parts = given.latents.split("x")
             if len(parts) != 3 or not all(p.isdigit() and int(p) for p in parts):
@@ -196,7 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
                     "--latents: expected FRAMESxHEIGHTxWIDTH such as 21x60x104, got"
                     f" {given.latents!r}"
                 )
-            shape = tuple(int(p) for p in parts)
+            frames, height, width = (int(p) for p in parts)
+            shape = (frames, height, width)
         found = inspect_model(
             read_config(given.model),
             topk=given.topk,

@@ -17,10 +17,14 @@ from sla2_core.integrations.handle import SLA2Handle
 
 
 def local_folder(source: str | Path, patterns: list[str], revision: str | None = None) -> Path:
-    """`source` itself if it is a folder, else the hub snapshot of that id with the files that match
-    `patterns`.
+    """`source` itself if it is a folder, else the folder of the hub's snapshot of that id.
 
-    Raises FileNotFoundError in one line if it is neither.
+    Args:
+        source: a folder, or a hub id. revision: of the hub repository.
+        patterns: the files to get from the hub, such as "*.json".
+
+    Raises:
+        FileNotFoundError: it is neither, or the hub cannot be reached.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -47,6 +51,8 @@ def apply_adapter(
     Args:
         transformer: the model the adapter was trained on.
         source: adapter folder or hub id. revision: of the hub repository.
+        base_model: id of the transformer's weights, compared with the adapter's; None takes the
+            adapter's.
 
     Raises:
         FileNotFoundError, ValueError: as SLA2Handle.load; the transformer is left as it was.

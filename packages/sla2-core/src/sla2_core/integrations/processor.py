@@ -22,11 +22,14 @@ from sla2_core.order import Grid
 class Switch:
     """State that the processors of one model share.
 
-    `enabled` is the user's choice, `dense_step` is set while one of the first `dense_steps` steps
-    runs. `recorder`, if set, is called as recorder(layer, q, k, v, text_tokens, kv_lengths) with
-    (B, H, N, d) tensors in the token order, after the rotary embedding, and `observer` as
-    observer(layer, block_map) at each routed call. `grid` is that of the tokens in this forward
-    pass, where the token order asks for it.
+    Attributes:
+        enabled: the user's choice.
+        dense_step: True while one of the first `dense_steps` denoising steps runs.
+        recorder: if set, called as recorder(layer, q, k, v, text_tokens, kv_lengths) at every call,
+            with (B, H, N, d) tensors in the token order, after the rotary embedding.
+        observer: if set, called as observer(layer, block_map) at every routed call.
+        grid: (frames, height, width) of the tokens in this forward pass, where the token order asks
+            for it.
     """
 
     enabled: bool = True
@@ -43,10 +46,16 @@ class SLA2Processor(nn.Module):
     A family implements `attend(attn, ...)`, the projections, norms and rotary embedding of its own
     layer, and calls `self.self_attention(q, k, v)` in the middle. When SLA2 is off the model's own
     processor runs instead.
+
+    Args:
+        attention: what computes this layer.
+        original: the layer's own processor.
+        layer: its number among the model's self-attention layers.
+        switch: the state that it shares with the model's other layers.
     """
 
-    _attention_backend = None
-    _parallel_config = None
+    _attention_backend: Any = None
+    _parallel_config: Any = None
 
     def __init__(self, attention: SLA2Attention, original: Any, layer: int, switch: Switch):
         super().__init__()
@@ -64,13 +73,18 @@ class SLA2Processor(nn.Module):
 
     @property
     def original(self) -> Any:
+        """The layer's own processor."""
         return self._original[0]
 
     @property
     def routed(self) -> bool:
+        """Whether the next call goes through SLA2, not through full attention."""
         return self.switch.enabled and not self.switch.dense_step
 
-    def forward(self, attn: nn.Module, *args, **kwargs):
+    def forward(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        """What diffusers calls: attend(), or the layer's own processor where neither SLA2 nor a
+        recorder is on. Arguments and result are those of the layer's own processor.
+        """
         if not self.routed and self.switch.recorder is None:
             if (
                 self._attention_backend is not None or self._parallel_config is not None
@@ -81,8 +95,10 @@ class SLA2Processor(nn.Module):
         return self.attend(attn, *args, **kwargs)
 
     @abstractmethod
-    def attend(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own projections and norms around `self.self_attention`."""
+    def attend(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own projections and norms around `self.self_attention`; `attn` is diffusers'
+        attention module.
+        """
 
     def self_attention(
         self,
@@ -92,12 +108,18 @@ class SLA2Processor(nn.Module):
         text_tokens: int = 0,
         kv_lengths: Tensor | None = None,
     ) -> Tensor:
-        """Routed or full attention of (B, N, H, d) queries, keys and values after the rotary
-        embedding.
+        """Routed attention, or full attention where routing is off: (B, N, H, d).
 
-        The last `text_tokens` tokens are text: their keys are always selected, their queries dense.
-        `kv_lengths`, int64 (B,), counts the valid keys of each item. Under Ulysses the tokens are
-        this rank's.
+        Args:
+            q, k, v: (B, N, H, d) after the rotary embedding. Under Ulysses the tokens are this
+                rank's, of all heads.
+            text_tokens: so many tokens at the end are text: their keys are always selected, their
+                queries dense.
+            kv_lengths: int64 (B,), valid keys of each item, or None.
+
+        Raises:
+            ValueError: a parallel configuration that SLA2 does not have, see ulysses.Ulysses, or
+                one together with kv_lengths.
         """
         ulysses = None
         if self._parallel_config is not None:

@@ -12,22 +12,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def _all_to_all(x: Tensor, group) -> Tensor:
+def _all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = torch.empty_like(x)
     dist.all_to_all_single(out, x, group=group)
     return out
 
 
-def _to_heads(x: Tensor, group) -> Tensor:
-    """(B, n, H, d) of this rank's tokens -> (B, P n, H / P, d) of all tokens and this
-    rank's heads.
+def _to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(B, n, H, d) of this rank's tokens -> (B, P n, H / P, d) of all tokens and this rank's heads;
+    P is the number of ranks.
     """
     ranks = dist.get_world_size(group)
     x = x.unflatten(2, (ranks, -1)).permute(2, 0, 1, 3, 4).contiguous()
     return _all_to_all(x, group).permute(1, 0, 2, 3, 4).flatten(1, 2)
 
 
-def _to_tokens(x: Tensor, group) -> Tensor:
+def _to_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Inverse of _to_heads."""
     ranks = dist.get_world_size(group)
     x = x.unflatten(1, (ranks, -1)).permute(1, 0, 2, 3, 4).contiguous()
@@ -36,21 +36,30 @@ def _to_tokens(x: Tensor, group) -> Tensor:
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group, to_heads: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, to_heads: bool) -> Tensor:
         ctx.group, ctx.to_heads = group, to_heads
         return (_to_heads if to_heads else _to_tokens)(x, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return (_to_tokens if ctx.to_heads else _to_heads)(grad, ctx.group), None, None
 
 
 class Ulysses:
-    """The exchange that a diffusers `_parallel_config` asks for.
+    """The exchange that a diffusers `_parallel_config` asks for, among P ranks.
 
-    Raises ValueError for ring attention and for shards of unequal size: those would need a
-    distributed softmax, and attention over the local tokens alone would be wrong in silence.
+    Args:
+        parallel_config: diffusers' ParallelConfig with a context_parallel_config.
+        num_heads: H of the layer, which P must divide.
+
+    Attributes:
+        ranks: P. group: their process group. heads: which of the H heads this rank computes.
+
+    Raises:
+        ValueError: P does not divide H, ring attention, or shards of unequal size. Ring attention
+            needs a softmax over all ranks; attention over the local tokens alone would be wrong in
+            silence.
     """
 
     def __init__(self, parallel_config: Any, num_heads: int):
@@ -76,8 +85,11 @@ class Ulysses:
         self.heads = slice(first, first + share)
 
     def gather_tokens(self, x: Tensor, text_tokens: int) -> Tensor:
-        """(B, n, H, d) of local tokens, text last -> (B, N, H / P, d), all video tokens first, then
-        all text.
+        """All tokens of this rank's heads, (B, N, H / P, d): first all video tokens, then all text.
+
+        Args:
+            x: (B, n, H, d) of this rank's tokens, text last.
+            text_tokens: how many of the n are text.
         """
         if not text_tokens:
             return _Exchange.apply(x, self.group, True)
@@ -87,7 +99,9 @@ class Ulysses:
         )
 
     def scatter_tokens(self, x: Tensor, text_tokens: int) -> Tensor:
-        """Inverse of gather_tokens; `text_tokens` counts the local ones."""
+        """Inverse of gather_tokens: (B, N, H / P, d) -> (B, n, H, d). `text_tokens` counts this
+        rank's.
+        """
         if not text_tokens:
             return _Exchange.apply(x, self.group, False)
         text = text_tokens * self.ranks

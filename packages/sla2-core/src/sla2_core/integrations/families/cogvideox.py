@@ -5,6 +5,7 @@ set of projections.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,19 @@ class CogVideoXSLA2Processor(JointSLA2Processor):
 
     def attend(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None,
         image_rotary_emb: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
+        """Video (B, N, C) and text (B, L, C) after the layer.
+
+        Args:
+            hidden_states: video, (B, N, C). encoder_hidden_states: text, (B, L, C).
+            attention_mask: None; ValueError for a mask.
+            image_rotary_emb: cosines and sines (N, d) of the video tokens, or None.
+        """
         from diffusers.models.embeddings import apply_rotary_emb
 
         refuse_mask("attention_mask", attention_mask)
@@ -67,22 +75,19 @@ def _predict(
     transformer: nn.Module, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]
 ) -> Tensor:
     """Latents (B, F, C, H, W); `conditions`: encoder_hidden_states, image_latents (on the
-    channels), and the rotary
-    embedding as rotary_cos and rotary_sin, (N, d) for every sample."""
-    conditions = dict(conditions)
-    image = conditions.pop("image_latents", None)
+    channels), and the rotary embedding as rotary_cos and rotary_sin, (N, d) for every sample.
+    """
+    given: dict[str, Any] = dict(conditions)
+    image = given.pop("image_latents", None)
     if image is not None:
         noisy = torch.cat([noisy, image.to(noisy.dtype)], dim=2)
-    if "rotary_cos" in conditions:
-        conditions["image_rotary_emb"] = (
-            conditions.pop("rotary_cos")[0],
-            conditions.pop("rotary_sin")[0],
-        )
+    if "rotary_cos" in given:
+        given["image_rotary_emb"] = (given.pop("rotary_cos")[0], given.pop("rotary_sin")[0])
     timestep = (sigma * (_TIMESTEPS - 1)).round().long()
-    return transformer(hidden_states=noisy, timestep=timestep, **conditions, return_dict=False)[0]
+    return transformer(hidden_states=noisy, timestep=timestep, **given, return_dict=False)[0]
 
 
-def _alphas_cumprod(config: Mapping) -> Tensor:
+def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     """Of the released checkpoints: 2B (no rotary embedding) shifts its signal-to-noise ratio by 3,
     5B does not.
     """
@@ -99,7 +104,7 @@ def _alphas_cumprod(config: Mapping) -> Tensor:
     return scheduler.alphas_cumprod
 
 
-def _tokens(config: Mapping, frames: int, height: int, width: int) -> int:
+def _tokens(config: Mapping[str, Any], frames: int, height: int, width: int) -> int:
     patch = config["patch_size"]
     return (frames // (config.get("patch_size_t") or 1)) * (height // patch) * (width // patch)
 

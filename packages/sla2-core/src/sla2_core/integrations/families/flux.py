@@ -17,28 +17,42 @@ from sla2_core.integrations.processor import SLA2Processor
 
 
 class FluxSLA2Processor(SLA2Processor):
-    """SLA2 for Flux. A single block hands over text and image in one tensor; a hook on it notes the
-    `text_tokens`.
+    """SLA2 for Flux's double and single blocks.
+
+    Attributes:
+        text_tokens: how many tokens at the front are text in a single block, which gives text and
+            image as one tensor; a hook on the block notes it before each call.
     """
 
     text_tokens = 0
 
     def attend(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """A double block's image (B, N, C) and text (B, L, C), or a single block's tokens
+        (B, L + N, C) before its output projection.
+
+        Args:
+            hidden_states: image (B, N, C) in a double block, text and image (B, L + N, C) in a
+                single one.
+            encoder_hidden_states: text (B, L, C) in a double block, None in a single one.
+            attention_mask: None; ValueError for a mask.
+            image_rotary_emb: cosines and sines (L + N, d) of text and image, or None.
+        """
         from diffusers.models.embeddings import apply_rotary_emb
 
         refuse_mask("attention_mask", attention_mask)
-        double = encoder_hidden_states is not None
-        text_tokens = encoder_hidden_states.shape[1] if double else self.text_tokens
+        text_tokens = self.text_tokens
+        if encoder_hidden_states is not None:
+            text_tokens = encoder_hidden_states.shape[1]
         q, k, v = _project(attn, hidden_states, "to_qkv", ("to_q", "to_k", "to_v"))
         q, k = attn.norm_q(q), attn.norm_k(k)
-        if double:
+        if encoder_hidden_states is not None:
             names = ("add_q_proj", "add_k_proj", "add_v_proj")
             text_q, text_k, text_v = _project(attn, encoder_hidden_states, "to_added_qkv", names)
             text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
@@ -48,13 +62,13 @@ class FluxSLA2Processor(SLA2Processor):
         q, k, v = (torch.cat([x[:, text_tokens:], x[:, :text_tokens]], dim=1) for x in (q, k, v))
         out = self.self_attention(q, k, v, text_tokens).to(q.dtype).flatten(2, 3)
         image, text = out.split([out.shape[1] - text_tokens, text_tokens], dim=1)
-        if not double:
+        if encoder_hidden_states is None:
             return torch.cat([text, image], dim=1)
         image = attn.to_out[1](attn.to_out[0](image.contiguous()))
         return image, attn.to_add_out(text.contiguous())
 
 
-def _project(attn: nn.Module, x: Tensor, fused: str, names: Sequence[str]) -> tuple[Tensor, ...]:
+def _project(attn: Any, x: Tensor, fused: str, names: Sequence[str]) -> tuple[Tensor, ...]:
     if attn.fused_projections:
         parts = getattr(attn, fused)(x).chunk(3, dim=-1)
     else:
@@ -62,7 +76,7 @@ def _project(attn: nn.Module, x: Tensor, fused: str, names: Sequence[str]) -> tu
     return tuple(part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
 
 
-def _note_text_tokens(block: nn.Module, args: tuple, kwargs: dict) -> None:
+def _note_text_tokens(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
     block.attn.processor.text_tokens = text.shape[1]
 
@@ -92,7 +106,7 @@ def _predict(
     return transformer(hidden_states=noisy, timestep=sigma, **conditions, return_dict=False)[0]
 
 
-def _tokens(config: Mapping, frames: int, height: int, width: int) -> int:
+def _tokens(config: Mapping[str, Any], frames: int, height: int, width: int) -> int:
     return frames * (height // 2) * (width // 2)  # the pipeline packs 2 x 2 latents into a token
 
 

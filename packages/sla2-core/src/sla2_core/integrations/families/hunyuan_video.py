@@ -5,11 +5,13 @@ last, padding masked.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sla2_core.integrations.families.joint import (
+    QKV,
     JointSLA2Processor,
     block_attention,
     heads_of,
@@ -20,9 +22,13 @@ from sla2_core.integrations.families.joint import (
 from sla2_core.integrations.family import Family, register_family
 
 
-def project(attn: nn.Module, video: Tensor, text: Tensor, rotary) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (B, N, H, d), text last; the rotary embedding acts on the video tokens after the
-    norms.
+def project(attn: Any, video: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | None) -> QKV:
+    """q, k, v (B, N + L, H, d), text last, after the norms and the rotary embedding.
+
+    Args:
+        attn: diffusers' attention module.
+        video: (B, N, C). text: (B, L, C).
+        rotary: cosines and sines (N, d), of the video tokens alone; None for none.
     """
     from diffusers.models.embeddings import apply_rotary_emb
 
@@ -42,8 +48,10 @@ def project(attn: nn.Module, video: Tensor, text: Tensor, rotary) -> tuple[Tenso
     return join((q, k, v), (text_q, text_k, text_v))
 
 
-def finish(attn: nn.Module, out: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
-    """The output projections of video and text."""
+def finish(attn: Any, out: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
+    """Video (B, N, C) and text (B, L, C) after their output projections, from out (B, N + L, H, d),
+    whose last L = `text_tokens` are text.
+    """
     video, text = out.flatten(2, 3).split([out.shape[1] - text_tokens, text_tokens], dim=1)
     if getattr(attn, "to_out", None) is not None:
         video = attn.to_out[1](attn.to_out[0](video))
@@ -57,14 +65,19 @@ class HunyuanVideoSLA2Processor(JointSLA2Processor):
 
     def attend(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None,
         image_rotary_emb: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        """`attention_mask` is bool (B, 1, 1, N) over video and text keys, its padding at the end of
-        the text.
+        """Video (B, N, C) and text (B, L, C) after the layer.
+
+        Args:
+            hidden_states: video, (B, N, C). encoder_hidden_states: text, (B, L, C).
+            attention_mask: bool (B, 1, 1, N + L) over video and text keys, padding at the end of
+                the text; or None.
+            image_rotary_emb: cosines and sines of the video tokens, or None.
         """
         text_tokens = encoder_hidden_states.shape[1]
         q, k, v = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
@@ -89,12 +102,12 @@ def _predict(
     ]
 
 
-def transformer_config(transformer: nn.Module) -> Mapping:
-    """The configuration, also through DistributedDataParallel."""
+def transformer_config(transformer: Any) -> Mapping[str, Any]:
+    """The configuration of a transformer, also inside DistributedDataParallel."""
     return getattr(transformer, "module", transformer).config
 
 
-def _tokens(config: Mapping, frames: int, height: int, width: int) -> int:
+def _tokens(config: Mapping[str, Any], frames: int, height: int, width: int) -> int:
     patch = config["patch_size"]
     return (frames // config["patch_size_t"]) * (height // patch) * (width // patch)
 

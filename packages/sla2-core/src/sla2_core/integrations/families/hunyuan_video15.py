@@ -5,6 +5,7 @@ neither asks nor answers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,19 @@ class HunyuanVideo15SLA2Processor(JointSLA2Processor):
 
     def attend(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None,
         image_rotary_emb: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        """`attention_mask` is (B, L) over the text, valid tokens first; the output of padded text
-        is 0.
+        """Video (B, N, C) and text (B, L, C) after the layer; before the output projection, padded
+        text has 0.
+
+        Args:
+            hidden_states: video, (B, N, C). encoder_hidden_states: text, (B, L, C).
+            attention_mask: (B, L) over the text, 1 for valid tokens, which come first; or None.
+            image_rotary_emb: cosines and sines of the video tokens, or None.
         """
         video_tokens, text_tokens = hidden_states.shape[1], encoder_hidden_states.shape[1]
         q, k, v = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
@@ -56,7 +62,7 @@ def _predict(
     return transformer(hidden_states=noisy, timestep=timestep, **conditions, return_dict=False)[0]
 
 
-def _tokens(config: Mapping, frames: int, height: int, width: int) -> int:
+def _tokens(config: Mapping[str, Any], frames: int, height: int, width: int) -> int:
     patch = config["patch_size"]
     return (frames // config["patch_size_t"]) * (height // patch) * (width // patch)
 

@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sla2_core.integrations.processor import SLA2Processor
 
+QKV = tuple[Tensor, Tensor, Tensor]
+
 
 class JointSLA2Processor(SLA2Processor):
-    """Base of the processors whose layers hand over video and text tokens apart and take them back
-    so.
+    """Base of the processors whose layers give video and text tokens as two tensors, (B, N, C) and
+    (B, L, C), and take two back.
     """
 
     def __call__(
         self,
-        attn,
-        hidden_states,
-        encoder_hidden_states=None,
-        attention_mask=None,
-        image_rotary_emb=None,
-    ) -> tuple[Tensor, Tensor]:  # diffusers' Attention reads the signature
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        # diffusers' Attention reads the signature.
         return super().__call__(
             attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
         )
 
 
-def join(video: tuple[Tensor, ...], text: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Concatenate video and text tokens of q, k, v, text last."""
-    return tuple(torch.cat(pair, dim=1) for pair in zip(video, text))
+def join(video: QKV, text: QKV) -> QKV:
+    """q, k, v (B, N + L, H, d) of video (B, N, H, d) and text (B, L, H, d), text last."""
+    q, k, v = (torch.cat(pair, dim=1) for pair in zip(video, text))
+    return q, k, v
 
 
-def split_heads(projections, x: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """Project (B, N, C) and split the channels: a tuple of (B, N, H, d)."""
-    return tuple(projection(x).unflatten(2, (heads, -1)) for projection in projections)
+def split_heads(projections: Sequence[Callable[[Tensor], Tensor]], x: Tensor, heads: int) -> QKV:
+    """x (B, N, C) through the projections of q, k and v, each split into heads: (B, N, H, d)."""
+    q, k, v = (projection(x).unflatten(2, (heads, -1)) for projection in projections)
+    return q, k, v
 
 
 def normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    """x (B, N, H, d) through a norm that the model may lack."""
     return x if norm is None else norm(x)
 
 
 def refuse_mask(name: str, mask: Tensor | None) -> None:
-    """A mask per token pair has no block form. Raises ValueError for one."""
+    """Raise ValueError for a mask of token pairs, which has no block form; `name` is the
+    argument's. None passes.
+    """
     if mask is not None:
         raise ValueError(
             f"{name}: expected None with SLA2, got a mask; handle.disable() runs the model's own"
@@ -51,13 +60,15 @@ def refuse_mask(name: str, mask: Tensor | None) -> None:
         )
 
 
-def heads_of(attn: nn.Module) -> tuple[int, int]:
-    """(heads, head dimension) of diffusers' attention modules."""
+def heads_of(attn: Any) -> tuple[int, int]:
+    """(number of heads, head dimension) of diffusers' attention modules."""
     return attn.heads, attn.to_q.out_features // attn.heads
 
 
-def block_attention(groups: Mapping[str, str]):
-    """A Family's attention_layers for {list of blocks: name of the attention in a block}."""
+def block_attention(groups: Mapping[str, str]) -> Callable[[nn.Module], dict[str, nn.Module]]:
+    """A Family's attention_layers for {attribute that lists blocks: attribute of a block that is its
+    attention}.
+    """
 
     def layers(transformer: nn.Module) -> dict[str, nn.Module]:
         return {

@@ -5,6 +5,7 @@ cross-attention stay dense.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +22,17 @@ class LTX2SLA2Processor(SLA2Processor):
 
     def __call__(
         self,
-        attn,
-        hidden_states,
-        encoder_hidden_states=None,
-        attention_mask=None,
-        query_rotary_emb=None,
-        key_rotary_emb=None,
-        perturbation_mask=None,
-        all_perturbed=None,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        query_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        key_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        perturbation_mask: Tensor | None = None,
+        all_perturbed: bool | Tensor | None = None,
     ) -> Tensor:
         # LTX2Attention reads the signature.
-        perturbed = {}
+        perturbed: dict[str, Any] = {}
         if perturbation_mask is not None or all_perturbed is not None:
             perturbed = {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
         return super().__call__(
@@ -46,15 +47,26 @@ class LTX2SLA2Processor(SLA2Processor):
 
     def attend(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None,
         attention_mask: Tensor | None,
         query_rotary_emb: tuple[Tensor, Tensor] | None,
         key_rotary_emb: tuple[Tensor, Tensor] | None,
         perturbation_mask: Tensor | None = None,
-        all_perturbed: bool | None = None,
+        all_perturbed: bool | Tensor | None = None,
     ) -> Tensor:
+        """The video tokens after the layer, (B, N, C).
+
+        Args:
+            hidden_states: (B, N, C). encoder_hidden_states: not read, for self-attention has none.
+            attention_mask: None; ValueError for a mask.
+            query_rotary_emb: cosines and sines, or None. key_rotary_emb: the same of the keys, None
+                for the queries'.
+            perturbation_mask: broadcasts to (B, N, C); 0 takes V in place of the attention output,
+                1 the output.
+            all_perturbed: whether all of it is 0; None reads the mask.
+        """
         from diffusers.models.transformers.transformer_ltx2 import (
             apply_interleaved_rotary_emb,
             apply_split_rotary_emb,
@@ -100,7 +112,7 @@ def _predict(
     `conditions`: the model's text arguments, audio_hidden_states, and num_frames, height, width,
     audio_num_frames as integers, the same for every sample.
     """
-    conditions = {
+    given: dict[str, Any] = {
         name: int(x.flatten()[0]) if name in _SIZES else x for name, x in conditions.items()
     }
     return transformer(
@@ -109,12 +121,12 @@ def _predict(
         sigma=sigma * 1000,
         audio_timestep=torch.zeros_like(sigma),
         audio_sigma=torch.zeros_like(sigma),
-        **conditions,
+        **given,
         return_dict=False,
     )[0]
 
 
-def _tokens(config: Mapping, frames: int, height: int, width: int) -> int:
+def _tokens(config: Mapping[str, Any], frames: int, height: int, width: int) -> int:
     patch = config["patch_size"]
     return (frames // config["patch_size_t"]) * (height // patch) * (width // patch)
 

@@ -5,19 +5,23 @@ operator.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sla2_core.integrations.family import Family, register_family
 from sla2_core.integrations.processor import SLA2Processor
+from sla2_core.order import Grid
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs of `x`, (B, N, H, d), by the angles diffusers' Wan model
-    hands its processors.
+    """Rotate neighbouring channel pairs by the angles that diffusers' Wan model gives its
+    processors: (B, N, H, d) in x's dtype.
 
-    `cos` and `sin` are (1, N, 1, d) with each value repeated for both channels of a pair.
+    Args:
+        x: (B, N, H, d).
+        cos, sin: (1, N, 1, d), each value repeated for both channels of a pair.
     """
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
@@ -27,15 +31,15 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _attend(
-    attn: nn.Module,
+    attn: Any,
     attention: Callable[[Tensor, Tensor, Tensor], Tensor],
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,
     attention_mask: Tensor | None = None,
     rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Projections, norms and rotary embedding of Wan's `attn1`, then `attention(q, k, v)` on (B, N,
-    H, d).
+    """Projections, norms and rotary embedding of Wan's `attn1` on (B, N, C), then
+    `attention(q, k, v)` on (B, N, H, d), and the output projection: (B, N, C).
     """
     for name, given in (
         ("encoder_hidden_states", encoder_hidden_states),
@@ -63,28 +67,36 @@ def _attend(
 
 
 class WanSelfAttnProcessor(nn.Module):
-    """Wan's self-attention with any `attention(q, k, v)` on (B, N, H, d) in the middle."""
+    """Wan's self-attention with another attention operator in the middle.
+
+    Args:
+        attention: attention(q, k, v) on (B, N, H, d) tensors, returns (B, N, H, d).
+    """
 
     def __init__(self, attention: Callable[[Tensor, Tensor, Tensor], Tensor]):
         super().__init__()
         self.attention = attention
 
-    def forward(self, attn: nn.Module, hidden_states: Tensor, *rest, **named) -> Tensor:
+    def forward(self, attn: Any, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
+        """(B, N, C) after the layer; arguments as of diffusers' WanAttnProcessor. Raises ValueError
+        for text or a mask, which self-attention does not have.
+        """
         return _attend(attn, self.attention, hidden_states, *rest, **named)
 
 
 class WanSLA2Processor(SLA2Processor):
     """SLA2 for Wan's `attn1`."""
 
-    def attend(self, attn: nn.Module, hidden_states: Tensor, *rest, **named) -> Tensor:
+    def attend(self, attn: Any, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
+        """(B, N, C) after the layer, as WanSelfAttnProcessor.forward."""
         return _attend(attn, self.self_attention, hidden_states, *rest, **named)
 
 
-def _layers(transformer: nn.Module) -> dict[str, nn.Module]:
+def _layers(transformer: Any) -> dict[str, nn.Module]:
     return {f"blocks.{i}.attn1": block.attn1 for i, block in enumerate(transformer.blocks)}
 
 
-def _heads(attn: nn.Module) -> tuple[int, int]:
+def _heads(attn: Any) -> tuple[int, int]:
     return attn.heads, attn.inner_dim // attn.heads
 
 
@@ -103,12 +115,12 @@ def _predict(
     ]
 
 
-def _tokens(config: Mapping, frames: int, height: int, width: int) -> int:
+def _tokens(config: Mapping[str, Any], frames: int, height: int, width: int) -> int:
     p_t, p_h, p_w = config["patch_size"]
     return (frames // p_t) * (height // p_h) * (width // p_w)
 
 
-def _grid(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int, int]:
+def _grid(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid:
     latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     frames, height, width = (
         n // p for n, p in zip(latents.shape[2:], transformer.config.patch_size)
