@@ -17,11 +17,16 @@ UNCONDITIONAL_NAME = "unconditional.safetensors"
 
 
 class CachedData:
-    """A folder of encoded samples: a data set for train_stage2.
+    """A folder of encoded samples, as encode_samples writes it: a data set for train_stage2.
 
-    `unconditional` holds the conditions of the empty caption, if they were encoded. Raises
-    FileNotFoundError or ValueError, naming the file, for a folder without an index or with a
-    missing or damaged sample.
+    Attributes:
+        names: what each sample is called.
+        unconditional: the conditions of the empty caption, {name: tensor}; None if they were not
+            encoded.
+
+    Raises:
+        FileNotFoundError, ValueError: no index in the folder; or, when a sample is read, one that is
+            missing or damaged. The message names the file.
     """
 
     def __init__(self, folder: str | Path):
@@ -56,7 +61,8 @@ def encode_samples(
 
     Args:
         names: what each sample is called (its file), to notice another data set.
-        encode: i -> {"latents": ..., condition: ...} of sample i, without a batch dimension.
+        encode: i -> {"latents": tensor, condition: tensor, ...} of sample i, without a batch
+            dimension.
         folder: gets one file per sample, and the index when all are there.
         settings: JSON values that fix the encoding (model, size, frames); a folder with others is
             refused.
@@ -64,8 +70,8 @@ def encode_samples(
         progress: called as progress(done, total).
 
     Raises:
-        ValueError: the folder holds other samples or other settings. Whatever encode raises:
-            samples done before it stay.
+        ValueError: the folder holds other samples or other settings. OSError: a file cannot be
+            written. What encode raises comes through; the samples done before it stay.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sla2_core.adapter import read_json, write_json, write_tensors
 from sla2_core.attention import SLA2Attention
@@ -48,7 +48,7 @@ class CaptureConfig:
     dtype: str | None = None
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(
             self,
             {
@@ -65,11 +65,15 @@ class CaptureConfig:
 
 @dataclass(frozen=True)
 class Captured:
-    """One attention call: q, k, v (B, H', N, d) after the rotary embedding, of the heads `heads` of
-    `layer`.
+    """One attention call.
 
-    The last `text_tokens` keys and queries are text; `kv_lengths` counts the valid keys of each
-    item, None if all are.
+    Attributes:
+        layer, sample: which layer, and which call of run() it belongs to.
+        timestep: the model's, 0 where it is not known.
+        heads: which of the layer's heads these are, H' of them.
+        q, k, v: (B, H', N, d) in the token order, after the rotary embedding.
+        text_tokens: so many tokens at the end are text.
+        kv_lengths: valid keys of each of the B items; None if all are.
     """
 
     layer: int
@@ -84,33 +88,52 @@ class Captured:
 
 
 class AnyCaptures(Protocol):
-    """What stage 1 reads: `calls` lists what there is as records with "layer" and "sample", `load`
-    reads one; `bytes` is the size of all, `name` where they are, `settings` what they are made of.
+    """What stage 1 reads: Captures, Recorded, or captures of your own.
+
+    Attributes:
+        settings: what fixes the captures, JSON values; "token_order" is that of their tokens.
     """
 
     settings: dict[str, Any]
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Where they are, for messages."""
+        ...
 
     @property
-    def calls(self) -> list[dict[str, Any]]: ...
+    def calls(self) -> list[dict[str, Any]]:
+        """A record of each call: its "layer" and "sample", and a "shard" and "key" that together
+        name it.
+        """
+        ...
 
     @property
-    def layers(self) -> tuple[int, ...]: ...
+    def layers(self) -> tuple[int, ...]:
+        """Which layers there are calls of, ascending."""
+        ...
 
     @property
-    def bytes(self) -> int: ...
+    def bytes(self) -> int:
+        """Size of all tensors."""
+        ...
 
     def load(self, call: dict[str, Any], device: torch.device | str = "cpu") -> Captured:
-        """Read one call."""
+        """Read one call, a record of `calls`, to a device."""
         ...
 
 
 class Captures:
-    """A folder of captures. Raises FileNotFoundError or ValueError, naming the file, if it is none.
+    """A folder of captures, as capture() writes it; iterating over it loads every call.
 
-    `calls` lists what there is as (shard, key, layer, ...) records; `load(call)` reads one of them.
+    Attributes:
+        settings: {"config", "model", "token_order"}, what the captures were made with.
+        samples: {"sample", "bytes", "calls"} of each sample.
+        full: whether the capture ended at CaptureConfig.max_bytes.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder has no index, or one that cannot be read; the
+            message names the file.
     """
 
     def __init__(self, folder: str | Path):
@@ -127,22 +150,32 @@ class Captures:
 
     @property
     def name(self) -> str:
+        """The folder."""
         return str(self.folder)
 
     @property
     def calls(self) -> list[dict[str, Any]]:
+        """What there is: {"shard", "key", "layer", "sample", "timestep", "heads", "shape",
+        "text_tokens", "kv_lengths"} of each call.
+        """
         return [call for sample in self.samples for call in sample["calls"]]
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """Which layers there are calls of, ascending."""
         return tuple(sorted({call["layer"] for call in self.calls}))
 
     @property
     def bytes(self) -> int:
+        """Size of all tensors."""
         return sum(sample["bytes"] for sample in self.samples)
 
     def load(self, call: dict[str, Any], device: torch.device | str = "cpu") -> Captured:
-        """Read one call; only its own tensors, not the whole shard."""
+        """Read one call, a record of `calls`, to a device; only its own tensors, not the whole
+        shard.
+
+        Raises FileNotFoundError or ValueError naming a shard that is missing or damaged.
+        """
         from safetensors import SafetensorError, safe_open
 
         path = self.folder / call["shard"]
@@ -198,12 +231,18 @@ class _Recorder:
         self.tensors: dict[str, Tensor] = {}
         self.calls: list[dict[str, Any]] = []
 
-    def hook(self, transformer, args, kwargs) -> None:
+    def hook(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.forward += 1
         self.timestep = timestep_of(transformer, args, kwargs)
 
     def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, text_tokens: int = 0, kv_lengths=None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        text_tokens: int = 0,
+        kv_lengths: Tensor | None = None,
     ) -> None:
         if layer not in self.layers or self.forward % self.config.every != self.first:
             return
@@ -249,11 +288,14 @@ def capture(
         run: run(i) runs the transformer once or many times (a whole pipeline), with everything
             random drawn from i.
         folder: gets one shard per sample and an index, which lists only finished shards.
+        samples: run() is called for i = 0, ..., samples - 1.
+        config: what to keep; None keeps all, up to 4 GiB.
         progress: called as progress(done, samples).
 
     Raises:
-        ValueError: the folder holds captures with other settings or of another model, or run() did
-            not call the model.
+        ValueError: layers, heads or layers_per_sample that the model does not have, no room for one
+            sample within max_bytes, a folder that holds captures with other settings or of another
+            model, or a run() that did not call the model. OSError: a file cannot be written.
     """
     config = config or CaptureConfig()
     folder = Path(folder)
@@ -293,7 +335,11 @@ def capture(
 
 
 def _one_sample(
-    handle: SLA2Handle, run, sample: int, layers: Sequence[int], config: CaptureConfig
+    handle: SLA2Handle,
+    run: Callable[[int], Any],
+    sample: int,
+    layers: Sequence[int],
+    config: CaptureConfig,
 ) -> _Recorder:
     record = _Recorder(sample, layers, handle.config.num_heads, config)
     hook = handle.transformer.register_forward_pre_hook(record.hook, with_kwargs=True)
@@ -311,13 +357,18 @@ def _one_sample(
 
 
 class Recorded:
-    """Captured calls in memory; as Captures."""
+    """Captured calls in memory, for train_router in place of Captures.
+
+    Args:
+        found: the calls. settings: {"token_order": the order of their tokens}.
+    """
 
     def __init__(self, found: Sequence[Captured], settings: dict[str, Any]):
         self.found, self.settings, self.name = list(found), settings, "memory"
 
     @property
     def calls(self) -> list[dict[str, Any]]:
+        """{"layer", "sample", "shard", "key"} of each call."""
         return [
             {"layer": c.layer, "sample": c.sample, "shard": "memory", "key": str(i)}
             for i, c in enumerate(self.found)
@@ -325,13 +376,16 @@ class Recorded:
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """Which layers there are calls of, ascending."""
         return tuple(sorted({c.layer for c in self.found}))
 
     @property
     def bytes(self) -> int:
+        """Size of all tensors."""
         return sum(x.numel() * x.element_size() for c in self.found for x in (c.q, c.k, c.v))
 
     def load(self, call: dict[str, Any], device: torch.device | str = "cpu") -> Captured:
+        """One call, a record of `calls`, on a device."""
         found = self.found[int(call["key"])]
         q, k, v = (x.to(device) for x in (found.q, found.k, found.v))
         return dataclasses.replace(found, q=q, k=k, v=v)
@@ -360,9 +414,9 @@ def record(
             layer: int, q: Tensor, k: Tensor, v: Tensor, text_tokens: int, lengths: Tensor | None
         ) -> None:
             heads = tuple(range(q.shape[1]))
-            kept = (x.detach().to("cpu", copy=True) for x in (q, k, v))
+            q, k, v = (x.detach().to("cpu", copy=True) for x in (q, k, v))
             valid = None if lengths is None else tuple(lengths.tolist())
-            found.append(Captured(layer, sample, 0.0, heads, *kept, text_tokens, valid))  # noqa: B023
+            found.append(Captured(layer, sample, 0.0, heads, q, k, v, text_tokens, valid))  # noqa: B023
 
         for layer, attention in attentions.items():
             attention.recorder = functools.partial(keep, layer)

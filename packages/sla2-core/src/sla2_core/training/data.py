@@ -10,7 +10,11 @@ from torch import Tensor
 
 
 class TensorData:
-    """Latents (n, ...) and text embeddings (n, L, D) in memory."""
+    """Latents (n, ...) and text embeddings (n, L, D) in memory, as a data set of n samples
+    {"latents": ..., "encoder_hidden_states": ...}.
+
+    Raises TypeError for what is no tensor, ValueError for other numbers of samples or none.
+    """
 
     def __init__(self, latents: Tensor, text: Tensor):
         for name, x in (("latents", latents), ("text", text)):
@@ -33,8 +37,9 @@ class TensorData:
 
 
 def as_dataset(data: Any) -> Any:
-    """`data` itself if it has len() and items, or TensorData of a (latents, text) pair. Raises
-    TypeError or ValueError.
+    """`data` itself if it has len() and items, or the TensorData of a (latents, text) pair.
+
+    Raises TypeError for anything else, ValueError for no samples or a tuple of another length.
     """
     if isinstance(data, tuple):
         if len(data) != 2:
@@ -55,10 +60,16 @@ def collate(
     dropped: Sequence[bool],
     unconditional: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
-    """Stack samples; where `dropped`, conditions become `unconditional` (only its keys), or zero
-    text embeddings.
+    """Stack samples to a batch: {name: (B, ...)}.
 
-    Raises ValueError for samples with other keys or shapes than the first.
+    Args:
+        items: B samples, each {name: tensor without a batch dimension}.
+        dropped: B flags, True for samples that are trained without their condition.
+        unconditional: {name: tensor} to put in place of a dropped condition; other names keep their
+            values. None puts zeros in place of encoder_hidden_states.
+
+    Raises:
+        ValueError: a sample with other keys or shapes than the first.
     """
     out = {}
     for name in items[0]:

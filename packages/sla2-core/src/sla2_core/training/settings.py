@@ -1,5 +1,5 @@
-"""Checks of the settings of capture and both stages, each one line that names the field: its range,
-and what a folder has.
+"""Checks of the settings of capture and of both stages: each field's range, and whether a folder's
+run has the same ones.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def check_fields(
     """Check the fields of a configuration.
 
     Args:
-        expected: {what is expected, one of _FITS: names of fields}. optional: fields that may also
-            be None.
+        config: any object with these fields.
+        expected: {what is expected, a key of _FITS: names of fields}. optional: fields that may
+            also be None.
 
     Raises:
         ValueError: a value of another kind; the message names the field.
@@ -58,8 +59,12 @@ def check_fields(
 
 
 def check_same(path: Path, wanted: Mapping[str, Any]) -> None:
-    """Check that the JSON file of a folder's settings holds those wanted. Raises ValueError naming
-    the file and the field.
+    """Check that the JSON file of a folder's settings holds the `wanted` ones, whatever else it
+    holds.
+
+    Raises:
+        ValueError: another value; the message names the file and the field. FileNotFoundError: no
+            such file.
     """
     different = _difference("", json.loads(json.dumps(wanted)), read_json(path))
     if different:

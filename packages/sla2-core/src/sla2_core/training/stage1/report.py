@@ -32,7 +32,19 @@ def layer_report(
     query block). All three maps run through the hard operator with the learned alpha.
 
     Args:
-        members: router, complement and mixing, as they work at this k%.
+        layer: its number. captured: the call, on the device to compute on.
+        config: the layer's.
+        members: router, complement and mixing by these names, as they work at this k%.
+        topk: k% in (0, 1].
+        rows: int64 (rows,), the query blocks, ascending.
+        max_scores: elements of the largest score matrix.
+
+    Returns:
+        {"layer", "topk", "mass", "error", "gain"}. mass and error hold one number for each of
+        "learned", "heuristic" and "oracle": the mean full-softmax probability of the selected
+        blocks, and the squared error of the hard operator relative to full attention's mean square.
+        gain is the share of the oracle's advantage in mass over the heuristic router that the
+        learned one has; None where there is no advantage.
     """
     router, parts = members["router"], Parts(members["complement"], members["mixing"])
     mass = dict.fromkeys(("learned", "heuristic", "oracle"), 0.0)

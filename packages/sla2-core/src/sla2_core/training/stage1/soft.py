@@ -19,10 +19,21 @@ from sla2_core.training.capture import Captured
 
 
 class Call:
-    """A captured call prepared for row-wise work on a few of its heads: K smoothed, Q and K pooled.
+    """A captured call prepared for work on a few query blocks of a few heads: K smoothed, Q and K
+    pooled.
 
     Text tokens stand last. Their queries are dense in the model, so only video queries count here;
-    key blocks that hold any text are always selected (`forced`).
+    key blocks that hold any text are always selected.
+
+    Args:
+        captured: the call. config: the layer's. chunk: which of the captured heads to take.
+
+    Attributes:
+        q: (B, H, N_q, d), video tokens alone. k, v: (B, H, N_k, d), K smoothed.
+        lengths: int64 (B,), valid keys, or None.
+        pooled_q, pooled_k: block means (B, H, T_m, d) and (B, H, T_n, d).
+        forced: bool (T_n,), blocks with text. dead: bool (B|1, 1, 1, T_n), blocks without a valid
+            key.
     """
 
     def __init__(self, captured: Captured, config: SLA2Config, chunk: slice):
@@ -47,13 +58,15 @@ class Call:
             self.dead = (start >= self.lengths[:, None])[:, None, None, :]
 
     def tokens(self, rows: Tensor) -> Tensor:
-        """The query tokens (B, H, n, d) of the ascending query blocks `rows`."""
+        """The query tokens (B, H, n, d) of the query blocks `rows`, int64 (rows,), ascending."""
         block, n = self.config.block_q, self.q.shape[2]
         place = (rows[:, None] * block + torch.arange(block, device=rows.device)).flatten()
         return self.q[:, :, place[place < n]]
 
     def count(self, topk: float) -> Tensor:
-        """How many routable blocks a row selects: (B|1, 1, 1, 1)."""
+        """How many blocks a row selects at k% = `topk`, beside the forced ones: int64
+        (B|1, 1, 1, 1).
+        """
         routable = (~(self.forced | self.dead)).sum(-1, keepdim=True)
         counts = [blocks_to_select(topk, int(n)) for n in routable.flatten()]
         return torch.tensor(counts, device=self.q.device).view(routable.shape)
@@ -64,13 +77,15 @@ class Call:
         return raw.masked_fill(self.dead, -torch.inf)
 
     def soft_mask(self, router: Router, scores: Tensor, topk: float) -> Tensor:
-        """(B, H, rows, T_n) in [0, 1], 1 for the forced blocks."""
+        """SoftTop-k (Eq. 17) of scores (B, H, rows, T_n): in [0, 1], 1 for the forced blocks, of
+        their shape.
+        """
         soft = router.soft(scores.masked_fill(self.forced, -torch.inf), self.count(topk))
         return torch.where(self.forced & ~self.dead, 1.0, soft)
 
     def hard_mask(self, router: Router, ranking: Tensor, topk: float) -> Tensor:
-        """bool (B, H, rows, T_n): the routable blocks that the router selects by `ranking`, and the
-        forced ones.
+        """bool (B, H, rows, T_n): the blocks that the router selects by `ranking`, scores of that
+        shape, and the forced ones.
         """
         routable = ranking.masked_fill(self.forced | self.dead, -torch.inf)
         chosen = router.hard(routable, self.count(topk))
@@ -79,8 +94,8 @@ class Call:
     def attend(
         self, rows: Tensor, scores: Tensor, mask: Tensor, parts: Parts
     ) -> tuple[Tensor, Tensor]:
-        """(the operator with `mask`, full attention) of the query blocks `rows`, each (B, H, n,
-        d).
+        """The operator with `mask`, and full attention, of the query blocks `rows`: each
+        (B, H, n, d) in fp32 (fp64 stays). `scores` and `mask` are (B, H, rows, T_n).
         """
         alpha = parts.mixing.alpha(scores, mask, rows=rows, num_rows=self.t_m, heads=self.heads)
         return soft_attend(
@@ -115,10 +130,10 @@ class Call:
 def calls(
     captured: Captured, config: SLA2Config, num_rows: int, max_scores: int
 ) -> Iterator[tuple[Call, float]]:
-    """The captured call in chunks of heads whose score matrix for `num_rows` query blocks has at
-    most `max_scores` elements.
+    """The captured call in chunks of heads. The score matrix of a chunk, for `num_rows` query
+    blocks, has at most `max_scores` elements, or is one head's.
 
-    Yields (call, share of the heads).
+    Yields (call, share of the heads in it).
     """
     b, h, n, _ = captured.q.shape
     per_head = b * min(num_rows, num_blocks(n, config.block_q)) * config.block_q * n

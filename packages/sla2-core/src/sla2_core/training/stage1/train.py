@@ -37,6 +37,7 @@ from sla2_core.training.stage1.soft import calls
 STATE_NAME = "stage1.safetensors"
 SETTINGS_NAME = "stage1.json"
 REPORT_NAME = "report.json"
+Progress = Callable[[int, int, dict[str, float]], None]  # progress(step, steps, {"loss": ...})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class Stage1Config:
     checkpoint_every: int = 50
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(
             self,
             {
@@ -101,22 +102,24 @@ class Stage1Config:
 
 @dataclass(kw_only=True)
 class Stage1Report:
-    """What stage 1 reached: training and held-out errors, and per layer and k% the routed mass and
-    the error.
+    """What stage 1 reached.
 
-    `layers` holds {"layer", "topk", "mass": {learned, heuristic, oracle}, "error": {...}, "gain"}:
-    mass is the mean full-softmax probability of the selected blocks, error the relative squared
-    error of the hard operator against full attention at the learned alpha, gain the share of the
-    oracle's advantage in mass over the heuristic router.
+    Attributes:
+        steps: optimiser steps done. stopped_early: whether the held-out error ended them.
+        loss: the training error of each step, relative to the mean square of full attention.
+        held_out: [step, held-out error] of each measurement.
+        layers: {"layer", "topk", "mass", "error", "gain"} for each layer and k%; see
+            report.layer_report.
     """
 
     steps: int = 0
     stopped_early: bool = False
     loss: list[float] = field(default_factory=list)
-    held_out: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[list[float]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; Stage1Report(**values) reads them."""
         return asdict(self)
 
 
@@ -234,7 +237,7 @@ def train_router(
     config: Stage1Config,
     folder: str | Path,
     *,
-    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    progress: Progress | None = None,
 ) -> Stage1Report:
     """Stage 1 on attention modules, for a model without a handle: train what their members give to
     stage 1 (router and alpha of SLA2), and leave each with the alpha of the k% nearest to its own.
@@ -261,7 +264,7 @@ def train_stage1(
     config: Stage1Config,
     folder: str | Path,
     *,
-    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    progress: Progress | None = None,
 ) -> Stage1Report:
     """train_router for the layers of a handle, which keeps captures of another model out.
 
@@ -287,7 +290,7 @@ def _train(
     config: Stage1Config,
     folder: Path,
     model: dict[str, Any],
-    progress: Callable[[int, int, dict[str, float]], None] | None,
+    progress: Progress | None,
 ) -> Stage1Report:
     sla2 = _common_config(attentions)
     _check_captures(captures, attentions, sla2)
@@ -342,7 +345,7 @@ class _Run:
         self.tensors = {name: p for i, t in trainees.items() for name, p in t.tensors(i).items()}
         routers = [p for name, p in self.tensors.items() if ".router." in name]
         alphas = [p for name, p in self.tensors.items() if ".router." not in name]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": routers, "lr": config.router_lr},
             {"params": alphas, "lr": config.alpha_lr},
         ]
@@ -350,9 +353,11 @@ class _Run:
         self.rates = [group["lr"] for group in groups]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0) if groups else None
         self.best = {name: p.detach().clone() for name, p in self.tensors.items()}
-        self.step, self.loss, self.held_out = 0, [], []
+        self.step = 0
+        self.loss: list[float] = []
+        self.held_out: list[tuple[int, float]] = []
 
-    def train(self, progress) -> Stage1Report:
+    def train(self, progress: Progress | None) -> Stage1Report:
         steps = self.config.steps if self.optimizer else 0
         if self.path.exists():
             self._load()
@@ -376,6 +381,7 @@ class _Run:
         )
 
     def _one_step(self) -> float:
+        assert self.optimizer is not None  # train() takes no step without one
         config, total = self.config, 0.0
         rng = np.random.default_rng([config.seed, 0, self.step])
         topk = config.topk[self.step % len(config.topk)]
@@ -458,15 +464,19 @@ class _Run:
 
 
 def load_stage1(handle: SLA2Handle, folder: str | Path) -> None:
-    """load_router for the layers of a handle."""
+    """load_router for the layers of a handle: arguments and errors are its own."""
     load_router(handle.attentions, folder)
 
 
 def load_router(attentions: Mapping[int, SLA2Attention], folder: str | Path) -> None:
     """Put a finished stage 1 into modules: the router, and the alpha of the k% nearest to theirs.
 
-    Raises FileNotFoundError or ValueError, naming the file, for an unfinished run, another
-    geometry, other members, or other layers.
+    Args:
+        attentions: {layer: module}, all of one configuration. folder: of the finished stage 1.
+
+    Raises:
+        FileNotFoundError, ValueError: an unfinished run, another geometry, other members, or other
+            layers; the message names the file.
     """
     folder = Path(folder)
     source = folder / STATE_NAME

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
 
 _NAME = "sla2"
 
 
-def add(transformer: nn.Module, rank: int, targets: Sequence[str], seed: int) -> None:
-    """Add LoRA matrices to the linear layers whose names end in one of `targets`; the base weights
-    are frozen.
+def add(transformer: Any, rank: int, targets: Sequence[str], seed: int) -> None:
+    """Add LoRA matrices to a diffusers transformer and freeze its own weights. Matrices that a
+    stopped run left are taken out first.
 
-    The initial matrices follow from `seed`; those of a run that was stopped are taken out first.
-    Raises ModuleNotFoundError without peft, ValueError if no layer fits.
+    Args:
+        transformer: the model. rank: of the matrices; lora_alpha is the same.
+        targets: the linear layers whose names end in one of these.
+        seed: the initial matrices follow from it.
+
+    Raises:
+        ModuleNotFoundError: no peft. ValueError: no layer fits.
     """
     try:
         from peft import LoraConfig
@@ -36,7 +41,9 @@ def add(transformer: nn.Module, rank: int, targets: Sequence[str], seed: int) ->
             ) from None
 
 
-def merge(transformer: nn.Module) -> None:
-    """Add the products of the matrices to the weights and take the matrices out."""
+def merge(transformer: Any) -> None:
+    """Add the products of the matrices that add() made to the weights, and take the matrices
+    out.
+    """
     transformer.fuse_lora(adapter_names=[_NAME])
     transformer.unload_lora()

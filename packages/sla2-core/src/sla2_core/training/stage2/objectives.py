@@ -10,11 +10,14 @@ from torch import Tensor
 
 
 def draw_sigma(rng: np.random.Generator, count: int, kind: str, shift: float) -> Tensor:
-    """Noise levels in (0, 1), fp32 (count,): a logit-normal or uniform u, moved to shift u / (1 +
-    (shift - 1) u).
+    """Noise levels in (0, 1), fp32 (count,): u moved to shift u / (1 + (shift - 1) u).
 
-    This is the shift of diffusers' FlowMatchEulerDiscreteScheduler, so training sees the levels
-    sampling uses.
+    This is the shift of diffusers' FlowMatchEulerDiscreteScheduler, so that training sees the
+    levels that sampling uses.
+
+    Args:
+        rng: the draws' generator. count: how many levels.
+        kind: of u, "logit_normal" or "uniform". shift: > 0; 1 leaves u as it is.
     """
     u = 1 / (1 + np.exp(-rng.normal(size=count))) if kind == "logit_normal" else rng.random(count)
     return torch.from_numpy(shift * u / (1 + (shift - 1) * u)).float()
@@ -23,11 +26,16 @@ def draw_sigma(rng: np.random.Generator, count: int, kind: str, shift: float) ->
 def noisy_and_target(
     clean: Tensor, noise: Tensor, sigma: Tensor, alphas_cumprod: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The noisy latents and what the model should predict from them, both in fp32.
+    """The noisy latents x and what the model should predict from them, each (B, ...) as `clean`.
 
-    Flow matching: x = (1 - sigma) clean + sigma noise, target noise - clean. With `alphas_cumprod`
-    (T,), at the timestep t = round(sigma (T - 1)): x = sqrt(a_t) clean + sqrt(1 - a_t) noise,
-    target v = sqrt(a_t) noise - sqrt(1 - a_t) clean.
+    Flow matching: x = (1 - sigma) clean + sigma noise, target noise - clean. With `alphas_cumprod`,
+    at the timestep t = round(sigma (T - 1)): x = sqrt(a_t) clean + sqrt(1 - a_t) noise, target
+    v = sqrt(a_t) noise - sqrt(1 - a_t) clean.
+
+    Args:
+        clean, noise: fp32 (B, ...).
+        sigma: (B,) in [0, 1].
+        alphas_cumprod: a, (T,); None for flow matching.
     """
     shape = (-1, *([1] * (clean.ndim - 1)))
     if alphas_cumprod is None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,22 @@ from torch import Tensor, nn
 from sla2_core.adapter import read_tensors, write_tensors
 from sla2_core.integrations.handle import SLA2Handle
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    from sla2_core.training.stage2.train import Stage2Report
+
 _NAME = re.compile(r"checkpoint-(\d{8})\.safetensors")
 
 
-def _options():
+def _options() -> StateDictOptions:
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
     return StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint of a run, if there is one."""
+    """The newest checkpoint of a run; None if there is none."""
     found = sorted(
         path for path in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(path.name)
     )
@@ -33,16 +38,29 @@ def latest(folder: Path) -> Path | None:
 
 def save(
     folder: Path,
-    accelerator,
+    accelerator: Any,
     model: nn.Module,
-    optimizer,
+    optimizer: Any,
     ema: dict[str, Tensor] | None,
-    report,
+    report: Stage2Report,
     keep: int,
 ) -> None:
-    """Write the checkpoint of `report.steps` and delete all but the last `keep`."""
+    """Write the checkpoint of `report.steps` and delete all but the last `keep`; all processes call
+    it, the first one writes.
+
+    Args:
+        folder: of the run. accelerator: accelerate's. model, optimizer: as it prepared them.
+        ema: the moving average by parameter name, or None.
+        report: what the run did so far. keep: how many checkpoints stay.
+
+    Raises:
+        OSError: the file cannot be written; the message names it.
+    """
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
+    # Any: get_state_dict's type is a union over everything that a state may hold.
+    weights: Any
+    optim: Any
     weights, optim = get_state_dict(model, _inner(optimizer), options=_options())
     average = _whole(ema) if ema is not None else {}
     if accelerator.is_main_process:
@@ -65,10 +83,11 @@ def save(
 
 
 def load_latest(
-    folder: Path, model: nn.Module, optimizer, ema: dict[str, Tensor] | None
+    folder: Path, model: nn.Module, optimizer: Any, ema: dict[str, Tensor] | None
 ) -> tuple[int, list[float], list[float]] | None:
-    """Restore the newest checkpoint: (steps, losses, gradient norms), or None if there is none.
+    """Restore model, optimiser and moving average from the newest checkpoint, in place.
 
+    Returns (steps, the loss of each, the gradient norm of each), or None if there is no checkpoint.
     Raises ValueError, naming the file, if it is damaged or of another model.
     """
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_state_dict
@@ -78,7 +97,9 @@ def load_latest(
         return None
     found = read_tensors(path)
     loss, grad_norm = found.pop("loss").tolist(), found.pop("grad_norm").tolist()
-    weights, moments, average = {}, {}, {}
+    weights: dict[str, Any] = {}
+    moments: dict[str, Any] = {}
+    average: dict[str, Tensor] = {}
     for name, value in found.items():
         kind, _, rest = name.partition(".")
         if kind == "model":
@@ -106,10 +127,10 @@ def load_latest(
     if ema is not None:
         for name, value in ema.items():
             _fill(value, average[name])
-    return int(_NAME.fullmatch(path.name)[1]), loss, grad_norm
+    return int(path.stem.removeprefix("checkpoint-")), loss, grad_norm
 
 
-def _inner(optimizer):
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
 
 
@@ -128,8 +149,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 def _fill(target: Tensor, value: Tensor) -> None:
     if hasattr(target, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
+        assert isinstance(target, DTensor)
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     with torch.no_grad():
         target.copy_(value)
@@ -143,7 +165,7 @@ def plain_name(name: str) -> str:
 
 
 def start_ema(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of everything that is trained, by parameter name."""
+    """A copy of everything that is trained, by parameter name (plain_name)."""
     return {
         plain_name(name): p.detach().clone()
         for name, p in model.named_parameters()
@@ -153,6 +175,9 @@ def start_ema(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    """Move the average towards what is trained: ema = decay ema + (1 - decay) parameter, in
+    place.
+    """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             ema[plain_name(name)].lerp_(parameter, 1 - decay)
@@ -166,19 +191,21 @@ def use_ema(ema: dict[str, Tensor], model: nn.Module) -> None:
             parameter.copy_(ema[plain_name(name)])
 
 
-def save_adapter(handle: SLA2Handle, accelerator, model: nn.Module, folder: Path) -> None:
-    """Write what was trained as an adapter, gathered from all processes."""
+def save_adapter(handle: SLA2Handle, accelerator: Any, model: nn.Module, folder: Path) -> None:
+    """Write what was trained as an adapter, gathered from all processes; all call it, the first one
+    writes. Raises OSError naming a file that cannot be written.
+    """
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    weights = get_model_state_dict(model, options=_options())
+    weights: dict[str, Any] = get_model_state_dict(model, options=_options())
     if accelerator.is_main_process:
         handle.save(folder, include_model=True, state=weights)
     accelerator.wait_for_everyone()
 
 
 def open_writer(folder: Path, steps: int) -> Any:
-    """A TensorBoard writer of a run that has done `steps`; what was written of later ones, before a
-    kill, is dropped.
+    """A TensorBoard SummaryWriter in folder/tensorboard, for a run that has done `steps`. Steps
+    after those, which a killed process had written, are dropped.
 
     Raises ModuleNotFoundError if tensorboard is missing.
     """

@@ -23,6 +23,7 @@ from sla2_core.training.stage2 import lora, state
 from sla2_core.training.stage2.objectives import draw_sigma, noisy_and_target
 
 SETTINGS_NAME = "stage2.json"
+Progress = Callable[[int, int, dict[str, float]], None]  # see train_stage2
 
 
 class TrainingStopped(FloatingPointError):
@@ -84,7 +85,7 @@ class Stage2Config:
     seed: int = 0
     tensorboard: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(
             self,
             {
@@ -121,7 +122,12 @@ class Stage2Config:
 
 @dataclass(kw_only=True)
 class Stage2Report:
-    """What stage 2 did: the loss and gradient norm of every step, and where the adapter lies."""
+    """What stage 2 did.
+
+    Attributes:
+        steps: optimiser steps done. loss, grad_norm: of each of them, the norm before clipping.
+        adapter: the adapter's folder.
+    """
 
     steps: int = 0
     loss: list[float] = field(default_factory=list)
@@ -129,6 +135,7 @@ class Stage2Report:
     adapter: str = ""
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; Stage2Report(**values) reads them."""
         return asdict(self)
 
 
@@ -140,7 +147,7 @@ def train_stage2(
     *,
     teacher: nn.Module | None = None,
     accelerator: Any = None,
-    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    progress: Progress | None = None,
 ) -> Stage2Report:
     """Fine-tune; started again with the same folder, it goes on from its last checkpoint, to the
     bit in one process.
@@ -197,7 +204,7 @@ def train_stage2(
     return run.train(progress)
 
 
-def _accelerator():
+def _accelerator() -> Any:
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs
     except ModuleNotFoundError:
@@ -209,7 +216,7 @@ def _accelerator():
     return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
 
 
-def _check_settings(path: Path, settings: dict[str, Any], accelerator) -> None:
+def _check_settings(path: Path, settings: dict[str, Any], accelerator: Any) -> None:
     if path.exists():
         sla2 = {name: value for name, value in settings["sla2"].items() if name != "backend"}
         check_same(path, settings | {"sla2": sla2})
@@ -222,7 +229,13 @@ class _Run:
     """The training loop: everything random about a step follows from (seed, step)."""
 
     def __init__(
-        self, handle: SLA2Handle, data, config: Stage2Config, folder: Path, teacher, accelerator
+        self,
+        handle: SLA2Handle,
+        data: Any,
+        config: Stage2Config,
+        folder: Path,
+        teacher: nn.Module | None,
+        accelerator: Any,
     ):
         self.handle, self.data, self.config, self.folder, self.accelerator = (
             handle,
@@ -232,8 +245,8 @@ class _Run:
             accelerator,
         )
         self.family, self.transformer = handle.family, handle.transformer
-        alphas = self.family.alphas_cumprod
-        self.alphas_cumprod = None if alphas is None else alphas(self.transformer.config)
+        schedule = self.family.alphas_cumprod
+        self.alphas_cumprod = None if schedule is None else schedule(self.transformer.config)
         self.flags = _freeze(handle, config)
         if config.lora_rank:
             lora.add(self.transformer, config.lora_rank, config.lora_targets, config.seed)
@@ -243,7 +256,7 @@ class _Run:
             self.transformer.enable_gradient_checkpointing()
         alphas = [p for p in handle.trained_in("stage2") if p.requires_grad]
         model = [p for p in handle.parameters()["model"] if p.requires_grad]
-        wanted = [
+        wanted: list[dict[str, Any]] = [
             {"params": model, "lr": config.learning_rate, "peak": config.learning_rate},
             {
                 "params": alphas,
@@ -270,7 +283,7 @@ class _Run:
         self.ema = state.start_ema(self.model) if config.ema is not None else None
         self.report = Stage2Report()
 
-    def train(self, progress) -> Stage2Report:
+    def train(self, progress: Progress | None) -> Stage2Report:
         config, report = self.config, self.report
         last = state.load_latest(self.folder, self.model, self.optimizer, self.ema)
         if last is not None:
@@ -333,17 +346,17 @@ class _Run:
                 loss = self._loss(batches[-1]) / config.accumulate
                 total += loss.detach()
                 accelerator.backward(loss)
-        loss = float(accelerator.reduce(total, "mean"))
+        mean = float(accelerator.reduce(total, "mean"))
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), config.grad_clip))
-        if not (np.isfinite(loss) and np.isfinite(norm)):
-            self._stop(step, loss, norm, batches)
+        if not (np.isfinite(mean) and np.isfinite(norm)):
+            self._stop(step, mean, norm, batches)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.ema is not None:
+        if self.ema is not None and config.ema is not None:
             state.update_ema(self.ema, self.model, min(config.ema, (1 + step) / (10 + step)))
-        return loss, norm
+        return mean, norm
 
-    def _sync(self, part: int):
+    def _sync(self, part: int) -> contextlib.AbstractContextManager[Any]:
         """Gradients are exchanged with the last micro-batch only."""
         return (
             contextlib.nullcontext()
@@ -351,13 +364,17 @@ class _Run:
             else self.accelerator.no_sync(self.model)
         )
 
-    def _batch(self, step: int, index, sigma: Tensor, dropped, first: int) -> dict[str, Any]:
+    def _batch(
+        self, step: int, index: np.ndarray, sigma: Tensor, dropped: np.ndarray, first: int
+    ) -> dict[str, Any]:
         """Clean and noisy latents, noise levels, target and conditions of a micro-batch, on the
         device.
         """
         device = self.accelerator.device
         items = collate(
-            [self.data[int(i)] for i in index], dropped, getattr(self.data, "unconditional", None)
+            [self.data[int(i)] for i in index],
+            dropped.tolist(),
+            getattr(self.data, "unconditional", None),
         )
         clean = items.pop("latents").to(device).float()
         noise = []
@@ -410,8 +427,8 @@ class _Run:
     def _first_bad_layer(self, batches: list[dict[str, Any]]) -> str:
         found: list[str] = []
 
-        def watch(name: str):
-            def hook(_module, _inputs, output):
+        def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
                 outputs = output if isinstance(output, (tuple, list)) else (output,)
                 if any(
                     isinstance(x, Tensor) and not bool(torch.isfinite(x).all()) for x in outputs
