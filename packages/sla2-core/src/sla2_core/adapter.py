@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,9 @@ class Adapter:
     dense_steps: int = 0
 
 
-def write_atomically(path: Path, write) -> None:
-    """Call write(temporary path) and rename the result to `path`; nothing is left behind if it
-    fails.
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call write(temporary path) in the same folder, then rename the file to `path`. If write
+    fails, its error comes through, `path` is as it was, and no temporary file stays.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -62,8 +62,9 @@ def write_json(path: Path, content: Any) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, atomically; shared storage is copied. Raises OSError naming the
-    file (a full disk).
+    """Write tensors as safetensors, atomically; tensors that share storage are copied.
+
+    Raises OSError naming the file if it cannot be written, as on a full disk.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -78,8 +79,9 @@ def write_tensors(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file. Raises FileNotFoundError or ValueError naming the file if it is
-    missing or damaged.
+    """Read a safetensors file to the CPU, by tensor name.
+
+    Raises FileNotFoundError if it is missing and ValueError if it is damaged; both name the file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -93,7 +95,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises FileNotFoundError or ValueError naming the file."""
+    """Read a JSON object.
+
+    Raises FileNotFoundError if the file is missing and ValueError if it holds something else; both
+    name the file.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a JSON file, found none")
     try:
@@ -108,8 +114,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def save_adapter(adapter: Adapter, folder: str | Path) -> Path:
     """Write the two files into `folder`, which is made if need be; returns the folder.
 
-    The weights' file is written first and the configuration last, so a folder with a configuration
-    is complete.
+    The weights are written first and the configuration last, so a folder with a configuration is
+    complete. Raises OSError naming the file that cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,8 +134,9 @@ def save_adapter(adapter: Adapter, folder: str | Path) -> Path:
 
 
 def load_adapter(folder: str | Path) -> Adapter:
-    """Read an adapter folder. Raises FileNotFoundError or ValueError, in one line that names the
-    file and what is wrong.
+    """Read an adapter folder, its tensors to the CPU; files of format_version 1 are read too.
+
+    Raises FileNotFoundError or ValueError, in one line that names the file and what is wrong.
     """
     folder = Path(folder)
     path = folder / CONFIG_NAME
@@ -176,7 +183,11 @@ def _are_layers(value: Any) -> bool:
 
 
 def check_geometry(source: str, found: SLA2Config, expected: SLA2Config) -> None:
-    """Raise ValueError unless both configurations have parameters of the same shape and meaning."""
+    """Raise ValueError unless both configurations have parameters of the same shape and meaning.
+
+    Args:
+        source: the file that `found` was read from, for the message.
+    """
     theirs = found.geometry()
     for name, value in expected.geometry().items():
         if theirs.get(name) != value:
@@ -188,6 +199,9 @@ def check_geometry(source: str, found: SLA2Config, expected: SLA2Config) -> None
 def check_tensors(source: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless `found` has exactly the keys of `expected`, in their shapes and
     dtypes.
+
+    Args:
+        source: the file that `found` was read from, for the message.
     """
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing:
@@ -211,7 +225,9 @@ def check_tensors(source: str, found: Mapping[str, Tensor], expected: Mapping[st
 
 
 def copy_tensors(found: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-    """Copy values in place, after check_tensors."""
+    """Copy the values of `found` into the tensors of `into`, in place and without gradients. The
+    names and shapes are those that check_tensors has checked.
+    """
     with torch.no_grad():
         for name, value in into.items():
             value.copy_(found[name])

@@ -46,11 +46,13 @@ def attend(
     backend: Backend,
     heads: Heads = None,
 ) -> Tensor:
-    """O (B, H, N_q, d) in q's dtype of q (B, H, N_q, d), k and v (B, H, N_k, d).
+    """The operator's output O (B, H, N_q, d), in q's dtype.
 
-    Gradients reach q, k, v, alpha (B|1, H|1, T_m|1), and the parameters of `parts`.
+    Gradients reach q, k, v, alpha, and the parameters of `parts`.
 
     Args:
+        q: (B, H, N_q, d). k, v: (B, H, N_k, d), K not smoothed. All of one floating dtype.
+        alpha: (B|1, H|1, T_m|1) in [0, 1], or None for a mixing without one.
         lengths: int64 (B,), valid keys of each item, or None.
         heads: which of the members' heads these are; None means all.
     """
@@ -85,7 +87,11 @@ def sparse_branch(
     backend: Backend,
     joins: bool,
 ) -> Branch:
-    """Softmax over the selected blocks; the log-sum-exp has a gradient if the branches join."""
+    """Softmax over the selected blocks of q (B, H, N_q, d), k and v (B, H, N_k, d), by a backend.
+
+    The branch is in fp32 (fp64 for fp64 inputs). Its log-sum-exp has a gradient if `joins`, that is
+    if the mixing reads it.
+    """
     call = Inputs(q, k, v, block_map.indices, block_map.counts, None, lengths)
     out, lse = ops.run(call, options, backend, log_sum_exp_gradient=joins)
     empty = (block_map.counts == 0).repeat_interleave(options.block_q, 2)
@@ -103,7 +109,9 @@ def rest_branch(
     complement: Complement,
     heads: Heads = None,
 ) -> Branch:
-    """The complement: by the kernels where it is linear attention, else by the member itself."""
+    """The complement's branch for q (B, H, N_q, d), k and v (B, H, N_k, d), in fp32 (fp64 for fp64
+    inputs): by the backend's kernels where it is linear attention, else by the member itself.
+    """
     mask = block_map.mask()
     start = torch.arange(mask.shape[3], device=mask.device) * options.block_k
     valid = torch.ones_like(mask[:1, :1, :1])
@@ -136,8 +144,10 @@ def linear_branch(
     backend: Backend,
     everywhere: bool,
 ) -> Tensor:
-    """Linear attention (phi = softmax) over the unselected blocks, or over all: the kernels'
-    operator where alpha is 0, and where nothing is selected. (B, H, N_q, d), fp32 or fp64.
+    """Linear attention (phi = softmax) over the unselected blocks, or over all with `everywhere`.
+
+    The kernels' operator gives the first with alpha = 0, and the second with an empty block map.
+    Returns (B, H, N_q, d) in fp32 (fp64 for fp64 inputs).
     """
     indices, counts = block_map.indices, block_map.counts
     if everywhere:
@@ -166,7 +176,9 @@ def everywhere(
     options: Options,
     backend: Backend,
 ) -> Tensor:
-    """Linear attention (phi = softmax) over all blocks: (B, H, N_q, d), fp32 or fp64."""
+    """Linear attention (phi = softmax) over all blocks, SLA's O_l before its projection:
+    (B, H, N_q, d) in fp32 (fp64 for fp64 inputs).
+    """
     complement = _OverAll()
     if backend.name != "reference":
         return rest_branch(q, k, v, block_map, lengths, options, backend, complement).out
@@ -221,8 +233,16 @@ def _dense(
     keys, values = (reference.drop_padding(to_work(x), valid) for x in (k, v))
     queries, blocks = to_work(q), (options.block_q, options.block_k)
     chosen = reference.per_token(block_map.mask(), *blocks, q.shape[2], k.shape[2]) & valid
-    how = (options.precision, options.qat_backward, options.more)
-    o_s, lse = reference.sparse_branch(queries, keys, values, chosen, *blocks, *how)
+    o_s, lse = reference.sparse_branch(
+        queries,
+        keys,
+        values,
+        chosen,
+        *blocks,
+        options.precision,
+        options.qat_backward,
+        options.more,
+    )
     sparse = Branch(o_s, ~chosen.any(-1, keepdim=True), lse)
     if complement.absent:
         return o_s.to(q.dtype)
@@ -290,8 +310,11 @@ def soft_attend(
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V by torch on (B, H, N, d); keys at or past `lengths` (B,) do not
-    count.
+    """softmax(Q K^T / sqrt(d)) V by torch's scaled_dot_product_attention, in q's dtype.
+
+    Args:
+        q: (B, H, N_q, d). k, v: (B, H, N_k, d).
+        lengths: int64 (B,), valid keys of each item; None means all.
     """
     mask = None if lengths is None else reference.valid_keys(k, lengths)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -1,4 +1,6 @@
-"""SLA2Attention and SLAAttention: q, k, v in, attention output out, with the members inside."""
+"""SLA2Attention and SLAAttention: modules that hold the parameters and map q, k, v to the attention
+output.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,12 @@ LAYOUTS = ("bhnd", "bnhd")
 
 @dataclass(frozen=True)
 class AttentionInfo:
-    """What a call did: its block map, alpha (B|1, H|1, T_m|1; None for a mixing without one), and
-    the measured sparsity of the map.
+    """What a call did.
+
+    Attributes:
+        block_map: of the routed queries.
+        alpha: (B|1, H|1, T_m|1) in [0, 1], without a gradient; None for a mixing without one.
+        sparsity: share of the map's block pairs that are not attended exactly, in [0, 1].
     """
 
     block_map: BlockMap
@@ -45,7 +51,9 @@ class AttentionInfo:
 
 
 class Result(NamedTuple):
-    """Output (B, H, N, d), and of the routed queries the block map and alpha."""
+    """What SLA2Attention.attend returns: the output (B, H, N, d) in q's dtype, the block map of the
+    routed queries, and alpha (B|1, H|1, T_m|1), None for a mixing without one.
+    """
 
     out: Tensor
     block_map: BlockMap
@@ -61,8 +69,13 @@ class SLA2Attention(nn.Module):
     torch's scaled_dot_product_attention can call sdpa.ScaledDotProductSLA2 instead.
 
     Args:
-        config: fixes the layer. `config` may be replaced later by one that leaves the parameters
-            and their meaning as they are; ValueError names the field otherwise.
+        config: fixes the layer.
+
+    Attributes:
+        config: may be replaced by one that leaves the parameters and their meaning as they are.
+        order, router, complement, mixing: the members that the configuration names.
+        recorder: if set, called as recorder(q, k, v, text_tokens, lengths) with (B, H, N, d)
+            tensors at each call, which then computes full attention.
     """
 
     router: Router
@@ -78,12 +91,13 @@ class SLA2Attention(nn.Module):
         self.complement = COMPLEMENTS.make(config)
         self.mixing = MIXINGS.make(config)
         self.options = Options.of(config)
-        # While Q, K, V are captured: recorder(q, k, v, text_tokens, lengths), and full attention.
         self.recorder: Callable[..., None] | None = None
 
     @property
     def config(self) -> SLA2Config:
-        """The configuration in force."""
+        """The configuration in force. Setting one that changes the shape or the meaning of a
+        parameter raises ValueError, which names the field.
+        """
         return self._config
 
     @config.setter
@@ -127,11 +141,12 @@ class SLA2Attention(nn.Module):
         return_info: bool = False,
     ) -> Any:
         """Attention output in q's layout and dtype (autocast's under autocast); with `return_info`
-        also an AttentionInfo.
+        a tuple of it and an AttentionInfo.
 
         Args:
-            q: (B, H, N_q, d), or (B, N_q, H, d) with layout="bnhd". k, v: the same with N_k. Under
-                autocast they are taken in its dtype, as by scaled_dot_product_attention.
+            q: (B, H, N_q, d), or (B, N_q, H, d) with layout="bnhd", in float64, float32, bfloat16
+                or float16. k, v: the same with N_k. Under autocast they are taken in its dtype, as
+                by scaled_dot_product_attention.
             kv_lengths: None, or one integer in [1, N_k] per batch item. On a GPU the values are
                 not read and not checked.
             text_tokens: so many tokens at the end are text, of queries and of keys: their keys are
@@ -141,7 +156,7 @@ class SLA2Attention(nn.Module):
 
         Raises:
             TypeError, ValueError: an argument of another shape, dtype or device than the
-                configuration or q's.
+                configuration's or q's. RuntimeError: the configured backend is missing here.
         """
         check_choice("layout", layout, LAYOUTS)
         if layout == "bnhd":
@@ -207,11 +222,13 @@ class SLA2Attention(nn.Module):
         text_tokens: int = 0,
         heads: Heads = None,
     ) -> Result:
-        """forward() without checks, on (B, H, N, d) in the token order; for model integrations.
+        """forward() without checks, for model integrations.
 
         Args:
-            lengths: int64 (B,) or None. heads: which of the module's heads these are, as under
-                Ulysses; None means all.
+            q: (B, H, N_q, d). k, v: (B, H, N_k, d). Tokens stand in the token order, text last.
+            lengths: int64 (B,), valid keys, or None.
+            text_tokens: so many tokens at the end are text.
+            heads: which of the module's heads these are, as under Ulysses; None means all.
         """
         q, k, v = autocast_qkv(q, k, v)
         options, mixing = self.options, self.mixing
@@ -259,7 +276,12 @@ class SLA2Attention(nn.Module):
         """Which token stands at each place in the token order, int64 (tokens,); None for the
         raster. Text keeps its place at the end.
 
-        Raises ValueError without a grid for an order that is not the raster's.
+        Args:
+            tokens: how many there are, `text_tokens` of them text.
+            grid: (frames, height, width) of the others. device: of the result.
+
+        Raises:
+            ValueError: no grid for an order that is not the raster's.
         """
         if self.order.name == "raster":
             return None
@@ -275,6 +297,7 @@ class SLA2Attention(nn.Module):
         return torch.cat([order, text]).to(device)
 
     def extra_repr(self) -> str:
+        """What print() shows beside the members: k%, block sizes and the members' names."""
         c = self._config
         return (
             f"topk={c.topk}, blocks={c.block_q}x{c.block_k}, router={c.router},"
@@ -295,7 +318,7 @@ class SLAAttention(SLA2Attention):
 
 
 def build_attention(config: SLA2Config) -> SLA2Attention:
-    """The module of a configuration."""
+    """The attention module of a configuration, whichever variant it is."""
     return SLA2Attention(config)
 
 

@@ -31,7 +31,9 @@ class Geometry(NamedTuple):
 
 
 def num_blocks(length: Any, block: int) -> Any:
-    """ceil(length / block), of an integer or of an integer tensor."""
+    """ceil(length / block) for tokens in blocks of `block`: an integer, or a tensor where `length`
+    is an integer tensor.
+    """
     return -(-length // block)
 
 
@@ -164,8 +166,8 @@ class BlockMap:
         return out[..., :t_n].contiguous()
 
     def transposed(self) -> Rows:
-        """For each key block the query blocks that attend to it, ascending: (B, H, T_n, Q_max) and
-        (B, H, T_n).
+        """For each key block the query blocks that attend to it, ascending: indices
+        (B, H, T_n, Q_max) and counts (B, H, T_n). Made once and kept.
         """
         if self._transposed is None:
             self._transposed = _rows_of(self.mask().transpose(-1, -2))

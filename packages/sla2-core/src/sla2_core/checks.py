@@ -20,6 +20,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`; `name` is the argument's."""
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
@@ -32,22 +33,26 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def autocast_qkv(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
-    """Under autocast q, k and v in its dtype, as scaled_dot_product_attention has it (float64
-    stays); else as they are.
+    """Under autocast q, k and v in its dtype, as scaled_dot_product_attention has it; float64
+    stays. Without autocast they come back as they are, and so does what is no tensor.
     """
     if not isinstance(q, Tensor) or q.device.type == "meta":
         return q, k, v
     if not torch.is_autocast_enabled(q.device.type):
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
-    return tuple(
+    q, k, v = (
         x.to(dtype) if isinstance(x, Tensor) and x.dtype in FLOATS[1:] else x for x in (q, k, v)
     )
+    return q, k, v
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q (B, H, N_q, d), k and v (B, H, N_k, d), one floating dtype, one device, no
-    empty dimension.
+    """Check that q is (B, H, N_q, d) and k and v are (B, H, N_k, d), of one floating dtype, on one
+    device, with no empty dimension.
+
+    Raises:
+        TypeError: no tensor, or another dtype. ValueError: another shape or device.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
@@ -78,7 +83,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_block_map(block_map: Any, q: Tensor, k: Tensor) -> None:
-    """The map was made for these batch, heads, lengths and device."""
+    """Check that the map was made for the batch, heads, lengths and device of q (B, H, N_q, d) and
+    k (B, H, N_k, d). Raises TypeError for no BlockMap, ValueError for another one.
+    """
     if not isinstance(block_map, BlockMap):
         raise TypeError(f"block_map: expected a sla2_core.BlockMap, got {type(block_map).__name__}")
     found = tuple(block_map.shape[:2])
@@ -96,8 +103,15 @@ def check_block_map(block_map: Any, q: Tensor, k: Tensor) -> None:
 
 
 def check_alpha(alpha: Any, q: Tensor, num_rows: int) -> Tensor:
-    """A number, or a tensor (B|1, H|1, T_m|1) on q's device; returned as a tensor. Its values in
-    [0, 1] are the caller's.
+    """alpha as a tensor (B|1, H|1, T_m|1) on q's device, of a floating dtype.
+
+    Args:
+        alpha: a number in [0, 1], or such a tensor, whose values are not checked.
+        num_rows: T_m.
+
+    Raises:
+        TypeError: neither, or a tensor of integers. ValueError: a number outside [0, 1], another
+            shape or device.
     """
     if isinstance(alpha, (int, float)):
         if not 0 <= alpha <= 1:
@@ -134,10 +148,14 @@ def _(lengths: Tensor, n_k: int) -> Tensor:
 
 
 def check_kv_lengths(kv_lengths: Any, q: Tensor, k: Tensor) -> Tensor | None:
-    """None, or one integer in [1, N_k] per batch item, as a sequence or an integer tensor; returned
-    as int64 (B,).
+    """The lengths as int64 (B,) on q's device, or None.
 
-    Values on a GPU are not read, for that would wait for the device: they are the caller's.
+    Args:
+        kv_lengths: None, or one integer in [1, N_k] per batch item, as a sequence or an integer
+            tensor. Values on a GPU are not checked, for reading them would wait for the device.
+
+    Raises:
+        TypeError: no integers. ValueError: another shape, or a value outside [1, N_k].
     """
     if kv_lengths is None:
         return None
@@ -159,8 +177,10 @@ def check_kv_lengths(kv_lengths: Any, q: Tensor, k: Tensor) -> Tensor | None:
 
 
 def check_precision(precision: str) -> None:
+    """Raise ValueError unless `precision` names a member of formats/."""
     check_choice("precision", precision, FORMATS.names())
 
 
 def check_backend(backend: str) -> None:
+    """Raise ValueError unless `backend` is one of config.BACKENDS."""
     check_choice("backend", backend, BACKENDS)

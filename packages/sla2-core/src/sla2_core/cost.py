@@ -1,6 +1,4 @@
-"""FLOPs and bytes of a configuration (chapter "Cost model" of the design; a multiply-add counts as
-two).
-"""
+"""FLOPs and bytes of an attention layer, by formula; a multiply-add counts as two."""
 
 from __future__ import annotations
 
@@ -12,8 +10,12 @@ from sla2_core.registry import COMPLEMENTS
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One forward pass of one attention layer, batch 1. FLOPs by part, compulsory device-memory
-    traffic in bytes.
+    """What one forward pass of one attention layer costs, for one batch item.
+
+    Attributes:
+        full_flops: of full attention. sparse_flops, linear_flops, router_flops: of SLA2's parts.
+        bytes: what must move between device memory and the processor.
+        sparsity: 1 - k%.
     """
 
     full_flops: float
@@ -25,6 +27,7 @@ class Cost:
 
     @property
     def flops(self) -> float:
+        """Of all parts of SLA2."""
         return self.sparse_flops + self.linear_flops + self.router_flops
 
 
@@ -40,13 +43,21 @@ def sla2_cost(
     bytes_per_element: int = 2,
     complement: str = "linear",
 ) -> Cost:
-    """Cost on the nominal k%: full 4 N_q N_k d H; sparse k% of it; linear 4 N d^2 H; router 2 T_m
-    T_n d H.
+    """The cost of a layer at its nominal k%; a multiply-add counts as two.
 
-    The linear branch is 2 N_k d^2 H for h_j and 2 N_q d^2 H for phi(Q) H_i; the masked sum over
-    blocks, 2 T_m T_n d^2 H as a GEMM, is not in the paper's count and not in this one. Bytes: Q, K,
-    V read and O written once, h_j written and read, H_i written and read in fp32, pooled Q and K.
-    Raises ValueError for a value below 1 or a k% outside (0, 1].
+    FLOPs: full attention 4 N_q N_k d H; the sparse branch k% of that; the router 2 T_m T_n d H. The
+    linear branch is 2 N_k d^2 H for h_j and 2 N_q d^2 H for phi(Q) H_i; the masked sum over blocks,
+    2 T_m T_n d^2 H as a GEMM, is not in the paper's count and not in this one. Bytes: Q, K, V read
+    and O written once; h_j, H_i, and pooled Q and K written and read in fp32.
+
+    Args:
+        n_q, n_k: query and key tokens. num_heads, head_dim: of the layer.
+        topk: k% in (0, 1]. block_q, block_k: tokens in a query block and in a key block.
+        bytes_per_element: of Q, K, V and O.
+        complement: a member of complement/, which counts its own FLOPs.
+
+    Raises:
+        ValueError: a size below 1, a k% outside (0, 1], or an unknown complement.
     """
     for name, value in (
         ("n_q", n_q),

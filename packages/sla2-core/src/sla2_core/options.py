@@ -1,5 +1,5 @@
-"""Options: what the operator is told beside its tensors, as one object that goes whole through all
-layers, and as the text that custom operators take.
+"""Options: the settings of the operator, as one object for all layers of the package, and as the
+text that custom operators take.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from sla2_core.config import SLA2Config
 from sla2_core.formats import Format, format_of
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class Options:
 
     Attributes:
         text: JSON that Options.read takes back. format: the number format.
-        unsmoothed: the same where K is smoothed already. unrounded: that, at full precision.
+        unsmoothed: the same options with smooth_k=False, for a K that is smoothed already.
+        unrounded: those at full precision.
     """
 
     block_q: int
@@ -44,7 +47,7 @@ class Options:
 
     @classmethod
     def of(cls, config: SLA2Config) -> Options:
-        """Those of a configuration."""
+        """The options of a configuration."""
         return cls(
             block_q=config.block_q,
             block_k=config.block_k,
@@ -69,14 +72,16 @@ class Options:
     @staticmethod
     @functools.cache
     def read(text: str) -> Options:
-        """The options that `text` was made of."""
+        """The options that `text` was made from."""
         values = json.loads(text)
         more = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("more").items()}
         return Options(**values, more=more)
 
 
-def constant(function: Callable) -> Callable:
-    """What torch.compiler.assume_constant_result does, without importing torch._dynamo, which makes
+def constant(function: F) -> F:
+    """Mark a function whose result torch.compile may take as a constant.
+
+    torch.compiler.assume_constant_result does the same, but imports torch._dynamo, which makes
     folders.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -87,7 +92,7 @@ def constant(function: Callable) -> Callable:
 def make_options(
     block_q: int, block_k: int, precision: str, qat_backward: str, smooth_k: bool
 ) -> Options:
-    """Options, also while torch.compile traces."""
+    """Options(...) that also works while torch.compile traces; arguments as of Options."""
     return Options(
         block_q=block_q,
         block_k=block_k,

@@ -1,4 +1,4 @@
-"""The operator in plain dense torch, any float dtype, no cleverness: what every fast path is
+"""The operator in plain torch on N_q x N_k matrices, for any float dtype: what every fast path is
 compared with.
 """
 
@@ -31,7 +31,7 @@ def _work(x: Tensor) -> Tensor:
 
 
 def valid_keys(k: Tensor, kv_lengths: Tensor | None) -> Tensor:
-    """bool (B|1, 1, 1, N_k), True for the tokens that count."""
+    """Which tokens of k (B, H, N_k, d) count, bool (B|1, 1, 1, N_k), from int64 (B,) lengths."""
     token = torch.arange(k.shape[2], device=k.device)
     if kv_lengths is None:
         return torch.ones((1, 1, 1, k.shape[2]), dtype=torch.bool, device=k.device)
@@ -39,23 +39,32 @@ def valid_keys(k: Tensor, kv_lengths: Tensor | None) -> Tensor:
 
 
 def drop_padding(x: Tensor, valid: Tensor) -> Tensor:
+    """x (B, H, N_k, d) with 0 at the tokens that `valid`, bool (B|1, 1, 1, N_k), leaves out."""
     return x.masked_fill(~valid.transpose(-1, -2), 0.0)
 
 
 def smoothed(k: Tensor, valid: Tensor) -> Tensor:
-    """K minus its mean over the valid tokens (Alg. 2, step 1), in k's dtype."""
+    """k (B, H, N_k, d) minus its mean over the valid tokens (Alg. 2, step 1), in k's dtype; `valid`
+    is bool (B|1, 1, 1, N_k).
+    """
     sums = drop_padding(_work(k), valid).sum(2, keepdim=True)
     return (k - sums / valid.sum(-1)[..., None]).to(k.dtype)
 
 
 def per_token(blocks: Tensor, block_q: int, block_k: int, n_q: int, n_k: int) -> Tensor:
-    """(B, H, T_m, T_n) -> (B, H, n_q, n_k)."""
+    """Values of block pairs (B, H, T_m, T_n) as values of token pairs (B, H, n_q, n_k)."""
     return blocks.repeat_interleave(block_q, 2)[:, :, :n_q].repeat_interleave(block_k, 3)[..., :n_k]
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, kv_lengths: Lengths = None) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V, dense. q (B, H, N_q, d), k, v (B, H, N_k, d) -> (B, H, N_q, d) in
-    q's dtype.
+    """softmax(Q K^T / sqrt(d)) V on the N_q x N_k matrix: (B, H, N_q, d) in q's dtype.
+
+    Args:
+        q: (B, H, N_q, d) of a floating dtype. k, v: (B, H, N_k, d) of the same.
+        kv_lengths: None, or one integer in [1, N_k] per batch item.
+
+    Raises:
+        TypeError, ValueError: as checks.check_qkv and check_kv_lengths.
     """
     check_qkv(q, k, v)
     kv_lengths = check_kv_lengths(kv_lengths, q, k)
@@ -76,15 +85,15 @@ class _Alg3(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, out: Tensor, lse: Tensor
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(q, k, v, selected, out, lse)
         return out.clone(), lse.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, grad_lse: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, selected, out, lse = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5
         scores = ((q @ k.transpose(-1, -2)) * scale).masked_fill(~selected, -torch.inf)
@@ -106,12 +115,20 @@ def sparse_branch(
     qat_backward: str = "paper",
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax over the selected pairs only, times V; `selected` is bool (B, H, N_q, N_k), per
-    token.
+    """Softmax over the selected pairs only, times V (Alg. 2, sparse branch).
 
-    Returns O_s (B, H, N_q, d) and L (B, H, N_q), the natural log-sum-exp. A row that selects
-    nothing has 0 and -inf. Low bit is rounded as in formats/; its gradients are those of Alg. 3
-    (qat_backward="paper"), or straight-through ("matched").
+    Args:
+        q: (B, H, N_q, d) in fp32 or fp64. k, v: (B, H, N_k, d) of the same dtype, padding 0.
+        selected: bool (B, H, N_q, N_k), by token.
+        block_q, block_k: tokens in a block; a low-bit format has scales by block.
+        precision: a member of formats/, which defines the rounding.
+        qat_backward: of a low-bit precision, "paper" for the gradients of Alg. 3 or "matched" for
+            the rounding as the identity (straight-through).
+        options: the format's own, see SLA2Config.options.
+
+    Returns:
+        O_s (B, H, N_q, d) and L (B, H, N_q), the natural log-sum-exp of the selected scores. A row
+        that selects nothing has 0 and -inf.
     """
     form = format_of(precision, options)
     if form.low and qat_backward == "paper":
@@ -140,10 +157,12 @@ def sparse_branch(
 
 
 def linear_branch(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
-    """sum_j w_j phi(q).phi(k_j) v_j / sum_j w_j phi(q).phi(k_j), phi the softmax over d; w (B, H,
-    N_q, N_k) in [0, 1].
+    """sum_j w_j (phi(q) . phi(k_j)) v_j / sum_j w_j (phi(q) . phi(k_j)), phi the softmax over d
+    (Eq. 14 with 0/1 weights): (B, H, N_q, d).
 
-    A row whose weights are all 0 has 0.
+    Args:
+        q: (B, H, N_q, d) in fp32 or fp64. k, v: (B, H, N_k, d).
+        weights: w, (B, H, N_q, N_k) in [0, 1]. A row whose weights are all 0 has 0.
     """
     pairs = (torch.softmax(q, -1) @ torch.softmax(k, -1).transpose(-1, -2)) * weights
     total = pairs.sum(-1, keepdim=True)
@@ -153,8 +172,13 @@ def linear_branch(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
 def mix(
     o_s: Tensor, o_l: Tensor, alpha: Tensor, block_q: int, nothing: Tensor, everything: Tensor
 ) -> Tensor:
-    """alpha O_s + (1 - alpha) O_l, alpha (B|1, H|1, T_m|1); rows that select nothing count 0, rows
-    without complement 1.
+    """alpha O_s + (1 - alpha) O_l (Eq. 13): (B, H, N_q, d).
+
+    Args:
+        o_s, o_l: (B, H, N_q, d).
+        alpha: (B|1, H|1, T_m|1), one value for each query block of `block_q` tokens.
+        nothing: bool (B, H, N_q, 1), rows that select nothing: alpha counts as 0.
+        everything: bool (B, H, N_q, 1), rows without a complement: alpha counts as 1.
     """
     n_q = o_s.shape[2]
     per_token = (
@@ -179,12 +203,16 @@ def sla2_reference(
     kv_lengths: Lengths = None,
     complement: str = "linear",
 ) -> Tensor:
-    """SLA2 (Eq. 13-16) on dense N_q x N_k matrices: the oracle of `functional.sla2_attention`, same
-    arguments.
+    """SLA2 (Eq. 13-16) on dense N_q x N_k matrices: the oracle of functional.sla2_attention.
 
-    `complement="exact"` replaces the linear branch by softmax attention over the unselected pairs:
-    with alpha the full-softmax probability of the selected blocks (Eq. 7, see `routed_mass`), the
-    result is full attention.
+    Args, Raises:
+        as functional.sla2_attention, and
+        complement: "linear", or "exact" for softmax attention over the unselected pairs. With
+            "exact", and alpha the full-softmax probability of the selected blocks (Eq. 7, see
+            routed_mass), the result is full attention.
+
+    Returns:
+        (B, H, N_q, d) in q's dtype.
     """
     check_qkv(q, k, v)
     check_block_map(block_map, q, k)
@@ -222,8 +250,11 @@ def block_sparse_reference(
     qat_backward: str = "paper",
     kv_lengths: Lengths = None,
 ) -> tuple[Tensor, Tensor]:
-    """The sparse branch alone: O_s (B, H, N_q, d) in q's dtype and L (B, H, N_q) in
-    fp32 or fp64.
+    """The sparse branch alone: the oracle of functional.block_sparse_attention, whose arguments and
+    errors it has.
+
+    Returns O_s (B, H, N_q, d) in q's dtype and the natural log-sum-exp L (B, H, N_q) in fp32 (fp64
+    for fp64 inputs).
     """
     check_qkv(q, k, v)
     check_block_map(block_map, q, k)
@@ -241,8 +272,14 @@ def block_sparse_reference(
 
 
 def routed_mass(q: Tensor, k: Tensor, block_map: BlockMap, kv_lengths: Lengths = None) -> Tensor:
-    """The full-softmax probability that each query token's selected blocks hold: (B, H, N_q), fp32
-    or fp64 (Eq. 7).
+    """The full-softmax probability that each query token's selected blocks hold (Eq. 7).
+
+    Args:
+        q: (B, H, N_q, d). k: (B, H, N_k, d). block_map: made for these lengths.
+        kv_lengths: None, or one integer in [1, N_k] per batch item.
+
+    Returns:
+        (B, H, N_q) in fp32 (fp64 for fp64 inputs).
     """
     valid = valid_keys(k, check_kv_lengths(kv_lengths, q, k))
     scores = (_work(q) @ drop_padding(_work(k), valid).transpose(-1, -2)) * q.shape[-1] ** -0.5

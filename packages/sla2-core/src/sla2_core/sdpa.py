@@ -1,4 +1,4 @@
-"""SLA2 where code calls scaled_dot_product_attention: the same arguments, as a module that holds
+"""SLA2 in place of torch's scaled_dot_product_attention: the same arguments, on a module that holds
 the parameters.
 """
 
@@ -14,12 +14,14 @@ from sla2_core.config import SLA2Config
 
 
 class ScaledDotProductSLA2(nn.Module):
-    """A stand-in for torch.nn.functional.scaled_dot_product_attention in self-attention over long
-    sequences.
+    """A module to call in place of torch.nn.functional.scaled_dot_product_attention, in
+    self-attention over long sequences.
 
     Args:
-        config: an SLA2Config (or one of SLA). `attention` is the SLA2Attention inside, the part to
-            train and save.
+        config: fixes the layer, SLA2 or another variant.
+
+    Attributes:
+        attention: the SLA2Attention inside, the part to train and to save.
     """
 
     def __init__(self, config: SLA2Config):
@@ -39,10 +41,11 @@ class ScaledDotProductSLA2(nn.Module):
         *,
         text_tokens: int = 0,
     ) -> Tensor:
-        """Attention output (B, H, N, d) in the dtype of `query`.
+        """Attention output (B, H, N, d) in the dtype of `query` (autocast's under autocast).
 
         Args:
-            query: (B, H, N, d). key, value: the same, or with fewer heads and enable_gqa=True.
+            query: (B, H, N, d) in float64, float32, bfloat16 or float16. key, value: the same, or
+                with fewer heads and enable_gqa=True.
             attn_mask: None, or a bool mask of keys (B, 1, 1, N) whose valid tokens come first (on a
                 GPU that is not checked, for it would wait for the device).
             dropout_p, is_causal, scale: 0, False, and None or 1 / sqrt(d): nothing else has a
@@ -50,7 +53,8 @@ class ScaledDotProductSLA2(nn.Module):
             text_tokens: how many tokens at the end are text (keys always selected, queries dense).
 
         Raises:
-            ValueError: an argument outside of these; the message names it.
+            ValueError: an argument outside of these. TypeError: no tensor, or another dtype. The
+                message names the argument.
         """
         if dropout_p:
             raise ValueError(f"dropout_p: expected 0.0 with SLA2, got {dropout_p}")

@@ -24,8 +24,8 @@ def variant(name: str) -> Callable[[Variant], Variant]:
 
 @variant("sla2")
 def sla2(base: SLA2Config) -> SLA2Config:
-    """SLA2 (arXiv 2602.12675) as it is configured by default: a learned router, linear attention
-    over the complement, a learned alpha.
+    """SLA2 (arXiv 2602.12675): a learned router, and linear attention over the blocks that are not
+    selected. alpha and the rest stay as the base has them.
     """
     return dataclasses.replace(base, router="learned", complement="linear")
 
