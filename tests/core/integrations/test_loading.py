@@ -87,7 +87,8 @@ def test_refusals_name_the_file(wan, sla2_config, tmp_path, monkeypatch):
     config = tmp_path / "other" / "config.json"
     config.write_text(config.read_text().replace("WanTransformer3DModel", "UNet2DModel"))
     with pytest.raises(
-        ValueError, match=r"config.json: expected one of WanTransformer3DModel.*, got 'UNet2DModel'"
+        ValueError,
+        match=r"config.json: expected one of CogVideoXTransformer3DModel.*, got 'UNet2DModel'",
     ):
         from_pretrained(tmp_path / "other")
     (tmp_path / "model" / "sla2_config.json").unlink()
@@ -213,7 +214,7 @@ def test_a_hub_id_is_fetched_by_the_names_of_its_files(wan, sla2_config, tmp_pat
     [
         (["{}/nowhere"], "expected a folder or a hub id"),
         (["{}"], "expected transformer/config.json or config.json, found neither"),
-        (["{}/unknown"], "_class_name: expected one of WanTransformer3DModel"),
+        (["{}/unknown"], "_class_name: expected one of CogVideoXTransformer3DModel"),
         (["{}/unknown", "--latents", "3x4"], "--latents: expected FRAMESxHEIGHTxWIDTH"),
         (["{}/broken"], "config.json: expected JSON"),
     ],

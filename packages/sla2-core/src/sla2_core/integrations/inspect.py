@@ -96,9 +96,11 @@ def inspect_model(
             block_q=block_q,
             block_k=block_k,
         )
-        sizes = dict(topk=topk, block_q=block_q, block_k=block_k)
+        layer_config = SLA2Config(
+            head_dim=dim, num_heads=heads, topk=topk, block_q=block_q, block_k=block_k
+        )
         with torch.device("meta"):
-            attention = build_attention(SLA2Config(head_dim=dim, num_heads=heads, **sizes))
+            attention = build_attention(layer_config)
         chosen = max(1, round(topk * t_n))
         layers.append(
             {

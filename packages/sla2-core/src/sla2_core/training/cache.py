@@ -25,8 +25,8 @@ class CachedData:
             encoded.
 
     Raises:
-        FileNotFoundError, ValueError: no index in the folder; or, when a sample is read, one that is
-            missing or damaged. The message names the file.
+        FileNotFoundError, ValueError: no index in the folder; or, when a sample is read, one that
+            is missing or damaged. The message names the file.
     """
 
     def __init__(self, folder: str | Path):
