@@ -66,9 +66,8 @@ def heads_of(attn: Any) -> tuple[int, int]:
 
 
 def block_attention(groups: Mapping[str, str]) -> Callable[[nn.Module], dict[str, nn.Module]]:
-    """A Family's attention_layers for {attribute that lists blocks: attribute of a block that is
-    its
-    attention}.
+    """A Family's attention_layers from attribute names: {of the transformer, for a list of blocks:
+    of a block, for its attention}.
     """
 
     def layers(transformer: nn.Module) -> dict[str, nn.Module]:
