@@ -130,6 +130,27 @@ class Coarse(Scaled):
     qk, pv = "int4", "int8"
 
 
+@ROUTERS.register("toy-cosine")
+class Cosine(Router):
+    """Scores by the angle between the means: a shift of K matters to it."""
+
+    def scores(self, pooled_q, pooled_k, heads=None):
+        unit = torch.nn.functional.normalize
+        return unit(pooled_q, dim=-1) @ unit(pooled_k, dim=-1).transpose(-1, -2)
+
+
+@ROUTERS.register("toy-limit")
+class Limit(Router):
+    """The heuristic router, with an option that may change and one that may not."""
+
+    options: ClassVar = {"most": 1.0, "pair": (0, 0)}
+    adjustable = ("most",)
+
+    def configure(self, config):
+        super().configure(config)
+        self.most = config.options["most"]
+
+
 SPECS = (
     MetricSpec(
         name="toy-brightness",

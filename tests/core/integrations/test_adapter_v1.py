@@ -1,6 +1,6 @@
 """Adapters that version 0.1 saved, before the axes had their names, load and give its outputs.
 
-data/adapters_v1 holds four of them, made at commit 90f6bbd on the tiny Wan, each with the output of
+data/adapters_v1 holds five of them, made at commit 90f6bbd on the tiny Wan, each with the output of
 the model it was saved from.
 """
 
@@ -21,6 +21,10 @@ DATA = Path(__file__).parents[1] / "data" / "adapters_v1"
         ("position", ("learned", "linear", "position")),
         ("mass", ("learned", "linear", "mass")),
         ("sla", ("heuristic", "projected", "sum")),
+        (
+            "sla_default",
+            ("heuristic", "projected", "sum"),
+        ),  # made with smooth_k=True, which SLA ignored
         ("sparse", ("heuristic", "linear", "one")),
     ],
 )

@@ -23,7 +23,7 @@ from sla2_core.mixing import Mixing
 from sla2_core.options import Options
 from sla2_core.registry import Heads
 
-_CHUNK_ELEMENTS = 1 << 22  # of the largest temporary of a complement in plain torch, per (B, H)
+_CHUNK_ELEMENTS = 1 << 24  # of the largest temporary of a complement in plain torch
 
 
 class Parts(NamedTuple):
@@ -94,7 +94,12 @@ def sparse_branch(
     """
     call = Inputs(q, k, v, block_map.indices, block_map.counts, None, lengths)
     out, lse = ops.run(call, options, backend, log_sum_exp_gradient=joins)
-    empty = (block_map.counts == 0).repeat_interleave(options.block_q, 2)
+    nothing = block_map.counts == 0
+    if lengths is not None:  # blocks may be selected that hold padding alone
+        start = block_map.indices.long() * options.block_k
+        inside = (block_map.indices >= 0) & (start < lengths[:, None, None, None])
+        nothing = ~inside.any(-1)
+    empty = nothing.repeat_interleave(options.block_q, 2)
     return Branch(to_work(out), empty[:, :, : q.shape[2], None], lse)
 
 
@@ -121,7 +126,8 @@ def rest_branch(
     if complement.kernel == "linear" and backend.fuses(options.unrounded):
         out = linear_branch(q, k, v, block_map, lengths, options, backend, complement.everywhere)
         empty = ~unselected.any(-1).repeat_interleave(options.block_q, 2)[:, :, : q.shape[2], None]
-        return Branch(complement.finish(out, heads), empty)
+        # Where nothing is left the kernels give O_s, as their alpha is 1 there.
+        return Branch(complement.finish(out.masked_fill(empty, 0.0), heads), empty)
     q, k, v = to_work(q), to_work(k), to_work(v)
     keys_valid = reference.valid_keys(k, lengths)
     if lengths is not None:
@@ -195,8 +201,8 @@ def _by_rows(
     """complement.rows for all query blocks, a few at a time, so that nothing N x N is held; the
     backward computes each part again.
     """
-    (n, d), t_n = q.shape[2:], weights.shape[3]
-    per_row = max(options.block_q * t_n, d * (d + 1))
+    (b, h, n, d), t_n = q.shape, weights.shape[3]
+    per_row = b * h * max(options.block_q * t_n, d * (d + 1))
     step = max(1, _CHUNK_ELEMENTS // per_row)
     count = weights.shape[2]
     if step >= count:
@@ -267,7 +273,8 @@ def soft_attend(
     blocks.
 
     O_s = sum_j m_j e^{s_j} v_j / sum_j m_j e^{s_j}; the complement weighs each block by 1 - m_j. A
-    0/1 mask is the hard operator.
+    0/1 mask is the hard operator, unless every selected score lies so far below the row's largest
+    one that its exponential is 0.
 
     Args:
         q: (B, H, n, d), the tokens of the query blocks at hand; all but the last block are whole.
@@ -304,6 +311,9 @@ def soft_attend(
     lse = torch.where(nothing, -torch.inf, top + divisor.log()).squeeze(-1)
     sparse = Branch(o_s, nothing, lse if mixing.joins else None)
     share = torch.ones_like(soft_mask) if complement.everywhere else 1 - soft_mask
+    if lengths is not None:  # blocks of padding belong to neither branch
+        start = torch.arange(t_n, device=q.device) * block_k
+        share = share * (start < lengths[:, None])[:, None, None]
     states = complement.states(keys, values, valid, options, heads)
     rest = complement.rows(queries, states, share, options)
     return mixing.combine(sparse, rest, alpha, block_q), full
@@ -316,5 +326,8 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = Non
         q: (B, H, N_q, d). k, v: (B, H, N_k, d).
         lengths: int64 (B,), valid keys of each item; None means all.
     """
-    mask = None if lengths is None else reference.valid_keys(k, lengths)
+    mask = None
+    if lengths is not None:
+        mask = reference.valid_keys(k, lengths)
+        k, v = (reference.drop_padding(x, mask) for x in (k, v))  # which may hold anything
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)

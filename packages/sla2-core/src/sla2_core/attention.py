@@ -5,6 +5,7 @@ output.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,10 +106,11 @@ class SLA2Attention(nn.Module):
         old, given = self._config.to_dict(), new.to_dict()
         changes = {name: value for name, value in given.items() if value != old[name]}
         if "options" in changes:
-            known = old["options"]
+            known = self._config.options
             changes["options"] = {k: v for k, v in new.options.items() if v != known.get(k)}
         self._config = self._config.changed(**changes)
         self.options = Options.of(self._config)
+        self.order.configure(self._config)
         for member in self.members().values():
             member.configure(self._config)
 
@@ -120,7 +122,8 @@ class SLA2Attention(nn.Module):
         """Parameters by group ("router", "alpha", "proj", ...), as the members name them."""
         found: dict[str, list[nn.Parameter]] = {}
         for member in self.members().values():
-            found.setdefault(member.group, []).extend(member.parameters())
+            if own := list(member.parameters()):
+                found.setdefault(member.group, []).extend(own)
         return found
 
     def reset_parameters(self) -> None:
@@ -171,16 +174,13 @@ class SLA2Attention(nn.Module):
         check_qkv(q, k, v)
         self._check_sizes(q, k, layout, text_tokens, grid)
         lengths = check_kv_lengths(kv_lengths, q, k)
-        places = self.places(q.shape[2], text_tokens, grid, q.device)
-        if places is not None:
-            q, k, v = (x.index_select(2, places) for x in (q, k, v))
+        (q, k, v), restore = self.in_order((q, k, v), text_tokens, grid, lengths)
         if self.recorder is not None:
             self.recorder(q, k, v, text_tokens, lengths)
             out = full_attention(q, k, v, lengths)
         else:
             out, block_map, alpha = self.attend(q, k, v, lengths=lengths, text_tokens=text_tokens)
-        if places is not None:
-            out = out.index_select(2, torch.argsort(places))
+        out = restore(out)
         out = out.transpose(1, 2) if layout == "bnhd" else out
         if not return_info:
             return out
@@ -203,14 +203,15 @@ class SLA2Attention(nn.Module):
                 )
         if n_q == config.num_heads and layout == "bhnd" and n_q > 1:
             _warn_layout(n_q)
-        if not isinstance(text_tokens, int) or not 0 <= text_tokens < min(n_q, n_k):
+        whole = isinstance(text_tokens, int) and not isinstance(text_tokens, bool)
+        if not whole or not 0 <= text_tokens < min(n_q, n_k):
             raise ValueError(
                 f"text_tokens: expected an integer in [0, {min(n_q, n_k)}), got {text_tokens!r}"
             )
-        if grid is not None and grid[0] * grid[1] * grid[2] != n_q - text_tokens:
-            raise ValueError(
-                f"grid: expected (frames, height, width) of {n_q - text_tokens} tokens, got {grid}"
-            )
+        three = isinstance(grid, tuple | list) and len(grid) == 3
+        if grid is not None and not (three and math.prod(grid) == n_q - text_tokens):
+            tokens = f"{n_q - text_tokens} tokens"
+            raise ValueError(f"grid: expected (frames, height, width) of {tokens}, got {grid!r}")
 
     def attend(
         self,
@@ -270,31 +271,37 @@ class SLA2Attention(nn.Module):
                 out = torch.cat([out, text], dim=2)
         return Result(out, block_map, alpha)
 
-    def places(
-        self, tokens: int, text_tokens: int, grid: Grid | None, device: torch.device
-    ) -> Tensor | None:
-        """Which token stands at each place in the token order, int64 (tokens,); None for the
-        raster. Text keeps its place at the end.
+    def in_order(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        text_tokens: int,
+        grid: Grid | None,
+        lengths: Tensor | None = None,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[[Tensor], Tensor]]:
+        """Q, K, V (B, H, N, d) in the token order, and what puts an output back into the raster
+        order. Text keeps its place at the end.
 
-        Args:
-            tokens: how many there are, `text_tokens` of them text.
-            grid: (frames, height, width) of the others. device: of the result.
-
-        Raises:
-            ValueError: no grid for an order that is not the raster's.
+        Raises ValueError, for an order that is not the raster's, without a grid, for other keys
+        than the queries' tokens, and for lengths that would cut tokens of the grid.
         """
-        if self.order.name == "raster":
-            return None
+        q, k, _ = tensors
+        if self.order.identity:
+            return tensors, lambda out: out
+        name = f"token_order={self.order.name!r}"
         if grid is None:
-            raise ValueError(
-                f"grid: expected (frames, height, width) for token_order={self.order.name!r}, got"
-                " None"
-            )
+            raise ValueError(f"grid: expected (frames, height, width) for {name}, got None")
+        if k.shape[2] != q.shape[2]:
+            raise ValueError(f"k: expected q's {q.shape[2]} tokens for {name}, got {k.shape[2]}")
+        if lengths is not None and not text_tokens:
+            raise ValueError(f"kv_lengths: expected None for {name}, got lengths without text")
         order = self.order.permutation(grid)
         if order is None:
-            return None
+            return tensors, lambda out: out
+        tokens = q.shape[2]
         text = torch.arange(tokens - text_tokens, tokens, device=order.device)
-        return torch.cat([order, text]).to(device)
+        places = torch.cat([order, text]).to(q.device)
+        q, k, v = (x.index_select(2, places) for x in tensors)
+        return (q, k, v), lambda out: out.index_select(2, torch.argsort(places))
 
     def extra_repr(self) -> str:
         """What print() shows beside the members: k%, block sizes and the members' names."""

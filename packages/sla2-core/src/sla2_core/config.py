@@ -103,17 +103,18 @@ class SLA2Config:
         if not isinstance(self.options, Mapping):
             raise ValueError(f"options: expected names and values, got {self.options!r}")
         known = {name: value for m in self.members().values() for name, value in m.options.items()}
-        for name, value in self.options.items():
+        given = {n: tuple(v) if isinstance(v, list) else v for n, v in self.options.items()}
+        for name, value in given.items():
             if name not in known:
                 chosen = ", ".join(sorted(known)) or "none, for these members have no options"
                 raise ValueError(f"options: expected one of {chosen}, got {name!r}")
             default = known[name]
-            number = isinstance(default, float) and isinstance(value, int)
-            if default is not None and not isinstance(value, type(default)) and not number:
+            right = default is None or isinstance(value, type(default))
+            right = right or (isinstance(default, float) and isinstance(value, int))
+            if not right or isinstance(value, bool) != isinstance(default, bool | None):
                 raise ValueError(
                     f"options.{name}: expected a {type(default).__name__}, got {value!r}"
                 )
-        given = {n: tuple(v) if isinstance(v, list) else v for n, v in self.options.items()}
         return known | given
 
     def members(self) -> dict[str, type[Described]]:
@@ -143,6 +144,8 @@ class SLA2Config:
         adjustable = {name for member in self.members().values() for name in member.adjustable}
         for name, value in changes.items():
             if name == "options":
+                if not isinstance(value, Mapping):
+                    raise ValueError(f"options: expected names and values, got {value!r}")
                 for option in value:
                     if option not in adjustable:
                         allowed = ", ".join(sorted(adjustable)) or "none"
@@ -153,9 +156,27 @@ class SLA2Config:
                 raise ValueError(
                     f"{name}: expected a field that may change, one of {', '.join(CHANGEABLE)}"
                 )
-        if "options" in changes:
-            changes["options"] = {**self.options, **changes["options"]}
-        return dataclasses.replace(self, **changes)
+        options = {**self.options, **changes.pop("options", {})}
+        return self.replaced(**changes, options=options)
+
+    def replaced(self, **changes: Any) -> SLA2Config:
+        """dataclasses.replace without the options that no member of the new configuration has.
+
+        Raises ValueError naming the field for a bad value.
+        """
+        options = changes.pop("options", self.options)
+        chosen = [axis.get(changes.get(axis.field, getattr(self, axis.field))) for axis in AXES]
+        known = {name for member in chosen for name in member.options}
+        kept = {name: value for name, value in options.items() if name in known}
+        return dataclasses.replace(self, **changes, options=kept)
+
+    def stage1_settings(self) -> dict[str, Any]:
+        """What a finished stage 1 depends on: all but k%, the number format and the backend."""
+        apart = ("topk", "precision", "qat_backward", "backend")
+        found = {name: value for name, value in self.to_dict().items() if name not in apart}
+        formats = FORMATS.get(self.precision).options
+        found["options"] = {n: v for n, v in found["options"].items() if n not in formats}
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Fields and values that JSON can hold; from_dict reads them."""
@@ -196,8 +217,14 @@ class _Options(dict):
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(sorted(self.items())))
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        raise TypeError("options: expected no change; use dataclasses.replace on the configuration")
+    def __reduce__(self) -> tuple[Any, ...]:  # for pickle and deepcopy
+        return _Options, (dict(self),)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("options: expected no change; use SLA2Config.changed on the configuration")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    update = setdefault = pop = popitem = clear = _refuse
 
 
 def _check_number(name: str, value: Any, high: float, closed: bool = False) -> None:
@@ -215,5 +242,7 @@ def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     if method not in (None, "sla2", "sla"):
         raise ValueError(f"method: expected 'sla2' or 'sla', got {method!r}")
     if method == "sla":
+        # SLA's operator did not smooth K, whatever the configuration said.
         values |= {"router": "heuristic", "complement": "projected", "alpha": "sum"}
+        values["smooth_k"] = False
     return values

@@ -185,6 +185,8 @@ def sla_attention(
     )
     d = q.shape[3]
     for name, x, shape in (("proj_weight", proj_weight, (d, d)), ("proj_bias", proj_bias, (d,))):
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
         if x is not None and tuple(x.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
     chosen = backend_for(q, options, backend)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from sla2_core.config import SLA2Config
 from sla2_core.formats import Format, format_of
+from sla2_core.registry import FORMATS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -70,12 +71,16 @@ class Options:
         object.__setattr__(self, "unrounded", whole)
 
     @staticmethod
-    @functools.cache
     def read(text: str) -> Options:
-        """The options that `text` was made from."""
-        values = json.loads(text)
-        more = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("more").items()}
-        return Options(**values, more=more)
+        """The options that `text` was made of."""
+        return _read(text, FORMATS.version)
+
+
+@functools.cache
+def _read(text: str, version: int) -> Options:
+    values = json.loads(text)
+    more = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("more").items()}
+    return Options(**values, more=more)
 
 
 def constant(function: F) -> F:

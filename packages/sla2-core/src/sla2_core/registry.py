@@ -120,6 +120,7 @@ class Axis(Generic[M]):
 
     def __init__(self, field: str):
         self.field = field
+        self.version = 0  # counts the registrations, for what is kept by name
         self._members: dict[str, type[M]] = {}
 
     def register(self, name: str) -> Callable[[type[M]], type[M]]:
@@ -138,6 +139,7 @@ class Axis(Generic[M]):
                 )
             member.name = name
             self._members[name] = member
+            self.version += 1
             return member
 
         return add
@@ -148,7 +150,7 @@ class Axis(Generic[M]):
 
     def get(self, name: str) -> type[M]:
         """The class of that name. Raises ValueError naming the field and the known names."""
-        if name not in self._members:
+        if not isinstance(name, str) or name not in self._members:
             raise ValueError(
                 f"{self.field}: expected one of {', '.join(self._members)}, got {name!r}"
             )

@@ -66,6 +66,11 @@ class ScaledDotProductSLA2(nn.Module):
                 f" {scale}"
             )
         if enable_gqa:
+            if query.shape[1] % key.shape[1]:
+                raise ValueError(
+                    f"key: expected heads that divide the query's {query.shape[1]}, got"
+                    f" {key.shape[1]}"
+                )
             share = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
         lengths = None if attn_mask is None else _lengths(attn_mask, query.shape[0], key.shape[2])

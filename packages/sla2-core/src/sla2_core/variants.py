@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from sla2_core.config import SLA2Config
+from sla2_core.registry import AXES
 
 Variant = Callable[[SLA2Config], SLA2Config]
 VARIANTS: dict[str, Variant] = {}
@@ -24,10 +24,11 @@ def variant(name: str) -> Callable[[Variant], Variant]:
 
 @variant("sla2")
 def sla2(base: SLA2Config) -> SLA2Config:
-    """SLA2 (arXiv 2602.12675): a learned router, and linear attention over the blocks that are not
-    selected. alpha and the rest stay as the base has them.
+    """SLA2 (arXiv 2602.12675): a learned router, linear attention over the complement, a learned
+    alpha of the base's kind, K smoothed.
     """
-    return dataclasses.replace(base, router="learned", complement="linear")
+    alpha = base.alpha if base.alpha != "sum" else "position"
+    return base.replaced(router="learned", complement="linear", alpha=alpha, smooth_k=True)
 
 
 @variant("sla")
@@ -35,30 +36,26 @@ def sla(base: SLA2Config) -> SLA2Config:
     """SLA as published (arXiv 2509.24006), the baseline: top-k of pooled scores, linear attention
     over all blocks with a learned projection, the sum of both, K not smoothed in the operator.
     """
-    return dataclasses.replace(
-        base, router="heuristic", complement="projected", alpha="sum", smooth_k=False
-    )
+    return base.replaced(router="heuristic", complement="projected", alpha="sum", smooth_k=False)
 
 
 @variant("sparse_only")
 def sparse_only(base: SLA2Config) -> SLA2Config:
     """The sparse branch alone: nothing stands in for the blocks that are not selected."""
-    return dataclasses.replace(base, complement="none", alpha="one")
+    return base.replaced(complement="none", alpha="one")
 
 
 @variant("heuristic_router")
 def heuristic_router(base: SLA2Config) -> SLA2Config:
     """The same layer with SLA's router: top-k of the pooled scores, nothing learned."""
-    return dataclasses.replace(base, router="heuristic")
+    return base.replaced(router="heuristic")
 
 
 def paper_alpha(base: SLA2Config, num_query_blocks: int) -> SLA2Config:
     """alpha as in the paper: one value per query block, shared by the heads; ties the layer to one
     length.
     """
-    return dataclasses.replace(
-        base, alpha="position", alpha_knots=num_query_blocks, alpha_per_head=False
-    )
+    return base.replaced(alpha="position", alpha_knots=num_query_blocks, alpha_per_head=False)
 
 
 def build_config(values: Mapping[str, Any], *, head_dim: int, num_heads: int) -> SLA2Config:
@@ -76,11 +73,15 @@ def build_config(values: Mapping[str, Any], *, head_dim: int, num_heads: int) ->
     for field, own in (("head_dim", head_dim), ("num_heads", num_heads)):
         if values.get(field, own) != own:
             raise ValueError(f"{field}: expected {own} as in the model, got {values[field]}")
-    config = SLA2Config.from_dict({**values, "head_dim": head_dim, "num_heads": num_heads})
+    values |= {"head_dim": head_dim, "num_heads": num_heads}
     if name is None:
-        return config
+        return SLA2Config.from_dict(values)
     if name not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {name!r}")
-    changed = VARIANTS[name](config)
-    given = {key: getattr(config, key) for key in values if key != "method"}
-    return dataclasses.replace(changed, **given)
+    # What the variant makes of the base, then what the settings say, checked together.
+    chosen = {axis.field for axis in AXES} | {"options"}
+    base = SLA2Config.from_dict({n: v for n, v in values.items() if n not in chosen})
+    varied = VARIANTS[name](base)
+    given = SLA2Config.from_dict(varied.to_dict() | {"options": {}} | values)
+    options = {**varied.options, **values.get("options", {})}
+    return given.replaced(options=options)

@@ -21,6 +21,15 @@ from sla2_core.options import Options
 _CHUNK_ELEMENTS = 1 << 21  # scores of one chunk: 8 MB in fp32
 
 
+def _blocks_and_a_spare(x: Tensor, block: int) -> Tensor:
+    """_blocks with a block of zeros behind them, which the gaps of short rows read."""
+    b, h, n, d = x.shape
+    count = -(-n // block)
+    out = x.new_zeros((b * h * count + 1, block, d))
+    out[:-1].view(b, h, count * block, d)[:, :, :n] = x
+    return out
+
+
 def _blocks(x: Tensor, block: int) -> Tensor:
     """(B, H, N, d) -> (B * H * ceil(N / block), block, d), zero-padded."""
     return pad(x, (0, 0, 0, -x.shape[2] % block)).reshape(-1, block, x.shape[3])
@@ -48,7 +57,7 @@ class _Gather:
         last = torch.full((b,), n_k, device=device) if call.lengths is None else call.lengths
         tokens = (last[:, None, None, None] - start).clamp(0, self.block_k)
         self.tokens = torch.where(chosen < 0, 0, tokens).flatten(0, 2)
-        self.index = (chosen.clamp_min(0) + head).flatten(0, 2)
+        self.index = torch.where(chosen < 0, b * h * t_n, chosen + head).flatten(0, 2)
         self.rows, self.width = self.index.shape
         row_size = self.block_q * self.block_k * self.width
         self.chunk = max(1, _CHUNK_ELEMENTS // row_size)
@@ -116,8 +125,8 @@ class BlockedBackend(Backend):
         """As Backend.forward. Saved: O (B, H, N_q, d) in fp32, where the inputs have 16 bits."""
         gather, form = _Gather(call, options), options.format
         q, k, v = _rounded(_inputs(call), form, options)
-        qs, ks = _blocks(q, gather.block_q), _blocks(k, gather.block_k)
-        vs = _blocks(v, gather.block_k)
+        qs, ks = _blocks(q, gather.block_q), _blocks_and_a_spare(k, gather.block_k)
+        vs = _blocks_and_a_spare(v, gather.block_k)
         out, lse = qs.new_empty(qs.shape), qs.new_empty(qs.shape[:2])
         scale = q.shape[-1] ** -0.5
         for rows in gather.chunks():
@@ -162,8 +171,8 @@ class BlockedBackend(Backend):
         q, k, v = _rounded(tensors, form, options) if matched else tensors
         lse = results[1]
         out = results[2] if len(results) > 2 else results[0]
-        qs, ks = _blocks(q, gather.block_q), _blocks(k, gather.block_k)
-        vs = _blocks(v, gather.block_k)
+        qs, ks = _blocks(q, gather.block_q), _blocks_and_a_spare(k, gather.block_k)
+        vs = _blocks_and_a_spare(v, gather.block_k)
         gs = _blocks(to_work(grad_out).contiguous(), gather.block_q)
         delta = (gs * _blocks(out, gather.block_q)).sum(-1, keepdim=True)
         shift = torch.zeros_like(delta)
@@ -193,6 +202,6 @@ class BlockedBackend(Backend):
             dk.index_add_(0, index, part)
             part = torch.bmm(used.transpose(1, 2), grads).reshape(shape)
             dv.index_add_(0, index, part)
-        found = ((dq, call.q), (dk, call.k), (dv, call.v))
+        found = ((dq, call.q), (dk[:-1], call.k), (dv[:-1], call.v))
         d_q, d_k, d_v = (_unblocks(d, x.shape).to(x.dtype).contiguous() for d, x in found)
         return Grads(d_q, d_k, d_v, None)

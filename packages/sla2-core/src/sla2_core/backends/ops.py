@@ -15,6 +15,7 @@ from sla2_core.backends.base import Backend, Inputs, to_work, work_dtype
 from sla2_core.backends.cpu import heads_of
 from sla2_core.backends.pooling import spread_means
 from sla2_core.block_map import num_blocks
+from sla2_core.checks import without_autocast
 from sla2_core.options import Options
 
 BACKENDS: dict[str, Backend] = {}
@@ -46,7 +47,8 @@ def attention(
     backend says so.
     """
     call = Inputs(q, k, v, indices, counts, alpha, lengths)
-    return BACKENDS[backend].forward(call, Options.read(options), save)
+    with without_autocast(q):
+        return BACKENDS[backend].forward(call, Options.read(options), save)
 
 
 @attention.register_fake
@@ -86,7 +88,9 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dQ, dK, dV in the inputs' dtypes, and d alpha (B, H, T_m) in alpha's (empty without)."""
     call = Inputs(q, k, v, indices, counts, alpha, lengths)
-    found = BACKENDS[backend].backward(grad_out, grad_lse, call, results, Options.read(options))
+    chosen = BACKENDS[backend]
+    with without_autocast(q):  # which may be on where backward() is called
+        found = chosen.backward(grad_out, grad_lse, call, results, Options.read(options))
     d_alpha = q.new_empty(0) if found.alpha is None else found.alpha
     return found.q, found.k, found.v, d_alpha
 

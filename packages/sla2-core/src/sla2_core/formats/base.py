@@ -84,8 +84,9 @@ class Scaled(Format):
 
 
 @functools.cache
-def _made(name: str, options: tuple[tuple[str, Any], ...]) -> Format:
-    return FORMATS.get(name)(dict(options))
+def _made(member: Any, options: tuple[tuple[str, Any], ...]) -> Format:
+    made: Format = member(dict(options))
+    return made
 
 
 def format_of(name: str, options: Mapping[str, Any] | None = None) -> Format:
@@ -97,6 +98,6 @@ def format_of(name: str, options: Mapping[str, Any] | None = None) -> Format:
     Raises:
         ValueError: an unknown name; the message names `precision` and the known ones.
     """
-    member = FORMATS.get(name)
+    member: Any = FORMATS.get(name)
     own = tuple((key, value) for key, value in (options or {}).items() if key in member.options)
-    return _made(name, own)
+    return _made(member, own)

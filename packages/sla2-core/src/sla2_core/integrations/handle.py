@@ -20,6 +20,7 @@ from sla2_core.config import CHANGEABLE, SLA2Config
 from sla2_core.integrations.family import Family, class_name
 from sla2_core.integrations.processor import SLA2Processor, Switch
 from sla2_core.order import Grid
+from sla2_core.registry import ORDERS
 
 
 class StepCounter:
@@ -100,7 +101,7 @@ class SLA2Handle:
         self._hooks = (
             family.install_hooks(transformer, tuple(names.values())) if family.install_hooks else []
         )
-        if self.config.token_order != "raster":
+        if not ORDERS.get(self.config.token_order).identity:
             if family.grid is None:
                 raise ValueError(
                     f"token_order: expected 'raster' for {family.name}, whose grid of tokens is"
@@ -305,7 +306,10 @@ class SLA2Handle:
         files.copy_tensors(found.tensors, expected)
         if not keep_settings:
             kept = [name for name in CHANGEABLE if name != "backend"]
-            self.configure(**{name: getattr(found.config, name) for name in kept})
+            changes = {name: getattr(found.config, name) for name in kept}
+            members = found.config.members().values()
+            options = {n: found.config.options[n] for m in members for n in m.adjustable}
+            self.configure(**changes, options=options)
 
     def _check_model(self, source: str, found: files.Adapter) -> None:
         own = self.model_identity()
@@ -356,7 +360,8 @@ class SLA2Handle:
         for name in self.names.values():
             attn = twin.get_submodule(name)
             attn.set_processor(attn.processor.original)
-        twin._forward_pre_hooks.clear()
+        for hook in self._hooks:  # the twin's copies of them: those of a user stay
+            twin._forward_pre_hooks.pop(hook.id, None)
         return twin.eval().requires_grad_(False)
 
 

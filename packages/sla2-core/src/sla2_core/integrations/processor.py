@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sla2_core.attend import full_attention
@@ -132,9 +131,9 @@ class SLA2Processor(nn.Module):
             q, k, v = (ulysses.gather_tokens(x, text_tokens) for x in (q, k, v))
             local_text, text_tokens = text_tokens, text_tokens * ulysses.ranks
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        places = self.attention.places(q.shape[2], text_tokens, self.switch.grid, q.device)
-        if places is not None:
-            q, k, v = (x.index_select(2, places) for x in (q, k, v))
+        (q, k, v), restore = self.attention.in_order(
+            (q, k, v), text_tokens, self.switch.grid, kv_lengths
+        )
         if self.switch.recorder is not None:
             self.switch.recorder(self.layer, q, k, v, text_tokens, kv_lengths)
         if not self.routed:
@@ -150,7 +149,5 @@ class SLA2Processor(nn.Module):
             )
             if self.switch.observer is not None:
                 self.switch.observer(self.layer, block_map)
-        if places is not None:
-            out = out.index_select(2, torch.argsort(places))
-        out = out.transpose(1, 2)
+        out = restore(out).transpose(1, 2)
         return out if ulysses is None else ulysses.scatter_tokens(out, local_text)

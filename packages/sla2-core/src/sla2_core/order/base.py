@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,7 +16,13 @@ Grid = tuple[int, int, int]  # frames, height, width, in tokens
 class Order(Described, ABC):
     """A permutation of a grid of tokens. Text tokens keep their place behind the grid's."""
 
+    identity: ClassVar[bool] = False  # the raster order itself, for which no grid is needed
+
     def __init__(self, config: SLA2Config):
+        self.configure(config)
+
+    def configure(self, config: SLA2Config) -> None:
+        """Take over what may change of a configuration, see config.CHANGEABLE."""
         self.config = config
 
     @abstractmethod

@@ -10,6 +10,8 @@ from sla2_core.registry import ORDERS
 class Raster(Order):
     """The identity."""
 
+    identity = True
+
     def permutation(self, grid: Grid) -> None:
         """None: tokens stay where they are."""
         return None

@@ -405,6 +405,9 @@ def record(
     Raises:
         ValueError: run() did not call the modules.
     """
+    if not attentions or samples < 1:
+        given = f"{len(attentions)} and {samples}"
+        raise ValueError(f"attentions, samples: expected at least one of each, got {given}")
     found: list[Captured] = []
     orders = {attention.config.token_order for attention in attentions.values()}
     for sample in range(samples):

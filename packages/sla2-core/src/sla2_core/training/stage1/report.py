@@ -56,8 +56,15 @@ def layer_report(
             true = call.block_masses(row)
             pooled = call.pooled_q[:, :, row] @ call.pooled_k.transpose(-1, -2)
             part = share / len(rows)
-            for name, ranking in (("learned", scores), ("heuristic", pooled), ("oracle", true)):
-                mask = call.hard_mask(router, ranking, topk)
+            learned = call.hard_mask(router, scores, topk)
+            # The others choose as many blocks in each row as the learned router does.
+            count = (learned & ~call.forced).sum(-1, keepdim=True)
+            masks = {
+                "learned": learned,
+                "heuristic": call.top_mask(pooled, count),
+                "oracle": call.top_mask(true, count),
+            }
+            for name, mask in masks.items():
                 out, full = call.attend(row, scores, mask, parts)
                 mass[name] += float((true * mask).sum(-1).mean()) * part
                 error[name] += float((out - full).square().mean()) * part

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sla2_core.attend import Parts, soft_attend
-from sla2_core.backends.pooling import pool, smooth_keys
+from sla2_core.backends.pooling import pool, smooth_keys, smooth_pooled
 from sla2_core.block_map import num_blocks
 from sla2_core.config import SLA2Config
 from sla2_core.options import Options
@@ -48,6 +48,9 @@ class Call:
         self.k = smooth_keys(k, self.lengths) if config.smooth_k else k
         self.pooled_q = pool(q, config.block_q)
         self.pooled_k = pool(self.k, config.block_k, self.lengths)
+        if not config.smooth_k:  # the router sees means about 0 all the same, as in the operator
+            n_k = k.shape[2]
+            self.pooled_k = smooth_pooled(self.pooled_k, n_k, config.block_k, self.lengths)
         self.t_m, self.t_n = self.pooled_q.shape[2], self.pooled_k.shape[2]
         start = torch.arange(self.t_n, device=q.device) * config.block_k
         self.forced = torch.zeros_like(start, dtype=torch.bool)
@@ -90,6 +93,15 @@ class Call:
         routable = ranking.masked_fill(self.forced | self.dead, -torch.inf)
         chosen = router.hard(routable, self.count(topk))
         return chosen & ~self.dead | (self.forced & ~self.dead)
+
+    def top_mask(self, ranking: Tensor, count: Tensor) -> Tensor:
+        """bool (B, H, rows, T_n): the best `count` (B, H, rows, 1) routable blocks by `ranking`,
+        and
+        the forced ones.
+        """
+        routable = ranking.masked_fill(self.forced | self.dead, -torch.inf)
+        rank = torch.argsort(routable, dim=-1, descending=True, stable=True).argsort(-1)
+        return (rank < count) & ~self.dead | (self.forced & ~self.dead)
 
     def attend(
         self, rows: Tensor, scores: Tensor, mask: Tensor, parts: Parts

@@ -138,15 +138,24 @@ class _Trainee:
 
     def tensors(self, layer: int) -> dict[str, nn.Parameter]:
         """What stage 1 trains: "layers.<i>.<member>.<name>", or with the k% before the name."""
-        found = {f"layers.{layer}.{n}.": m for n, m in self.shared.items()}
-        for k, members in self.own.items():
-            found |= {f"layers.{layer}.{n}.{k:g}.": m for n, m in members.items()}
         return {
             prefix + name: parameter
-            for prefix, member in found.items()
+            for prefix, member in self._copies(layer).items()
             for name, parameter in member.named_parameters()
             if parameter.requires_grad
         }
+
+    def of_group(self, layer: int, group: str) -> set[str]:
+        """The names of those that belong to a parameter group."""
+        found = {p for p, member in self._copies(layer).items() if member.group == group}
+        return {n for n in self.tensors(layer) if n.startswith(tuple(found))} if found else set()
+
+    def _copies(self, layer: int) -> dict[str, Member]:
+        """The copies by the beginning of their tensors' names."""
+        found = {f"layers.{layer}.{n}.": m for n, m in self.shared.items()}
+        for k, members in self.own.items():
+            found |= {f"layers.{layer}.{n}.{k:g}.": m for n, m in members.items()}
+        return found
 
     def error(
         self, captured: Captured, topk: float, rows: Tensor, max_scores: int, learn: bool
@@ -295,7 +304,7 @@ def _train(
     sla2 = _common_config(attentions)
     _check_captures(captures, attentions, sla2)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"config": asdict(config), "sla2": {**sla2.geometry(), "tau": sla2.tau}}
+    settings = {"config": asdict(config), "sla2": {**sla2.geometry(), **sla2.stage1_settings()}}
     settings = json.loads(json.dumps({**settings, "layers": list(attentions), **model}))
     if (folder / SETTINGS_NAME).exists():
         check_same(folder / SETTINGS_NAME, settings)
@@ -343,8 +352,9 @@ class _Run:
         self.trainees, self.data, self.config = trainees, data, config
         self.path = folder / STATE_NAME
         self.tensors = {name: p for i, t in trainees.items() for name, p in t.tensors(i).items()}
-        routers = [p for name, p in self.tensors.items() if ".router." in name]
-        alphas = [p for name, p in self.tensors.items() if ".router." not in name]
+        of_router = {n for i, t in trainees.items() for n in t.of_group(i, "router")}
+        routers = [p for name, p in self.tensors.items() if name in of_router]
+        alphas = [p for name, p in self.tensors.items() if name not in of_router]
         groups: list[dict[str, Any]] = [
             {"params": routers, "lr": config.router_lr},
             {"params": alphas, "lr": config.alpha_lr},
