@@ -11,7 +11,12 @@ from helpers.tiny_wan import weights
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.training.data import collate
 from sla2_core.training.stage2.objectives import draw_sigma, noisy_and_target
-from sla2_core.training.stage2.train import Stage2Config, TrainingStopped, train_stage2
+from sla2_core.training.stage2.train import (
+    Stage2Config,
+    TrainingStopped,
+    autocast_dtype,
+    train_stage2,
+)
 
 CONFIG = Stage2Config(
     steps=6,
@@ -291,6 +296,24 @@ def test_objectives():
     signal, spread = alphas.sqrt()[:, None], (1 - alphas).sqrt()[:, None]
     torch.testing.assert_close(signal * noisy - spread * target, clean)
     torch.testing.assert_close(spread * noisy + signal * target, noise)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_computes_in_bfloat16_where_the_processor_does(
+    handle, data, tmp_path, monkeypatch, native
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    cpu = torch.device("cpu")
+    assert autocast_dtype("auto", cpu) == (torch.bfloat16 if native else None)
+    assert autocast_dtype(None, cpu) is None
+    assert autocast_dtype("float16", cpu) is torch.float16
+    short = dataclasses.replace(CONFIG, steps=1)
+    losses = {}
+    for name in ("auto", "bfloat16", None):
+        config = dataclasses.replace(short, autocast=name)
+        losses[name] = train_stage2(handle(), data, config, tmp_path / str(name)).loss
+    assert losses["auto"] == losses["bfloat16" if native else None]
+    assert losses["auto"] != losses[None if native else "bfloat16"]
 
 
 def test_dropped_conditions():

@@ -47,8 +47,8 @@ class Stage2Config:
             full-attention model).
         sigma: noise levels, "logit_normal" or "uniform", moved by `shift` as in the scheduler.
         caption_dropout: share of the samples trained without their condition.
-        autocast: "bfloat16", "float16" (without loss scaling: small gradients vanish) or None, of
-            the forward pass.
+        autocast: "bfloat16", "float16" (without loss scaling: small gradients vanish), "auto"
+            (bfloat16 where the device computes it natively) or None, of the forward pass.
         accumulate: micro-batches per step. gradient_checkpointing: recompute the blocks in the
             backward pass.
         lora_rank: train LoRA matrices of this rank on the layers named `lora_targets` instead of
@@ -111,13 +111,26 @@ class Stage2Config:
             ("loss", ("diffusion", "distill")),
             ("sigma", ("logit_normal", "uniform")),
             ("decay", ("constant", "cosine")),
-            ("autocast", ("bfloat16", "float16", None)),
+            ("autocast", ("bfloat16", "float16", "auto", None)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(map(str, allowed))}, got"
                     f" {getattr(self, name)!r}"
                 )
+
+
+def autocast_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
+    """What a forward pass computes in, for a value of Stage2Config.autocast: None is the dtype of
+    its inputs. "auto" is bfloat16 where `device` computes it natively, else None.
+    """
+    if name == "auto":
+        if device.type == "cpu":
+            native = torch.cpu._is_avx512_bf16_supported()
+        else:
+            native = device.type != "cuda" or torch.cuda.is_bf16_supported(False)
+        name = "bfloat16" if native else None
+    return None if name is None else getattr(torch, name)
 
 
 @dataclass(kw_only=True)
@@ -247,6 +260,7 @@ class _Run:
         self.family, self.transformer = handle.family, handle.transformer
         schedule = self.family.alphas_cumprod
         self.alphas_cumprod = None if schedule is None else schedule(self.transformer.config)
+        self.dtype = autocast_dtype(config.autocast, accelerator.device)
         self.flags = _freeze(handle, config)
         if config.lora_rank:
             lora.add(self.transformer, config.lora_rank, config.lora_targets, config.seed)
@@ -395,14 +409,11 @@ class _Run:
         }
 
     def _predict(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        dtype = getattr(torch, self.config.autocast) if self.config.autocast else torch.bfloat16
         own = next(self.transformer.parameters()).dtype
         cast = {
             k: v.to(own) if v.dtype.is_floating_point else v for k, v in batch["conditions"].items()
         }
-        with torch.autocast(
-            batch["noisy"].device.type, dtype, enabled=self.config.autocast is not None
-        ):
+        with torch.autocast(batch["noisy"].device.type, self.dtype, enabled=self.dtype is not None):
             return self.family.predict(model, batch["noisy"].to(own), batch["sigma"], cast).float()
 
     def _loss(self, batch: Mapping[str, Any]) -> Tensor:
