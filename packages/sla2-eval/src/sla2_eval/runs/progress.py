@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 SPEED = (  # in a folder of videos: one line a batch, with its videos and seconds of wall clock
     "speed.jsonl"
@@ -26,8 +27,8 @@ def silent(stage: str, done: int, total: int) -> None:
 class ProgressDisplay:
     """A Report as a context manager: `with ProgressDisplay() as report: work(report=report)`."""
 
-    def __init__(self):
-        self._bars = None
+    def __init__(self) -> None:
+        self._bars: Any = None  # rich's, which is imported for a terminal alone
         self._tasks: dict[str, int] = {}
         self._finished: set[str] = set()
 
@@ -52,7 +53,7 @@ class ProgressDisplay:
             self._bars.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bars is not None:
             self._bars.stop()
             self._bars = None

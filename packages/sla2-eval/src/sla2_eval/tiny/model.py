@@ -5,7 +5,9 @@ format.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 LATENT_SHAPE = (3, NUM_FRAMES, SIZE, SIZE)
 
 
-def build_transformer():
+def build_transformer() -> Any:
     """A WanTransformer3DModel of 1.2 M parameters: 4 layers, 4 heads of 32, 1,024 tokens for 16
     frames of 32 x 32 pixels.
     """
@@ -65,14 +67,14 @@ def encode_captions(captions: list[str]) -> Tensor:
     return out
 
 
-def to_latents(videos) -> Tensor:
+def to_latents(videos: Any) -> Tensor:
     """uint8 (n, T, H, W, 3) -> float32 (n, 3, T, H, W) in [-1, 1]: the tiny model works
     on pixels.
     """
     return torch.as_tensor(videos).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1.0)
 
 
-def to_frames(latents: Tensor):
+def to_frames(latents: Tensor) -> np.ndarray:
     """The inverse of to_latents, clipped and rounded: uint8 numpy (n, T, H, W, 3)."""
     scaled = latents.float().clamp(-1, 1).add(1.0).mul(127.5).round().to(torch.uint8)
     return scaled.permute(0, 2, 3, 4, 1).contiguous().numpy()

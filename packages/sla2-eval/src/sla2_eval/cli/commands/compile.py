@@ -28,7 +28,7 @@ _COLUMNS = (
     help="Architecture, such as sm_90a; several times for several. Default: all.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(archs, as_json):
+def command(archs: tuple[str, ...], as_json: bool) -> int | None:
     """Build every kernel for these architectures into the cache; needs NVRTC, no GPU.
 
     Registers are a thread's, shared memory a block's in bytes; occupancy is resident threads over

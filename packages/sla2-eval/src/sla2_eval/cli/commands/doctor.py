@@ -9,7 +9,7 @@ from sla2_eval.cli.commands.tables import show
 
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(as_json):
+def command(as_json: bool) -> int:
     """Say what works on this machine, what is missing, and how to get it; 1 if something that is
     needed is broken.
 

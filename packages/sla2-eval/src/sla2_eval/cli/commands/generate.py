@@ -4,6 +4,8 @@ side by side.
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 
@@ -57,8 +59,16 @@ import click
     "--ray-address", help="Share the videos by the GPUs of this Ray cluster; 'auto' finds one."
 )
 def command(
-    model, adapter, given, prompts, out, videos_per_prompt, workers, ray_address, **sampling
-):
+    model: str,
+    adapter: str | None,
+    given: tuple[str, ...],
+    prompts: str,
+    out: str,
+    videos_per_prompt: int,
+    workers: int,
+    ray_address: str | None,
+    **sampling: Any,
+) -> None:
     """Write {prompt}-{index}.mp4 for every prompt; run again, finished files are not done twice.
 
     The same prompts, seed and steps give every adapter the same initial noise. Several GPUs of this

@@ -24,7 +24,7 @@ import click
     help="Processes of one thread each.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(out, model, workers, as_json):
+def command(out: str, model: str, workers: int, as_json: bool) -> int:
     """Train, generate, score and report SLA2 on the built-in tiny model, in minutes on two CPU
     cores.
 

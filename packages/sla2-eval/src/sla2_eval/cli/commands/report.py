@@ -7,7 +7,7 @@ import click
 
 @click.command("report")
 @click.argument("folder", type=click.Path())
-def command(folder):
+def command(folder: str) -> None:
     """Write FOLDER/report: one HTML page, results.json, CSV and Markdown tables.
 
     FOLDER is that of a quickstart, of an ablation or of `sla2 score`.

@@ -46,18 +46,18 @@ from sla2_eval.cli.commands.tables import show
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(
-    videos,
-    reference,
-    names,
-    out,
-    num_workers,
-    ray_address,
-    device,
-    decoder,
-    allow_failures,
-    list_metrics,
-    as_json,
-):
+    videos: str | None,
+    reference: str | None,
+    names: str | None,
+    out: str | None,
+    num_workers: int,
+    ray_address: str | None,
+    device: str,
+    decoder: str,
+    allow_failures: bool,
+    list_metrics: bool,
+    as_json: bool,
+) -> int | None:
     """Score every video of a folder, alone or against a reference folder.
 
     \b
@@ -67,10 +67,10 @@ def command(
     from sla2_eval.scoring import metrics
 
     if list_metrics:
-        return _list(as_json)
-    for option, value in (("--videos", videos), ("--metrics", names), ("--out", out)):
-        if not value:
-            raise click.UsageError(f"{option}: expected a value, got none")
+        _list(as_json)
+        return None
+    videos, names = _needed("--videos", videos), _needed("--metrics", names)
+    out = _needed("--out", out)
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     try:
         metrics.select(chosen)
@@ -102,6 +102,12 @@ def command(
     for row in results["failed"]:
         click.echo(f"sla2: error: {row['error']}", err=True)
     return failed or int(not results["metrics"])  # nothing that was asked for could be computed
+
+
+def _needed(option: str, value: str | None) -> str:
+    if not value:
+        raise click.UsageError(f"{option}: expected a value, got none")
+    return value
 
 
 def _row(name: str, results: dict) -> dict:

@@ -19,7 +19,7 @@ from sla2_eval.cli.commands.tables import show
 )
 @click.option("--run", is_flag=True, help="Call `vbench evaluate`, which must be installed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(videos, out, dimensions, run, as_json):
+def command(videos: str | None, out: str, dimensions: str | None, run: bool, as_json: bool) -> None:
     """Write the folder and info file that VBench expects, run it, and read its results back.
 
     \b

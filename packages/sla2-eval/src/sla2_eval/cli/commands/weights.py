@@ -8,7 +8,7 @@ from sla2_eval.cli.commands.tables import show
 
 
 @click.group("weights")
-def command():
+def command() -> None:
     """List and fetch the weights that metrics need.
 
     \b
@@ -20,7 +20,7 @@ def command():
 
 @command.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def list_(as_json):
+def list_(as_json: bool) -> None:
     """Every file with its size, licence, metrics, and whether it is here.
 
     \b
@@ -35,7 +35,7 @@ def list_(as_json):
 
 @command.command("fetch")
 @click.argument("names", nargs=-1, required=True)
-def fetch(names):
+def fetch(names: tuple[str, ...]) -> None:
     """Download files by name and check their sha256.
 
     \b
