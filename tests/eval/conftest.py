@@ -49,6 +49,38 @@ def make_folder(tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory):
+    """A folder with a random Wan pipeline in model/, two captioned videos of 5 x 32 x 48 in videos/
+    and two prompts in prompts.txt.
+    """
+    from helpers import pipelines
+    from sla2_eval.videos.dataset import write_folder
+
+    folder = tmp_path_factory.mktemp("wan")
+    pipelines.wan().save_pretrained(folder / "model")
+    pixels = [clip(seed, height=32, width=48) for seed in range(2)]
+    write_folder(folder / "videos", zip(pixels, ["a red circle", "a blue square moving"]), fps=8)
+    (folder / "prompts.txt").write_text("a red circle\na blue square\n")
+    return folder
+
+
+@pytest.fixture
+def wan_training(wan_folder) -> dict:
+    """Settings that train next to nothing of the random Wan, whose 12 tokens lie in blocks of 4 and
+    of 2.
+    """
+    return {
+        "model": str(wan_folder / "model"),
+        "video": {"num_frames": 5, "height": 32, "width": 48},
+        "attention": {"topk": 0.5, "block_q": 4, "block_k": 2, "precision": "int8"},
+        "data": {"videos": str(wan_folder / "videos")},
+        "capture": {"samples": 2, "layers_per_sample": 2, "heads": 1, "dtype": "bfloat16"},
+        "stage1": {"steps": 2, "topk": [0.5]},
+        "stage2": {"steps": 2, "batch_size": 2, "accumulate": 2, "gradient_checkpointing": True},
+    }
+
+
 @pytest.fixture
 def small_grid() -> dict:
     """Settings of a grid of two variants that trains and samples next to nothing; the model is to
@@ -56,10 +88,11 @@ def small_grid() -> dict:
     """
     return {
         "seeds": [0],
+        "attention": {"block_q": 32, "block_k": 16},
         "data": {"num_videos": 6},
         "capture": {"samples": 2},
-        "stage1": {"steps": 2, "topk": [0.1]},
-        "stage2": {"steps": 3, "batch_size": 1, "checkpoint_every": 1},
+        "stage1": {"steps": 2, "topk": [0.1], "max_scores": 1 << 22},
+        "stage2": {"steps": 3, "batch_size": 1, "checkpoint_every": 1, "autocast": "auto"},
         "generate": {"num_prompts": 2, "steps": 1, "dtype": "float32"},
         "metrics": ["psnr", "temporal_flickering"],
         "variants": [

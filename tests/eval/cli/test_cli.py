@@ -91,7 +91,9 @@ def test_bad_arguments(arguments, parts, tmp_path, monkeypatch, capsys):
     [
         ("stepz: 3\n", ["stepz: unknown key", "known keys here: videos, num_videos"]),
         ("steps: many\n", ["steps:", "integer", "'many'"]),
-        ("steps: 0\n", ["steps:", "greater than or equal to 1", "'0'"]),
+        ("steps: 0\n", ["steps: expected an integer >= 1, got 0"]),
+        ("learning_rate: .nan\n", ["learning_rate:", "finite number", "'nan'"]),
+        ("ema: 1\n", ["ema: expected a number in [0, 1), got 1"]),
         ("steps: [1\nseed: 2\n", ["line 2", "expected YAML"]),
         ("- 1\n- 2\n", ["expected keys and values", "list"]),
     ],
@@ -119,14 +121,47 @@ def test_broken_settings_name_file_and_key(text, parts, tmp_path, capsys):
         ),
         (
             "variants: [{name: a, label: A, family: F, attention: {topk: 2}}]",
-            ["topk: input should be less"],
+            ["(a)", "attention.topk: expected a number in (0, 1], got 2"],
         ),
-        ("variants: [{name: full, label: A, family: F}]", ["none called 'full'"]),
+        (
+            "variants: [{name: a, label: A, family: F, attention: {router: heuristic}}]",
+            ["(a)", "attention.topk: expected a value"],
+        ),
+        (
+            "variants: [{name: a, label: A, family: F, attention: {topk: 0.1, variant: sla3}}]",
+            ["(a)", "attention.variant: expected one of sla2, sla,", "'sla3'"],
+        ),
+        (
+            "variants: [{name: a, label: A, family: F, attention: {topk: 1}, train_precision: 1}]",
+            ["variants.0.train_precision", "string"],
+        ),
+        (
+            "variants: [{name: a, label: A, family: F, attention: {topk: 0.1},"
+            " train_precision: int3}]",
+            ["(a)", "train_precision: expected one of", "'int3'"],
+        ),
+        ("attention: {method: sla}", ["attention.method: unknown key", "variant"]),
+        ("attention: {head_dim: 64}", ["attention.head_dim: unknown key", "variant"]),
+        ("attention: {block_q: 0}", ["attention.block_q: expected an integer >= 1, got 0"]),
+        ("attention: []", ["attention: expected keys and values, got list"]),
+        ("capture: {samples: 0}", ["capture.samples: expected an integer >= 1, got 0"]),
+        ("stage1: {topk: [5]}", ["stage1.topk: expected fractions in (0, 1]"]),
+        ("stage1: 3", ["stage1: expected keys and values, got int"]),
+        ("generate: {guidance: -1}", ["generate.guidance: expected a number >= 0, got -1"]),
+        ("imports: [no_such_module]", ["imports: expected modules", "'no_such_module'"]),
+        (
+            "variants: [{name: full, label: A, family: F, attention: {topk: 0.1}}]",
+            ["none called 'full'"],
+        ),
         ("variants: []", ["variants:", "at least 1"]),
         ("seeds: [0]", ["variants: expected a value"]),
         (
-            "stage2: {lr: 1}\nvariants: [{name: a, label: A, family: F}]",
+            "stage2: {lr: 1}\nvariants: [{name: a, label: A, family: F, attention: {topk: 0.1}}]",
             ["stage2.lr: unknown key", "learning_rate"],
+        ),
+        (
+            "stage2: {seed: 1}\nvariants: [{name: a, label: A, family: F, attention: {topk: 1}}]",
+            ["stage2.seed: expected none"],
         ),
     ],
 )

@@ -122,8 +122,9 @@ def test_ray_tasks_have_a_gpu_each_and_survive_their_workers(jobs, tmp_path, mon
 DRIVER = """
 import sys
 from sla2_eval.grid import ablation
+from sla2_eval.grid.settings import AblationSettings
 from sla2_eval.parallel import pool
-from sla2_eval.runs.settings import AblationSettings, load_settings
+from sla2_eval.runs.settings import load_settings
 gpus = int(sys.argv[3])
 pool.local_gpus = lambda: gpus
 result = ablation.run_grid(load_settings(sys.argv[1], AblationSettings), sys.argv[2])

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from sla2_eval.videos.manifest import read_manifest, video_name
 from sla2_eval.videos.video import write_video
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 MANIFEST = "manifest.jsonl"
@@ -46,10 +47,20 @@ class SamplingConfig:
     height: int | None = None
     width: int | None = None
 
-    def __post_init__(self):
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
+    def __post_init__(self) -> None:
+        # Not above: commands that only score import this module, and torch takes seconds.
+        from sla2_core.training.settings import check_fields
+
+        sizes = ("num_frames", "height", "width")
+        check_fields(
+            self,
+            {
+                "an integer >= 1": ("steps", "batch_size", *sizes),
+                "an integer >= 0": ("seed",),
+                "a number >= 0": ("guidance",),
+            },
+            optional=sizes,
+        )
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
@@ -117,14 +128,12 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def autocast_dtype(name: str, device: str = "cpu"):
-    """The torch dtype to compute in, None for plain float32."""
+def autocast_dtype(name: str, device: str = "cpu") -> torch.dtype | None:
+    """The torch dtype to compute in, for a value of SamplingConfig.dtype; None is plain float32."""
     import torch
+    from sla2_core.training.stage2.train import autocast_dtype
 
-    if name == "auto":
-        native = torch.cpu._is_avx512_bf16_supported() if device == "cpu" else True
-        name = "bfloat16" if native else "float32"
-    return None if name == "float32" else getattr(torch, name)
+    return autocast_dtype(None if name == "float32" else name, torch.device(device))
 
 
 class TinyGenerator:
@@ -135,7 +144,7 @@ class TinyGenerator:
     # 32 x 32 becomes 128 x 128, which spares the small pictures the chroma subsampling of H.264
     upscale = 4
 
-    def __init__(self, transformer, scheduler):
+    def __init__(self, transformer: Any, scheduler: Any):
         from sla2_eval.tiny.shapes import FPS
 
         self.transformer, self.scheduler = transformer.eval(), scheduler
@@ -185,7 +194,7 @@ class PipelineGenerator:
 
     upscale = 1
 
-    def __init__(self, pipe, fps: float = 16.0):
+    def __init__(self, pipe: Any, fps: float = 16.0):
         self.pipe, self.transformer, self.fps = pipe, pipe.transformer, fps
         pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
 
@@ -301,8 +310,7 @@ def _load_model(model: str | Path) -> Generator:
     import torch
     from diffusers import DiffusionPipeline
 
-    if not sys.stderr.isatty():
-        _hide_loading_bars()
+    hide_loading_bars()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return PipelineGenerator(
@@ -310,7 +318,10 @@ def _load_model(model: str | Path) -> Generator:
     )
 
 
-def _hide_loading_bars() -> None:
+def hide_loading_bars() -> None:
+    """Keep the progress bars of from_pretrained out of what is not a terminal."""
+    if sys.stderr.isatty():
+        return
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -318,7 +329,7 @@ def _hide_loading_bars() -> None:
     of_transformers.disable_progress_bar()
 
 
-def _load_tiny(folder: Path):
+def _load_tiny(folder: Path) -> tuple[Any, Any]:
     from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
     from sla2_eval.tiny.model import TEXT_DIM

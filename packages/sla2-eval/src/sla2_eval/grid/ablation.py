@@ -4,42 +4,36 @@ scored and compared.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from sla2_core.config import SLA2Config
 
 from sla2_eval.generation import sampling as generation
-from sla2_eval.grid import steps as pipeline
+from sla2_eval.grid import steps
+from sla2_eval.grid.settings import AblationSettings, Attention, VariantSettings
+from sla2_eval.grid.source import TrainSource, open_source, source_of, with_shift
 from sla2_eval.parallel.cluster import check_address
 from sla2_eval.parallel.pool import open_pool
 from sla2_eval.parallel.tasks import Task, TasksLost
 from sla2_eval.runs.progress import Report, silent
-from sla2_eval.runs.settings import (
-    AblationSettings,
-    AttentionSettings,
-    SettingsError,
-    VariantSettings,
-    validate,
-)
+from sla2_eval.runs.settings import SettingsError, import_modules
 from sla2_eval.runs.store import digest, write_atomic
 
 REFERENCE = "full"
 UNPAIRED = ("temporal_flickering", "motion_smoothness_linear", "caption_accuracy")
-_SHAPES = (
-    "method",
-    "router",
-    "per_head_router",
-    "alpha",
-    "alpha_knots",
-    "alpha_per_head",
-    "alpha_init",
-)
-_ROUTING = (*_SHAPES, "tau", "smooth_k", "block_q", "block_k")
+# Fields of SLA2Config that a training does not depend on. A field that is forgotten here costs a
+# training; one too many would reuse a wrong one.
+_NOT_STAGE1 = ("topk", "precision", "qat_backward", "backend")
+_NOT_STAGE2 = ("backend",)
 
 
 @dataclass(frozen=True)
@@ -50,26 +44,29 @@ class Cell:
 
     name: str
     variant: VariantSettings
-    attention: AttentionSettings
-    trained: AttentionSettings  # the same in the precision of its training
+    attention: Attention
+    trained: Attention  # the same in the precision of its training
     seed: int
     router: str | None  # folder of stage 1 below work/, None where there is nothing to learn
     tuned: str | None  # folder of stage 2 below work/, None if the variant is not fine-tuned
 
     @property
     def sparsity(self) -> float:
-        return 1 - self.attention.topk
+        return 1 - self.attention["topk"]
+
+    @property
+    def token_order(self) -> str:
+        return self.attention.config().token_order
 
 
 @dataclass(frozen=True)
 class GridResult:
     """Where the report is, its rows (one a variant, means over videos and seeds), how many videos
-    failed to score, and
-    the tasks over which workers died, with the reasons.
+    failed to score, and the tasks over which workers died, with the reasons.
     """
 
     report: Path
-    rows: list[dict]
+    rows: list[dict[str, Any]]
     failed: int
     lost: dict[str, str]
 
@@ -77,16 +74,10 @@ class GridResult:
 def cells(settings: AblationSettings) -> list[Cell]:
     """Variants x seeds, a whole seed before the next.
 
-    Raises SettingsError naming the variant for a repeated name or an unknown attention field, or
-    the key for another kind of model or seeds that are not different whole numbers.
+    Raises SettingsError naming the variant for a repeated name, or the key for seeds that are not
+    different whole numbers.
     """
-    model, seeds = generation.find_model(settings.model), settings.seeds
-    if not isinstance(model, Path) or (model / "model_index.json").exists():
-        raise SettingsError(
-            f"model: expected 'tiny' or a folder of a model of its form, got {settings.model!r};"
-            " pipelines are trained with sla2_core.training and compared with sla2 generate and"
-            " sla2 score"
-        )
+    seeds = settings.seeds
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise SettingsError(
             f"seeds: expected different integers >= 0, at least one, got {list(seeds)}"
@@ -96,96 +87,136 @@ def cells(settings: AblationSettings) -> list[Cell]:
         raise SettingsError(
             f"variants: expected each name once and none called {REFERENCE!r}, got {repeated!r}"
         )
+    data = _data_key(settings)
     found = []
-    for number, variant in enumerate(settings.variants):
-        merged = settings.attention.model_dump() | variant.attention
-        attention = validate(
-            merged, AttentionSettings, f"variants.{number} ({variant.name}): attention"
-        )
-        trained = attention.model_copy(
-            update={"precision": variant.train_precision or attention.precision}
-        )
-        for seed in settings.seeds:
-            learns = attention.method == "sla2" and not (
-                attention.router == "heuristic" and attention.alpha == "one"
-            )
+    for variant in settings.variants:
+        attention = settings.attention.changed(variant.attention)
+        trained = attention
+        if variant.train_precision is not None:
+            trained = attention.in_precision(variant.train_precision)
+        learns = attention.learns_in_stage1()
+        for seed in seeds:
             router = tuned = None
             if learns:
-                what = {key: getattr(attention, key) for key in _ROUTING}
-                what |= {"stage1": settings.stage1.model_dump(), "data": _data_key(settings)}
+                what = _without(_for_stage1(settings, attention), _NOT_STAGE1)
+                what |= {"stage1": asdict(settings.stage1)}
+                what |= {"captures": _captures_key(settings, attention)}
                 router = f"stage1/{digest(what)[:10]}-s{seed}"
             if variant.finetune:
-                what = {"attention": trained.model_dump(exclude={"backend"}), "router": router}
-                what |= {"stage2": settings.stage2.model_dump(), "data": _data_key(settings)}
+                what = {"attention": _without(trained, _NOT_STAGE2), "router": router}
+                what |= {"stage2": asdict(settings.stage2), "data": data}
                 tuned = f"stage2/{digest(what)[:10]}-s{seed}"
-            name = variant.name if len(settings.seeds) == 1 else f"{variant.name}-s{seed}"
+            name = variant.name if len(seeds) == 1 else f"{variant.name}-s{seed}"
             found.append(Cell(name, variant, attention, trained, seed, router, tuned))
-    return sorted(found, key=lambda cell: settings.seeds.index(cell.seed))
+    return sorted(found, key=lambda cell: seeds.index(cell.seed))
+
+
+def _without(attention: Attention, names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in attention.fields().items() if name not in names}
+
+
+def _for_stage1(settings: AblationSettings, attention: Attention) -> Attention:
+    """What stage 1 runs with, alike for all that share it. A format with options of its own may
+    bind an adapter to them, so it keeps its own stage 1.
+    """
+    config: SLA2Config = attention.config()
+    options = config.members()["precision"].options
+    same = attention if options else attention.in_precision("full")
+    return same.changed({"topk": max(settings.stage1.topk)})
 
 
 def _data_key(settings: AblationSettings) -> str:
-    data, capture = settings.data.model_dump(mode="json"), settings.capture.model_dump()
-    return digest(
-        {"model": generation.model_fingerprint(settings.model), "data": data, "capture": capture}
-    )[:10]
+    what = settings.model_dump(mode="json", include={"data", "video"})
+    return digest({"model": generation.model_fingerprint(settings.model), **what})[:10]
+
+
+def _captures_key(settings: AblationSettings, attention: Attention) -> str:
+    what: dict[str, Any] = {"data": _data_key(settings), "capture": asdict(settings.capture)}
+    what |= {"shift": settings.stage2.shift, "token_order": attention.config().token_order}
+    return digest(what)[:10]
 
 
 def sampling(settings: AblationSettings) -> generation.SamplingConfig:
     """How every video of the grid is sampled."""
-    values = settings.generate.model_dump(exclude={"prompts", "num_prompts"})
-    return generation.SamplingConfig(**values)
+    return settings.generate.config(settings.video)
 
 
-def prompts_of(settings: AblationSettings) -> list[str]:
-    """The prompts of the grid. Raises ValueError if the file has fewer than `num_prompts`."""
-    count = settings.generate.num_prompts
-    if settings.generate.prompts is None:
-        return pipeline.builtin_prompts(count)
-    found = generation.read_prompts(settings.generate.prompts)
+def prompts_of(settings: AblationSettings, source: TrainSource) -> list[str]:
+    """The prompts of the grid. Raises ValueError if the file has fewer than `num_prompts`, or for
+    a pipeline without a file.
+    """
+    count, path = settings.generate.num_prompts, settings.generate.prompts
+    if path is None:
+        if not source.tiny:
+            raise SettingsError(
+                f"generate.prompts: expected a text file of one prompt a line for {source.name},"
+                " got none"
+            )
+        return steps.builtin_prompts(count)
+    found = generation.read_prompts(path)
     if len(found) < count:
-        raise ValueError(f"{settings.generate.prompts}: expected {count} prompts, got {len(found)}")
+        raise ValueError(f"{path}: expected {count} prompts, got {len(found)}")
     return found[:count]
 
 
-def metrics_of(settings: AblationSettings) -> list[str]:
-    """The metrics asked for; by default all that suit small videos (MS-SSIM needs 160 pixels)."""
+def metrics_of(settings: AblationSettings, source: TrainSource) -> list[str]:
+    """The metrics asked for; by default all that suit the model: MS-SSIM needs 160 pixels, and the
+    exact detector of captions knows the tiny model's scenes.
+    """
     from sla2_eval.scoring import metrics
 
     if settings.metrics is None:
-        return [name for name in metrics.specs() if name != "ms_ssim"]
+        unfit = "ms_ssim" if source.tiny else "caption_accuracy"
+        return [name for name in metrics.specs() if name != unfit]
     return list(metrics.select(settings.metrics))
 
 
+def run_task(step: str, settings: AblationSettings, *, report: Report, **arguments: Any) -> Any:
+    """Do one task of the grid: `step` names one of the functions below. Members that are registered
+    outside the package are known first, in whichever process this is.
+    """
+    import_modules(settings.imports)
+    return globals()[f"task_{step}"](settings, report=report, **arguments)
+
+
 def task_data(settings: AblationSettings, work: Path, *, report: Report = silent) -> None:
-    """Training videos, then Q, K, V."""
-    data = pipeline.write_data(settings.data, _data(settings, work), report=report)
-    if pipeline.is_captured(settings.capture, _captures(settings, work)):
+    """Training videos, encoded where the model has a VAE."""
+    open_source(settings).encode(settings.data, _data(settings, work), report=report)
+
+
+def task_capture(
+    settings: AblationSettings, cell: Cell, work: Path, *, report: Report = silent
+) -> None:
+    """Q, K, V in the token order of this cell."""
+    folder = _captures(settings, cell, work)
+    if steps.is_captured(settings.capture, folder):
         return
-    generator = generation.load_generator(settings.model)
-    pipeline.capture_qkv(
-        generator, data, settings.capture, _captures(settings, work), report=report
+    source = open_source(settings)
+    steps.capture_qkv(
+        source,
+        source.encode(settings.data, _data(settings, work), report=report),
+        settings.capture,
+        folder,
+        shift=settings.stage2.shift,
+        token_order=cell.token_order,
+        report=report,
     )
 
 
 def task_router(
     settings: AblationSettings, cell: Cell, work: Path, *, report: Report = silent
-) -> dict:
+) -> dict[str, Any]:
     """Stage 1, shared by every variant of the same routing and seed; it does not depend on the
     precision.
     """
     assert cell.router is not None  # a cell without stage 1 has no such task
     if (work / cell.router / "adapter" / "sla2_config.json").exists():
         return json.loads((work / cell.router / "report.json").read_text())
-    generator = generation.load_generator(settings.model)
-    attention = cell.attention.model_copy(
-        update={"precision": "full", "topk": max(settings.stage1.topk)}
-    )
-    return pipeline.stage1(
-        generator,
-        attention,
-        _captures(settings, work),
-        settings.stage1,
-        cell.seed,
+    return steps.stage1(
+        open_source(settings),
+        _for_stage1(settings, cell.attention),
+        _captures(settings, cell, work),
+        replace(settings.stage1, seed=cell.seed),
         work / cell.router,
         stage=f"stage 1 of {cell.name}",
         report=report,
@@ -194,21 +225,18 @@ def task_router(
 
 def task_tune(
     settings: AblationSettings, cell: Cell, work: Path, *, report: Report = silent
-) -> dict:
+) -> dict[str, Any]:
     """Stage 2, shared by every variant that is trained the same way."""
     assert cell.tuned is not None  # a cell without stage 2 has no such task
     if (done := work / cell.tuned / "finished.json").exists():
         return json.loads(done.read_text())
-    generator = generation.load_generator(settings.model)
-    data = settings.data.videos or _data(settings, work)
-    router = work / cell.router if cell.router else None
-    return pipeline.stage2(
-        generator,
+    source = open_source(settings)
+    return steps.stage2(
+        source,
         cell.trained,
-        router,
-        data,
-        settings.stage2,
-        cell.seed,
+        work / cell.router if cell.router else None,
+        functools.partial(source.encode, settings.data, _data(settings, work), report=report),
+        replace(settings.stage2, seed=cell.seed),
         work / cell.tuned,
         stage=f"stage 2 of {cell.name}",
         report=report,
@@ -220,7 +248,8 @@ def task_full(
 ) -> None:
     """The videos number `seed` of full attention, every second prompt from `share` on."""
     config, folder = sampling(settings), out / "videos" / REFERENCE
-    requests = generation.plan(prompts_of(settings), [seed], config.seed)[share::2]
+    prompts = prompts_of(settings, open_source(settings))
+    requests = generation.plan(prompts, [seed], config.seed)[share::2]
     stage = f"videos of {REFERENCE}, seed {seed}, half {share + 1}"
     if all((folder / request.file_name).exists() for request in requests):
         return
@@ -234,14 +263,15 @@ def task_videos(
     """The videos and block maps of one variant at one seed."""
     from sla2_core.training.stage1.train import load_stage1
 
-    prompts, folder, config = prompts_of(settings), out / "videos" / cell.name, sampling(settings)
+    prompts = prompts_of(settings, open_source(settings))
+    folder, config = out / "videos" / cell.name, sampling(settings)
     maps = out / "block_maps" / f"{cell.name}.json"
     if maps.exists() and generation.is_complete(
         generation.plan(prompts, [cell.seed], config.seed), folder
     ):
         return
     generator = generation.load_generator(settings.model)
-    handle = pipeline.apply(generator, cell.attention)
+    handle = steps.apply(generator.transformer, cell.attention)
     if cell.tuned:
         handle.load(out / "work" / cell.tuned / "adapter", keep_settings=True)
     elif cell.router:
@@ -259,13 +289,13 @@ def task_videos(
     )
     if not maps.exists():
         video = folder / generation.video_name(prompts[0], cell.seed)
-        found = pipeline.block_maps(generator, handle, video, prompts[0])
+        found = steps.block_maps(source_of(generator, settings), handle, video, prompts[0])
         write_atomic(maps, json.dumps(found) + "\n")
 
 
-def _fingerprint(cell: Cell) -> dict:
+def _fingerprint(cell: Cell) -> dict[str, Any]:
     """What the folder of a variant's videos is bound to, beside the sampling."""
-    return {"attention": cell.attention.model_dump(), "trained": cell.tuned or cell.router}
+    return {"attention": cell.attention.fields(), "trained": cell.tuned or cell.router}
 
 
 def task_scores(
@@ -277,13 +307,13 @@ def task_scores(
     from sla2_eval.scoring import metrics
     from sla2_eval.scoring.score import score
 
-    names = metrics_of(settings)
+    source = open_source(settings)
+    names = metrics_of(settings, source)
     reference: Path | None = out / "videos" / REFERENCE
     if name == REFERENCE:
         reference = None
-        names = [metric for metric in names if metrics.specs()[metric].kind == "unpaired"] or list(
-            UNPAIRED
-        )
+        names = [metric for metric in names if metrics.specs()[metric].kind == "unpaired"]
+        names = names or [n for n in UNPAIRED if source.tiny or n != "caption_accuracy"]
     results = score(
         out / "videos" / name,
         reference,
@@ -301,8 +331,8 @@ def _data(settings: AblationSettings, work: Path) -> Path:
     return work / f"data-{_data_key(settings)}"
 
 
-def _captures(settings: AblationSettings, work: Path) -> Path:
-    return work / f"captures-{_data_key(settings)}"
+def _captures(settings: AblationSettings, cell: Cell, work: Path) -> Path:
+    return work / f"captures-{_captures_key(settings, cell.attention)}"
 
 
 def graph(settings: AblationSettings, out: Path) -> dict[str, Task]:
@@ -313,25 +343,31 @@ def graph(settings: AblationSettings, out: Path) -> dict[str, Task]:
     """
     here, work, tasks = "sla2_eval.grid.ablation", out / "work", {}
 
-    def add(task: str, function: str, needs: Sequence[str | None], **arguments) -> str:
+    def add(task: str, step: str, needs: Sequence[str | None], **arguments: Any) -> str:
         if task not in tasks:
             known = tuple(need for need in needs if need)
-            tasks[task] = Task(f"{here}:{function}", {"settings": settings, **arguments}, known)
+            given = {"step": step, "settings": settings, **arguments}
+            tasks[task] = Task(f"{here}:run_task", given, known)
         return task
 
     grid = cells(settings)
-    data = add("data", "task_data", [], work=work)
+    data = add("data", "data", [], work=work)
     full = [
-        add(f"{REFERENCE} {seed}.{share}", "task_full", [], out=out, seed=seed, share=share)
+        add(f"{REFERENCE} {seed}.{share}", "full", [], out=out, seed=seed, share=share)
         for seed in settings.seeds
         for share in range(2)
     ]
-    add(f"scores {REFERENCE}", "task_scores", full, out=out, name=REFERENCE)
+    add(f"scores {REFERENCE}", "scores", full, out=out, name=REFERENCE)
     for cell in grid:
-        router = cell.router and add(cell.router, "task_router", [data], cell=cell, work=work)
-        tuned = cell.tuned and add(cell.tuned, "task_tune", [data, router], cell=cell, work=work)
-        videos = add(f"videos {cell.name}", "task_videos", [router, tuned], cell=cell, out=out)
-        add(f"scores {cell.name}", "task_scores", [videos, *full], out=out, name=cell.name)
+        router = tuned = None
+        if cell.router:
+            order = f"captures {cell.token_order}"
+            captures = add(order, "capture", [data], cell=cell, work=work)
+            router = add(cell.router, "router", [captures], cell=cell, work=work)
+        if cell.tuned:
+            tuned = add(cell.tuned, "tune", [data, router], cell=cell, work=work)
+        videos = add(f"videos {cell.name}", "videos", [router, tuned], cell=cell, out=out)
+        add(f"scores {cell.name}", "scores", [videos, *full], out=out, name=cell.name)
     return tasks
 
 
@@ -355,12 +391,15 @@ def run_grid(
     address of no cluster, OSError if `out` cannot be written, RuntimeError if Ray cannot be started
     or joined.
     """
-    out, config, started = Path(out), sampling(settings), time.time()
+    out, started = Path(out), time.time()
     if ray_address is not None:
         check_address(ray_address)
-    grid, prompts = cells(settings), prompts_of(settings)
+    import_modules(settings.imports)
+    source = open_source(settings)
+    settings = with_shift(settings, source)
+    grid, prompts, config = cells(settings), prompts_of(settings, source), sampling(settings)
     tasks = graph(settings, out)
-    metrics_of(settings)
+    metrics_of(settings, source)
     full = out / "videos" / REFERENCE
     generation.open_folder(full, config, {"model": generation.model_fingerprint(settings.model)})
     for cell in grid:
@@ -402,10 +441,7 @@ def write_run(
             {name: version(name) for name in ("sla2-eval", "sla2-core", "torch", "diffusers", "av")}
             | {"python": platform.python_version()}
         ),
-        "hardware": (
-            hardware()
-            | {"dtype": str(generation.autocast_dtype(settings.generate.dtype) or "torch.float32")}
-        ),
+        "hardware": hardware() | {"dtype": str(_dtype(settings))},
         "variants": variants,
         "reference": REFERENCE,
         "notes": list(notes),
@@ -419,7 +455,17 @@ def _measured_sparsity(out: Path, cell: Cell) -> float:
     return json.loads(maps.read_text())["sparsity"] if maps.exists() else cell.sparsity
 
 
-def hardware() -> dict:
+def _dtype(settings: AblationSettings) -> Any:
+    """What the videos are computed in."""
+    import torch
+
+    name, source = settings.generate.dtype, open_source(settings)
+    if name == "auto" and not source.tiny:  # as load_generator holds a pipeline
+        return torch.bfloat16 if source.device.type == "cuda" else torch.float32
+    return generation.autocast_dtype(name, source.device.type) or torch.float32
+
+
+def hardware() -> dict[str, Any]:
     """Processor, cores and memory of this machine."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -441,7 +487,7 @@ def hardware() -> dict:
     }
 
 
-def table(out: Path) -> list[dict]:
+def table(out: Path) -> list[dict[str, Any]]:
     """One row a variant: means over videos and seeds of every metric, in the order of
     the report.
     """

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from sla2_eval.grid.ablation import GridResult, run_grid
+from sla2_eval.grid.settings import AblationSettings
 from sla2_eval.runs.progress import Report, silent
-from sla2_eval.runs.settings import AblationSettings, validate
+from sla2_eval.runs.settings import validate
 
 VARIANTS = (
     {"name": "sla2-97", "label": "SLA2 97 %", "family": "SLA2", "attention": {"topk": 0.03}},
@@ -15,18 +17,12 @@ VARIANTS = (
         "name": "sla-97",
         "label": "SLA 97 %",
         "family": "SLA",
-        "attention": {
-            "topk": 0.03,
-            "method": "sla",
-            "router": "heuristic",
-            "alpha": "one",
-            "smooth_k": False,
-        },
+        "attention": {"topk": 0.03, "variant": "sla"},
     },
 )
 
 
-def settings(model: str = "tiny", workers: int = 2, **changes) -> AblationSettings:
+def settings(model: str = "tiny", workers: int = 2, **changes: Any) -> AblationSettings:
     """The quickstart's settings: three variants in INT8, a few minutes of training each on one
     core.
     """
@@ -34,15 +30,17 @@ def settings(model: str = "tiny", workers: int = 2, **changes) -> AblationSettin
         "title": "SLA2 quickstart: the tiny Wan on this machine",
         "model": model,
         "workers": workers,
-        "attention": {"precision": "int8"},
+        "attention": {"precision": "int8", "block_q": 32, "block_k": 16},
         "data": {"num_videos": 256},
         "capture": {"samples": 8},
-        "stage1": {"steps": 200, "topk": (0.03, 0.1)},
+        "stage1": {"steps": 200, "topk": (0.03, 0.1), "max_scores": 1 << 22},
         "stage2": {
             "steps": 200,
             "batch_size": 4,
             "learning_rate": 1e-3,
             "alpha_learning_rate": 1e-2,
+            "decay": "cosine",
+            "autocast": "auto",
         },
         "generate": {"num_prompts": 16, "steps": 20},
         "variants": VARIANTS,

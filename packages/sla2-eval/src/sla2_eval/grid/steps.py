@@ -1,28 +1,31 @@
-"""The steps from a model to a trained variant, each resumable in its own folder: data, capture,
-stage 1, stage 2.
+"""The steps from a model to a trained variant, each resumable in its own folder: capture, stage 1,
+stage 2; and the block maps of a video that a variant generated.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sla2_eval.generation.sampling import Generator, TinyGenerator, autocast_dtype
+from sla2_eval.parallel.launch import is_first_process
 from sla2_eval.runs.folders import note_settings
 from sla2_eval.runs.progress import Report, silent
 from sla2_eval.runs.store import write_atomic
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    from sla2_core.integrations.handle import SLA2Handle
+    from sla2_core.training.stage1.train import Stage1Config
+    from sla2_core.training.stage2.train import Stage2Config
+    from torch import Tensor, nn
 
-    from sla2_eval.runs.settings import (
-        AttentionSettings,
-        CaptureSettings,
-        DataSettings,
-        Stage1Settings,
-        Stage2Settings,
-    )
+    from sla2_eval.grid.settings import Attention, CaptureSettings
+    from sla2_eval.grid.source import TrainSource
+
+_SHOWN = 4  # layers, and heads of each, whose block maps the report gets
 
 
 def builtin_prompts(count: int, seed: int = 0) -> list[str]:
@@ -40,132 +43,121 @@ def builtin_prompts(count: int, seed: int = 0) -> list[str]:
     return found
 
 
-def write_data(data: DataSettings, folder: Path, *, report: Report = silent) -> Path:
-    """The folder of captioned mp4 files: the user's own, or the built-in scenes, written to
-    `folder` once.
-    """
-    from sla2_eval.tiny.shapes import FPS, sample
-    from sla2_eval.videos.dataset import MANIFEST, write_folder
-
-    if data.videos is not None:
-        return data.videos
-    if not (folder / MANIFEST).exists():
-
-        def scenes():
-            for index in range(data.num_videos):
-                video, caption = sample(data.seed, index)
-                yield (video * 255).round().astype("uint8"), caption
-                report("training videos", index + 1, data.num_videos)
-
-        write_folder(folder, scenes(), fps=FPS, upscale=4)
-    return folder
-
-
-def read_data(generator: Generator, folder: Path) -> tuple[Tensor, Tensor]:
-    """Latents (n, C, T, H, W) and text embeddings (n, L, D) of a folder of captioned videos.
-
-    Raises ValueError for a model other than the tiny one: real pipelines encode with their VAE and
-    text encoder first and call `sla2_core.training` with the tensors.
-    """
-    from sla2_eval.tiny import model as tiny
-    from sla2_eval.tiny.shapes import NUM_FRAMES, SIZE
-    from sla2_eval.videos.dataset import read_folder
-
-    _expect_tiny(generator)
-    found = read_folder(folder, num_frames=NUM_FRAMES, height=SIZE, width=SIZE)
-    return tiny.to_latents(found.videos), tiny.encode_captions(found.captions)
-
-
-def apply(generator: Generator, attention: AttentionSettings):
-    """SLA2 (or SLA) on the model's self-attention; returns the handle."""
-    from sla2_core.config import SLA2Config
+def apply(
+    transformer: nn.Module, attention: Attention, *, base_model: str | None = None
+) -> SLA2Handle:
+    """The configuration on the model's self-attention; returns the handle."""
     from sla2_core.integrations.diffusers import apply_sla2
     from sla2_core.integrations.family import family_of
 
-    family = family_of(generator.transformer)
-    heads, head_dim = family.heads(
-        next(iter(family.attention_layers(generator.transformer).values()))
-    )
-    return apply_sla2(
-        generator.transformer,
-        SLA2Config(num_heads=heads, head_dim=head_dim, **attention.model_dump()),
-    )
+    family = family_of(transformer)
+    layers = family.attention_layers(transformer)
+    heads, head_dim = family.heads(next(iter(layers.values())))
+    config = attention.config(head_dim=head_dim, num_heads=heads)
+    return apply_sla2(transformer, config, base_model=base_model)
+
+
+def _base_model(source: TrainSource) -> str | None:
+    return None if source.tiny else source.name
+
+
+def _predict(
+    handle: SLA2Handle, item: Mapping[str, Tensor], sigma: float, noise: np.ndarray | Tensor
+) -> None:
+    """Run the transformer on one item of a data set at the noise level sigma in [0, 1]. `noise` is
+    of its latents' shape.
+    """
+    import torch
+    from sla2_core.training.stage2.objectives import noisy_and_target
+
+    transformer: Any = handle.transformer  # of diffusers, whose models have no types
+    first = next(p for p in handle.parameters()["model"])
+    conditions = {name: value[None].to(first.device) for name, value in item.items()}
+    clean = conditions.pop("latents")
+    conditions = {
+        k: v.to(first.dtype) if v.is_floating_point() else v for k, v in conditions.items()
+    }
+    alphas = handle.family.alphas_cumprod
+    schedule = None if alphas is None else alphas(transformer.config)
+    # In fp64, so that the timestep is that of sigma to the last bit.
+    level = torch.tensor([sigma], dtype=torch.float64, device=first.device)
+    noisy, _ = noisy_and_target(clean, torch.as_tensor(noise)[None].to(clean), level, schedule)
+    handle.family.predict(transformer, noisy.to(first.dtype), level, conditions)
 
 
 def is_captured(capture: CaptureSettings, folder: Path) -> bool:
-    """Whether `folder` holds all the captures."""
+    """Whether `folder` holds all the captures, or as many as they may take."""
     from sla2_core.training.capture import INDEX_NAME, Captures
 
-    return (folder / INDEX_NAME).exists() and len(Captures(folder).samples) == capture.samples
+    if not (folder / INDEX_NAME).exists():
+        return False
+    found = Captures(folder)
+    return found.full or len(found.samples) == capture.samples
 
 
 def capture_qkv(
-    generator: Generator,
-    data: Path,
+    source: TrainSource,
+    data: Any,
     capture: CaptureSettings,
     folder: Path,
     *,
+    shift: float,
+    token_order: str = "raster",
     report: Report = silent,
 ) -> None:
-    """Q, K, V of every layer in `capture.samples` forward passes of the dense model at random noise
-    levels.
+    """Q, K, V in `capture.samples` forward passes of the dense model on items of `data`, at random
+    noise levels of the schedule that `shift` moves; in bf16 on a GPU.
     """
     import numpy as np
     import torch
-    from sla2_core.training.capture import CaptureConfig
     from sla2_core.training.capture import capture as record
 
-    from sla2_eval.runs.settings import AttentionSettings
-    from sla2_eval.tiny.model import SHIFT
+    from sla2_eval.grid.settings import Attention
 
-    latents, text = read_data(generator, data)
-    handle = apply(generator, AttentionSettings())
+    transformer = source.transformer.to(source.device)
+    handle = apply(transformer, Attention({"topk": 1.0, "token_order": token_order}))
 
     def run(index: int) -> None:
         rng = np.random.default_rng([capture.seed, 2, index])
-        chosen = rng.integers(len(latents))
-        clean, caption = latents[chosen][None], text[chosen][None]
-        u = (
-            index + rng.random()
-        ) / capture.samples  # stratified, so that few samples cover the noise levels
-        sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
-        noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
-        generator.transformer(
-            torch.lerp(clean, noise, sigma),
-            torch.tensor([sigma * 1000]),
-            caption,
-            return_dict=False,
-        )
+        item = data[int(rng.integers(len(data)))]
+        # stratified, so that few samples cover the noise levels
+        u = (index + rng.random()) / capture.samples
+        sigma = shift * u / (1 + (shift - 1) * u)
+        noise = rng.standard_normal(item["latents"].shape, dtype=np.float32)
+        kind = source.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+            _predict(handle, item, sigma, noise)
 
     record(
         handle,
         run,
         folder,
         samples=capture.samples,
-        config=CaptureConfig(seed=capture.seed),
+        config=capture.config(),
         progress=lambda done, total: report("capture Q, K, V", done, total),
     )
+    handle.remove()
 
 
 def stage1(
-    generator: Generator,
-    attention: AttentionSettings,
+    source: TrainSource,
+    attention: Attention,
     captures: Path,
-    settings: Stage1Settings,
-    seed: int,
+    config: Stage1Config,
     folder: Path,
     *,
     stage: str = "stage 1",
     report: Report = silent,
-) -> dict:
-    """Router and alpha on the captured Q, K, V, and their adapter; returns the report of
+) -> dict[str, Any]:
+    """What stage 1 trains, on the captured Q, K, V, and its adapter; returns the report of
     `train_stage1` as a dict.
     """
     from sla2_core.training.capture import Captures
-    from sla2_core.training.stage1.train import Stage1Config, train_stage1
+    from sla2_core.training.stage1.train import train_stage1
 
-    handle = apply(generator, attention)
-    config = Stage1Config(topk=settings.topk, steps=settings.steps, seed=seed, max_scores=1 << 22)
+    handle = apply(source.transformer, attention, base_model=_base_model(source))
+    for module in handle.attentions.values():
+        module.to(source.device)
     found = train_stage1(
         handle,
         Captures(captures),
@@ -173,105 +165,92 @@ def stage1(
         folder,
         progress=lambda done, total, _: report(stage, done, total),
     )
-    handle.save(
-        folder / "adapter"
-    )  # of a finished run too: k% and precision may be others than before
+    if is_first_process():  # of a finished run too: k% and precision may be others than before
+        handle.save(folder / "adapter")
+    handle.remove()
     return found.to_dict()
 
 
 def stage2(
-    generator: Generator,
-    attention: AttentionSettings,
+    source: TrainSource,
+    attention: Attention,
     router: Path | None,
-    data: Path,
-    settings: Stage2Settings,
-    seed: int,
+    data: Callable[[], Any],
+    config: Stage2Config,
     folder: Path,
     *,
     stage: str = "stage 2",
     report: Report = silent,
-) -> dict:
-    """Fine-tune model and alpha from the stage 1 in `router` (None: from the initial state);
-    returns the report as a dict.
+) -> dict[str, Any]:
+    """Fine-tune the source's model and SLA2's own parameters from the stage 1 in `router` (None:
+    from the initial state), on what data() gives; returns the report as a dict.
 
-    The sparse branch computes in `attention.precision`: quantisation-aware training where that is a
-    low one. Raises ValueError for a folder trained with other settings.
+    The sparse branch computes in the attention's precision: quantisation-aware training where that
+    is a low one. The transformer is left trained. Raises ValueError for a folder trained with other
+    settings.
     """
     from sla2_core.training.stage1.train import load_stage1
-    from sla2_core.training.stage2.train import Stage2Config, train_stage2
-
-    from sla2_eval.tiny.model import SHIFT
+    from sla2_core.training.stage2.train import train_stage2
 
     done = folder / "finished.json"
-    wanted = {
-        "attention": attention.model_dump(exclude={"backend"}),
-        "stage2": settings.model_dump(),
-        "seed": seed,
-    }
+    fields = {name: v for name, v in attention.fields().items() if name != "backend"}
+    values = asdict(config)
+    seed = values.pop("seed")
+    wanted = {"attention": fields, "stage2": values, "seed": seed}
     note_settings(folder / "settings.json", wanted)
     if done.exists():
-        report(stage, settings.steps, settings.steps)
+        report(stage, config.steps, config.steps)
         return json.loads(done.read_text())
-    latents, text = read_data(generator, data)
-    handle = apply(generator, attention)
+    found = data()
+    handle = apply(source.transformer, attention, base_model=_base_model(source))
     if router is not None:
         load_stage1(handle, router)
-    dtype = autocast_dtype(settings.dtype)
-    config = Stage2Config(
-        **settings.model_dump(exclude={"dtype"}),
-        autocast=str(dtype).removeprefix("torch.") if dtype else None,
-        shift=SHIFT,
-        seed=seed,
-    )
-    found = train_stage2(
+    trained = train_stage2(
         handle,
-        (latents, text),
+        found,
         config,
         folder,
         progress=lambda step, total, _: report(stage, step, total),
     )
-    summary = found.to_dict()
-    write_atomic(done, json.dumps(summary, indent=1) + "\n")
+    summary = trained.to_dict()
+    if is_first_process():
+        write_atomic(done, json.dumps(summary, indent=1) + "\n")
     return summary
 
 
-def block_maps(generator: Generator, handle, video: Path, prompt: str) -> dict:
-    """The block map of every layer and head while the model denoises `video`, half noise: what the
-    report draws over it.
+def block_maps(source: TrainSource, handle: SLA2Handle, video: Path, prompt: str) -> dict[str, Any]:
+    """The block maps of a few layers and heads while the model denoises `video`, half noise: what
+    the report draws over it. `grid` is None, and `layers` empty, where it is not known how tokens
+    lie in the video, or where they are cut into blocks in another order.
     """
     import torch
 
-    from sla2_eval.tiny import model as tiny
-    from sla2_eval.videos.video import read_video
+    item = source.encode_video(video, prompt)
+    noise = torch.randn((1, *item["latents"].shape), generator=torch.Generator().manual_seed(0))[0]
+    grids: list[tuple[int, int, int]] = []
 
-    _expect_tiny(generator)
-    _, frames, height, width = tiny.LATENT_SHAPE
-    written = read_video(video).frames  # each pixel `upscale` times in both directions
-    small = written.reshape(frames, height, generator.upscale, width, generator.upscale, 3).mean(
-        (2, 4)
-    )
-    clean = tiny.to_latents(small[None])
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    def note(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if handle.family.grid is not None and handle.config.token_order == "raster":
+            grids.append(handle.family.grid(transformer, args, kwargs))
 
     def run() -> None:
         with torch.inference_mode():
-            half, time = torch.lerp(clean, noise, 0.5), torch.tensor([500.0])
-            generator.transformer(half, time, tiny.encode_captions([prompt]), return_dict=False)
+            _predict(handle, item, 0.5, noise)
 
-    maps = handle.block_maps(run)
-    config: Any = generator.transformer.config  # of diffusers, whose models have no types
+    hook = handle.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        maps = handle.block_maps(run)
+    finally:
+        hook.remove()
     layers = []
-    for layer, found in maps.items():
-        for head in range(found.indices.shape[1]):
-            rows = [
-                indices[:count]
-                for indices, count in zip(
-                    found.indices[0, head].tolist(), found.counts[0, head].tolist()
-                )
-            ]
+    for layer in _spread(list(maps)) if grids else []:
+        found = maps[layer]
+        for head in _spread(list(range(found.indices.shape[1]))):
+            chosen, counts = found.indices[0, head].tolist(), found.counts[0, head].tolist()
+            rows = [indices[:count] for indices, count in zip(chosen, counts)]
             layers.append({"layer": layer, "head": head, "map": rows})
     return {
-        "grid": [size // p for size, p in zip(tiny.LATENT_SHAPE[1:], config.patch_size)],
+        "grid": list(grids[0]) if grids else None,
         "block_q": handle.config.block_q,
         "block_k": handle.config.block_k,
         "sparsity": sum(found.sparsity for found in maps.values()) / len(maps),
@@ -280,9 +259,8 @@ def block_maps(generator: Generator, handle, video: Path, prompt: str) -> dict:
     }
 
 
-def _expect_tiny(generator: Generator) -> None:
-    if not isinstance(generator, TinyGenerator):
-        raise ValueError(
-            "model: expected the tiny model or one of its form; see sla2_core.training for other"
-            " pipelines"
-        )
+def _spread(values: list[int]) -> list[int]:
+    """At most _SHOWN of the values, from the first to the last."""
+    if len(values) <= _SHOWN:
+        return values
+    return [values[round(i * (len(values) - 1) / (_SHOWN - 1))] for i in range(_SHOWN)]

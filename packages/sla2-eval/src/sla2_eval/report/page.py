@@ -126,6 +126,11 @@ def _block_maps(run_dir: Path, data: dict, shown: list[dict]) -> list[dict]:
         if not path.is_file():
             continue
         maps = read_json(path, "block maps")
+        missing = [key for key in ("grid", "block_q", "block_k", "layers") if key not in maps]
+        if missing:
+            raise ValueError(f"{path}: expected block maps with {', '.join(missing)}, got none")
+        if maps["grid"] is None:  # of a model whose tokens' places in the video are not known
+            continue
         _check_map(maps, path)
         videos = entries.get(name, {})
         over = videos.get(maps.get("frame_of")) or next(iter(videos.values()), None)
@@ -142,9 +147,6 @@ def _block_maps(run_dir: Path, data: dict, shown: list[dict]) -> list[dict]:
 
 
 def _check_map(maps: dict, path: Path) -> None:
-    missing = [key for key in ("grid", "block_q", "block_k", "layers") if key not in maps]
-    if missing:
-        raise ValueError(f"{path}: expected block maps with {', '.join(missing)}, got none")
     tokens = maps["grid"][0] * maps["grid"][1] * maps["grid"][2]
     rows, columns = -(-tokens // maps["block_q"]), -(-tokens // maps["block_k"])
     for layer in maps["layers"]:

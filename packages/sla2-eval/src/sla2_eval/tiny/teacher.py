@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from sla2_core.training.settings import check_fields
 from torch import Tensor
 
 from sla2_eval.runs.folders import note_settings
@@ -21,13 +23,18 @@ from sla2_eval.tiny import model as tiny
 from sla2_eval.tiny.shapes import FPS, NUM_FRAMES, SIZE, sample
 from sla2_eval.videos.dataset import read_folder, write_folder
 
+Optimizers = list[torch.optim.Optimizer]
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """Settings of `sla2 train teacher`; `steps` includes the linear cooldown of the last `cooldown`
-    steps.
+    """Settings of `sla2 train teacher`. `videos`: a folder that `dataset.read_folder` accepts; None
+    takes `num_videos` of the built-in scenes. `steps` includes the linear cooldown of the last
+    `cooldown` steps.
     """
 
+    videos: Path | None = None
     num_videos: int = 6000
     seed: int = 0
     steps: int = 6000
@@ -41,6 +48,22 @@ class TeacherConfig:
     checkpoint_every: int = 250
     dtype: str = "bfloat16"
 
+    def __post_init__(self) -> None:
+        whole = ("num_videos", "steps", "batch_size", "warmup", "cooldown", "checkpoint_every")
+        check_fields(
+            self,
+            {
+                "an integer >= 1": whole,
+                "an integer >= 0": ("seed",),
+                "a number > 0": ("learning_rate",),
+                "a number >= 0": ("weight_decay",),
+                "a number in [0, 1]": ("caption_dropout",),
+                "a number in [0, 1)": ("ema",),
+            },
+        )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
 
 def per_video_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Full attention on (B, N, H, d), a video at a time, so that the N x N scores of one stay in
@@ -53,7 +76,7 @@ def per_video_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.stack(out).transpose(1, 2)
 
 
-def _optimizers(transformer, config: TeacherConfig) -> list[torch.optim.Optimizer]:
+def _optimizers(transformer: Any, config: TeacherConfig) -> Optimizers:
     matrices: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     for name, parameter in transformer.named_parameters():
@@ -78,7 +101,9 @@ def _rate(step: int, config: TeacherConfig) -> float:
     return min(1.0, (step + 1) / config.warmup, (config.steps - step) / config.cooldown)
 
 
-def _draw(step: int, config: TeacherConfig, num_videos: int):
+def _draw(
+    step: int, config: TeacherConfig, num_videos: int
+) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
     """Everything random about one step, from (seed, step) alone, so that a resumed run repeats the
     original.
     """
@@ -99,7 +124,9 @@ def _write(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
     os.replace(partial, folder / name)
 
 
-def _save(folder: Path, step: int, transformer, ema, optimizers) -> None:
+def _save(
+    folder: Path, step: int, transformer: Any, ema: dict[str, Tensor], optimizers: Optimizers
+) -> None:
     tensors = {f"model.{k}": v for k, v in transformer.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in ema.items()}
     for number, optimizer in enumerate(optimizers):
@@ -113,7 +140,7 @@ def _save(folder: Path, step: int, transformer, ema, optimizers) -> None:
     )
 
 
-def _load(path: Path, transformer, ema, optimizers) -> int:
+def _load(path: Path, transformer: Any, ema: dict[str, Tensor], optimizers: Optimizers) -> int:
     tensors = load_file(path)
     transformer.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     for name in ema:
@@ -140,19 +167,19 @@ def train_teacher(
     config: TeacherConfig,
     out: Path,
     *,
-    videos: Path | None = None,
     report: Callable[[int, float], None] | None = None,
 ) -> Path:
     """Train and return the folder of the finished transformer; run again, it goes on from its last
     checkpoint.
 
-    `videos` is a folder that `dataset.read_folder` accepts; None writes the built-in data set to
-    `out`/data first. Raises ValueError for an `out` of a training with other settings.
+    The built-in data set is written to `out`/data first. Raises ValueError for an `out` of a
+    training with other settings.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
     from sla2_core.integrations.families.wan import WanSelfAttnProcessor
 
     out.mkdir(parents=True, exist_ok=True)
+    videos = config.videos
     settings = {**asdict(config), "videos": None if videos is None else str(videos.resolve())}
     del settings["checkpoint_every"]  # which may change
     made = any((out / name).exists() for name in ("data", "checkpoint.safetensors"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from sla2_core.integrations.encoding import encoder_of
@@ -15,9 +16,21 @@ from torch import Tensor
 from sla2_eval.videos.dataset import captioned_files, read_frames
 
 
+def encode_video(
+    path: Path, caption: str, pipe: Any, *, num_frames: int, height: int, width: int
+) -> dict[str, Tensor]:
+    """The latents and conditions of one video, without a batch dimension, as encode_folder makes
+    them; its arguments and errors.
+    """
+    encoder = encoder_of(pipe)
+    frames = read_frames(path, num_frames=num_frames, height=height, width=width)
+    pixels = torch.as_tensor(frames).permute(3, 0, 1, 2)[None].float().div(127.5).sub(1.0)
+    return {**encoder.video(pipe, pixels), **encoder.text(pipe, caption)}
+
+
 def encode_folder(
     videos: str | Path,
-    pipe,
+    pipe: Any,
     folder: str | Path,
     *,
     num_frames: int,
@@ -45,9 +58,7 @@ def encode_folder(
 
     def encode(index: int) -> dict[str, Tensor]:
         path, caption = pairs[index]
-        frames = read_frames(path, num_frames=num_frames, height=height, width=width)
-        pixels = torch.as_tensor(frames).permute(3, 0, 1, 2)[None].float().div(127.5).sub(1.0)
-        return {**encoder.video(pipe, pixels), **encoder.text(pipe, caption)}
+        return encode_video(path, caption, pipe, num_frames=num_frames, height=height, width=width)
 
     return encode_samples(
         [path.name for path, _ in pairs],

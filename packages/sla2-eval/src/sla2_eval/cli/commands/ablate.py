@@ -34,7 +34,8 @@ def command(
     """
     from sla2_eval.cli.commands.grid import run
     from sla2_eval.grid.ablation import run_grid
-    from sla2_eval.runs.settings import AblationSettings, load_settings
+    from sla2_eval.grid.settings import AblationSettings
+    from sla2_eval.runs.settings import load_settings
 
     settings = load_settings(config, AblationSettings)
     if workers is not None:

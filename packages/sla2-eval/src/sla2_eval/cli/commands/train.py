@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 CONFIG = click.option("--config", required=True, type=click.Path(), help="YAML settings.")
+VIDEOS = click.option(
+    "--videos",
+    type=click.Path(),
+    help="Folder of captioned mp4 files; the settings' data.videos if not given.",
+)
 
 
 @click.group("train")
-def command():
+def command() -> None:
     """Train the tiny teacher, a router (stage 1), or a whole variant (stages 1 and 2).
 
     \b
@@ -26,7 +33,7 @@ def command():
     type=click.Path(),
     help="Folder of the training.",
 )
-def teacher(config, out):
+def teacher(config: str, out: str) -> None:
     """Train the built-in tiny Wan from scratch; run again, it goes on from its last checkpoint.
 
     \b
@@ -35,33 +42,31 @@ def teacher(config, out):
     """
     from sla2_eval.generation.sampling import can_write
     from sla2_eval.runs.progress import ProgressDisplay
-    from sla2_eval.runs.settings import TeacherSettings, load_settings
-
-    settings = load_settings(config, TeacherSettings)
-    folder = can_write(out, "--out")
+    from sla2_eval.runs.settings import load_settings
     from sla2_eval.tiny.teacher import TeacherConfig, train_teacher
 
+    settings = load_settings(config, TeacherConfig)
+    folder = can_write(out, "--out")
     with ProgressDisplay() as report:
         done = train_teacher(
-            TeacherConfig(**settings.model_dump(exclude={"videos"})),
-            folder,
-            videos=settings.videos,
-            report=lambda step, loss: report("teacher", step, settings.steps),
+            settings, folder, report=lambda step, loss: report("teacher", step, settings.steps)
         )
     click.echo(done)
 
 
 @command.command("router")
 @CONFIG
+@VIDEOS
 @click.option(
     "--out", required=True, type=click.Path(), help="Folder for captures, stage 1 and its adapter."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def router(config, out, as_json):
+def router(config: str, videos: str | None, out: str, as_json: bool) -> None:
     """Stage 1: capture Q, K, V and train router and alpha; run again, it goes on where it was.
 
-    Prints, for each layer and k%, the softmax mass that the learned router finds beside the
-    heuristic one and the best.
+    The model is the built-in tiny one or a text-to-video pipeline of diffusers. Prints, for each
+    layer and k%, the softmax mass that the learned router finds beside the heuristic one and the
+    best.
 
     \b
     Example:
@@ -69,7 +74,7 @@ def router(config, out, as_json):
     """
     from sla2_eval.cli.commands.tables import show
 
-    report = _train(config, out, tune=False)
+    report = _train(config, videos, out, tune=False)
     rows = [
         {
             "layer": row["layer"],
@@ -84,10 +89,11 @@ def router(config, out, as_json):
 
 @command.command("finetune")
 @CONFIG
+@VIDEOS
 @click.option(
     "--out", required=True, type=click.Path(), help="Folder for both stages and the adapter."
 )
-def finetune(config, out):
+def finetune(config: str, videos: str | None, out: str) -> None:
     """Stages 1 and 2: train router and alpha, then the model with the hard operator, low bit
     included.
 
@@ -97,63 +103,33 @@ def finetune(config, out):
     \b
     Example:
       sla2 train finetune --config experiments/tiny_wan/finetune.yaml --out runs/sla2
+
+    On several GPUs, after `sla2 train router` on one:
+
+    \b
+      accelerate launch -m sla2_eval.cli.main train finetune --config ... --out ...
     """
-    _train(config, out, tune=True)
-    click.echo(f"{out}/stage2/adapter")
+    from sla2_eval.parallel.launch import is_first_process
+
+    _train(config, videos, out, tune=True)
+    if is_first_process():
+        click.echo(f"{out}/stage2/adapter")
 
 
-def _train(config: str, out: str, *, tune: bool) -> dict:
-    """Data, capture, stage 1, and stage 2 if `tune`; the last one's report. Refuses a folder made
-    with other settings.
-    """
-    from sla2_eval.generation.sampling import can_write, load_generator, model_fingerprint
-    from sla2_eval.grid import steps as pipeline
-    from sla2_eval.runs.folders import note_settings
+def _train(config: str, videos: str | None, out: str, *, tune: bool) -> dict[str, Any]:
+    """The report of the last stage."""
+    from pathlib import Path
+
+    from sla2_eval.generation.sampling import can_write
+    from sla2_eval.grid.settings import TrainSettings
+    from sla2_eval.grid.train import train
     from sla2_eval.runs.progress import ProgressDisplay
-    from sla2_eval.runs.settings import TrainSettings, load_settings
+    from sla2_eval.runs.settings import load_settings
 
     settings = load_settings(config, TrainSettings)
+    if videos is not None:
+        data = settings.data.model_copy(update={"videos": Path(videos)})
+        settings = settings.model_copy(update={"data": data})
     folder = can_write(out, "--out")
-    attention, inputs = (
-        settings.attention,
-        settings.model_dump(mode="json", include={"data", "capture"}),
-    )
-    if settings.data.videos is not None:
-        inputs["data"]["videos"] = str(settings.data.videos.resolve())
-    made = any((folder / name).exists() for name in ("data", "captures"))
-    note_settings(
-        folder / "inputs.json",
-        {"model": model_fingerprint(settings.model), **inputs},
-        replace=not made,
-    )
     with ProgressDisplay() as report:
-        data = pipeline.write_data(settings.data, folder / "data", report=report)
-        pipeline.capture_qkv(
-            load_generator(settings.model),
-            data,
-            settings.capture,
-            folder / "captures",
-            report=report,
-        )
-        found = pipeline.stage1(
-            load_generator(settings.model),
-            attention,
-            folder / "captures",
-            settings.stage1,
-            settings.seed,
-            folder / "stage1",
-            report=report,
-        )
-        if tune:
-            router = folder / "stage1" if attention.method == "sla2" else None
-            found = pipeline.stage2(
-                load_generator(settings.model),
-                attention,
-                router,
-                data,
-                settings.stage2,
-                settings.seed,
-                folder / "stage2",
-                report=report,
-            )
-    return found
+        return train(settings, folder, tune=tune, report=report)

@@ -1,0 +1,267 @@
+"""A model to train, whichever it is: the built-in tiny Wan, or a diffusers pipeline whose VAE and
+text encoders make videos and captions into training data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from sla2_core.training.cache import INDEX_NAME, CachedData
+from sla2_core.training.data import TensorData
+from sla2_core.training.settings import check_same
+from torch import Tensor, nn
+
+from sla2_eval.generation.sampling import (
+    Generator,
+    PipelineGenerator,
+    TinyGenerator,
+    find_model,
+    hide_loading_bars,
+    load_generator,
+)
+from sla2_eval.grid.settings import DataSettings, TrainingSettings, VideoSettings
+from sla2_eval.runs.progress import Report, silent
+from sla2_eval.runs.settings import SettingsError
+
+S = TypeVar("S", bound=TrainingSettings)
+
+
+class TrainSource(Protocol):
+    """A model to train. Each part is loaded when it is first asked for: encoding needs a VAE and
+    text encoders, training needs the transformer alone.
+
+    Attributes:
+        name: what messages and adapters call it.
+        device: where the transformer runs in capture and stage 1; stage 2 places it by itself.
+        tiny: whether it is the built-in model or one of its form, whose captions are built in too.
+    """
+
+    name: str
+    device: torch.device
+    tiny: bool
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The model, its weights in fp32, in eval mode."""
+        ...
+
+    @property
+    def shift(self) -> float:
+        """Of the noise schedule, as the model's own scheduler says."""
+        ...
+
+    def encode(self, data: DataSettings, folder: Path, *, report: Report = silent) -> Any:
+        """The data set of train_stage2: items {"latents": ..., condition: ...}. What takes long is
+        kept in `folder` and not done twice.
+        """
+        ...
+
+    def encode_video(self, path: Path, prompt: str) -> dict[str, Tensor]:
+        """One such item, of a video that the model generated for the prompt."""
+        ...
+
+
+class TinySource:
+    """The built-in tiny model, or a folder of one of its form. It works on pixels, on the CPU."""
+
+    tiny = True
+
+    def __init__(self, name: str, generator: TinyGenerator | None = None):
+        self.name, self.device, self._generator = name, torch.device("cpu"), generator
+
+    @functools.cached_property
+    def transformer(self) -> nn.Module:
+        return (self._generator or load_generator(self.name)).transformer
+
+    @property
+    def shift(self) -> float:
+        return _shift_of(find_model(self.name))
+
+    def encode(self, data: DataSettings, folder: Path, *, report: Report = silent) -> TensorData:
+        from sla2_eval.tiny import model as tiny
+        from sla2_eval.tiny.shapes import NUM_FRAMES, SIZE
+        from sla2_eval.videos.dataset import read_folder
+
+        videos = data.videos or _write_scenes(data, folder, report)
+        found = read_folder(videos, num_frames=NUM_FRAMES, height=SIZE, width=SIZE)
+        return TensorData(tiny.to_latents(found.videos), tiny.encode_captions(found.captions))
+
+    def encode_video(self, path: Path, prompt: str) -> dict[str, Tensor]:
+        from sla2_eval.tiny import model as tiny
+        from sla2_eval.videos.video import read_video
+
+        _, frames, height, width = tiny.LATENT_SHAPE
+        up = TinyGenerator.upscale  # each pixel was written so many times in both directions
+        pixels = read_video(path).frames.reshape(frames, height, up, width, up, 3).mean((2, 4))
+        return {
+            "latents": tiny.to_latents(pixels[None])[0],
+            "encoder_hidden_states": tiny.encode_captions([prompt])[0],
+        }
+
+
+def _write_scenes(data: DataSettings, folder: Path, report: Report) -> Path:
+    """The built-in scenes as captioned mp4 files in `folder`, written once."""
+    from sla2_eval.tiny.shapes import FPS, sample
+    from sla2_eval.videos.dataset import MANIFEST, write_folder
+
+    def scenes() -> Any:
+        for index in range(data.num_videos):
+            video, caption = sample(data.seed, index)
+            yield (video * 255).round().astype("uint8"), caption
+            report("training videos", index + 1, data.num_videos)
+
+    if not (folder / MANIFEST).exists():
+        write_folder(folder, scenes(), fps=FPS, upscale=TinyGenerator.upscale)
+    return folder
+
+
+class PipelineSource:
+    """A text-to-video pipeline of diffusers, a folder or a hub id, at one size of video.
+
+    Raises SettingsError, in one line, for one that cannot be trained here.
+    """
+
+    tiny = False
+
+    def __init__(self, name: str, video: VideoSettings, pipe: Any = None):
+        from diffusers import DiffusionPipeline
+
+        self.name, self.video, self._pipe = name, video, pipe
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._parts: Mapping[str, Any] = DiffusionPipeline.load_config(str(find_model(name)))
+        kind = self._parts.get("_class_name") or "none"
+        for part, wanted in (("transformer", True), ("vae", True), ("transformer_2", False)):
+            if _has(self._parts, part) != wanted:
+                what = "one transformer and a VAE" if wanted else "one transformer"
+                raise SettingsError(
+                    f"model: expected a pipeline with {what}, to train it, got {kind}"
+                    f" {'without' if wanted else 'with'} {part} in {name}"
+                )
+
+    @functools.cached_property
+    def transformer(self) -> nn.Module:
+        if self._pipe is not None:
+            return self._pipe.transformer
+        place = {"subfolder": "transformer", "torch_dtype": torch.float32}
+        return self._class().from_pretrained(str(find_model(self.name)), **place).eval()
+
+    def _class(self) -> Any:
+        library, name = self._parts["transformer"]
+        return getattr(importlib.import_module(library), name)
+
+    @property
+    def shift(self) -> float:
+        return _shift_of(find_model(self.name))
+
+    def encode(self, data: DataSettings, folder: Path, *, report: Report = silent) -> CachedData:
+        from sla2_eval.videos.encoding import encode_folder
+
+        size = self.video.model_dump()
+        if (folder / INDEX_NAME).exists():
+            check_same(folder / INDEX_NAME, {"settings": {"model": self.name, **size}})
+            return CachedData(folder)
+        if data.videos is None:
+            raise SettingsError(
+                "data.videos: expected a folder of captioned mp4 files to train"
+                f" {self.name} on, got none; set it, or give --videos DIR"
+            )
+        found = encode_folder(
+            data.videos,
+            self._encoders(),
+            folder,
+            **size,
+            model=self.name,
+            progress=lambda done, total: report("training videos", done, total),
+        )
+        gc.collect()  # the encoders, before the transformer is loaded
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return found
+
+    def encode_video(self, path: Path, prompt: str) -> dict[str, Tensor]:
+        from sla2_eval.videos.encoding import encode_video
+
+        pipe = self._pipe if self._pipe is not None else self._encoders()
+        return encode_video(path, prompt, pipe, **self.video.model_dump())
+
+    def _encoders(self) -> Any:
+        """The pipeline with what encodes, in bf16 on a GPU (the VAE in fp32), and of its
+        transformer the configuration alone, which some pipelines read.
+        """
+        from diffusers import DiffusionPipeline
+
+        place = str(find_model(self.name))
+        with torch.device("meta"):
+            transformer = self._class().from_config(
+                self._class().load_config(place, subfolder="transformer")
+            )
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        hide_loading_bars()
+        pipe = DiffusionPipeline.from_pretrained(
+            place,
+            transformer=transformer,
+            torch_dtype={"default": dtype, "vae": torch.float32},
+        )
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module) and part is not transformer:
+                part.to(self.device)
+        return pipe
+
+
+def _has(parts: Mapping[str, Any], name: str) -> bool:
+    return bool(parts.get(name)) and parts[name][1] is not None
+
+
+def _shift_of(model: Path | str) -> float:
+    """The shift of a model's scheduler; 1 is none."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    # Of any class: this reads the file alone.
+    config = FlowMatchEulerDiscreteScheduler.load_config(str(model), subfolder="scheduler")
+    if config.get("use_dynamic_shifting"):
+        raise SettingsError(
+            f"stage2.shift: expected a number for {model}, whose scheduler has another shift for"
+            " each length, got none"
+        )
+    return float(config.get("flow_shift", config.get("shift", 1.0)))
+
+
+def open_source(settings: TrainingSettings) -> TrainSource:
+    """The source of the settings' model; nothing large is loaded yet.
+
+    Raises SettingsError for a model that cannot be trained here, or a `video` that does not fit it.
+    """
+    found = find_model(settings.model)
+    if isinstance(found, Path) and not (found / "model_index.json").exists():
+        if settings.video is not None:
+            raise SettingsError("video: expected none with the tiny model, got a size")
+        return TinySource(settings.model)
+    if settings.video is None:
+        raise SettingsError(
+            f"video: expected num_frames, height and width to train {settings.model} at, got none"
+        )
+    return PipelineSource(settings.model, settings.video)
+
+
+def source_of(generator: Generator, settings: TrainingSettings) -> TrainSource:
+    """The source around a model that is loaded already, for generation."""
+    if isinstance(generator, TinyGenerator):
+        return TinySource(settings.model, generator)
+    assert isinstance(generator, PipelineGenerator)
+    assert settings.video is not None
+    return PipelineSource(settings.model, settings.video, generator.pipe)
+
+
+def with_shift(settings: S, source: TrainSource) -> S:
+    """The same settings with the model's own shift, unless they give one."""
+    if settings.is_given("stage2.shift"):
+        return settings
+    stage2 = dataclasses.replace(settings.stage2, shift=source.shift)
+    return settings.model_copy(update={"stage2": stage2})

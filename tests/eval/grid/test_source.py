@@ -1,0 +1,259 @@
+"""Any model through training and a grid: a random Wan pipeline as diffusers saves it, and members
+that a user's own module registers.
+"""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import pipelines, tiny_model
+from sla2_core.integrations.loading import apply_adapter
+from sla2_core.registry import MIXINGS, ROUTERS
+from sla2_core.training.cache import CachedData
+from sla2_core.training.capture import Captures
+from sla2_eval.cli.main import main
+from sla2_eval.generation.sampling import load_generator
+from sla2_eval.grid import steps
+from sla2_eval.grid.settings import AblationSettings, TrainSettings
+from sla2_eval.grid.source import PipelineSource, TinySource, open_source, source_of, with_shift
+from sla2_eval.runs.settings import SettingsError, validate
+
+
+def write(path, settings: dict) -> str:
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def test_a_pipeline_is_trained_and_compared(wan_folder, wan_training, tmp_path, capsys):
+    config, out = write(tmp_path / "train.yaml", wan_training), tmp_path / "run"
+    assert main(["train", "finetune", "--config", config, "--out", str(out)]) == 0
+    adapter = capsys.readouterr().out.splitlines()[-1]
+    data = CachedData(out / "data")
+    assert data[0]["latents"].shape == (16, 2, 4, 6)
+    assert data.unconditional["encoder_hidden_states"].shape == (512, 8)
+    assert Captures(out / "captures").calls[0]["shape"] == [1, 1, 12, 12]
+    generator = load_generator(wan_training["model"])
+    before = generator.transformer.blocks[0].attn1.to_q.weight.clone()
+    handle = apply_adapter(generator.transformer, adapter)
+    assert handle.config.precision == "int8"
+    assert handle.base_model == wan_training["model"]
+    assert not torch.equal(before, generator.transformer.blocks[0].attn1.to_q.weight)
+
+    settings = {
+        **wan_training,
+        "generate": {"prompts": str(wan_folder / "prompts.txt"), "num_prompts": 2, "steps": 1},
+        "metrics": ["psnr", "temporal_flickering"],
+        "workers": 0,
+        "variants": [
+            {"name": "sla2", "label": "SLA2", "family": "SLA2"},
+            {"name": "sla", "label": "SLA", "family": "SLA", "attention": {"variant": "sla"}},
+        ],
+    }
+    grid = tmp_path / "grid"
+    config = write(tmp_path / "grid.yaml", settings)
+    assert main(["ablate", "--config", config, "--out", str(grid)]) == 0
+    report = json.loads((grid / "report" / "results.json").read_text())
+    groups = {group["label"]: group for group in report["groups"]}
+    assert set(groups) == {"full attention", "SLA2", "SLA"}
+    assert np.isfinite(groups["SLA"]["metrics"]["psnr"]["mean"])
+    assert groups["SLA"]["metrics"]["psnr"]["prompts"]["n"] == 2
+    maps = json.loads((grid / "block_maps" / "sla2.json").read_text())
+    assert maps["grid"] == [2, 2, 3]
+    assert maps["sparsity"] == groups["SLA2"]["sparsity"] == 0.5
+    assert {len(row) for layer in maps["layers"] for row in layer["map"]} == {3}
+    assert len(list((grid / "work" / "stage1").iterdir())) == 1  # SLA has nothing to learn there
+    assert main(["report", str(grid)]) == 0
+    assert (grid / "report" / "index.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["cogvideox", "hunyuan_video"])
+def test_other_families_are_rows_too(family, wan_folder, wan_training, tmp_path):
+    getattr(pipelines, family)().save_pretrained(tmp_path / "model")
+    settings = {
+        **wan_training,
+        "model": str(tmp_path / "model"),
+        "generate": {"prompts": str(wan_folder / "prompts.txt"), "num_prompts": 1, "steps": 1},
+        "metrics": ["psnr"],
+        "workers": 0,
+        "variants": [{"name": "a", "label": "A", "family": "F"}],
+    }
+    config = write(tmp_path / "grid.yaml", settings)
+    assert main(["ablate", "--config", config, "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report" / "results.json").read_text())
+    assert np.isfinite(report["groups"][1]["metrics"]["psnr"]["mean"])
+    maps = json.loads((tmp_path / "out" / "block_maps" / "a.json").read_text())
+    assert maps["grid"] is None
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert 'id="maps"' not in page
+
+
+TOYS = '''
+"""Members of a user's own."""
+
+import torch
+from sla2_core.mixing import Mixing
+from sla2_core.registry import MIXINGS, ROUTERS, of_heads
+from sla2_core.routing import Router
+
+
+@ROUTERS.register("scaled")
+class Scaled(Router):
+    """Channels of the pooled K weighed by a learned vector per head."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.make_parameters()
+
+    def start(self):
+        return {"gain": torch.ones(self.num_heads, 1, self.head_dim)}
+
+    def scores(self, pooled_q, pooled_k, heads=None):
+        return super().scores(pooled_q, pooled_k * of_heads(self.gain, heads))
+
+
+@MIXINGS.register("fixed")
+class Fixed(Mixing):
+    """alpha is one learned number a head, which starts where an option says."""
+
+    options = {"first": 0.5}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.first = config.options["first"]
+        self.make_parameters()
+
+    def start(self):
+        return {"value": torch.full((self.num_heads,), self.first)}
+
+    def alpha(self, scores, mask, *, rows=None, num_rows=None, heads=None):
+        return of_heads(self.value, heads)[None, :, None]
+'''
+
+
+def test_a_users_own_members_are_rows_of_the_report(small_grid, tmp_path, monkeypatch):
+    (tmp_path / "own_members.py").write_text(TOYS)
+    monkeypatch.syspath_prepend(tmp_path)
+    for axis in (ROUTERS, MIXINGS):  # as they were, once the test ends
+        monkeypatch.setattr(axis, "_members", dict(axis._members))
+    monkeypatch.delitem(sys.modules, "own_members", raising=False)
+    tiny_model.save(tmp_path / "model")
+    own = {"topk": 0.1, "router": "scaled", "alpha": "fixed", "options": {"first": 0.25}}
+    settings = {
+        **small_grid,
+        "model": str(tmp_path / "model"),
+        "imports": ["own_members"],
+        "workers": 2,
+        "stage2": {**small_grid["stage2"], "steps": 1},
+        "variants": [
+            {"name": "own", "label": "Own", "family": "own", "attention": own},
+            {"name": "sla2", "label": "SLA2", "family": "SLA2", "attention": {"topk": 0.1}},
+        ],
+    }
+    out = tmp_path / "out"
+    config = write(tmp_path / "grid.yaml", settings)
+    assert main(["ablate", "--config", config, "--out", str(out)]) == 0
+    report = json.loads((out / "report" / "results.json").read_text())
+    groups = {group["label"]: group["metrics"] for group in report["groups"]}
+    assert np.isfinite(groups["Own"]["psnr"]["mean"])
+    assert groups["Own"]["psnr"]["mean"] != groups["SLA2"]["psnr"]["mean"]
+    assert len(list((out / "work" / "stage1").iterdir())) == 2
+
+
+def settings_of(values: dict, **changes) -> TrainSettings:
+    return validate({**values, **changes}, TrainSettings, "test")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "shift"),
+    [
+        (diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=5.0), 5.0),
+        (diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0), 7.0),
+        (diffusers.DDIMScheduler(), 1.0),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_shift_is_the_schedulers_unless_it_is_given(
+    wan_folder, wan_training, tmp_path, scheduler, shift
+):
+    shutil.copy(wan_folder / "model" / "model_index.json", tmp_path)
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    settings = settings_of(wan_training, model=str(tmp_path))
+    source = open_source(settings)
+    assert source.shift == shift
+    assert with_shift(settings, source).stage2 == replace(settings.stage2, shift=shift)
+    given = settings_of(wan_training, model=str(tmp_path), stage2={"shift": 4.0})
+    assert with_shift(given, source).stage2.shift == 4.0
+
+
+def test_a_shift_that_depends_on_the_length_must_be_given(wan_folder, wan_training, tmp_path):
+    shutil.copy(wan_folder / "model" / "model_index.json", tmp_path)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    settings = settings_of(wan_training, model=str(tmp_path))
+    with pytest.raises(SettingsError, match=r"stage2\.shift: expected a number for"):
+        with_shift(settings, open_source(settings))
+
+
+def test_what_cannot_be_trained_is_refused_in_one_line(wan_training, tmp_path):
+    pipelines.wan(two=True).save_pretrained(tmp_path / "two")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "model_index.json").write_text("{}")
+    for changes, message in (
+        (
+            {"model": str(tmp_path / "two")},
+            "one transformer, .* got WanPipeline with transformer_2",
+        ),
+        ({"model": str(tmp_path / "none")}, "one transformer and a VAE, .* without transformer in"),
+        ({"video": None}, "video: expected num_frames, height and width to train .* got none"),
+        ({"model": "tiny"}, "video: expected none with the tiny model, got a size"),
+    ):
+        with pytest.raises(SettingsError, match=message) as error:
+            open_source(settings_of(wan_training, **changes))
+        assert "\n" not in str(error.value)
+
+
+def test_a_grid_of_a_pipeline_needs_prompts(wan_training, tmp_path):
+    from sla2_eval.grid.ablation import metrics_of, run_grid
+
+    variants = [{"name": "a", "label": "A", "family": "F"}]
+    settings = validate({**wan_training, "variants": variants}, AblationSettings, "test")
+    with pytest.raises(SettingsError, match=r"generate\.prompts: expected a text file"):
+        run_grid(settings, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert "caption_accuracy" not in metrics_of(settings, open_source(settings))
+    assert "caption_accuracy" in metrics_of(settings, TinySource("tiny"))
+
+
+def test_data_encoded_at_another_size_is_not_taken(wan_training, tmp_path):
+    settings = settings_of(wan_training)
+    source = open_source(settings)
+    assert len(source.encode(settings.data, tmp_path / "data")) == 2
+    other = open_source(settings_of(wan_training, video={**wan_training["video"], "height": 64}))
+    with pytest.raises(ValueError, match=r"cache\.json: expected height=64 as given, got 32"):
+        other.encode(settings.data, tmp_path / "data")
+    nowhere = settings_of(wan_training, data={})
+    with pytest.raises(SettingsError, match=r"data\.videos: expected a folder .* --videos DIR"):
+        open_source(nowhere).encode(nowhere.data, tmp_path / "other")
+
+
+def test_a_model_without_a_known_grid_of_tokens_gets_no_block_maps(wan_folder, wan_training):
+    settings = settings_of(wan_training)
+    generator = load_generator(settings.model)
+    source = source_of(generator, settings)
+    assert isinstance(source, PipelineSource)
+    handle = steps.apply(generator.transformer, settings.attention)
+    video = next((wan_folder / "videos").glob("*.mp4"))
+    known = steps.block_maps(source, handle, video, "a red circle")
+    handle.family = replace(handle.family, grid=None)
+    unknown = steps.block_maps(source, handle, video, "a red circle")
+    assert known["layers"]
+    assert unknown["layers"] == []
+    assert unknown["grid"] is None
+    assert unknown["sparsity"] == known["sparsity"] == 0.5
