@@ -1,0 +1,75 @@
+"""The settings of Wan2.1: valid, the paper's, and checked before anything is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sla2_eval.cli.main import main
+from sla2_eval.grid.settings import TrainSettings
+from sla2_eval.runs.settings import load_settings
+
+ROOT = Path(__file__).parents[2] / "experiments"
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "batch", "shift", "size"),
+    [
+        ("wan2.1_1.3b", 12, 64, 3.0, (81, 480, 832)),
+        ("wan2.1_14b", 40, 15, 5.0, (81, 720, 1280)),
+    ],
+)
+def test_settings_are_valid_and_the_papers(name, heads, batch, shift, size):
+    settings = load_settings(ROOT / name / "train.yaml", TrainSettings)
+    config, stage2 = settings.attention.config(head_dim=128, num_heads=heads), settings.stage2
+    assert (config.block_q, config.block_k, config.tau, config.topk) == (128, 64, 0.1, 0.03)
+    assert config.precision == "int8"
+    assert (stage2.steps, stage2.batch_size) == (500, batch)
+    assert stage2.batch_size % stage2.accumulate == 0
+    assert settings.is_given("stage2.shift")
+    assert stage2.shift == shift
+    assert settings.stage1.topk == (0.05, 0.04, 0.03)
+    assert settings.stage1.steps == 500
+    assert settings.capture.samples == 64
+    assert settings.video is not None
+    assert tuple(settings.video.model_dump().values()) == size
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("1.0e-5", "ten", "stage2.learning_rate: input should be a valid number"),
+        ("1.0e-5", "-1.0", "stage2.learning_rate: expected a number >= 0, got -1.0"),
+        ("tau", "taus", "attention.taus: unknown key; known keys here: variant, topk,"),
+        ("samples: 64", "samples: 0", "capture.samples: expected an integer >= 1, got 0"),
+        ("video:", "videos:", "videos: unknown key; known keys here: imports, model, video,"),
+        ("num_frames: 81, ", "", "video.num_frames: expected a value, got none"),
+        ("[0.05", "[5", "stage1.topk: expected fractions in (0, 1]"),
+        ("model:", "{", "expected YAML, got"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_done(tmp_path, capsys, old, new, message):
+    text = (ROOT / "wan2.1_1.3b" / "train.yaml").read_text()
+    config, out = tmp_path / "train.yaml", tmp_path / "out"
+    config.write_text(text.replace(old, new))
+    arguments = ["train", "finetune", "--config", str(config), "--videos", "v", "--out", str(out)]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"sla2: error: {config}")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_number_that_yaml_takes_for_text_is_read(tmp_path):
+    text = (ROOT / "wan2.1_1.3b" / "train.yaml").read_text()
+    (tmp_path / "train.yaml").write_text(text.replace("1.0e-5", "1e-5"))
+    settings = load_settings(tmp_path / "train.yaml", TrainSettings)
+    assert settings.stage2.learning_rate == 1e-5
+
+
+def test_a_settings_file_that_is_a_folder_is_one_line(tmp_path, capsys):
+    assert main(["train", "router", "--config", str(tmp_path), "--out", "o"]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {tmp_path}: expected a YAML file, got" in error
+    assert error.count("\n") == 1
