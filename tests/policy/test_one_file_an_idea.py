@@ -3,10 +3,12 @@ outside the packages, work everywhere.
 """
 
 import dataclasses
+import json
 
 import pytest
 import torch
-from helpers import tiny_wan, toys
+import yaml
+from helpers import tiny_model, tiny_wan, toys
 from sla2_core import SLA2Attention, SLA2Config
 from sla2_core.attend import Parts, attend, soft_attend
 from sla2_core.backends import BACKENDS
@@ -21,6 +23,8 @@ from sla2_core.training.capture import capture
 from sla2_core.training.stage1 import Stage1Config, train_stage1
 from sla2_core.training.stage2 import Stage2Config, train_stage2
 from sla2_core.variants import build_config
+from sla2_eval.cli.main import main
+from sla2_eval.scoring import metrics
 
 CHANGES = {
     "order": {"token_order": "toy-order"},
@@ -185,3 +189,38 @@ def test_variants_change_a_base_and_settings_override_them():
         build_config({"head_dim": 16, "topk": 0.1}, head_dim=8, num_heads=2)
     with pytest.raises(ValueError, match="topk: expected a value, got none"):
         build_config({"variant": "sla"}, head_dim=8, num_heads=2)
+
+
+def test_toys_are_a_row_of_a_grid_and_a_toy_metric_is_a_column(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "_MODULES", list(metrics._MODULES))
+    tiny_model.save(tmp_path / "model")
+    toy = {"topk": 0.1, "router": "toy-router", "precision": "toy-int4", "token_order": "toy-order"}
+    toy |= {"complement": "toy-means", "alpha": "toy-joint"}
+    settings = {
+        "model": str(tmp_path / "model"),
+        "imports": ["helpers.toys"],
+        "workers": 2,
+        "seeds": [0],
+        "attention": {"block_q": 32, "block_k": 16, "topk": 0.1},
+        "data": {"num_videos": 4},
+        "capture": {"samples": 2},
+        "stage1": {"steps": 2, "topk": [0.1], "eval_every": 2},
+        "stage2": {"steps": 1, "batch_size": 1, "checkpoint_every": 1},
+        "generate": {"num_prompts": 2, "steps": 1, "dtype": "float32"},
+        "metrics": ["psnr", "helpers.toys:toy-brightness"],
+        "variants": [
+            {"name": "toy", "label": "Toy", "family": "toy", "attention": toy},
+            {"name": "sla", "label": "SLA", "family": "SLA", "attention": {"variant": "sla"}},
+        ],
+    }
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(settings))
+    out = tmp_path / "out"
+    assert main(["ablate", "--config", str(tmp_path / "grid.yaml"), "--out", str(out)]) == 0
+    report = json.loads((out / "report" / "results.json").read_text())
+    groups = {group["label"]: group["metrics"] for group in report["groups"]}
+    for label in ("Toy", "SLA"):
+        assert 0 < groups[label]["toy-brightness"]["mean"] < 1
+    assert groups["Toy"]["psnr"]["mean"] != groups["SLA"]["psnr"]["mean"]
+    maps = json.loads((out / "block_maps" / "toy.json").read_text())
+    assert 0.85 < maps["sparsity"] < 0.95
+    assert "Brightness" in (out / "report" / "index.html").read_text()

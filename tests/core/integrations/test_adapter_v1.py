@@ -22,9 +22,9 @@ DATA = Path(__file__).parents[1] / "data" / "adapters_v1"
         ("mass", ("learned", "linear", "mass")),
         ("sla", ("heuristic", "projected", "sum")),
         (
-            "sla_default",
+            "sla_default",  # made with smooth_k=True, which SLA ignored
             ("heuristic", "projected", "sum"),
-        ),  # made with smooth_k=True, which SLA ignored
+        ),
         ("sparse", ("heuristic", "linear", "one")),
     ],
 )
