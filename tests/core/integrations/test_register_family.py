@@ -67,7 +67,7 @@ MINE = Family(
 
 
 def test_a_registered_family_is_applied_like_the_others(monkeypatch):
-    monkeypatch.setattr(family, "_FAMILIES", dict(family._families()))
+    monkeypatch.setattr(family, "_FAMILIES", dict(family._FAMILIES))
     with pytest.raises(ValueError, match=r"transformer: expected one of Cog.*, got MyTransformer"):
         family_of(MyTransformer())
     register_family("MyTransformer", MINE)

@@ -10,13 +10,10 @@ in an order. Each axis is a folder with one member a file; a member registers it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from sla2_core.config import SLA2Config
 
 STAGES = ("stage1", "stage2")
 Heads = Sequence[int] | slice | None  # which of a module's heads a call is about; None: all
@@ -89,7 +86,7 @@ class Member(Described, nn.Module):
         finally:
             torch.set_default_dtype(before)
 
-    def configure(self, config: SLA2Config) -> None:
+    def configure(self, config: Any) -> None:
         """Take over what may change of a configuration, see config.CHANGEABLE."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -156,7 +153,7 @@ class Axis(Generic[M]):
             )
         return self._members[name]
 
-    def make(self, config: SLA2Config) -> M:
+    def make(self, config: Any) -> M:
         """The member that `config` chooses, made for it."""
         return self.get(getattr(config, self.field))(config)  # type: ignore[call-arg]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sla2_core.backends.base import Grads, Inputs, to_work, work_dtype
 from sla2_core.backends.blocked import BlockedBackend
+from sla2_core.backends.kernels import block_means, heads_of
 from sla2_core.options import Options, constant
 
 if TYPE_CHECKING:
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
 _ALONE = 1 << 22
 # What the kernels' rounding of P~ is called there, by the format's element of P V.
 _ROUNDING = {"none": "none", "fp8": "fp8", "int8": "int8"}
-
-
-def heads_of(x: Tensor) -> Array:
-    """A contiguous numpy array (B * H, ...) of x (B, H, ...)."""
-    return x.detach().flatten(0, 1).contiguous().numpy()
 
 
 def _map(call: Inputs, options: Options) -> Map:
@@ -107,10 +103,8 @@ class CpuBackend(BlockedBackend):
         self, q: Tensor, k: Tensor, lengths: Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor]:
         """By the CPU kernel, in fp32 (fp64 stays)."""
-        from sla2_core.backends import ops
-
-        means_q = ops.block_means(q, None, options.block_q)
-        return means_q, ops.block_means(k, lengths, options.block_k)
+        means_q = block_means(q, None, options.block_q)
+        return means_q, block_means(k, lengths, options.block_k)
 
     def forward(self, call: Inputs, options: Options, save: bool) -> list[Tensor]:
         """As Backend.forward. Saved: O_s (B, H, N_q, d) in fp32 (fp64 for fp64 inputs) where there

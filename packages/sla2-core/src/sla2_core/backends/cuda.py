@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sla2_core.backends.base import Backend, Grads, Inputs, Problem
-from sla2_core.backends.pooling import spread_means
+from sla2_core.backends.means import spread_means
 from sla2_core.block_map import Geometry, num_blocks
 from sla2_core.options import Options, constant
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sla2_core import reference
 from sla2_core.backends.base import Backend, Grads, Inputs, Problem, to_work
-from sla2_core.backends.pooling import block_means
+from sla2_core.backends.means import block_means
 from sla2_core.block_map import BlockMap, Rows
 from sla2_core.options import Options
 
@@ -25,7 +25,7 @@ class ReferenceBackend(Backend):
     def pool(
         self, q: Tensor, k: Tensor, lengths: Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor]:
-        """By pooling.block_means on every device."""
+        """By means.block_means on every device."""
         return block_means(q, options.block_q), block_means(k, options.block_k, lengths)
 
     def forward(self, call: Inputs, options: Options, save: bool) -> list[Tensor]:

@@ -4,7 +4,6 @@ forward is called.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,19 +65,14 @@ def register_family(class_name: str, family: Family) -> None:
         raise ValueError(f"class_name: expected a class without a family, got {class_name!r}")
 
 
-def _families() -> dict[str, Family]:
-    importlib.import_module("sla2_core.integrations.families")  # whose files register themselves
-    return _FAMILIES
-
-
 def known_classes() -> tuple[str, ...]:
     """Names of the transformer classes with an integration."""
-    return tuple(_families())
+    return tuple(_FAMILIES)
 
 
 def family_of(transformer: nn.Module) -> Family:
     """The family of a transformer. Raises ValueError for a class without an integration."""
-    return _families()[class_name(transformer)]
+    return _FAMILIES[class_name(transformer)]
 
 
 def class_name(transformer: nn.Module) -> str:
@@ -88,9 +82,9 @@ def class_name(transformer: nn.Module) -> str:
     """
     own = type(unwrapped(transformer))
     for cls in own.__mro__:
-        if cls.__name__ in _families():
+        if cls.__name__ in _FAMILIES:
             return cls.__name__
-    raise ValueError(f"transformer: expected one of {', '.join(_families())}, got {own.__name__}")
+    raise ValueError(f"transformer: expected one of {', '.join(_FAMILIES)}, got {own.__name__}")
 
 
 def unwrapped(transformer: nn.Module) -> nn.Module:

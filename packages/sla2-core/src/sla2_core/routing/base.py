@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sla2_core.backends import kernels
 from sla2_core.block_map import BlockMap, Geometry, Rows, num_blocks
 from sla2_core.checks import without_autocast
 from sla2_core.config import SLA2Config
@@ -145,8 +146,6 @@ def top_k_map(
 def _best(scores: Tensor, count: int) -> Tensor:
     """Ascending indices of the `count` best of each row, ties to the lower index."""
     if scores.device.type == "cpu":
-        from sla2_core.backends import ops
-
-        return ops.top_k(scores, count)
+        return kernels.top_k(scores, count)
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     return order[..., :count].sort(-1).values

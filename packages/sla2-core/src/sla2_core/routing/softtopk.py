@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sla2_core.backends import ops
+from sla2_core.backends import kernels
 
 _ITERATIONS = {torch.float64: 64, torch.float32: 36}
 
@@ -20,7 +20,7 @@ class _SoftTopK(torch.autograd.Function):
     def forward(ctx: Any, scores: Tensor, k: Tensor, tau: float) -> Tensor:
         x = scores / tau
         ctx.tau = tau
-        out = ops.soft_top_k(x, k) if x.device.type == "cpu" else _bisect(x, k)
+        out = kernels.soft_top_k(x, k) if x.device.type == "cpu" else _bisect(x, k)
         ctx.save_for_backward(out)
         return out
 

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from sla2_core.adapter import read_tensors, write_tensors
 from sla2_core.integrations.handle import SLA2Handle
+from sla2_core.training.stage2.report import Stage2Report
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-    from sla2_core.training.stage2.train import Stage2Report
 
 _NAME = re.compile(r"checkpoint-(\d{8})\.safetensors")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sla2_core.training.data import as_dataset, collate
 from sla2_core.training.settings import check_fields, check_same
 from sla2_core.training.stage2 import lora, state
 from sla2_core.training.stage2.objectives import draw_sigma, noisy_and_target
+from sla2_core.training.stage2.report import Stage2Report
 
 SETTINGS_NAME = "stage2.json"
 Progress = Callable[[int, int, dict[str, float]], None]  # see train_stage2
@@ -131,25 +132,6 @@ def autocast_dtype(name: str | None, device: torch.device) -> torch.dtype | None
             native = device.type != "cuda" or torch.cuda.is_bf16_supported(False)
         name = "bfloat16" if native else None
     return None if name is None else getattr(torch, name)
-
-
-@dataclass(kw_only=True)
-class Stage2Report:
-    """What stage 2 did.
-
-    Attributes:
-        steps: optimiser steps done. loss, grad_norm: of each of them, the norm before clipping.
-        adapter: the adapter's folder.
-    """
-
-    steps: int = 0
-    loss: list[float] = field(default_factory=list)
-    grad_norm: list[float] = field(default_factory=list)
-    adapter: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values; Stage2Report(**values) reads them."""
-        return asdict(self)
 
 
 def train_stage2(
