@@ -15,35 +15,39 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import yaml
-from sla2_core import SLA2Config
 from sla2_core.adapter import write_json, write_tensors
-from sla2_core.integrations.diffusers import SLA2Handle, apply_sla2
+from sla2_core.integrations.diffusers import SLA2Handle
 from sla2_core.training.capture import INDEX_NAME, Captures
-from sla2_core.training.stage1.train import Stage1Config, train_stage1
+from sla2_core.training.stage1.train import train_stage1
+from sla2_eval.grid.ablation import hardware
+from sla2_eval.grid.settings import Attention, TrainSettings
+from sla2_eval.grid.steps import apply
+from sla2_eval.runs.settings import load_settings
 
 TOKENS = 32_760  # 81 frames of 480 x 832
+HEADS, HEAD_DIM = 12, 128
 SETTINGS = Path(__file__).with_name("train.yaml")
 
 
-def one_layer(attention: dict) -> SLA2Handle:
+def one_layer(attention: Attention) -> SLA2Handle:
     """A Wan transformer of one layer with the heads of the real one; its other weights play no part
     here.
     """
     from diffusers import WanTransformer3DModel
 
     transformer = WanTransformer3DModel(
-        num_attention_heads=attention["num_heads"],
-        attention_head_dim=attention["head_dim"],
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
         num_layers=1,
         text_dim=8,
         ffn_dim=8,
     )
-    return apply_sla2(transformer, SLA2Config(**attention | {"precision": "full"}))
+    return apply(transformer, attention.in_precision("full"))
 
 
 def write_captures(handle: SLA2Handle, tokens: int, dtype: torch.dtype, folder: Path) -> int:
@@ -78,18 +82,19 @@ def memory(name: str) -> int:
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
 
 
-def run(settings: dict, tokens: int, rows: int, steps: int, dtype: str, folder: Path) -> dict:
+def run(
+    settings: TrainSettings, tokens: int, rows: int, steps: int, dtype: str, folder: Path
+) -> dict:
     """Train and measure; the folder gets captures and the run."""
-    handle, seconds = one_layer(settings["attention"]), []
+    handle, seconds = one_layer(settings.attention), []
     folder.mkdir()
     size = write_captures(handle, tokens, getattr(torch, dtype), folder)
-    config = Stage1Config(
-        topk=(settings["attention"]["topk"],),
+    config = replace(
+        settings.stage1,
+        topk=(handle.config.topk,),
         steps=steps,
         rows=rows,
         eval_rows=rows,
-        router_lr=settings["stage1"]["router_lr"],
-        alpha_lr=settings["stage1"]["alpha_lr"],
     )
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before, last = memory("VmRSS"), time.perf_counter()
@@ -131,15 +136,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="where to write the result")
     given = parser.parse_args(arguments)
-    settings = yaml.safe_load(SETTINGS.read_text())
-    rows = given.rows or settings["stage1"]["rows"]
+    settings = load_settings(SETTINGS, TrainSettings)
+    rows = given.rows or settings.stage1.rows
     with tempfile.TemporaryDirectory() as folder:
         run(
             settings, 1024, rows, 1, given.dtype, Path(folder) / "warm"
         )  # imports and compiled kernels are no part of it
         found = run(settings, given.tokens, rows, given.steps, given.dtype, Path(folder) / "run")
-    from sla2_eval.grid.ablation import hardware
-
     found["hardware"] = hardware() | {"threads": torch.get_num_threads()}
     found["versions"] = {name: version(name) for name in ("sla2-core", "torch", "diffusers")}
     print(
