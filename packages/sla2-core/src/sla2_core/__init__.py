@@ -2,7 +2,8 @@
 integrations.
 """
 
-from sla2_core import complement, formats, mixing, order, routing  # noqa: F401  registers the members
+# These folders register their members.
+from sla2_core import complement, formats, mixing, order, routing  # noqa: F401
 from sla2_core.attention import SLA2Attention, SLAAttention, build_attention
 from sla2_core.block_map import BlockMap
 from sla2_core.config import SLA2Config

@@ -9,7 +9,8 @@ from sla2_kernels.specs import CSRC
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
 _ENTRY = re.compile(
-    r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\('
+    r'extern\s+"C"\s+__global__\s+void\s+'
+    r"(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\("
 )
 
 EMULATED = ("emulated_ptx.h",)  # the emulator's own headers: only reached under SLA2_EMULATOR

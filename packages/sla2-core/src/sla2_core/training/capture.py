@@ -414,15 +414,22 @@ def record(
         before = len(found)
 
         def keep(
-            layer: int, q: Tensor, k: Tensor, v: Tensor, text_tokens: int, lengths: Tensor | None
+            layer: int,
+            number: int,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            text_tokens: int,
+            lengths: Tensor | None,
         ) -> None:
             heads = tuple(range(q.shape[1]))
             q, k, v = (x.detach().to("cpu", copy=True) for x in (q, k, v))
             valid = None if lengths is None else tuple(lengths.tolist())
-            found.append(Captured(layer, sample, 0.0, heads, q, k, v, text_tokens, valid))  # noqa: B023
+            tensors = (q, k, v)
+            found.append(Captured(layer, number, 0.0, heads, *tensors, text_tokens, valid))
 
         for layer, attention in attentions.items():
-            attention.recorder = functools.partial(keep, layer)
+            attention.recorder = functools.partial(keep, layer, sample)
         try:
             run(sample)
         finally:

@@ -109,7 +109,8 @@ def validate(values: object, kind: type[Kind], where: str) -> Kind:
             raise SettingsError(f"{where}: {error}") from None
     try:
         # pydantic takes no configuration for a dataclass itself, only for what holds it.
-        return TypeAdapter(tuple[kind], config=_STRICT).validate_python((values,))[0]  # type: ignore[valid-type]
+        wrapped: Any = tuple[kind]  # type: ignore[valid-type]
+        return TypeAdapter(wrapped, config=_STRICT).validate_python((values,))[0]
     except ValidationError as error:
         raise SettingsError(f"{where}: {_explained(error, kind)}") from None
 
