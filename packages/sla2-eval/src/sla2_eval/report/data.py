@@ -5,6 +5,7 @@ maps, the paper's points.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
@@ -234,7 +235,7 @@ def _checked(results: dict, path: Path) -> dict:
     return results
 
 
-def _kinds(scored) -> dict[str, dict]:
+def _kinds(scored: Iterable[dict]) -> dict[str, dict]:
     """Description of each metric that any variant has, in the registry's order."""
     found = {name: about for results in scored for name, about in results["metrics"].items()}
     known = metrics.specs()

@@ -147,7 +147,16 @@ _TABLE = (
 )
 
 
-def _row(name, megabytes, licence, sha256, metrics, source, address, file_name=None) -> WeightFile:
+def _row(
+    name: str,
+    megabytes: int,
+    licence: str,
+    sha256: str | None,
+    metrics: str,
+    source: str,
+    address: str,
+    file_name: str | None = None,
+) -> WeightFile:
     return WeightFile(
         name=name,
         file_name=file_name or address.rpartition("/")[2].partition("?")[0],

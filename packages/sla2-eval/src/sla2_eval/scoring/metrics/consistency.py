@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from sla2_eval.scoring.metrics.base import MetricSpec, Sample, need_frames
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 SPECS = (
     MetricSpec(
@@ -53,7 +58,7 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
 
         clip = Clip("clip_b32", settings, device)
 
-        def features(frames):
+        def features(frames: np.ndarray) -> Tensor:
             return clip.images(frames, antialias=False)
 
     def score(sample: Sample) -> float:
@@ -63,7 +68,7 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
     return score
 
 
-def consistency(features) -> float:
+def consistency(features: np.ndarray) -> float:
     """Mean over i >= 1 of (max(0, cos(f_i-1, f_i)) + max(0, cos(f_0, f_i))) / 2 of
     features (T, d).
     """
@@ -95,7 +100,7 @@ def _dino(settings: dict, device: str) -> Callable:
     model = fill(model, load_tensors("dino_b16", settings), "dino_b16").to(device)
     patch = model.patch_embed.patch_size[0]
 
-    def class_tokens(x):
+    def class_tokens(x: Tensor) -> Tensor:
         patches = model.patch_embed(x)  # (n, rows, columns, d)
         first, others = (
             model.pos_embed[:, :1],
@@ -104,7 +109,7 @@ def _dino(settings: dict, device: str) -> Callable:
         first = (model.cls_token + first).expand(len(x), -1, -1)
         return model.norm(model.blocks(torch.cat((first, patches.flatten(1, 2) + others), 1)))[:, 0]
 
-    def features(frames):
+    def features(frames: np.ndarray) -> Tensor:
         found = []
         with torch.inference_mode():
             for start in range(0, len(frames), 8):
@@ -128,7 +133,7 @@ def _dino(settings: dict, device: str) -> Callable:
     return features
 
 
-def positions(table, grid: tuple[int, int]):
+def positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """DINO's position embeddings (1, n, d) of a square grid for another `grid`: bicubic, by its
     scale with 0.1 patch added.
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from sla2_eval.scoring.metrics.base import MetricSpec, Sample, need_frames
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 SPECS = (
     MetricSpec(
@@ -43,7 +48,7 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
     )
     model = fill(model, load_tensors("raft", settings), "raft").to(device)
 
-    def flow(first, second):
+    def flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             pair = [_padded(frame, device) for frame in (first, second)]
             return model(*pair, num_flow_updates=settings["iterations"])[-1][0].cpu().numpy()
@@ -57,7 +62,7 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
     return score
 
 
-def _padded(frame, device: str):
+def _padded(frame: np.ndarray, device: str) -> Tensor:
     """A uint8 (H, W, 3) frame as float (1, 3, h, w) in [-1, 1], replicated at its borders to
     multiples of 8.
     """
@@ -71,7 +76,7 @@ def _padded(frame, device: str):
     )
 
 
-def strongest(flow) -> float:
+def strongest(flow: np.ndarray) -> float:
     """Mean length of the longest 5 % of the vectors of a flow (2, H, W), in pixels."""
     import numpy as np
 

@@ -9,6 +9,7 @@ from sla2_eval.scoring.metrics.base import MetricSpec, Sample, need_frames
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 SPECS = (
     MetricSpec(
@@ -66,7 +67,7 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], np.ndarra
     return extract
 
 
-def _square(frames: np.ndarray, device: str, side: int):
+def _square(frames: np.ndarray, device: str, side: int) -> Tensor:
     """Float (T, 3, side, side) in [0, 1], bilinear."""
     import torch
     from torch.nn.functional import interpolate
@@ -80,7 +81,7 @@ def _i3d(settings: dict, device: str) -> Callable:
 
     detector = load_script("i3d", settings, device)
 
-    def features(frames: np.ndarray):
+    def features(frames: np.ndarray) -> Tensor:
         clip = _square(frames, device, settings["size"]).permute(1, 0, 2, 3)[None] * 2 - 1
         return detector(clip, rescale=False, resize=False, return_features=True)[0]
 
@@ -107,7 +108,7 @@ def _videomae(settings: dict, device: str) -> Callable:
         torch.tensor(value, device=device).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD)
     )
 
-    def features(frames: np.ndarray):
+    def features(frames: np.ndarray) -> Tensor:
         return (
             model((_square(frames, device, settings["size"]) - mean)[None] / std)
             .last_hidden_state[0]

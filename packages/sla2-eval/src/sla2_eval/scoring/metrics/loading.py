@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sla2_eval.scoring import weights
 from sla2_eval.scoring.metrics.base import MetricUnavailable
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+    from torch import Tensor, nn
+    from torch.jit import ScriptModule
+
+Network = TypeVar("Network", bound="nn.Module")
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -66,7 +69,7 @@ def load_tensors(name: str, settings: dict) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}
 
 
-def load_script(name: str, settings: dict, device: str):
+def load_script(name: str, settings: dict, device: str) -> ScriptModule:
     """The TorchScript module in a weight file of pinned digest, in evaluation mode."""
     import torch
 
@@ -79,7 +82,7 @@ def load_script(name: str, settings: dict, device: str):
         ) from error
 
 
-def fill(module, tensors: dict[str, Tensor], path: str):
+def fill(module: Network, tensors: dict[str, Tensor], path: str) -> Network:
     """Load every tensor of `module`, no more and no fewer, and freeze it. Raises MetricUnavailable
     for another model's.
     """

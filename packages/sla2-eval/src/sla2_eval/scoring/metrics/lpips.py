@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from sla2_eval.scoring.metrics.base import (
     MetricSpec,
@@ -12,6 +13,9 @@ from sla2_eval.scoring.metrics.base import (
     need_reference,
 )
 from sla2_eval.scoring.metrics.loading import load_tensors
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _NETS = {"lpips": ("alex", "AlexNet", "alexnet"), "lpips_vgg": ("vgg", "VGG-16", "vgg16")}
 _NETS |= {"lpips_squeeze": ("squeeze", "SqueezeNet", "squeezenet")}
@@ -63,7 +67,7 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
     return score
 
 
-def _fill_features(net, tensors: dict, name: str) -> None:
+def _fill_features(net: nn.Module, tensors: dict, name: str) -> None:
     """Put torchvision's `features.N.*` into lpips's slices, which name the same layers
     `sliceK.N.*`.
     """

@@ -5,9 +5,14 @@ learned interpolator.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from sla2_eval.scoring.metrics.base import MetricSpec, Sample, need_frames
 from sla2_eval.scoring.metrics.loading import fill, load_tensors
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 SPECS = (
     MetricSpec(
@@ -63,7 +68,7 @@ def _linear() -> Callable:
     """
     import numpy as np
 
-    def difference(before, now, after) -> int:
+    def difference(before: np.ndarray, now: np.ndarray, after: np.ndarray) -> int:
         before, now, after = (frame.astype(np.int32) for frame in (before, now, after))
         return int(np.abs(2 * now - before - after).sum(dtype=np.int64))
 
@@ -86,14 +91,14 @@ def _amt(settings: dict, device: str) -> Callable:
     network = fill(network, load_tensors("amt_s", settings), "amt_s").to(device)
     half = torch.full((1, 1, 1, 1), 0.5, device=device)
 
-    def padded(frame):
+    def padded(frame: np.ndarray) -> Tensor:
         x = torch.from_numpy(frame).to(device).permute(2, 0, 1)[None].float() / 255.0
         down, across = -x.shape[-2] % 16, -x.shape[-1] % 16
         return pad(
             x, (across // 2, across - across // 2, down // 2, down - down // 2), mode="replicate"
         )
 
-    def difference(before, now, after) -> int:
+    def difference(before: np.ndarray, now: np.ndarray, after: np.ndarray) -> int:
         with torch.inference_mode():
             found = network(padded(before), padded(after), half, scale_factor=1.0, eval=True)[
                 "imgt_pred"
