@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import pytest
 import torch
+from helpers.toys import Constant
 from sla2_core.config import SLA2Config
 from sla2_core.formats import Scaled
-from sla2_core.mixing import Mixing
-from sla2_core.registry import FORMATS, MIXINGS, of_heads
+from sla2_core.registry import FORMATS, MIXINGS
 from sla2_eval.grid.ablation import cells, graph, sampling
 from sla2_eval.grid.quickstart import settings as quickstart
 from sla2_eval.grid.settings import AblationSettings, Attention
@@ -65,25 +65,8 @@ def test_the_committed_grids_have_the_cells_they_had(name):
     assert settings.generate.prompts == (ROOT / prompts if prompts else None)
 
 
-class Fixed(Mixing):
-    """alpha is one learned number a head, which starts where an option says."""
-
-    options: ClassVar = {"first": 0.5}
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.first = config.options["first"]
-        self.make_parameters()
-
-    def start(self):
-        return {"value": torch.full((self.num_heads,), self.first)}
-
-    def alpha(self, scores, mask, *, rows=None, num_rows=None, heads=None):
-        return of_heads(self.value, heads)[None, :, None]
-
-
-class Untrained(Fixed):
-    """The same, left to stage 2."""
+class Untrained(Constant):
+    """toy-constant, left to stage 2."""
 
     stages: ClassVar = ("stage2",)
 
@@ -97,10 +80,9 @@ class Clipped(Scaled):
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
-    """Members "fixed", "untrained" and "clipped", until the test ends."""
+    """Members "untrained" and "clipped", until the test ends."""
     for axis in (MIXINGS, FORMATS):
         monkeypatch.setattr(axis, "_members", dict(axis._members))
-    MIXINGS.register("fixed")(Fixed)
     MIXINGS.register("untrained")(Untrained)
     FORMATS.register("clipped")(Clipped)
 
@@ -122,8 +104,8 @@ def grid(*attentions: dict, base: dict | None = None, **changes) -> list:
         ({"tau": 0.1}, {"tau": 0.2}, False),
         ({"block_k": 64}, {"block_k": 32}, False),
         ({"smooth_k": True}, {"smooth_k": False}, False),
-        ({"alpha": "fixed"}, {"alpha": "fixed", "options": {"first": 0.25}}, False),
-        ({"alpha": "fixed"}, {"alpha": "fixed", "options": {"first": 0.5}}, True),
+        ({"alpha": "toy-constant"}, {"alpha": "toy-constant", "options": {"first": 0.25}}, False),
+        ({"alpha": "toy-constant"}, {"alpha": "toy-constant", "options": {"first": 0.5}}, True),
         ({"precision": "clipped"}, {"precision": "clipped", "options": {"limit": 2.0}}, False),
         ({"topk": 0.1}, {"topk": 0.2}, True),
         ({"precision": "int8"}, {"precision": "int4", "qat_backward": "matched"}, True),
@@ -161,7 +143,7 @@ def test_what_there_is_to_learn_in_stage_1_is_asked_of_the_members():
     nothing = {"router": "heuristic", "alpha": "one"}
     found = grid(
         nothing,
-        {**nothing, "alpha": "fixed"},
+        {**nothing, "alpha": "toy-constant"},
         {**nothing, "alpha": "untrained"},
         {**nothing, "router": "learned"},
         {"variant": "sla"},
@@ -183,7 +165,7 @@ def test_a_format_takes_its_own_options_with_it():
         {
             "topk": 0.1,
             "precision": "clipped",
-            "alpha": "fixed",
+            "alpha": "toy-constant",
             "options": {"limit": 2, "first": 1.0},
         }
     )

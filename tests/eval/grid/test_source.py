@@ -1,10 +1,9 @@
 """Any model through training and a grid: a random Wan pipeline as diffusers saves it, and members
-that a user's own module registers.
+with options that a module of `imports` registers.
 """
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 
 import diffusers
@@ -14,7 +13,6 @@ import torch
 import yaml
 from helpers import pipelines, tiny_model
 from sla2_core.integrations.loading import apply_adapter
-from sla2_core.registry import MIXINGS, ROUTERS
 from sla2_core.training.cache import CachedData
 from sla2_core.training.capture import Captures
 from sla2_eval.cli.main import main
@@ -94,61 +92,13 @@ def test_other_families_are_rows_too(family, wan_folder, wan_training, tmp_path)
     assert 'id="maps"' not in page
 
 
-TOYS = '''
-"""Members of a user's own."""
-
-import torch
-from sla2_core.mixing import Mixing
-from sla2_core.registry import MIXINGS, ROUTERS, of_heads
-from sla2_core.routing import Router
-
-
-@ROUTERS.register("scaled")
-class Scaled(Router):
-    """Channels of the pooled K weighed by a learned vector per head."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.make_parameters()
-
-    def start(self):
-        return {"gain": torch.ones(self.num_heads, 1, self.head_dim)}
-
-    def scores(self, pooled_q, pooled_k, heads=None):
-        return super().scores(pooled_q, pooled_k * of_heads(self.gain, heads))
-
-
-@MIXINGS.register("fixed")
-class Fixed(Mixing):
-    """alpha is one learned number a head, which starts where an option says."""
-
-    options = {"first": 0.5}
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.first = config.options["first"]
-        self.make_parameters()
-
-    def start(self):
-        return {"value": torch.full((self.num_heads,), self.first)}
-
-    def alpha(self, scores, mask, *, rows=None, num_rows=None, heads=None):
-        return of_heads(self.value, heads)[None, :, None]
-'''
-
-
-def test_a_users_own_members_are_rows_of_the_report(small_grid, tmp_path, monkeypatch):
-    (tmp_path / "own_members.py").write_text(TOYS)
-    monkeypatch.syspath_prepend(tmp_path)
-    for axis in (ROUTERS, MIXINGS):  # as they were, once the test ends
-        monkeypatch.setattr(axis, "_members", dict(axis._members))
-    monkeypatch.delitem(sys.modules, "own_members", raising=False)
+def test_members_with_options_reach_the_workers_and_the_report(small_grid, tmp_path):
     tiny_model.save(tmp_path / "model")
-    own = {"topk": 0.1, "router": "scaled", "alpha": "fixed", "options": {"first": 0.25}}
+    own = {"topk": 0.1, "router": "toy-router", "alpha": "toy-constant", "options": {"first": 0.25}}
     settings = {
         **small_grid,
         "model": str(tmp_path / "model"),
-        "imports": ["own_members"],
+        "imports": ["helpers.toys"],
         "workers": 2,
         "stage2": {**small_grid["stage2"], "steps": 1},
         "variants": [
