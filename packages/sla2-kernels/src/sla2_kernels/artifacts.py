@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -87,11 +88,25 @@ def _private_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="sla2-kernels-")
 
 
+def _instead(where: Path, error: Exception) -> Path:
+    """A folder of this process alone, for a cache folder that cannot be written; it is said with a
+    warning.
+    """
+    warnings.warn(
+        f"{where}: expected a folder that can be written and locked, got {type(error).__name__}"
+        f" ({error}); kernels are compiled again in each process. SLA2_CACHE names another folder.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return Path(_private_folder().name)
+
+
 def get(key: str, suffix: str, build: Callable[[], tuple[bytes, dict[str, Any]]]) -> Artifact:
     """The artifact of `key`, built if it is missing.
 
     Of many processes that ask at once, one builds and the others wait for it. Where the cache
-    folder cannot be written, the file goes to a folder that lives as long as this process.
+    folder cannot be written, a RuntimeWarning says so, and the file goes to a folder that lives as
+    long as this process.
 
     Args:
         suffix: of the file's name.
@@ -106,21 +121,20 @@ def get(key: str, suffix: str, build: Callable[[], tuple[bytes, dict[str, Any]]]
         where.mkdir(parents=True, exist_ok=True)
         lock = FileLock(where / f"{key}.lock")
         lock.acquire()
-    except (OSError, NotImplementedError):
-        private = Path(_private_folder().name)
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        private = _instead(where, error)
         return _read(private, key, suffix) or _store(private, key, suffix, *build())
     try:
         if found := lookup(key, suffix):
             return found
-        for left in where.glob(
-            f"{key}*.tmp"
-        ):  # of a process killed in mid-write: nobody else writes under the lock
+        # Those of a process killed in mid-write: nobody else writes under the lock.
+        for left in where.glob(f"{key}*.tmp"):
             left.unlink(missing_ok=True)
         data, notes = build()
         try:
             return _store(where, key, suffix, data, notes)
-        except OSError:
-            return _store(Path(_private_folder().name), key, suffix, data, notes)
+        except OSError as error:
+            return _store(_instead(where, error), key, suffix, data, notes)
     finally:
         lock.release()
 
