@@ -303,8 +303,8 @@ def _markdown_cell(text: str) -> str:
 
 
 def as_markdown(data: dict) -> str:
-    """The figures as one Markdown table per kind of metric; ≈ marks a difference to full attention
-    within noise.
+    """The figures as one Markdown table per kind of metric; ≈ marks a difference to full
+    attention within noise.
     """
     parts = [f"# {data['title']}\n"]
     kinds = {
