@@ -10,9 +10,10 @@ import pytest
 from sla2_eval.scoring import metrics
 from sla2_eval.scoring.metrics.base import Sample
 from sla2_eval.scoring.metrics.consistency import consistency
-from sla2_eval.scoring.metrics.dynamic_degree import moves, strongest
+from sla2_eval.scoring.metrics.dynamic_degree import moves
 from sla2_eval.scoring.metrics.fvd import frechet, reduce
 from sla2_eval.scoring.metrics.overall_consistency import middles
+from sla2_eval.scoring.metrics.raft import strongest
 
 
 def video(frames, fps=8.0, reference=None, prompt=None):
@@ -110,9 +111,9 @@ def test_consistency_by_hand():
 def test_strongest_flow_is_the_mean_of_the_top_twentieth():
     flow = np.zeros((2, 10, 20))
     flow[0, 0, :10], flow[1, 0, :10] = 3.0, 4.0
-    assert strongest(flow) == 5.0
+    assert strongest(flow, 0.05) == 5.0
     flow[0, 0, 0] = 0.0
-    assert strongest(flow) == pytest.approx((9 * 5.0 + 4.0) / 10)
+    assert strongest(flow, 0.05) == pytest.approx((9 * 5.0 + 4.0) / 10)
 
 
 def test_dynamic_degree_counts_pairs_against_vbenchs_threshold():
