@@ -118,13 +118,29 @@ def test_strongest_flow_is_the_mean_of_the_top_twentieth():
 
 def test_dynamic_degree_counts_pairs_against_vbenchs_threshold():
     # min(H, W) = 256: six pixels; 16 frames: four pairs.
-    assert moves([6.1] * 4 + [0.0] * 11, 16, (256, 300), fps=8)
-    assert not moves([6.1] * 3 + [6.0] * 12, 16, (256, 300), fps=8)
-    assert not moves([6.1] * 15, 16, (256, 256), fps=4)
-    assert moves([12.1] * 15, 16, (256, 256), fps=4)
-    assert moves([3.1] * 4, 16, (128, 999), fps=24)
-    assert moves([0.0], 2, (256, 256), fps=8)  # round(0.5) = 0 pairs are needed
-    assert not moves([], 1, (256, 256), fps=8)
+    assert moves([6.1] * 4 + [0.0] * 11, 16, (256, 300))
+    assert not moves([6.1] * 3 + [6.0] * 12, 16, (256, 300))
+    assert moves([3.1] * 4, 16, (128, 999))
+    assert moves([0.0], 2, (256, 256))  # round(0.5) = 0 pairs are needed
+    assert not moves([], 1, (256, 256))
+
+
+@pytest.mark.parametrize(("fps", "pairs"), [(4, 8), (8, 8), (16, 4), (24, 2)])
+def test_dynamic_degree_of_a_steady_motion_at_any_frame_rate(monkeypatch, fps, pairs):
+    """Seven pixels between neighbours of about eight a second; below that, of all there are."""
+    from sla2_eval.scoring.metrics import raft
+
+    seen = []
+
+    def flow(first, second):
+        seen.append(int(second[0, 0, 0]) - int(first[0, 0, 0]))
+        return np.full((2, 256, 256), 7 / 2**0.5)
+
+    monkeypatch.setattr(raft, "optical_flow", lambda settings, device: flow)
+    frames = np.arange(9)[:, None, None, None] * np.ones((1, 256, 256, 3))
+    score = metrics.module_of("dynamic_degree").load("dynamic_degree", {}, "cpu")
+    assert score(video(frames, fps=fps)) == 1.0
+    assert seen == [max(1, fps // 8)] * pairs
 
 
 def test_middle_frames_of_equal_parts():
