@@ -65,10 +65,10 @@ _TABLE = (
         "raft",
         20,
         _IMAGENET,
-        "1bb1363a",
+        "22a6c225",
         "dynamic_degree",
         "torchvision",
-        "raft_large_C_T_V2-1bb1363a.pth",
+        "raft_large_C_T_V1-22a6c225.pth",
     ),
     (
         "clip_b32",

@@ -16,8 +16,8 @@ def optical_flow(settings: dict, device: str) -> Callable[[np.ndarray, np.ndarra
     """The flow from one uint8 (H, W, 3) frame to another in pixels, float32 (2, h, w), of frames
     padded to multiples of 8.
 
-    `settings`: "model", a name of torchvision's, and "iterations". The C_T_V2 weights were trained
-    as the original raft-things was.
+    `settings`: "model", a name of torchvision's, and "iterations". Its C_T_V1 weights are the
+    original's raft-things, which VBench uses; C_T_V2 are torchvision's own training.
     """
     import torch
     import torchvision
