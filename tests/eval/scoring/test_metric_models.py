@@ -277,6 +277,21 @@ def modules(monkeypatch, tree):
         vars(sys.modules[name]).update(members)
 
 
+@pytest.mark.parametrize("size", [(20, 180), (180, 20), (41, 67)])
+def test_frames_are_resized_and_cut_as_by_torchvision(size):
+    """The long side too: 180 * (224 / 20) is below 2016 in floating point."""
+    from sla2_eval.scoring.metrics.loading import prepared
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    video = frames(0, 2, *size)
+    x = torch.from_numpy(video).permute(0, 3, 1, 2) / 255
+    resize = Resize(224, InterpolationMode.BICUBIC, antialias=False)
+    plain = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "mode": "bicubic", "antialias": False}
+    for crop, theirs in ((False, resize), (True, Compose([resize, CenterCrop(224)]))):
+        found = prepared(video, "cpu", 224, **plain, crop=crop)
+        torch.testing.assert_close(found, theirs(x))
+
+
 def test_imaging_quality_runs_pyiqas_musiq(tmp_path, monkeypatch):
     class MUSIQ(nn.Module):
         def __init__(self, pretrained=True):

@@ -116,8 +116,7 @@ def prepared(
 
     x = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float().div_(255.0)
     height, width = x.shape[-2:]
-    scale = side / min(height, width)
-    size = (max(side, int(height * scale)), max(side, int(width * scale)))
+    size = (side * height // min(height, width), side * width // min(height, width))
     if size != (height, width):
         x = interpolate(x, size, mode=mode, align_corners=False, antialias=antialias)
     if crop:
