@@ -334,6 +334,11 @@ def test_motion_smoothness_runs_vbenchs_amt(tmp_path, monkeypatch):
 
 
 def test_overall_consistency_runs_vbenchs_viclip(tmp_path, monkeypatch):
+    """On eight frames as VBench's transform makes them of uint8: grey levels stay whole."""
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
+
+    seen = []
+
     class ViCLIP(nn.Module):
         def __init__(self, tokenizer, pretrain):
             super().__init__()
@@ -341,7 +346,7 @@ def test_overall_consistency_runs_vbenchs_viclip(tmp_path, monkeypatch):
 
         def encode_vision(self, video, test):
             assert test
-            assert video.shape == (1, 8, 3, 224, 224)
+            seen.append(video)
             return self.direction[None] * 3
 
         def encode_text(self, text):
@@ -358,7 +363,12 @@ def test_overall_consistency_runs_vbenchs_viclip(tmp_path, monkeypatch):
     sys.modules[path].viclip = sys.modules[f"{path}.viclip"]
     settings = keep(tmp_path / "viclip.pth", {"direction": torch.tensor([3.0, 4.0])})
     scorer = metrics.load("overall_consistency", settings)
-    assert scorer(Sample(frames(0, 16), 8, None, "a fox")) == pytest.approx(0.6)
+    video = frames(0, 16)
+    assert scorer(Sample(video, 8, None, "a fox")) == pytest.approx(0.6)
+    cut = Compose([Resize(224, InterpolationMode.BICUBIC, antialias=False), CenterCrop(224)])
+    normalise = Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    expected = normalise(cut(torch.from_numpy(video[::2]).permute(0, 3, 1, 2)) / 255)
+    torch.testing.assert_close(seen[0][0], expected)
 
 
 @pytest.mark.parametrize("case", ["digest", "no digest", "pickle", "other model", "missing"])

@@ -104,24 +104,27 @@ def prepared(
     mode: str,
     crop: bool,
     antialias: bool,
+    whole: bool = False,
 ) -> Tensor:
     """Frames as a network takes them: float (n, 3, h, w), the short side `side`, perhaps
     centre-cropped, normalised.
 
     `frames` is uint8 (n, H, W, 3). `antialias=False` is how VBench resizes; the original CLIP does
-    it with.
+    it with. `whole`: rounded to whole grey levels in 0 to 255 once resized, as torchvision leaves
+    uint8 images.
     """
     import torch
     from torch.nn.functional import interpolate
 
-    x = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float().div_(255.0)
+    x = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float()
     height, width = x.shape[-2:]
     size = (side * height // min(height, width), side * width // min(height, width))
     if size != (height, width):
         x = interpolate(x, size, mode=mode, align_corners=False, antialias=antialias)
+        x = x.clamp_(0, 255).round_() if whole else x
     if crop:
         top, left = round((size[0] - side) / 2), round((size[1] - side) / 2)
         x = x[..., top : top + side, left : left + side]
-    return (x - torch.tensor(mean, device=device).view(3, 1, 1)) / torch.tensor(
+    return (x / 255.0 - torch.tensor(mean, device=device).view(3, 1, 1)) / torch.tensor(
         std, device=device
     ).view(3, 1, 1)

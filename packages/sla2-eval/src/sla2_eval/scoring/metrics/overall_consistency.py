@@ -24,6 +24,7 @@ SPECS = (
         vbench="overall_consistency",
         vbench_range=(0.0, 0.364),
         settings={"frames": 8},
+        revision=2,
     ),
 )
 
@@ -53,7 +54,15 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
             sample.frames[middles(len(sample.frames), settings["frames"])]
         )
         x = prepared(
-            chosen, device, 224, CLIP_MEAN, CLIP_STD, mode="bicubic", crop=True, antialias=False
+            chosen,
+            device,
+            224,
+            CLIP_MEAN,
+            CLIP_STD,
+            mode="bicubic",
+            crop=True,
+            antialias=False,
+            whole=True,
         )
         with torch.inference_mode():
             video = normalize(model.encode_vision(x[None], test=True).float(), dim=-1)
