@@ -14,6 +14,7 @@ from sla2_eval.scoring.metrics.dynamic_degree import moves
 from sla2_eval.scoring.metrics.fvd import frechet, reduce
 from sla2_eval.scoring.metrics.overall_consistency import middles
 from sla2_eval.scoring.metrics.raft import strongest
+from sla2_eval.scoring.metrics.temporal_flickering import is_static
 
 
 def video(frames, fps=8.0, reference=None, prompt=None):
@@ -80,6 +81,7 @@ def test_an_even_number_of_frames_leaves_the_last_out():
         ("subject_consistency", 0.1462, 1.0),
         ("background_consistency", 0.2615, 1.0),
         ("temporal_flickering", 0.6293, 1.0),
+        ("temporal_flickering_static", 0.6293, 1.0),
         ("motion_smoothness", 0.706, 0.9975),
         ("dynamic_degree", 0.0, 1.0),
         ("aesthetic_quality", 0.0, 1.0),
@@ -89,7 +91,7 @@ def test_an_even_number_of_frames_leaves_the_last_out():
 )
 def test_normalisation_is_vbenchs_table(name, low, high):
     spec = metrics.specs()[name]
-    assert spec.vbench == name
+    assert spec.vbench == name.removesuffix("_static")
     assert spec.normalised(low) == 0.0
     assert spec.normalised(high) == 1.0
     assert spec.normalised(high + (high - low)) == pytest.approx(2.0)
@@ -141,6 +143,17 @@ def test_dynamic_degree_of_a_steady_motion_at_any_frame_rate(monkeypatch, fps, p
     score = metrics.module_of("dynamic_degree").load("dynamic_degree", {}, "cpu")
     assert score(video(frames, fps=fps)) == 1.0
     assert seen == [max(1, fps // 8)] * pairs
+
+
+def test_the_static_filter_is_vbenchs():
+    # min(H, W) = 128: 1.5 pixels; 17 frames: two pairs may move; the ends by six pixels.
+    still, ends = [1.5] * 14, [6.0, 6.0]
+    assert is_static([1.6] * 2 + still + ends, 17, (130, 128))
+    assert not is_static([1.6] * 3 + still[1:] + ends, 17, (130, 128))
+    assert not is_static([0.0] * 16 + [0.0, 6.1], 17, (130, 128))
+    # round(2 * 3 / 16) = 0 pairs of three frames, so any motion between the ends is one.
+    assert is_static([0.0] * 4, 3, (130, 128))
+    assert not is_static([0.0, 0.0, 0.1, 0.0], 3, (130, 128))
 
 
 def test_middle_frames_of_equal_parts():

@@ -13,6 +13,8 @@ from sla2_eval.runs.store import file_digest
 from sla2_eval.scoring import metrics, weights
 from sla2_eval.scoring.metrics.base import MetricUnavailable, Sample
 from sla2_eval.scoring.score import score
+from sla2_eval.scoring.vbench import as_vbench
+from sla2_eval.videos.video import write_video
 from torch import nn
 
 CLIP = {
@@ -218,6 +220,30 @@ def test_dynamic_degree_runs_torchvisions_raft(tmp_path):
     # One frame is left of two at sixteen a second: no pair, so nothing moves, though round(4 / 16)
     # = 0 are needed.
     assert scorer(Sample(video[:2], 16)) == 0.0
+
+
+def test_the_static_filter_leaves_moving_videos_out(make_folder, tmp_path):
+    """Of the mean and of VBench's list, and it is no failure: with a RAFT that sees 1.7 pixels
+    everywhere, a video of 128 pixels moves and one of 160 does not.
+    """
+    from torchvision.models.optical_flow import raft_small
+
+    model = raft_small(weights=None)
+    last = model.update_block.flow_head.conv2
+    last.weight.data.zero_()
+    last.bias.data.copy_(torch.tensor([1.7 / 8, 0.0]))
+    settings = keep(tmp_path / "raft.pth", model.state_dict(), model="raft_small", iterations=1)
+    folder = make_folder("videos", 2, frames=9, height=128, width=128)
+    write_video(folder / "pattern 001-0.mp4", frames(0, 9, 160, 160), 8)
+    names = ["temporal_flickering", "temporal_flickering_static"]
+    found = score(folder, None, names, tmp_path / "out", settings={names[1]: settings})
+    assert found["failed"] == []
+    both, static = (found["metrics"][name] for name in names)
+    assert (both["num_videos"], static["num_videos"], static["num_left_out"]) == (2, 1, 1)
+    assert [list(row["scores"]) for row in found["videos"]] == [names[:1], names]
+    (listed,) = as_vbench(found)["temporal_flickering"][1]
+    assert listed["video_path"] == "pattern 001-0.mp4"
+    assert score(folder, None, names, tmp_path / "out", settings={names[1]: settings}) == found
 
 
 def test_fvd_cuts_videos_into_clips_and_reads_them_in_minus_one_to_one(tmp_path):

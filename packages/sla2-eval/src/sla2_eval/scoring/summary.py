@@ -42,13 +42,13 @@ class Results(Protocol):
 
 def _keyed(run: Results, side: str, videos: list[Entry], name: str) -> dict[tuple[str, str], float]:
     """The values of a metric by the prompt and file name of the videos; `side`: theirs, or their
-    references'.
+    references'. Those without a value are left out.
     """
-    return {
-        (entry.prompt, entry.file_name): run.results[side, entry.file_name, name]["value"]
+    found = {
+        (entry.prompt, entry.file_name): run.results.get((side, entry.file_name, name), {})
         for entry in videos
-        if (side, entry.file_name, name) in run.results
     }
+    return {key: result["value"] for key, result in found.items() if "value" in result}
 
 
 def _by_prompt(values: dict[tuple[str, str], float]) -> dict[str, list[float]]:
@@ -76,6 +76,9 @@ def _summary(
     if spec.kind == "set":
         return entry | _reduce(run, spec, videos, references)
     values = _keyed(run, "video", videos, spec.name)
+    results = [run.results.get(("video", video.file_name, spec.name), {}) for video in videos]
+    if left_out := sum("left_out" in result for result in results):
+        entry["num_left_out"] = left_out
     if not values:
         return entry | {"mean": None, "interval": None, "num_videos": 0}
     interval = over_prompts(_by_prompt(values))
@@ -133,11 +136,8 @@ def document(
     summaries = {name: _summary(run, spec, videos, references) for name, spec in run.specs.items()}
     rows = []
     for entry in videos:
-        scores = {
-            name: run.results["video", entry.file_name, name]["value"]
-            for name, spec in run.specs.items()
-            if spec.kind != "set" and ("video", entry.file_name, name) in run.results
-        }
+        found = {name: run.results.get(("video", entry.file_name, name), {}) for name in run.specs}
+        scores = {name: result["value"] for name, result in found.items() if "value" in result}
         row = {
             "file_name": entry.file_name,
             "prompt": entry.prompt,

@@ -20,12 +20,12 @@ INFO, NAMES, VIDEOS = "VBench_full_info.json", "names.json", "videos"
 
 def dimensions() -> list[str]:
     """The dimensions of VBench that this package knows as metrics."""
-    return [spec.vbench for spec in metrics.specs().values() if spec.vbench]
+    return list(dict.fromkeys(s.vbench for s in metrics.specs().values() if s.vbench))
 
 
 def as_vbench(results: dict) -> dict[str, list]:
     """The VBench dimensions of a results.json in VBench's form, {dimension: [mean, [{video_path,
-    video_results}]]}.
+    video_results}]]}; where temporal flickering was scored both ways, of the static videos alone.
     """
     found = {}
     for name, about in results["metrics"].items():

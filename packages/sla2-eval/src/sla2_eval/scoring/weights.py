@@ -66,7 +66,7 @@ _TABLE = (
         20,
         _IMAGENET,
         "22a6c225",
-        "dynamic_degree",
+        "dynamic_degree temporal_flickering_static",
         "torchvision",
         "raft_large_C_T_V1-22a6c225.pth",
     ),

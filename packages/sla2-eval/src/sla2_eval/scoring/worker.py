@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sla2_eval.parallel.cluster import local_gpus
 from sla2_eval.runs.progress import Report, silent
 from sla2_eval.scoring import metrics
-from sla2_eval.scoring.metrics.base import MetricUnavailable, Sample
+from sla2_eval.scoring.metrics.base import LeftOut, MetricUnavailable, Sample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,7 +96,8 @@ class Worker:
         """Score one task {"video", "reference", "prompt", "metrics", "reference_metrics"}.
 
         Returns {"results", "reference_results", "errors", "reference_errors", "unavailable"}, each
-        by metric; an error under "*" is of the file itself. Raises nothing that a file or a metric
+        by metric; a result is {"value"}, {"features"} or {"left_out": why}, and an error under "*"
+        is of the file itself. Raises nothing that a file or a metric
         can cause.
         """
         out: dict[str, dict] = {
@@ -153,6 +154,8 @@ class Worker:
                     raise ValueError(f"{name}: expected a finite value, got {value}")
                 else:
                     results[name] = {"value": float(value)}
+            except LeftOut as error:
+                results[name] = {"left_out": one_line(error)}
             except MetricUnavailable as error:
                 unavailable[name] = one_line(error)
             except Exception as error:

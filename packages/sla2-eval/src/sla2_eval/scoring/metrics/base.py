@@ -19,6 +19,10 @@ class MetricUnavailable(RuntimeError):
     """
 
 
+class LeftOut(Exception):
+    """A video that a metric's protocol does not count; the message is one line that says why."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MetricSpec:
     """The description of a metric, which `sla2 score --list` prints and every result refers to.
@@ -26,7 +30,8 @@ class MetricSpec:
     A module of this package describes its metrics in `SPECS` and offers `load(name, settings,
     device)`, which returns a function of one Sample: a float, or for `kind="set"` float features
     (n, d), which `reduce(name, features, reference_features, settings)` of the same module turns
-    into {"value": float, "warnings": [str, ...]}.
+    into {"value": float, "warnings": [str, ...]}. The function raises LeftOut for a video that
+    does not count.
     """
 
     name: str
