@@ -132,6 +132,17 @@ def test_clip_metrics_are_cosines_of_open_clips_features(clip_settings):
     )
 
 
+def test_the_consistencies_count_pairs_of_frames(make_folder, clip_settings, tmp_path):
+    folder = make_folder("videos", 1, frames=3)
+    write_video(folder / "pattern 000-1.mp4", frames(0, 6, 48, 64), 8)
+    (folder / "manifest.jsonl").unlink()
+    name = "background_consistency"
+    found = score(folder, None, [name], tmp_path / "out", settings={name: clip_settings})
+    short, long = (row["scores"][name] for row in found["videos"])
+    assert found["metrics"][name]["vbench_mean"] == pytest.approx((2 * short + 5 * long) / 7)
+    assert found["metrics"][name]["mean"] == pytest.approx((short + long) / 2)
+
+
 def test_background_consistency_of_a_still_video_is_one(clip_settings):
     scorer = metrics.load("background_consistency", clip_settings)
     still = np.repeat(frames(0, 1), 4, axis=0)

@@ -1,13 +1,17 @@
 """The VBench adapter: what the original expects, its command, and its results back."""
 
+import dataclasses
 import json
 import os
 import sys
+import types
 
 import pytest
-from sla2_eval.scoring import vbench
+from sla2_eval.scoring import metrics, vbench
 from sla2_eval.scoring.score import score
+from sla2_eval.scoring.summary import document
 from sla2_eval.scoring.vbench import as_vbench, export, read, run
+from sla2_eval.videos.manifest import read_manifest
 
 EVALUATE = """#!{python}
 import json, sys
@@ -86,6 +90,37 @@ def test_results_are_written_in_vbenchs_form(folder, tmp_path):
     assert read(tmp_path / "out")["temporal_flickering"]["mean"] == mean
     score(folder, None, ["motion_smoothness_linear"], tmp_path / "out")
     assert not (tmp_path / "out" / "vbench_eval_results.json").exists()
+
+
+def test_totals_weigh_videos_as_vbench_does(folder, tmp_path, monkeypatch):
+    """Not by prompt; and the consistencies by pairs of frames, so that a long video counts more."""
+    spec = metrics.specs()["temporal_flickering"]
+    results = {
+        ("video", name, metric): {"value": value, **weight}
+        for metric, weights in (("a", [{}] * 3), ("b", [{"weight": w} for w in (4, 1, 1)]))
+        for name, value, weight in zip(
+            ("pattern 000-0.mp4", "pattern 001-0.mp4", "pattern 002-0.mp4"),
+            (0.9, 0.6, 0.3),
+            weights,
+        )
+    }
+    specs = {name: dataclasses.replace(spec, name=name) for name in ("a", "b")}
+    run = types.SimpleNamespace(
+        specs=specs,
+        results=results,
+        failures={},
+        unavailable={},
+        digests={},
+        used_settings=lambda spec: {},
+    )
+    found = document(run, read_manifest(folder), None, ["a", "b"])["metrics"]
+    # The first two are of one prompt.
+    assert [found[name]["mean"] for name in "ab"] == pytest.approx([(0.75 + 0.3) / 2] * 2)
+    totals = [(0.9 + 0.6 + 0.3) / 3, (4 * 0.9 + 0.6 + 0.3) / 6]
+    assert [found[name]["vbench_mean"] for name in "ab"] == pytest.approx(totals)
+    assert found["b"]["normalised"] == pytest.approx((totals[1] - 0.6293) / (1 - 0.6293))
+    listed = {"metrics": {"b": found["b"]}, "videos": [{"file_name": "x", "scores": {"b": 0.9}}]}
+    assert as_vbench(listed)["temporal_flickering"][0] == found["b"]["vbench_mean"]
 
 
 def test_what_vbench_cannot_take_is_refused(folder, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ failures, versions.
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
@@ -87,7 +88,10 @@ def _summary(
         "interval": [interval.low, interval.high],
         "num_prompts": interval.n,
     }
-    entry |= {"num_videos": len(values), "normalised": spec.normalised(interval.mean)}
+    entry["num_videos"] = len(values)
+    if spec.vbench:
+        entry["vbench_mean"] = _vbench_mean([r for r in results if "value" in r])
+        entry["normalised"] = spec.normalised(entry["vbench_mean"])
     if spec.kind == "unpaired" and references:
         base = {
             key: value
@@ -101,6 +105,13 @@ def _summary(
                 "within_noise": not difference.excludes_zero,
             }
     return entry
+
+
+def _vbench_mean(results: list[dict]) -> float:
+    """VBench's total: every video counts by its weight, whatever its prompt."""
+    weights = [result.get("weight", 1) for result in results]
+    total = math.fsum(r["value"] * weight for r, weight in zip(results, weights, strict=True))
+    return total / sum(weights)
 
 
 def _reduce(

@@ -35,10 +35,8 @@ def as_vbench(results: dict) -> dict[str, list]:
             if name in row["scores"]
         ]
         if about.get("vbench") and rows:
-            found[about["vbench"]] = [
-                math.fsum(row["video_results"] for row in rows) / len(rows),
-                rows,
-            ]
+            mean = math.fsum(row["video_results"] for row in rows) / len(rows)
+            found[about["vbench"]] = [about.get("vbench_mean", mean), rows]
     return found
 
 

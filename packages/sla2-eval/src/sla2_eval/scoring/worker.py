@@ -96,9 +96,9 @@ class Worker:
         """Score one task {"video", "reference", "prompt", "metrics", "reference_metrics"}.
 
         Returns {"results", "reference_results", "errors", "reference_errors", "unavailable"}, each
-        by metric; a result is {"value"}, {"features"} or {"left_out": why}, and an error under "*"
-        is of the file itself. Raises nothing that a file or a metric
-        can cause.
+        by metric; a result is {"value"} (with a "weight" in VBench's total, if that is not 1),
+        {"features"} or {"left_out": why}, and an error under "*" is of the file itself. Raises
+        nothing that a file or a metric can cause.
         """
         out: dict[str, dict] = {
             "results": {},
@@ -143,17 +143,19 @@ class Worker:
         import math
 
         for name in names:
-            kind = self.specs[name].kind
-            if kind == "paired" and sample.reference is None:
+            spec = self.specs[name]
+            if spec.kind == "paired" and sample.reference is None:
                 continue
             try:
                 value = self._scorer(name)(sample)
-                if kind == "set":
+                if spec.kind == "set":
                     results[name] = {"features": pack(value)}
                 elif not math.isfinite(value):
                     raise ValueError(f"{name}: expected a finite value, got {value}")
                 else:
                     results[name] = {"value": float(value)}
+                    if spec.vbench_mean_over == "frame pairs":
+                        results[name]["weight"] = len(sample.frames) - 1
             except LeftOut as error:
                 results[name] = {"left_out": one_line(error)}
             except MetricUnavailable as error:

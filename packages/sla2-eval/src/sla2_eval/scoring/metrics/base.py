@@ -51,6 +51,9 @@ class MetricSpec:
     tiny_only: bool = False  # understands the captions of the built-in data set alone
     vbench: str | None = None  # the VBench dimension this is
     vbench_range: tuple[float, float] = (0.0, 1.0)
+    # what VBench's total of the dimension is a mean over: every video counts alike, or every pair
+    # of neighbouring frames, so that long videos count more
+    vbench_mean_over: str = "videos"  # or "frame pairs"
     settings: dict[str, Any] = field(
         default_factory=dict
     )  # defaults; a result is stored under the hash of what was used

@@ -28,8 +28,9 @@ SPECS = (
         packages=("timm",),
         vbench="subject_consistency",
         vbench_range=(0.1462, 1.0),
+        vbench_mean_over="frame pairs",
         settings={"model": "vit_base_patch16_224", "size": 224},
-        revision=2,
+        revision=3,
     ),
     MetricSpec(
         name="background_consistency",
@@ -44,7 +45,9 @@ SPECS = (
         packages=("open_clip",),
         vbench="background_consistency",
         vbench_range=(0.2615, 1.0),
+        vbench_mean_over="frame pairs",
         settings={"model": "ViT-B-32-quickgelu"},
+        revision=2,
     ),
 )
 
