@@ -123,6 +123,17 @@ def test_totals_weigh_videos_as_vbench_does(folder, tmp_path, monkeypatch):
     assert as_vbench(listed)["temporal_flickering"][0] == found["b"]["vbench_mean"]
 
 
+def test_vbenchs_imaging_quality_of_single_videos_is_in_percent(tmp_path):
+    about = {"vbench": "imaging_quality", "vbench_mean": 0.625}
+    rows = [{"file_name": n, "scores": {"iq": v}} for n, v in (("a.mp4", 0.5), ("b.mp4", 0.75))]
+    theirs = as_vbench({"metrics": {"iq": about}, "videos": rows})
+    mean, listed = theirs["imaging_quality"]
+    assert (mean, [row["video_results"] for row in listed]) == (0.625, [50.0, 75.0])
+    (tmp_path / "x_eval_results.json").write_text(json.dumps(theirs))
+    found = read(tmp_path)["imaging_quality"]
+    assert (found["mean"], found["videos"]) == (0.625, {"a.mp4": 0.5, "b.mp4": 0.75})
+
+
 def test_what_vbench_cannot_take_is_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="dimensions: expected names among subject_consistency"):
         export(folder, tmp_path / "out", ["sharpness"])

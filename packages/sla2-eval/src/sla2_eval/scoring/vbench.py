@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sla2_eval.runs.store import write_atomic
 from sla2_eval.scoring import metrics
+from sla2_eval.scoring.metrics import MetricSpec
 from sla2_eval.videos.manifest import read_manifest
 
 INFO, NAMES, VIDEOS = "VBench_full_info.json", "names.json", "videos"
@@ -20,23 +21,29 @@ INFO, NAMES, VIDEOS = "VBench_full_info.json", "names.json", "videos"
 
 def dimensions() -> list[str]:
     """The dimensions of VBench that this package knows as metrics."""
-    return list(dict.fromkeys(s.vbench for s in metrics.specs().values() if s.vbench))
+    return list(_by_dimension())
+
+
+def _by_dimension() -> dict[str, MetricSpec]:
+    return {spec.vbench: spec for spec in metrics.specs().values() if spec.vbench}
 
 
 def as_vbench(results: dict) -> dict[str, list]:
     """The VBench dimensions of a results.json in VBench's form, {dimension: [mean, [{video_path,
     video_results}]]}; where temporal flickering was scored both ways, of the static videos alone.
     """
-    found = {}
+    found, specs = {}, _by_dimension()
     for name, about in results["metrics"].items():
+        scored = [row for row in results["videos"] if name in row["scores"]]
+        if not about.get("vbench") or not scored:
+            continue
+        scale = specs[about["vbench"]].vbench_scale
         rows = [
-            {"video_path": row["file_name"], "video_results": row["scores"][name]}
-            for row in results["videos"]
-            if name in row["scores"]
+            {"video_path": row["file_name"], "video_results": row["scores"][name] * scale}
+            for row in scored
         ]
-        if about.get("vbench") and rows:
-            mean = math.fsum(row["video_results"] for row in rows) / len(rows)
-            found[about["vbench"]] = [about.get("vbench_mean", mean), rows]
+        mean = math.fsum(row["scores"][name] for row in scored) / len(scored)
+        found[about["vbench"]] = [about.get("vbench_mean", mean), rows]
     return found
 
 
@@ -153,12 +160,15 @@ def read(out: str | Path) -> dict[str, dict]:
     if not paths:
         raise ValueError(f"{out}: expected *_eval_results.json of VBench, got none")
     names = _exported(out)
-    specs = {spec.vbench: spec for spec in metrics.specs().values() if spec.vbench}
-    found = {}
+    specs, found = _by_dimension(), {}
     for path in paths:
         try:
             for dimension, (mean, rows) in json.loads(path.read_text(encoding="utf-8")).items():
-                values = {Path(row["video_path"]).name: float(row["video_results"]) for row in rows}
+                scale = specs[dimension].vbench_scale if dimension in specs else 1.0
+                values = {
+                    Path(row["video_path"]).name: float(row["video_results"]) / scale
+                    for row in rows
+                }
                 found[dimension] = {
                     "mean": float(mean),
                     "normalised": (

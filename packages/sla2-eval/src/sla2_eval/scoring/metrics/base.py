@@ -54,6 +54,7 @@ class MetricSpec:
     # what VBench's total of the dimension is a mean over: every video counts alike, or every pair
     # of neighbouring frames, so that long videos count more
     vbench_mean_over: str = "videos"  # or "frame pairs"
+    vbench_scale: float = 1.0  # of VBench's values of single videos, over its total and ours
     settings: dict[str, Any] = field(
         default_factory=dict
     )  # defaults; a result is stored under the hash of what was used

@@ -19,6 +19,7 @@ SPECS = (
         weights=("musiq",),
         packages=("pyiqa",),
         vbench="imaging_quality",
+        vbench_scale=100.0,
         settings={"long_side": 512},
     ),
 )
