@@ -252,12 +252,18 @@ def test_pixels_are_compared_a_frame_at_a_time(monkeypatch, name):
 def test_frechet_is_the_closed_form_of_commuting_gaussians():
     """Sets with exactly diagonal covariances: |m1 - m2|^2 + sum (s1 - s2)^2."""
     corners = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=float)
-    unit = corners * np.sqrt(7 / 8)  # unbiased variance 1 in each coordinate
-    first, second = (
-        unit * [1.0, 2.0, 3.0] + [1.0, 0.0, 0.0],
-        unit * [2.0, 0.5, 3.0] + [0.0, 2.0, 0.0],
-    )
-    assert frechet(first, second) == pytest.approx(1 + 4 + (1 + 1.5**2 + 0), rel=1e-12)
+    # of variance 1 in each coordinate, over n as StyleGAN-V has it, or over n - 1
+    for ddof, unit in ((0, corners), (1, corners * np.sqrt(7 / 8))):
+        first, second = (
+            unit * [1.0, 2.0, 3.0] + [1.0, 0.0, 0.0],
+            unit * [2.0, 0.5, 3.0] + [0.0, 2.0, 0.0],
+        )
+        expected = 1 + 4 + (1 + 1.5**2 + 0)
+        assert frechet(first, second, ddof=ddof) == pytest.approx(expected, rel=1e-12)
+    named = {"covariance": "sample"}
+    found = reduce("fvd", first, second, named)["value"]
+    assert found == pytest.approx(expected)
+    assert reduce("fvd", first, second, {"covariance": "population"})["value"] < found
 
 
 def test_frechet_is_the_closed_form_in_general():
@@ -266,7 +272,7 @@ def test_frechet_is_the_closed_form_in_general():
         gaussian(60, 5, 0),
         gaussian(50, 5, 1, 2.0, 0.3) @ np.random.default_rng(2).normal(size=(5, 5)),
     )
-    s1, s2 = np.cov(first.T), np.cov(second.T)
+    s1, s2 = np.cov(first.T, ddof=0), np.cov(second.T, ddof=0)
     root = np.sqrt(np.linalg.eigvals(s1 @ s2).real).sum()
     expected = (
         ((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * root
@@ -296,15 +302,16 @@ def test_frechet_of_constant_sets_is_the_distance_of_their_means():
 
 def test_fvd_refuses_one_clip_and_warns_of_few():
     with pytest.raises(ValueError, match="at least 2 clips"):
-        reduce("fvd", gaussian(1, 4, 0), gaussian(9, 4, 0), {})
-    few = reduce("fvd", gaussian(20, 70, 0), gaussian(60, 70, 1), {})
+        reduce("fvd", gaussian(1, 4, 0), gaussian(9, 4, 0), {"covariance": "population"})
+    settings = metrics.specs()["fvd"].settings
+    few = reduce("fvd", gaussian(20, 70, 0), gaussian(60, 70, 1), settings)
     assert [w.split(":")[0] for w in few["warnings"]] == [
         "20 clips of the videos",
         "20 clips of the videos for 70 dimensions",
         "60 clips of the references",
         "60 clips of the references for 70 dimensions",
     ]
-    assert reduce("fvd", gaussian(300, 4, 0), gaussian(300, 4, 1), {})["warnings"] == []
+    assert reduce("fvd", gaussian(300, 4, 0), gaussian(300, 4, 1), settings)["warnings"] == []
 
 
 def test_caption_accuracy_reads_shapes_and_refuses_other_captions():

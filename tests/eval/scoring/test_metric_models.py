@@ -259,8 +259,8 @@ def test_the_static_filter_leaves_moving_videos_out(make_folder, tmp_path):
 
 def test_fvd_cuts_videos_into_clips_and_reads_them_in_minus_one_to_one(tmp_path):
     detector = I3D()
-    settings = keep(tmp_path / "i3d.pt", torch.jit.script(detector), size=24)
-    extract = metrics.load("fvd", settings)
+    settings = keep(tmp_path / "i3d.pt", torch.jit.script(detector), size=24, crop="none")
+    extract = metrics.load("fvd", {**settings, "clips": "all"})
     video = frames(0, 35, 24, 24)
     features = extract(Sample(video, 8))
     assert features.shape == (2, 400)
@@ -268,8 +268,37 @@ def test_fvd_cuts_videos_into_clips_and_reads_them_in_minus_one_to_one(tmp_path)
     with torch.no_grad():
         expected = detector(clip, False, False, True)[0].numpy()
     np.testing.assert_allclose(features[1], expected, atol=1e-5)
+    first = metrics.load("fvd", settings)(Sample(video, 8))
+    np.testing.assert_array_equal(first, features[:1])
     with pytest.raises(ValueError, match="at least 16 frames, got 15"):
         extract(Sample(video[:15], 8))
+
+
+@pytest.mark.parametrize("height", [37, 90])
+def test_fvd_sees_the_centre_square_as_stylegan_v_prepares_it(tmp_path, height):
+    from PIL import Image
+
+    detector = I3D()
+    settings = keep(tmp_path / "i3d.pt", torch.jit.script(detector), size=24, resolution=30)
+    video = frames(0, 17, height, 60)
+    wide = (48, 30) if height == 37 else (30, 45)  # 30 * 60 / 37 and 30 * 90 / 60 pixels
+    left, top = (9, 0) if height == 37 else (0, 8)  # the half of 15, rounded to even
+    squares = [
+        Image.fromarray(frame).resize(wide, Image.Resampling.LANCZOS) for frame in video[:16]
+    ]
+    squares = [np.asarray(image.crop((left, top, left + 30, top + 30))) for image in squares]
+    clip = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 255
+    clip = nn.functional.interpolate(clip, (24, 24), mode="bilinear").permute(1, 0, 2, 3)[None]
+    with torch.no_grad():
+        expected = detector(clip * 2 - 1, False, False, True).numpy()
+    found = metrics.load("fvd", settings)(Sample(video, 8))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_other_names_of_a_setting_are_refused(make_folder, tmp_path):
+    folder = make_folder("a", 1)
+    with pytest.raises(ValueError, match="expected crop of fvd to be 'centre' or 'none', got 'lef"):
+        score(folder, folder, ["fvd"], tmp_path / "out", settings={"fvd": {"crop": "left"}})
 
 
 def test_fvd_of_videomae_features(tmp_path):
@@ -287,6 +316,7 @@ def test_fvd_of_videomae_features(tmp_path):
         "classifier.weight": torch.zeros(2, 8)
     }
     settings = keep(tmp_path / "videomae.safetensors", state, size=32, clip_frames=4, model=config)
+    settings |= {"crop": "none", "clips": "all"}
     features = metrics.load("fvd_videomae", settings)(Sample(frames(0, 8, 32, 32), 8))
     assert features.shape == (2, 8)
     mean, std = (

@@ -163,7 +163,7 @@ def test_videomaes_published_biases_find_their_place(tmp_path):
     settings = given(tmp_path / "videomae.safetensors", published)
     video = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     found = metrics.load(
-        "fvd_videomae", {**settings, "size": 32, "clip_frames": 4, "model": config}
+        "fvd_videomae", {**settings, "size": 32, "clip_frames": 4, "model": config, "crop": "none"}
     )(Sample(video, 8))
     mean, std = (
         torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -365,6 +365,12 @@ def _chosen(
                 raise ValueError(
                     f"settings: expected {', '.join(known)} or digests for {name}, got {key!r}"
                 )
+            choices = chosen[name].choices.get(key)
+            if choices and given[key] not in choices:
+                raise ValueError(
+                    f"settings: expected {key} of {name} to be {' or '.join(map(repr, choices))},"
+                    f" got {given[key]!r}"
+                )
     if reference is None:
         paired = [name for name, spec in chosen.items() if spec.kind != "unpaired"]
         if paired:

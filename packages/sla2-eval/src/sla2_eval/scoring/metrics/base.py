@@ -58,6 +58,7 @@ class MetricSpec:
     settings: dict[str, Any] = field(
         default_factory=dict
     )  # defaults; a result is stored under the hash of what was used
+    choices: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # of settings with names
     revision: int = 1  # raised when the same settings give another number
 
     def normalised(self, value: float) -> float | None:

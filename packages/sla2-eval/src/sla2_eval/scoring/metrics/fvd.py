@@ -11,21 +11,36 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+# What StyleGAN-V does, and what else can be asked for. "crop": the centre square, its side first
+# made `resolution` pixels, or the whole frame squeezed into a square, of which `resolution` is not
+# used. "clips": of each video the first, or all that follow one another. "covariance": divided by n
+# or by n - 1.
+_PROTOCOL = {"crop": "centre", "resolution": 256, "clips": "first", "covariance": "population"}
+_CHOICES = {
+    "crop": ("centre", "none"),
+    "clips": ("first", "all"),
+    "covariance": ("population", "sample"),
+}
+
 SPECS = (
     MetricSpec(
         name="fvd",
         kind="set",
         title="FVD (I3D)",
         definition=(
-            "Frechet distance of I3D Kinetics-400 logits (400-d) of 16-frame clips, 224 x 224, [-1,"
-            " 1]; float64, by eigenvalues"
+            "Frechet distance of I3D Kinetics-400 logits (400-d) of the first 16 frames, their"
+            " centre square at 256 x 256, then 224 x 224 in [-1, 1]; covariances over n; float64,"
+            " by eigenvalues"
         ),
-        source="Unterthiner et al. 2018; StyleGAN-V's TorchScript I3D",
+        source="Unterthiner et al. 2018; StyleGAN-V, frechet_video_distance.py and its I3D",
         value_range=(0.0, None),
         higher_is_better=False,
         licence="Apache-2.0 (Kinetics-400 I3D)",
         weights=("i3d",),
-        settings={"clip_frames": 16, "size": 224},
+        packages=("torchvision",),
+        settings={"clip_frames": 16, "size": 224, **_PROTOCOL},
+        choices=_CHOICES,
+        revision=2,
     ),
     MetricSpec(
         name="fvd_videomae",
@@ -40,15 +55,17 @@ SPECS = (
         higher_is_better=False,
         licence="CC-BY-NC-4.0 (VideoMAE)",
         weights=("videomae",),
-        packages=("transformers",),
-        settings={"clip_frames": 16, "size": 224, "model": {}},
+        packages=("transformers", "torchvision"),
+        settings={"clip_frames": 16, "size": 224, "model": {}, **_PROTOCOL},
+        choices=_CHOICES,
+        revision=2,
     ),
 )
 
 
 def load(name: str, settings: dict, device: str) -> Callable[[Sample], np.ndarray]:
-    """The extractor: features (clips, d) of a video's consecutive clips. It raises ValueError for a
-    shorter video.
+    """The extractor: features (clips, d) of a video. It raises ValueError for a video shorter than
+    a clip.
     """
     import numpy as np
     import torch
@@ -58,13 +75,30 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], np.ndarra
 
     def extract(sample: Sample) -> np.ndarray:
         need_frames(sample, length)
+        last = len(sample.frames) - length if settings["clips"] == "all" else 0
         found = []
         with torch.inference_mode():
-            for start in range(0, len(sample.frames) - length + 1, length):
-                found.append(features(sample.frames[start : start + length]).float().cpu().numpy())
+            for start in range(0, last + 1, length):
+                clip = sample.frames[start : start + length]
+                if settings["crop"] == "centre":
+                    clip = _centre(clip, settings["resolution"])
+                found.append(features(clip).float().cpu().numpy())
         return np.stack(found)
 
     return extract
+
+
+def _centre(frames: np.ndarray, side: int) -> np.ndarray:
+    """The centre square of uint8 (T, H, W, 3) frames whose short side is first made `side` pixels,
+    by Pillow's Lanczos filter: how StyleGAN-V prepares its data sets.
+    """
+    import numpy as np
+    from PIL import Image
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import center_crop, resize
+
+    images = (resize(Image.fromarray(frame), [side], InterpolationMode.LANCZOS) for frame in frames)
+    return np.stack([np.asarray(center_crop(image, [side, side])) for image in images])
 
 
 def _square(frames: np.ndarray, device: str, side: int) -> Tensor:
@@ -146,9 +180,9 @@ def _as_named_now(published: dict, expected: dict) -> dict:
     return found | {name: torch.zeros_like(tensor) for name, tensor in keys.items()}
 
 
-def frechet(first: np.ndarray, second: np.ndarray) -> float:
+def frechet(first: np.ndarray, second: np.ndarray, *, ddof: int = 0) -> float:
     """The squared Frechet distance of the Gaussians fitted to two sets of features (n, d) and (m,
-    d), in float64.
+    d), in float64; covariances are divided by n - `ddof`.
 
     |mean1 - mean2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)). With S = R'R, the eigenvalues of S1
     S2 are the squared singular values of R1 R2', so their roots come without a matrix square root,
@@ -166,7 +200,7 @@ def frechet(first: np.ndarray, second: np.ndarray) -> float:
         x = np.asarray(features, dtype=np.float64)
         x = x[np.lexsort(x.T[::-1])]
         means.append(x.mean(axis=0))
-        roots.append(np.linalg.qr(x - means[-1], mode="r") / np.sqrt(len(x) - 1))
+        roots.append(np.linalg.qr(x - means[-1], mode="r") / np.sqrt(len(x) - ddof))
     shared = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
     spread = sum(float((root * root).sum()) for root in roots)
     return max(0.0, float(((means[0] - means[1]) ** 2).sum()) + spread - 2.0 * float(shared))
@@ -189,4 +223,5 @@ def reduce(name: str, features: np.ndarray, reference: np.ndarray, settings: dic
                 f"{count} clips of the {side} for {dimension} dimensions: the covariance is"
                 " rank-deficient"
             )
-    return {"value": frechet(features, reference), "warnings": warnings}
+    ddof = 1 if settings["covariance"] == "sample" else 0
+    return {"value": frechet(features, reference, ddof=ddof), "warnings": warnings}
