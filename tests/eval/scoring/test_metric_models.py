@@ -301,33 +301,6 @@ def test_other_names_of_a_setting_are_refused(make_folder, tmp_path):
         score(folder, folder, ["fvd"], tmp_path / "out", settings={"fvd": {"crop": "left"}})
 
 
-def test_fvd_of_videomae_features(tmp_path):
-    from transformers import VideoMAEConfig, VideoMAEModel
-
-    config = {
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "patch_size": 16,
-    }
-    model = VideoMAEModel(VideoMAEConfig(image_size=32, num_frames=4, **config)).eval()
-    state = {f"videomae.{k}": v for k, v in model.state_dict().items()} | {
-        "classifier.weight": torch.zeros(2, 8)
-    }
-    settings = keep(tmp_path / "videomae.safetensors", state, size=32, clip_frames=4, model=config)
-    settings |= {"crop": "none", "clips": "all"}
-    features = metrics.load("fvd_videomae", settings)(Sample(frames(0, 8, 32, 32), 8))
-    assert features.shape == (2, 8)
-    mean, std = (
-        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
-    with torch.no_grad():
-        clip = (torch.from_numpy(frames(0, 8, 32, 32)[4:]).permute(0, 3, 1, 2) / 255 - mean) / std
-        expected = model(clip[None]).last_hidden_state[0].mean(0).numpy()
-    np.testing.assert_allclose(features[1], expected, atol=1e-5)
-
-
 def modules(monkeypatch, tree):
     """Install modules {dotted name: {attribute: value}} with their parents as packages."""
     for name, members in tree.items():

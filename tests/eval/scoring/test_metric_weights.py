@@ -135,43 +135,96 @@ def test_the_models_have_the_published_names_and_shapes():
         )
 
 
-def test_videomaes_published_biases_find_their_place(tmp_path):
-    """The published file has q_bias and v_bias, and the heads of a classifier."""
+def videomae_v2(layers: int, width: int, inner: int, patch: int, classes: int) -> dict:
+    """Names and shapes in VideoMAE V2's fine-tuned files."""
+    found = {"patch_embed.proj.weight": (width, 3, 2, patch, patch)}
+    found |= {"patch_embed.proj.bias": (width,), **norm("fc_norm", width)}
+    for layer in range(layers):
+        block = f"blocks.{layer}"
+        found |= norm(f"{block}.norm1", width) | norm(f"{block}.norm2", width)
+        found |= {f"{block}.attn.qkv.weight": (3 * width, width)}
+        found |= {f"{block}.attn.{name}_bias": (width,) for name in "qv"}
+        found |= linear(f"{block}.attn.proj", width, width)
+        found |= linear(f"{block}.mlp.fc1", width, inner) | linear(f"{block}.mlp.fc2", inner, width)
+    return found | linear("head", width, classes)
+
+
+def test_videomae_has_the_published_sizes():
+    from sla2_eval.scoring.metrics.videomae_model import GIANT, as_transformers
     from transformers import VideoMAEConfig, VideoMAEModel
 
-    config = {
-        "hidden_size": 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "patch_size": 16,
+    with torch.device("meta"):
+        # Few positions, which are computed one by one and are no weights.
+        model = VideoMAEModel(VideoMAEConfig(image_size=14, num_frames=2, **GIANT))
+        published = videomae_v2(40, 1408, 6144, 14, 174)
+        tensors = {name: torch.empty(shape) for name, shape in published.items()}
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("fc_norm")}
+        found = as_transformers(tensors, model.state_dict())
+        assert {n: tuple(t.shape) for n, t in found.items()} == shapes(model)
+
+
+def videomae_by_hand(clip: torch.Tensor, t: dict, heads: int) -> torch.Tensor:
+    """VideoMAE V2's encoder on a (T, 3, H, W) clip as its paper has it: patches of two frames,
+    sines for positions, blocks that normalise first, the mean of the tokens normalised.
+    """
+    gelu, softmax = torch.nn.functional.gelu, torch.softmax
+
+    def normed(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return centred / scale * t[f"{name}.weight"] + t[f"{name}.bias"]
+
+    def dense(x, name):
+        return x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
+
+    kernel = t["patch_embed.proj.weight"]
+    width, patch = len(kernel), kernel.shape[-1]
+    cut = clip.transpose(0, 1).unfold(1, 2, 2).unfold(2, patch, patch).unfold(3, patch, patch)
+    cut = cut.permute(1, 2, 3, 0, 4, 5, 6).flatten(3).flatten(0, 2)  # (tokens, 3 * 2 * p * p)
+    x = cut @ kernel.flatten(1).T + t["patch_embed.proj.bias"]
+    angles = np.arange(len(x))[:, None] / 10000 ** (2 * (np.arange(width) // 2) / width)
+    angles[:, 0::2], angles[:, 1::2] = np.sin(angles[:, 0::2]), np.cos(angles[:, 1::2])
+    x = x + torch.from_numpy(angles)
+    layers = 1 + max(int(name.split(".")[1]) for name in t if name.startswith("blocks."))
+    for block in (f"blocks.{layer}" for layer in range(layers)):
+        h = normed(x, f"{block}.norm1")
+        q, k, v = (h @ rows.T for rows in t[f"{block}.attn.qkv.weight"].chunk(3))
+        q, v = q + t[f"{block}.attn.q_bias"], v + t[f"{block}.attn.v_bias"]
+        q, k, v = (z.unflatten(1, (heads, -1)).transpose(0, 1) for z in (q, k, v))
+        mixed = softmax(q @ k.transpose(1, 2) / q.shape[-1] ** 0.5, -1) @ v
+        x = x + dense(mixed.transpose(0, 1).flatten(1), f"{block}.attn.proj")
+        h = gelu(dense(normed(x, f"{block}.norm2"), f"{block}.mlp.fc1"))
+        x = x + dense(h, f"{block}.mlp.fc2")
+    return normed(x.mean(0), "fc_norm")
+
+
+@pytest.mark.parametrize("wrap", ["model", "module"])
+def test_content_debiased_fvd_reads_videomaes_own_file(tmp_path, wrap):
+    """Its features by hand, of the frames as cd-fvd prepares them: centre square, no normalisation
+    by ImageNet's mean.
+    """
+    model = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}
+    model |= {"intermediate_size": 20, "patch_size": 14}
+    generator = torch.Generator().manual_seed(0)
+    published = {
+        name: torch.randn(shape, generator=generator) / 3
+        for name, shape in videomae_v2(2, 12, 20, 14, 5).items()
     }
-    torch.manual_seed(0)
-    model = VideoMAEModel(VideoMAEConfig(image_size=32, num_frames=4, **config)).eval()
-    state = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
-    for name in state:
-        if name.endswith("key.bias"):
-            state[name].zero_()
-    model.load_state_dict(state)
-    published = {"classifier.weight": torch.zeros(400, 8), "classifier.bias": torch.zeros(400)}
-    published |= {"fc_norm.weight": torch.ones(8), "fc_norm.bias": torch.zeros(8)}
-    for name, tensor in state.items():
-        if not name.endswith("key.bias"):
-            name = name.replace(".query.bias", ".q_bias").replace(".value.bias", ".v_bias")
-            published[f"videomae.{name}"] = tensor.contiguous()
-    assert sum(name.endswith(("q_bias", "v_bias")) for name in published) == 4
-    settings = given(tmp_path / "videomae.safetensors", published)
-    video = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    found = metrics.load(
-        "fvd_videomae", {**settings, "size": 32, "clip_frames": 4, "model": config, "crop": "none"}
-    )(Sample(video, 8))
-    mean, std = (
-        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
-    with torch.no_grad():
-        clip = (torch.from_numpy(video).permute(0, 3, 1, 2) / 255 - mean) / std
-        expected = model(clip[None]).last_hidden_state[0].mean(0).numpy()
-    np.testing.assert_allclose(found[0], expected, atol=1e-4)
+    settings = given(tmp_path / "videomae.pth", {wrap: published, "epoch": 3})
+    settings |= {"size": 28, "resolution": 33, "clip_frames": 4, "model": model}
+    video = np.random.default_rng(0).integers(0, 256, (7, 44, 61, 3), dtype=np.uint8)
+    (found,) = metrics.load("fvd_videomae", settings)(Sample(video, 8))
+
+    x = torch.from_numpy(video[:4]).permute(0, 3, 1, 2).float() / 255
+    resize = torch.nn.functional.interpolate
+    x = resize(x, (33, 46), mode="bilinear", antialias=True)[..., 6:39]  # 61 * 33 / 44 = 45.75
+    x = resize((x * 255).byte().float() / 255, (28, 28), mode="bilinear")
+    by_hand = videomae_by_hand(x.double(), {n: t.double() for n, t in published.items()}, heads=3)
+    np.testing.assert_allclose(found, by_hand.numpy(), atol=2e-5)
+    del published["blocks.1.attn.q_bias"]
+    wrong = given(tmp_path / "videomae.pth", {wrap: published})
+    with pytest.raises(metrics.MetricUnavailable, match=r"Missing key.*1\.attention"):
+        metrics.load("fvd_videomae", {**settings, **wrong})
 
 
 @pytest.mark.parametrize("wrap", ["plain", "params", "state_dict", "module"])

@@ -109,13 +109,12 @@ _TABLE = (
     ),
     (
         "videomae",
-        346,
-        "CC-BY-NC-4.0 (VideoMAE)",
+        4050,  # of its parameters in fp32
+        "MIT (VideoMAE V2)",
         None,
         "fvd_videomae",
         "hub",
-        "MCG-NJU/videomae-base-finetuned-kinetics/resolve/main/model.safetensors",
-        "videomae_base_kinetics.safetensors",
+        "OpenGVLab/InternVideoMAE_models/resolve/main/mae-g/vit_g_hybrid_pt_1200e_ssv2_ft.pth",
     ),
     (
         "musiq",

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from sla2_eval.scoring.metrics import videomae_model
 from sla2_eval.scoring.metrics.base import MetricSpec, Sample, need_frames
+from sla2_eval.scoring.metrics.videomae_model import GIANT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +39,6 @@ SPECS = (
         higher_is_better=False,
         licence="Apache-2.0 (Kinetics-400 I3D)",
         weights=("i3d",),
-        packages=("torchvision",),
         settings={"clip_frames": 16, "size": 224, **_PROTOCOL},
         choices=_CHOICES,
         revision=2,
@@ -47,18 +48,18 @@ SPECS = (
         kind="set",
         title="FVD (VideoMAE)",
         definition=(
-            "the same distance of VideoMAE ViT-B features (768-d), which see motion more than I3D"
-            " does"
+            "the same distance of VideoMAE V2's ViT-g features (1408-d, fine-tuned on Something-"
+            "Something V2), which see motion more than I3D does; frames in [0, 1]"
         ),
         source="Ge et al. 2024 (content-debiased FVD)",
         value_range=(0.0, None),
         higher_is_better=False,
-        licence="CC-BY-NC-4.0 (VideoMAE)",
+        licence="MIT (VideoMAE V2)",
         weights=("videomae",),
-        packages=("transformers", "torchvision"),
-        settings={"clip_frames": 16, "size": 224, "model": {}, **_PROTOCOL},
+        packages=("transformers",),
+        settings={"clip_frames": 16, "size": 224, "model": GIANT, **_PROTOCOL},
         choices=_CHOICES,
-        revision=2,
+        revision=3,
     ),
 )
 
@@ -71,7 +72,10 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], np.ndarra
     import torch
 
     length = settings["clip_frames"]
-    features = _i3d(settings, device) if name == "fvd" else _videomae(settings, device)
+    if name == "fvd":
+        features, centre = _i3d(settings, device), _centre
+    else:
+        features, centre = _videomae(settings, device), videomae_model.prepared
 
     def extract(sample: Sample) -> np.ndarray:
         need_frames(sample, length)
@@ -81,7 +85,7 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], np.ndarra
             for start in range(0, last + 1, length):
                 clip = sample.frames[start : start + length]
                 if settings["crop"] == "centre":
-                    clip = _centre(clip, settings["resolution"])
+                    clip = centre(clip, settings["resolution"])
                 found.append(features(clip).float().cpu().numpy())
         return np.stack(found)
 
@@ -94,11 +98,12 @@ def _centre(frames: np.ndarray, side: int) -> np.ndarray:
     """
     import numpy as np
     from PIL import Image
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.functional import center_crop, resize
 
-    images = (resize(Image.fromarray(frame), [side], InterpolationMode.LANCZOS) for frame in frames)
-    return np.stack([np.asarray(center_crop(image, [side, side])) for image in images])
+    height, width = frames.shape[1:3]
+    size = (side * width // min(height, width), side * height // min(height, width))
+    left, top = (round((length - side) / 2) for length in size)
+    images = (Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in frames)
+    return np.stack([np.asarray(i.crop((left, top, left + side, top + side))) for i in images])
 
 
 def _square(frames: np.ndarray, device: str, side: int) -> Tensor:
@@ -123,61 +128,12 @@ def _i3d(settings: dict, device: str) -> Callable:
 
 
 def _videomae(settings: dict, device: str) -> Callable:
-    import torch
-    from transformers import VideoMAEConfig, VideoMAEModel
-
-    from sla2_eval.scoring.metrics.loading import IMAGENET_MEAN, IMAGENET_STD, fill, load_tensors
-
-    config = VideoMAEConfig(
-        **{
-            "image_size": settings["size"],
-            "num_frames": settings["clip_frames"],
-            **settings["model"],
-        }
-    )
-    model = VideoMAEModel(config)
-    tensors = _as_named_now(load_tensors("videomae", settings), model.state_dict())
-    model = fill(model, tensors, "videomae").to(device)
-    mean, std = (
-        torch.tensor(value, device=device).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD)
-    )
+    model = videomae_model.VideoMAE(settings, device)
 
     def features(frames: np.ndarray) -> Tensor:
-        return (
-            model((_square(frames, device, settings["size"]) - mean)[None] / std)
-            .last_hidden_state[0]
-            .mean(0)
-        )
+        return model.features(_square(frames, device, settings["size"]))
 
     return features
-
-
-def _as_named_now(published: dict, expected: dict) -> dict:
-    """The encoder's tensors of a published VideoMAE, under the names of this version of
-    transformers.
-
-    The published files keep the attention's biases as `q_bias` and `v_bias`, and have none for the
-    keys.
-    """
-    import torch
-
-    found = {}
-    for name, tensor in published.items():
-        name = name.removeprefix("videomae.")
-        if name.startswith(
-            ("classifier.", "fc_norm.", "decoder", "encoder_to_decoder", "mask_token")
-        ):
-            continue
-        for short, linear in ((".q_bias", ".query.bias"), (".v_bias", ".value.bias")):
-            renamed = name.removesuffix(short) + linear
-            name = renamed if name.endswith(short) and renamed in expected else name
-        found[name] = tensor
-    keys = {
-        name: tensor
-        for name, tensor in expected.items()
-        if name.endswith(".key.bias") and name not in found
-    }
-    return found | {name: torch.zeros_like(tensor) for name, tensor in keys.items()}
 
 
 def frechet(first: np.ndarray, second: np.ndarray, *, ddof: int = 0) -> float:

@@ -58,7 +58,8 @@ def load_tensors(name: str, settings: dict) -> dict[str, Tensor]:
         raise MetricUnavailable(
             f"unavailable: {path}: expected tensors, got {str(error).splitlines()[0]}"
         ) from error
-    for key in ("state_dict", "params"):  # as AMT's and pyiqa's trainers wrap them
+    # as the trainers of AMT, pyiqa, and VideoMAE wrap them
+    for key in ("state_dict", "params", "model", "module"):
         found = found.get(key, found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(
         isinstance(value, torch.Tensor) for value in found.values()
