@@ -175,7 +175,7 @@ def test_a_variant_whose_worker_dies_is_listed_and_the_others_are_done(
     assert report["not_scored"] == ["b"]
     assert list(report["lost"]) == ["videos b", "scores b"]
     groups = {group["label"]: group["metrics"] for group in report["groups"]}
-    assert groups["A"]["temporal_flickering"]["prompts"]["n"] == 2
+    assert groups["A"]["temporal_flickering"]["n"] == 2
     assert groups["B"] == {}
     monkeypatch.undo()
     assert (

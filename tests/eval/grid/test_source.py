@@ -60,7 +60,7 @@ def test_a_pipeline_is_trained_and_compared(wan_folder, wan_training, tmp_path, 
     groups = {group["label"]: group for group in report["groups"]}
     assert set(groups) == {"full attention", "SLA2", "SLA"}
     assert np.isfinite(groups["SLA"]["metrics"]["psnr"]["mean"])
-    assert groups["SLA"]["metrics"]["psnr"]["prompts"]["n"] == 2
+    assert groups["SLA"]["metrics"]["psnr"]["n"] == 2
     maps = json.loads((grid / "block_maps" / "sla2.json").read_text())
     assert maps["grid"] == [2, 2, 3]
     assert maps["sparsity"] == groups["SLA2"]["sparsity"] == 0.5

@@ -24,13 +24,24 @@ def test_groups_hold_seeds_intervals_and_paired_differences(run_dir):
     full, ninety, ninety_seven, late = (group["metrics"] for group in data["groups"])
     assert "psnr" not in full
     assert full["temporal_flickering"]["mean"] == pytest.approx(0.85)
-    assert ninety["psnr"]["prompts"] == {"mean": 32.0, "low": 31.0, "high": 33.0, "n": 2}
-    assert "seeds" not in ninety["psnr"]
+    half = 2.4469 * 0.6614 / 7**0.5
+    assert ninety["psnr"]["high"] == pytest.approx(32 + half, abs=1e-3)
+    counts = ("n", "num_videos", "of_videos", "num_seeds", "method")
+    assert [ninety["psnr"][key] for key in counts] == [7, 7, 7, 1, "Student's t over prompts"]
     assert ninety["temporal_flickering"]["difference"]["within_noise"]
     assert ninety_seven["psnr"]["mean"] == 23.0
-    assert ninety_seven["psnr"]["seeds"]["high"] == pytest.approx(23.0 + 12.706 * 2.0)
-    assert ninety_seven["temporal_flickering"]["difference"]["mean"] == pytest.approx(-0.2)
-    assert not ninety_seven["temporal_flickering"]["difference"]["within_noise"]
+    # Two seeds, 2 dB above and below, say more than the seven prompts.
+    assert ninety_seven["psnr"]["high"] > 23.0 + 5 * 2.0
+    assert [ninety_seven["psnr"][key] for key in counts[:4]] == [7, 14, 14, 2]
+    difference = ninety_seven["temporal_flickering"]["difference"]
+    assert difference["mean"] == pytest.approx(-0.2)
+    assert difference["low"] <= difference["mean"] <= difference["high"] < 0
+    # All signs alike is one choice in 64; Holm's correction is over three pairs.
+    assert (difference["p"], difference["p_holm"]) == pytest.approx((1 / 64, 3 / 64))
+    assert not difference["within_noise"]
+    pairs = [(row["metric"], row["first"], row["second"]) for row in data["comparisons"]]
+    assert pairs[0] == ("psnr", "SLA2 90 %", "SLA2 97 %")
+    assert len(pairs) == 4
     assert late == {}
     assert data["not_scored"] == ["late"]
     assert data["versions"] == {"torch": "9.9"}
@@ -105,28 +116,34 @@ def test_videos_shown_are_those_that_can_be_compared(run_dir, make_folder):
 
 
 def test_lead_counts_what_was_scored(run_dir):
-    assert "4 variants, 2 prompts, 8 videos scored." in write_report(run_dir).read_text()
+    assert "4 variants, 7 prompts, 28 videos scored." in write_report(run_dir).read_text()
     path = run_dir / "scores" / "sla2-90" / "results.json"
     scored = json.loads(path.read_text())
     scored["videos"].append({"file_name": "p9-0.mp4", "prompt": "p9", "index": 0, "scores": {}})
     path.write_text(json.dumps(scored))
-    assert gather(run_dir)["num_videos"] == 8
+    assert gather(run_dir)["num_videos"] == 28
     run = json.loads((run_dir / "run.json").read_text())
     (run_dir / "run.json").write_text(json.dumps({**run, "variants": run["variants"][:1]}))
-    assert "1 variant, 2 prompts, 2 videos scored." in write_report(run_dir).read_text()
+    assert "1 variant, 7 prompts, 7 videos scored." in write_report(run_dir).read_text()
 
 
-def test_intervals_over_few_prompts_are_said_to_be_narrow(run_dir):
-    assert (
-        "Over 2 prompts: bootstrap intervals over fewer than about twenty are too narrow"
-        in write_report(run_dir).read_text()
-    )
-    for path in (run_dir / "scores").glob("*/results.json"):
-        scored = json.loads(path.read_text())
-        row = scored["videos"][0]
-        scored["videos"] = [{**row, "file_name": f"{i}.mp4", "prompt": f"p{i}"} for i in range(20)]
-        path.write_text(json.dumps(scored))
-    assert "too narrow" not in write_report(run_dir).read_text()
+def test_what_is_not_known_says_so(run_dir):
+    """One prompt, a variant of unknown sparsity, a video without a score."""
+    run = json.loads((run_dir / "run.json").read_text())
+    del run["variants"][1]["sparsity"]
+    (run_dir / "run.json").write_text(json.dumps(run))
+    path = run_dir / "scores" / "sla2-90" / "results.json"
+    scored = json.loads(path.read_text())
+    for row in scored["videos"][1:]:
+        del row["scores"]["psnr"]
+    path.write_text(json.dumps(scored))
+    page = write_report(run_dir).read_text()
+    assert "interval unknown" in page
+    assert "1 of 7 videos" in page
+    markdown = (run_dir / "report" / "results.md").read_text()
+    assert "| SLA2 90 % | unknown | 31.00 (1 of 7) |" in markdown
+    compared = gather(run_dir)["comparisons"][0]
+    assert [compared[key] for key in ("metric", "n", "p", "p_holm")] == ["psnr", 1, None, None]
 
 
 def test_what_a_set_metric_warns_of_is_said(run_dir):
@@ -179,10 +196,10 @@ def test_tables_agree_with_the_page(run_dir):
     write_report(run_dir)
     rows = list(csv.DictReader((run_dir / "report" / "results.csv").open()))
     row = next(row for row in rows if row["variant"] == "SLA2 97 %" and row["metric"] == "psnr")
-    assert (float(row["mean"]), row["seeds"], row["prompts"]) == (23.0, "2", "2")
+    assert (float(row["mean"]), row["seeds"], row["prompts"]) == (23.0, "2", "7")
     markdown = (run_dir / "report" / "results.md").read_text()
-    assert "| SLA2 90 % | 90 % | 32.00 [31.00, 33.00] |" in markdown
-    assert "| SLA2 90 % | 90 % | 0.8500 [0.8000, 0.9000] ≈ |" in markdown
+    assert "| SLA2 90 % | 90 % | 32.00 [31.39, 32.61] |" in markdown
+    assert "| SLA2 90 % | 90 % | 0.8500 [0.8154, 0.8846] ≈ |" in markdown
     assert "p9-0.mp4: failed: p9: broken" in markdown
     assert json.loads((run_dir / "report" / "results.json").read_text()) == gather(run_dir)
 
@@ -282,9 +299,9 @@ def test_results_of_score_have_a_report(tmp_path, make_folder):
     for metric, about in results["metrics"].items():
         assert rows["a|b"]["metrics"][metric]["mean"] == about["mean"]
     flickering = results["metrics"]["temporal_flickering"]
-    assert rows["full, the reference"]["metrics"] == {
-        "temporal_flickering": {"mean": flickering["reference_mean"]}
-    }
+    full = rows["full, the reference"]["metrics"]
+    assert full["temporal_flickering"]["mean"] == flickering["reference_mean"]
+    assert list(full) == ["temporal_flickering"]
     assert rows["a|b"]["metrics"]["temporal_flickering"]["difference"] == flickering["difference"]
     assert rows["a|b"]["sparsity"] is None
     page = (out / "report" / "index.html").read_text()

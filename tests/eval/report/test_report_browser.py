@@ -272,7 +272,7 @@ def noise_is_marked(page):
     assert "≈ +0.0000" in said["SLA2 90 %"]
     assert "Δ -0.2000" in said["SLA2 97 %"]
     assert "≈" not in said["Full attention"] + said["SLA2 97 %"]
-    assert "within noise" in page.js("document.querySelector('.same').parentElement.textContent")
+    assert "no test shows" in page.js("document.querySelector('.same').parentElement.textContent")
 
 
 def everything_has_a_name(page):

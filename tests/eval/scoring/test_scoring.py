@@ -53,7 +53,7 @@ def test_psnr_and_ssim_are_scikit_images(make_folder, tmp_path):
 
 
 def test_difference_to_the_reference_is_paired(make_folder, tmp_path):
-    videos, reference = make_folder("a", 3, noise=9.0), make_folder("b", 3)
+    videos, reference = make_folder("a", 6, noise=9.0), make_folder("b", 6)
     flicker = score(videos, reference, ["temporal_flickering"], tmp_path / "out")["metrics"][
         "temporal_flickering"
     ]
@@ -63,6 +63,7 @@ def test_difference_to_the_reference_is_paired(make_folder, tmp_path):
     assert flicker["reference_mean"] == alone["mean"]
     assert flicker["difference"]["mean"] == pytest.approx(flicker["mean"] - alone["mean"])
     assert flicker["difference"]["mean"] < 0
+    assert flicker["difference"]["p"] == 2 / 2**6
     assert not flicker["difference"]["within_noise"]
     assert flicker["normalised"] == pytest.approx((flicker["mean"] - 0.6293) / (1 - 0.6293))
 

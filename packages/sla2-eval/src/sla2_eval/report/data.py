@@ -5,14 +5,16 @@ maps, the paper's points.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
+from itertools import combinations
 from pathlib import Path
 
 from sla2_eval.runs.folders import INPUTS
 from sla2_eval.runs.progress import SPEED
 from sla2_eval.scoring import metrics
-from sla2_eval.scoring.intervals import Interval, over_prompts, over_seeds, paired_difference
+from sla2_eval.scoring.comparisons import Values, compare, differs, holm
+from sla2_eval.scoring.intervals import over_seeds, over_seeds_and_prompts
 from sla2_eval.videos.manifest import read_manifest
 
 PAPER_METRICS = {
@@ -55,56 +57,94 @@ def _values(results: dict, metric: str) -> dict[tuple[str, str], float]:
     }
 
 
-def _mean_over_seeds(seeds: list[dict[tuple[str, str], float]]) -> dict[tuple[str, str], float]:
-    keys = set().union(*seeds) if seeds else set()
-    found = {key: [seed[key] for seed in seeds if key in seed] for key in sorted(keys)}
-    return {key: sum(values) / len(values) for key, values in found.items()}
-
-
-def _prompt_interval(values: dict[tuple[str, str], float]) -> Interval:
+def _by_prompt(values: Values) -> dict[str, list[float]]:
     grouped: dict[str, list[float]] = {}
     for (prompt, _), value in values.items():
         grouped.setdefault(prompt, []).append(value)
-    return over_prompts(grouped)
+    return grouped
 
 
-def _cell(metric: str, kind: str, seeds: list[dict], full: dict | None) -> dict | None:
-    """One cell of the table: the mean over seeds and prompts, both intervals, and the difference to
-    full attention.
+def _cell(metric: str, about: dict, seeds: Mapping[int | None, dict]) -> dict | None:
+    """One cell of the table: the mean over seeds and prompts with its interval, and how many of
+    the videos it is of. `seeds`: results by training seed.
     """
-    if kind == "set":
-        means = [
-            r["metrics"][metric]["mean"]
-            for r in seeds
-            if r["metrics"].get(metric, {}).get("mean") is not None
-        ]
-        return (
-            {"mean": sum(means) / len(means), "seeds": over_seeds(means).to_dict()}
-            if means
-            else None
-        )
-    per_seed = [values for results in seeds if (values := _values(results, metric))]
-    if not per_seed:
+    count = {"of_videos": sum(len(results["videos"]) for results in seeds.values())}
+    if about["kind"] == "set":
+        entries = [r["metrics"][metric] for r in seeds.values() if metric in r["metrics"]]
+        entries = [entry for entry in entries if entry.get("mean") is not None]
+        if not entries:
+            return None
+        count["num_videos"] = sum(entry.get("num_videos", 0) for entry in entries)
+        interval = over_seeds([entry["mean"] for entry in entries])
+        return {**interval.to_dict(), **count, "num_seeds": len(entries)}
+    values = [found for results in seeds.values() if (found := _values(results, metric))]
+    if not values:
         return None
-    together = _mean_over_seeds(per_seed)
-    prompts = _prompt_interval(together)
-    cell = {"mean": prompts.mean, "prompts": prompts.to_dict()}
-    if len(per_seed) > 1:
-        cell["seeds"] = over_seeds([_prompt_interval(values).mean for values in per_seed]).to_dict()
-    if kind == "unpaired" and not full and len(seeds) == 1:
-        if difference := seeds[0]["metrics"][metric].get("difference"):
-            cell["difference"] = difference
-    elif kind == "unpaired" and full:
-        by_name = {name: value for (_, name), value in _values(full, metric).items()}
-        difference = paired_difference(
-            together, {key: by_name[key[1]] for key in together if key[1] in by_name}
-        )
-        if difference:
-            cell["difference"] = {
-                **difference.to_dict(),
-                "within_noise": not difference.excludes_zero,
+    count["num_videos"] = sum(map(len, values))
+    interval = over_seeds_and_prompts([_by_prompt(v) for v in values], binary=about["binary"])
+    return {**interval.to_dict(), **count, "num_seeds": len(values)}
+
+
+def _seeds(group: dict, scored: dict[str, dict]) -> dict[int | None, dict]:
+    """The results of a group by training seed."""
+    return {
+        seed: scored[name] for name, seed in zip(group["names"], group["seeds"]) if name in scored
+    }
+
+
+def _compare(groups: list[dict], kinds: dict[str, dict], scored: dict[str, dict]) -> list[dict]:
+    """Every two variants in every metric of single videos, over the videos that both have, with
+    Holm's correction over the pairs of a metric.
+    """
+    found = []
+    for metric, about in kinds.items():
+        if about["kind"] == "set":
+            continue
+        values = {
+            group["label"]: {
+                seed: _values(results, metric) for seed, results in _seeds(group, scored).items()
             }
-    return cell
+            for group in groups
+            if metric in group["metrics"]
+        }
+        pairs = {
+            (first, second): difference
+            for first, second in combinations(values, 2)
+            if (difference := compare(values[first], values[second], binary=about["binary"]))
+        }
+        corrected = holm({pair: difference.p for pair, difference in pairs.items()})
+        found += [
+            {
+                "metric": metric,
+                "first": first,
+                "second": second,
+                **difference.to_dict(),
+                "p_holm": corrected[first, second],
+            }
+            for (first, second), difference in pairs.items()
+        ]
+    return found
+
+
+def _note_differences(groups: list[dict], comparisons: list[dict]) -> None:
+    """Write each variant's difference to full attention into its cells."""
+    cells = {group["label"]: group["metrics"] for group in groups}
+    full = next((group["label"] for group in groups if group["reference"]), None)
+    for row in comparisons:
+        if full not in (row["first"], row["second"]):
+            continue
+        sign = -1 if row["first"] == full else 1
+        other = row["second"] if row["first"] == full else row["first"]
+        ends = [None if row[end] is None else sign * row[end] for end in ("low", "high")]
+        cells[other][row["metric"]]["difference"] = {
+            **{key: row[key] for key in ("n", "method", "num_videos", "num_seeds", "test")},
+            "mean": sign * row["mean"] + 0.0,  # never -0.0
+            "low": ends[::sign][0],
+            "high": ends[::sign][1],
+            "p": row["p"],
+            "p_holm": row["p_holm"],
+            "within_noise": not differs(row["p_holm"]),
+        }
 
 
 def _holds_scores(folder: Path) -> bool:
@@ -173,36 +213,31 @@ def gather(run_dir: Path) -> dict:
     groups: dict[str, dict] = {}
     for variant in variants:
         label = variant.get("label", variant["name"])
-        group = groups.setdefault(label, {"label": label, "names": [], "metrics": {}})
+        new = {"label": label, "names": [], "seeds": [], "metrics": {}}
+        group = groups.setdefault(label, new)
+        # Runs of one training a variant may say no seed.
+        group["seeds"].append(variant.get("seed", len(group["names"]) or None))
         group["names"].append(variant["name"])
         group.setdefault("family", variant.get("family", label))
-        group.setdefault("sparsities", []).append(variant.get("sparsity", 0.0))
+        group.setdefault("sparsities", []).append(variant.get("sparsity"))
     for group in groups.values():
         sparsities = group.pop("sparsities")
         group["sparsity"] = (
             None if None in sparsities else sum(map(float, sparsities)) / len(sparsities)
         )
         group["reference"] = reference in group["names"]
-        seeds = [scored[name] for name in group["names"] if name in scored]
         for metric, about in kinds.items():
             if about["kind"] != "unpaired" and group["reference"]:
                 continue
-            if is_scores and group["reference"]:
-                cell = next(
-                    (
-                        {"mean": r["metrics"][metric]["mean"]}
-                        for r in seeds
-                        if metric in r["metrics"]
-                    ),
-                    None,
-                )
-            else:
-                full = None if is_scores or group["reference"] else scored.get(reference)
-                cell = _cell(metric, about["kind"], seeds, full)
-            if cell:
+            if cell := _cell(metric, about, _seeds(group, scored)):
                 group["metrics"][metric] = cell
+    ordered = _ordered(groups)
+    comparisons = _compare(ordered, kinds, scored)
+    _note_differences(ordered, comparisons)
+    if is_scores:
+        _note_of_score(groups.values(), scored)
     return {
-        "format": 1,
+        "format": 2,
         "title": run.get("title", run_dir.name),
         "reference": reference,
         "against": run.get("against", "full attention"),
@@ -211,18 +246,30 @@ def gather(run_dir: Path) -> dict:
         ),
         "num_videos": sum(_num_scored(results) for results in scored.values()),
         "metrics": kinds,
-        "groups": _ordered(groups),
+        "groups": ordered,
+        "comparisons": comparisons,
         "not_scored": [v["name"] for v in variants if v["name"] not in scored],
         "failed": _failed(scored),
         "lost": run.get("lost", {}),
         "unavailable": _unavailable(scored),
         "warnings": _warnings(scored),
-        "speed": run.get("speed") or _speed(run_dir, _ordered(groups)),
+        "speed": run.get("speed") or _speed(run_dir, ordered),
         "settings": run.get("settings", {}),
         "versions": _versions(run, scored),
         "hardware": run.get("hardware", {}),
         "notes": run.get("notes", []),
     }
+
+
+def _note_of_score(groups: Iterable[dict], scored: dict[str, dict]) -> None:
+    """What the results of `sla2 score` say of the reference, whose videos they do not list."""
+    for group in groups:
+        for metric, about in scored["videos"]["metrics"].items():
+            if not group["reference"] and (difference := about.get("difference")):
+                group["metrics"][metric]["difference"] = difference
+            if group["reference"] and about.get("reference_mean") is not None:
+                unknown = {"low": None, "high": None, "method": "unknown: not kept"}
+                group["metrics"][metric] = {"mean": about["reference_mean"], **unknown}
 
 
 def _checked(results: dict, path: Path) -> dict:
@@ -246,6 +293,7 @@ def _kinds(scored: Iterable[dict]) -> dict[str, dict]:
             "definition": found[name]["definition"],
             "source": found[name]["source"],
             "higher_is_better": found[name]["higher_is_better"],
+            "binary": found[name].get("binary", name in known and known[name].binary),
         }
         for name in sorted(
             found, key=lambda name: list(known).index(name) if name in known else len(known)

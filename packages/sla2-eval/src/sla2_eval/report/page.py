@@ -43,9 +43,9 @@ def signed(value: float) -> str:
 
 
 def percent(fraction: float | None) -> str:
-    """A sparsity as percent, without needless digits; a dash where it is not known."""
+    """A sparsity as percent, without needless digits; "unknown" where it is not known."""
     if fraction is None:
-        return "–"
+        return "unknown"
     return f"{100 * fraction:.1f}".removesuffix(".0") + " %"
 
 
@@ -195,13 +195,12 @@ def _charts(data: dict) -> tuple[list[str], str]:
         families: dict[str, list[dict]] = {}
         for group in sparse:
             if cell := group["metrics"].get(metric):
-                interval = cell.get("seeds") or cell.get("prompts") or {}
                 point = {
                     "sparsity": group["sparsity"],
                     "value": cell["mean"],
                     "label": group["label"],
                 }
-                point |= {"low": interval.get("low"), "high": interval.get("high")}
+                point |= {"low": cell["low"], "high": cell["high"]}
                 families.setdefault(group["family"], []).append(point)
         full = next(
             (g["metrics"].get(metric, {}).get("mean") for g in data["groups"] if g["reference"]),
@@ -259,9 +258,7 @@ def _rows(data: dict) -> list[dict]:
     rows = []
     for group in data["groups"]:
         for metric, cell in group["metrics"].items():
-            prompts, seeds, difference = (
-                cell.get(key, {}) for key in ("prompts", "seeds", "difference")
-            )
+            difference = cell.get("difference", {})
             rows.append(
                 {
                     "variant": group["label"],
@@ -270,15 +267,18 @@ def _rows(data: dict) -> list[dict]:
                     "metric": metric,
                     "kind": data["metrics"][metric]["kind"],
                     "mean": cell["mean"],
-                    "prompts_low": prompts.get("low"),
-                    "prompts_high": prompts.get("high"),
-                    "prompts": prompts.get("n"),
-                    "seeds_low": seeds.get("low"),
-                    "seeds_high": seeds.get("high"),
-                    "seeds": len(group["names"]),
+                    "low": cell["low"],
+                    "high": cell["high"],
+                    "interval": cell["method"],
+                    "prompts": cell.get("n"),
+                    "seeds": cell.get("num_seeds"),
+                    "videos": cell.get("num_videos"),
+                    "of_videos": cell.get("of_videos"),
                     "difference": difference.get("mean"),
                     "difference_low": difference.get("low"),
                     "difference_high": difference.get("high"),
+                    "p": difference.get("p"),
+                    "p_holm": difference.get("p_holm"),
                     "within_noise": difference.get("within_noise"),
                 }
             )
@@ -295,6 +295,12 @@ def as_csv(data: dict) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
+
+
+def methods(data: dict) -> list[str]:
+    """How the intervals of the page were made, each way once."""
+    cells = (cell for group in data["groups"] for cell in group["metrics"].values())
+    return list(dict.fromkeys(cell["method"] for cell in cells)) or ["none"]
 
 
 def _markdown_cell(text: str) -> str:
@@ -328,10 +334,11 @@ def as_markdown(data: dict) -> str:
             cells = []
             for name in names:
                 cell = group["metrics"].get(name)
-                interval = (cell or {}).get("seeds") or (cell or {}).get("prompts") or {}
                 text = number(cell["mean"]) if cell else "–"
-                if interval.get("low") is not None:
-                    text += f" [{number(interval['low'])}, {number(interval['high'])}]"
+                if cell and cell["low"] is not None:
+                    text += f" [{number(cell['low'])}, {number(cell['high'])}]"
+                if cell and cell.get("num_videos", 0) < cell.get("of_videos", 0):
+                    text += f" ({cell['num_videos']} of {cell['of_videos']})"
                 if cell and cell.get("difference", {}).get("within_noise"):
                     text += " ≈"
                 cells.append(text)
@@ -342,9 +349,9 @@ def as_markdown(data: dict) -> str:
             )
         parts.append(f"## {heading}\n\n" + "\n".join(lines) + "\n")
     parts.append(
-        "Intervals are 95 %: Student's t over training seeds where there are several, else a"
-        f" bootstrap over prompts. ≈: the difference to {data['against']}, paired by prompt, is"
-        " within noise.\n"
+        f"Intervals are 95 %: {'; '.join(methods(data))}. (n of N): videos that have a score."
+        f" ≈: no difference to {data['against']} is shown, over the videos that both have (Holm's"
+        " correction over every two variants, 5 %).\n"
     )
     parts += [
         f"{data['metrics'][name]['title']}: {'; '.join(texts)}.\n"
@@ -383,7 +390,13 @@ def write_report(run_dir: str | Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "signed": signed, "percent": percent, "flat": flat}
+    environment.filters |= {
+        "number": number,
+        "signed": signed,
+        "percent": percent,
+        "flat": flat,
+        "methods": methods,
+    }
     templates = files("sla2_eval.report") / "templates"
     page = environment.get_template("report.html").render(
         data=data,

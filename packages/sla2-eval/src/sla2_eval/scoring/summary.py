@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
 from sla2_eval.scoring import metrics
-from sla2_eval.scoring.intervals import over_prompts, paired_difference
+from sla2_eval.scoring.comparisons import compare, differs
+from sla2_eval.scoring.intervals import over_prompts
 from sla2_eval.scoring.metrics import MetricSpec
 from sla2_eval.scoring.worker import one_line, unpack
 from sla2_eval.videos.manifest import Entry
@@ -71,6 +72,7 @@ def _summary(
     }
     entry |= {
         "higher_is_better": spec.higher_is_better,
+        "binary": spec.binary,
         "settings": run.used_settings(spec),
         "vbench": spec.vbench,
     }
@@ -82,10 +84,11 @@ def _summary(
         entry["num_left_out"] = left_out
     if not values:
         return entry | {"mean": None, "interval": None, "num_videos": 0}
-    interval = over_prompts(_by_prompt(values))
+    interval = over_prompts(_by_prompt(values), binary=spec.binary)
     entry |= {
         "mean": interval.mean,
         "interval": [interval.low, interval.high],
+        "interval_method": interval.method,
         "num_prompts": interval.n,
     }
     entry["num_videos"] = len(values)
@@ -98,11 +101,11 @@ def _summary(
             for key, value in _keyed(run, "reference", videos, spec.name).items()
             if key in values
         }
-        if difference := paired_difference(values, base):
+        if difference := compare({None: values}, {None: base}, binary=spec.binary):
             entry["reference_mean"] = over_prompts(_by_prompt(base)).mean
             entry["difference"] = {
                 **difference.to_dict(),
-                "within_noise": not difference.excludes_zero,
+                "within_noise": not differs(difference.p),
             }
     return entry
 

@@ -48,6 +48,7 @@ class MetricSpec:
     # optional Python packages, by import name; what no package index has, as "name (what it is)"
     packages: tuple[str, ...] = ()
     needs_prompt: bool = False
+    binary: bool = False  # 0 or 1 a video, so that its mean is a proportion
     tiny_only: bool = False  # understands the captions of the built-in data set alone
     vbench: str | None = None  # the VBench dimension this is
     vbench_range: tuple[float, float] = (0.0, 1.0)

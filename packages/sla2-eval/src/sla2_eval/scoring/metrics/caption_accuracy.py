@@ -19,6 +19,7 @@ SPECS = (
         value_range=(0.0, 1.0),
         higher_is_better=True,
         needs_prompt=True,
+        binary=True,
         tiny_only=True,
     ),
 )

@@ -20,6 +20,7 @@ SPECS = (
         source="VBench, dynamic_degree.py; torchvision RAFT",
         value_range=(0.0, 1.0),
         higher_is_better=True,
+        binary=True,
         licence="BSD-3-Clause (torchvision)",
         weights=("raft",),
         packages=("torchvision",),
