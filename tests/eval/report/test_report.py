@@ -9,7 +9,9 @@ import pytest
 from sla2_eval.cli.main import main
 from sla2_eval.report.charts import chart, ticks
 from sla2_eval.report.data import gather, paper
-from sla2_eval.report.page import as_markdown, number, signed, write_report
+from sla2_eval.report.page import write_report
+from sla2_eval.report.tables import as_markdown
+from sla2_eval.report.text import number, signed
 from sla2_eval.scoring.score import score
 
 

@@ -5,17 +5,17 @@ JSON, CSV and Markdown.
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from html import escape
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
 from sla2_eval.report.charts import chart, legend
 from sla2_eval.report.data import first_of_each, gather, paper, read_json
+from sla2_eval.report.tables import as_csv, as_markdown, methods
+from sla2_eval.report.text import flat, number, percent, signed
 from sla2_eval.runs.extras import needed_for
 from sla2_eval.runs.store import write_atomic
 
@@ -24,29 +24,6 @@ VIDEO_BYTES = (
 )  # of videos in the page before base64; at least one prompt is shown whatever its size
 MAX_PROMPTS = 12
 SPRITE_HEIGHT = 128
-
-
-def number(value: float | None) -> str:
-    """A figure for the tables: two decimals from ten on, else four, or two digits where four
-    decimals show none; a dash for none.
-    """
-    if value is None:
-        return "–"
-    if 0 < abs(value) < 0.0001:
-        return f"{value:.1e}"
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
-
-
-def signed(value: float) -> str:
-    """A difference for the tables: a figure with its sign."""
-    return f"{'' if value < 0 else '+'}{number(value)}"
-
-
-def percent(fraction: float | None) -> str:
-    """A sparsity as percent, without needless digits; "unknown" where it is not known."""
-    if fraction is None:
-        return "unknown"
-    return f"{100 * fraction:.1f}".removesuffix(".0") + " %"
 
 
 def _data_uri(path: Path, kind: str) -> str:
@@ -235,136 +212,6 @@ def _paper_charts() -> list[dict]:
         ]
         found.append({"title": model["title"], "panels": panels, "legend": legend(numbers)})
     return found
-
-
-def flat(value: Mapping, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as (dotted name, text) pairs."""
-    rows = []
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            rows += flat(item, f"{prefix}{key}.")
-        else:
-            rows.append(
-                (
-                    f"{prefix}{key}",
-                    item if isinstance(item, str) else json.dumps(item, ensure_ascii=False),
-                )
-            )
-    return rows
-
-
-def _rows(data: dict) -> list[dict]:
-    """One flat row per group and metric, for the CSV file."""
-    rows = []
-    for group in data["groups"]:
-        for metric, cell in group["metrics"].items():
-            difference = cell.get("difference", {})
-            rows.append(
-                {
-                    "variant": group["label"],
-                    "family": group["family"],
-                    "sparsity": group["sparsity"],
-                    "metric": metric,
-                    "kind": data["metrics"][metric]["kind"],
-                    "mean": cell["mean"],
-                    "low": cell["low"],
-                    "high": cell["high"],
-                    "interval": cell["method"],
-                    "prompts": cell.get("n"),
-                    "seeds": cell.get("num_seeds"),
-                    "videos": cell.get("num_videos"),
-                    "of_videos": cell.get("of_videos"),
-                    "difference": difference.get("mean"),
-                    "difference_low": difference.get("low"),
-                    "difference_high": difference.get("high"),
-                    "p": difference.get("p"),
-                    "p_holm": difference.get("p_holm"),
-                    "within_noise": difference.get("within_noise"),
-                }
-            )
-    return rows
-
-
-def as_csv(data: dict) -> str:
-    """The figures as CSV, one line per variant and metric."""
-    buffer = io.StringIO()
-    rows = _rows(data)
-    writer = csv.DictWriter(
-        buffer, list(rows[0]) if rows else ["variant", "metric", "mean"], lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
-def methods(data: dict) -> list[str]:
-    """How the intervals of the page were made, each way once."""
-    cells = (cell for group in data["groups"] for cell in group["metrics"].values())
-    return list(dict.fromkeys(cell["method"] for cell in cells)) or ["none"]
-
-
-def _markdown_cell(text: str) -> str:
-    """Text that neither ends its cell nor is taken for HTML."""
-    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
-
-
-def as_markdown(data: dict) -> str:
-    """The figures as one Markdown table per kind of metric; ≈ marks a difference to full
-    attention within noise.
-    """
-    parts = [f"# {data['title']}\n"]
-    kinds = {
-        "paired": f"Paired: against {data['against']}",
-        "unpaired": "Unpaired: each video by itself",
-        "set": "Sets of videos",
-    }
-    for kind, heading in kinds.items():
-        names = [name for name, about in data["metrics"].items() if about["kind"] == kind]
-        groups = [
-            group for group in data["groups"] if any(name in group["metrics"] for name in names)
-        ]
-        if not groups:
-            continue
-        titles = [_markdown_cell(data["metrics"][name]["title"]) for name in names]
-        lines = [
-            "| variant | sparsity | " + " | ".join(titles) + " |",
-            "|---|---|" + "---|" * len(names),
-        ]
-        for group in groups:
-            cells = []
-            for name in names:
-                cell = group["metrics"].get(name)
-                text = number(cell["mean"]) if cell else "–"
-                if cell and cell["low"] is not None:
-                    text += f" [{number(cell['low'])}, {number(cell['high'])}]"
-                if cell and cell.get("num_videos", 0) < cell.get("of_videos", 0):
-                    text += f" ({cell['num_videos']} of {cell['of_videos']})"
-                if cell and cell.get("difference", {}).get("within_noise"):
-                    text += " ≈"
-                cells.append(text)
-            lines.append(
-                f"| {_markdown_cell(group['label'])} | {percent(group['sparsity'])} | "
-                + " | ".join(cells)
-                + " |"
-            )
-        parts.append(f"## {heading}\n\n" + "\n".join(lines) + "\n")
-    parts.append(
-        f"Intervals are 95 %: {'; '.join(methods(data))}. (n of N): videos that have a score."
-        f" ≈: no difference to {data['against']} is shown, over the videos that both have (Holm's"
-        " correction over every two variants, 5 %).\n"
-    )
-    parts += [
-        f"{data['metrics'][name]['title']}: {'; '.join(texts)}.\n"
-        for name, texts in data["warnings"].items()
-    ]
-    missing = [f"- {name}: {why}" for name, why in data["unavailable"].items()]
-    missing += [f"- {task}: not done: {why}" for task, why in data["lost"].items()]
-    missing += [
-        f"- {row['variant']}, {row['file_name']}: failed: {row['error']}" for row in data["failed"]
-    ]
-    if missing:
-        parts.append("## Unavailable or failed\n\n" + "\n".join(missing) + "\n")
-    return "\n".join(parts)
 
 
 def write_report(run_dir: str | Path) -> Path:
