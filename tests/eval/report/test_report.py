@@ -9,6 +9,7 @@ import pytest
 from sla2_eval.cli.main import main
 from sla2_eval.report.charts import chart, ticks
 from sla2_eval.report.data import gather, paper
+from sla2_eval.report.findings import findings
 from sla2_eval.report.page import write_report
 from sla2_eval.report.tables import as_markdown
 from sla2_eval.report.text import number, signed
@@ -127,6 +128,31 @@ def test_lead_counts_what_was_scored(run_dir):
     run = json.loads((run_dir / "run.json").read_text())
     (run_dir / "run.json").write_text(json.dumps({**run, "variants": run["variants"][:1]}))
     assert "1 variant, 7 prompts, 7 videos scored." in write_report(run_dir).read_text()
+
+
+def test_what_the_tests_show_is_said_first(run_dir):
+    said = {row["metric"]: row["text"] for row in findings(gather(run_dir))}
+    assert said["psnr"].startswith("No two variants are shown to differ (smallest p ")
+    assert said["temporal_flickering"] == (
+        "SLA2 97 % is worse than full attention’s 0.8500 (p ≤ 0.047); no difference to it is shown"
+        " for SLA2 90 %. SLA2 90 % (0.8500) is better than SLA2 97 % (p ≤ 0.047)."
+    )
+    page = write_report(run_dir).read_text()
+    assert page.index(said["temporal_flickering"]) < page.index("Quality against sparsity")
+    assert said["psnr"] in (run_dir / "report" / "results.md").read_text()
+
+
+def test_too_few_prompts_are_said_to_show_nothing(run_dir):
+    for path in (run_dir / "scores").glob("*/results.json"):
+        scored = json.loads(path.read_text())
+        scored["videos"] = scored["videos"][:3]
+        path.write_text(json.dumps(scored))
+    run = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps({**run, "variants": run["variants"][:2]}))
+    (row,) = findings(gather(run_dir))
+    assert row["text"] == (
+        "Full attention 0.8567, SLA2 90 % 0.8567; 3 prompts are too few to show a difference."
+    )
 
 
 def test_what_is_not_known_says_so(run_dir):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sla2_eval.report.charts import chart, legend
 from sla2_eval.report.data import first_of_each, gather, paper, read_json
+from sla2_eval.report.findings import findings
 from sla2_eval.report.tables import as_csv, as_markdown, methods
 from sla2_eval.report.text import flat, number, percent, signed
 from sla2_eval.runs.extras import needed_for
@@ -247,6 +248,7 @@ def write_report(run_dir: str | Path) -> Path:
     templates = files("sla2_eval.report") / "templates"
     page = environment.get_template("report.html").render(
         data=data,
+        findings=findings(data),
         glance=_glance(data),
         panels=panels,
         legend=key,

@@ -6,6 +6,7 @@ import csv
 import io
 from html import escape
 
+from sla2_eval.report.findings import findings
 from sla2_eval.report.text import number, percent
 
 
@@ -69,6 +70,8 @@ def as_markdown(data: dict) -> str:
     attention within noise.
     """
     parts = [f"# {data['title']}\n"]
+    if said := findings(data):
+        parts.append("\n".join(f"- **{row['title']}**: {row['text']}" for row in said) + "\n")
     kinds = {
         "paired": f"Paired: against {data['against']}",
         "unpaired": "Unpaired: each video by itself",
