@@ -90,12 +90,42 @@ class Router(Member):
             scores: (B, H, rows, T_n), -inf where a block cannot be chosen.
             count: how many each row selects, (B|1, 1, 1, 1).
         """
-        rank = torch.argsort(scores, dim=-1, descending=True, stable=True).argsort(-1)
-        return rank < count
+        return ranks(scores) < count
 
     def soft(self, scores: Tensor, count: Tensor) -> Tensor:
         """select() made differentiable, for stage 1: SoftTop-k (Eq. 17), arguments as of hard()."""
         return soft_topk(scores, count.to(scores.dtype), self.tau)
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """The place of each entry in its row from the largest down, int64 of scores' shape; ties to the
+    lower index, NaN first.
+    """
+    return torch.argsort(scores, dim=-1, descending=True, stable=True).argsort(-1)
+
+
+def choices(
+    scores: Tensor, topk: float, block_k: int, kv_lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What each item may choose from, and how many blocks a row's top-k takes.
+
+    Args:
+        scores: (B, H, rows, T_n). topk: k% in (0, 1]. block_k: tokens in a key block.
+        kv_lengths: int64 (B,), valid keys, or None.
+
+    Returns:
+        the scores, -inf for blocks without a valid key, and K = max(1, round(k% * T_n)), T_n
+        counted from the item's own length: int64 (B|1, 1, 1, 1).
+    """
+    t_n = scores.shape[-1]
+    if kv_lengths is None:
+        count = torch.full((1, 1, 1, 1), blocks_to_select(topk, t_n), device=scores.device)
+        return scores, count
+    blocks = num_blocks(kv_lengths, block_k)
+    dead = torch.arange(t_n, device=scores.device) >= blocks[:, None]
+    # blocks_to_select for each item; ties to even, as Python's round
+    count = (topk * blocks.double()).round().clamp_min(1).long()
+    return scores.masked_fill(dead[:, None, None], -torch.inf), count[:, None, None, None]
 
 
 def top_k_map(
@@ -124,20 +154,15 @@ def top_k_map(
         indices = _best(scores, most)
         counts = torch.full(scores.shape[:3], most, dtype=torch.int32, device=scores.device)
     else:
-        blocks = num_blocks(kv_lengths, block_k)
-        # blocks_to_select for each item; ties to even, as Python's round
-        count = (topk * blocks.double()).round().clamp_min(1)
-        dead = torch.arange(t_n, device=scores.device) >= blocks[:, None]
-        scores = scores.masked_fill(dead[:, None, None], -torch.inf)
+        scores, count = choices(scores, topk, block_k, kv_lengths)
         # Of the best `most` blocks the item's own `count` stay; the places of the others go last.
         best = _best(scores, most).long()
         order = torch.sort(scores.gather(-1, best), dim=-1, descending=True, stable=True).indices
-        inside = torch.arange(most, device=scores.device) < count[:, None]
-        kept = inside[:, None, None].expand_as(order)
+        kept = (torch.arange(most, device=scores.device) < count).expand_as(order)
         kept = torch.zeros_like(kept).scatter(-1, order, kept)
         best = torch.where(kept, best, t_n).sort(-1).values
         indices = torch.where(best == t_n, -1, best)
-        counts = count.to(torch.int32)[:, None, None].expand(scores.shape[:3]).contiguous()
+        counts = count.to(torch.int32)[..., 0].expand(scores.shape[:3]).contiguous()
     rows = Rows(indices.to(torch.int32).contiguous(), counts)
     sizes = dict(block_q=block_q, block_k=block_k, n_q=n_q, n_k=n_k)
     return BlockMap._trusted(rows, **sizes, uniform=kv_lengths is None)
