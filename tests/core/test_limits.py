@@ -104,7 +104,10 @@ def distant(lengths):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "blocked", "emulator"])
-@pytest.mark.parametrize("name", ["base", "router-heuristic", "complement-projected", "alpha-mass"])
+@pytest.mark.parametrize(
+    "name",
+    ["base", "router-heuristic", "router-topk_topp", "complement-projected", "alpha-mass"],
+)
 @pytest.mark.parametrize("text", [0, 20])
 def test_a_forward_and_backward_read_nothing_back(name, backend, text, monkeypatch):
     config = dataclasses.replace(CASES[name], topk=0.3, num_heads=2, head_dim=64, backend=backend)

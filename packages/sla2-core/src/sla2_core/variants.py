@@ -45,6 +45,14 @@ def sparse_only(base: SLA2Config) -> SLA2Config:
     return base.replaced(complement="none", alpha="one")
 
 
+@variant("sparge_attention2")
+def sparge_attention2(base: SLA2Config) -> SLA2Config:
+    """SpargeAttention2 (arXiv 2602.13515), a baseline: top-k united with top-p of the pooled
+    softmax, the sparse branch alone. Its training rule is stage 2 with loss="distill".
+    """
+    return base.replaced(router="topk_topp", complement="none", alpha="one")
+
+
 @variant("heuristic_router")
 def heuristic_router(base: SLA2Config) -> SLA2Config:
     """The same layer with SLA's router: top-k of the pooled scores, nothing learned."""

@@ -3,7 +3,7 @@
 Importing this folder registers them. `route` is the one routing of the package.
 """
 
-from sla2_core.routing import heuristic, learned
+from sla2_core.routing import heuristic, learned, topk_topp
 from sla2_core.routing.base import Router, blocks_to_select, top_k_map
 from sla2_core.routing.route import Routed, route
 from sla2_core.routing.softtopk import soft_topk
@@ -17,4 +17,5 @@ __all__ = [
     "route",
     "soft_topk",
     "top_k_map",
+    "topk_topp",
 ]
