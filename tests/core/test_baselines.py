@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import tiny_wan
 from sla2_core import SLA2Attention, SLA2Config
+from sla2_core.cost import sla2_cost
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.loading import apply_adapter
 from sla2_core.training.capture import capture
@@ -83,7 +84,26 @@ def sparge_attention2(attention, q, k, v, valid, video, head):
     return masked_attention(q[:video], k, v, mask, valid), mask
 
 
-FORMULAS = {"sparge_attention2": (sparge_attention2, {"top_p": 0.5})}
+def vsa(attention, q, k, v, valid, video, head):
+    """O_f + G O_c, the gate a linear map of the head's q."""
+    scores = scores_of(q, k, video, valid)
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    best = scores.topk(max(1, round(0.2 * scores.shape[1])), -1).indices
+    mask = with_text(chosen.scatter(-1, best, True), valid, video)
+    pooled_q, pooled_k, pooled_v = (
+        means(x, blocks(length, size))
+        for x, length, size in ((q, video, BLOCK_Q), (k, valid, BLOCK_K), (v, valid, BLOCK_K))
+    )
+    coarse = torch.softmax(pooled_q @ pooled_k.T / math.sqrt(DIM), -1) @ pooled_v
+    gate = q[:video] @ attention.complement.weight[head] + attention.complement.bias[head]
+    fine = masked_attention(q[:video], k, v, mask, valid)
+    return fine + gate * coarse.repeat_interleave(BLOCK_Q, 0)[:video], mask
+
+
+FORMULAS = {
+    "vsa": (vsa, {}),
+    "sparge_attention2": (sparge_attention2, {"top_p": 0.5}),
+}
 
 
 def make(name: str, **changes) -> SLA2Config:
@@ -179,3 +199,21 @@ def test_topk_topp_selects_more_where_the_distribution_is_flat():
     assert (soft.sum(-1) >= 2 - 1e-4).all()
     with pytest.raises(ValueError, match=r"options.top_p: expected a number in \[0, 1\), got 1.0"):
         SLA2Attention(dataclasses.replace(attention.config, options={"top_p": 1.0}))
+
+
+def test_vsa_starts_as_the_sparse_branch_and_a_head_has_its_own_gate():
+    attention = SLA2Attention(make("vsa")).double()
+    q, k, v = qkv()
+    alone = VARIANTS["sparse_only"](dataclasses.replace(BASE, router="heuristic", smooth_k=False))
+    torch.testing.assert_close(attention(q, k, v), SLA2Attention(alone)(q, k, v))
+    learned(attention)
+    whole, second = attention(q, k, v), slice(1, 2)
+    some = attention.attend(q[:, second], k[:, second], v[:, second], heads=second).out
+    torch.testing.assert_close(some, whole[:, second])
+    assert not torch.allclose(whole, SLA2Attention(alone)(q, k, v))
+
+
+def test_costs_count_the_coarse_branch_and_its_gate():
+    sizes = dict(n_q=100, n_k=60, num_heads=3, head_dim=8, topk=0.5, block_q=32, block_k=16)
+    gate, between_means = 2 * 100 * 8 * 8, 4 * 4 * 4 * 8
+    assert sla2_cost(**sizes, complement="coarse").linear_flops == 3 * (gate + between_means)

@@ -106,7 +106,10 @@ def distant(lengths):
 @pytest.mark.parametrize("backend", ["cpu", "blocked", "emulator"])
 @pytest.mark.parametrize(
     "name",
-    ["base", "router-heuristic", "router-topk_topp", "complement-projected", "alpha-mass"],
+    [
+        *("base", "router-heuristic", "router-topk_topp"),
+        *("complement-projected", "complement-coarse", "alpha-mass"),
+    ],
 )
 @pytest.mark.parametrize("text", [0, 20])
 def test_a_forward_and_backward_read_nothing_back(name, backend, text, monkeypatch):

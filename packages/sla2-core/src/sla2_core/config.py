@@ -36,12 +36,12 @@ class SLA2Config:
         block_q, block_k: tokens in a query block and in a key block (paper: 128 and 64).
         token_order: the order in which tokens are cut into blocks: "raster", or another of
             order/.
-        router: "learned" (W_q, W_k start as the identity), "heuristic" (nothing learned), or
-            another of routing/.
+        router: "learned" (W_q, W_k start as the identity), "heuristic" (nothing learned),
+            "topk_topp" (also top-p), or another of routing/.
         per_head_router: one W_q, W_k per head instead of one per layer.
         complement: what the blocks that are not selected give: "linear" (linear attention over
             them), "projected" (SLA's linear attention over all blocks with a learned projection),
-            "none", or another of complement/.
+            "coarse" (VSA's attention between block means), "none", or another of complement/.
         alpha: how both branches become one output: "position", "mass", "one" (the sparse branch
             alone), "sum" (SLA's O_s + O_l), or another of mixing/.
         alpha_knots: knots of "position" over the relative position of the query block; 1 is one

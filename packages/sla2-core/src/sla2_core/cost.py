@@ -13,7 +13,8 @@ class Cost:
     """What one forward pass of one attention layer costs, for one batch item.
 
     Attributes:
-        full_flops: of full attention. sparse_flops, linear_flops, router_flops: of SLA2's parts.
+        full_flops: of full attention. sparse_flops, linear_flops, router_flops: of the sparse
+            branch, of the complement and of the router.
         bytes: what must move between device memory and the processor.
         sparsity: 1 - k%.
     """
@@ -27,7 +28,7 @@ class Cost:
 
     @property
     def flops(self) -> float:
-        """Of all parts of SLA2."""
+        """Of all parts."""
         return self.sparse_flops + self.linear_flops + self.router_flops
 
 
@@ -73,6 +74,8 @@ def sla2_cost(
         raise ValueError(f"topk: expected a number in (0, 1], got {topk}")
     t_m, t_n = num_blocks(n_q, block_q), num_blocks(n_k, block_k)
     rest = COMPLEMENTS.get(complement)
+    rest_flops = rest.flops(n_q=n_q, n_k=n_k, t_n=t_n, head_dim=head_dim)
+    rest_flops += rest.block_flops(t_m=t_m, t_n=t_n, head_dim=head_dim)
     full = 4.0 * n_q * n_k * head_dim * num_heads
     tokens = bytes_per_element * (2 * n_q + 2 * n_k) * head_dim * num_heads
     states = 4 * 2 * (t_m + t_n) * head_dim * (head_dim + 1) * num_heads
@@ -80,7 +83,7 @@ def sla2_cost(
     return Cost(
         full_flops=full,
         sparse_flops=topk * full,
-        linear_flops=num_heads * rest.flops(n_q=n_q, n_k=n_k, t_n=t_n, head_dim=head_dim),
+        linear_flops=num_heads * rest_flops,
         router_flops=2.0 * t_m * t_n * head_dim * num_heads,
         bytes=float(tokens + states + pooled),
         sparsity=1.0 - topk,

@@ -45,6 +45,14 @@ def sparse_only(base: SLA2Config) -> SLA2Config:
     return base.replaced(complement="none", alpha="one")
 
 
+@variant("vsa")
+def vsa(base: SLA2Config) -> SLA2Config:
+    """VSA (arXiv 2505.13389) as it adapts a trained model, a baseline: top-k of pooled scores, and
+    full attention between block means through a gate that starts at zero, O = O_f + G O_c.
+    """
+    return base.replaced(router="heuristic", complement="coarse", alpha="sum", smooth_k=False)
+
+
 @variant("sparge_attention2")
 def sparge_attention2(base: SLA2Config) -> SLA2Config:
     """SpargeAttention2 (arXiv 2602.13515), a baseline: top-k united with top-p of the pooled

@@ -87,6 +87,13 @@ class Complement(Member):
     def flops(cls, *, n_q: int, n_k: int, t_n: int, head_dim: int) -> float:
         """FLOPs of one head's forward pass; a multiply-add counts as two. `t_n`: key blocks."""
 
+    @classmethod
+    def block_flops(cls, *, t_m: int, t_n: int, head_dim: int) -> float:
+        """FLOPs of one head's forward pass between query blocks and key blocks, beside flops();
+        0 for a member that computes on tokens alone.
+        """
+        return 0.0
+
     def finish(self, out: Tensor, heads: Heads = None) -> Tensor:
         """What follows the kernel, for members that have one: (B, H, n, d) -> (B, H, n, d), fp32 or
         fp64.
