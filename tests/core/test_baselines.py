@@ -12,8 +12,9 @@ from sla2_core import SLA2Attention, SLA2Config
 from sla2_core.cost import sla2_cost
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.loading import apply_adapter
-from sla2_core.training.capture import capture
+from sla2_core.training.capture import Captured, capture
 from sla2_core.training.stage1 import Stage1Config, train_stage1
+from sla2_core.training.stage1.soft import Call
 from sla2_core.training.stage2 import Stage2Config, train_stage2
 from sla2_core.variants import VARIANTS
 
@@ -79,6 +80,37 @@ def masked_attention(q, k, v, mask, valid: int):
     return torch.softmax(scores, -1) @ v
 
 
+def vmoba(attention, q, k, v, valid, video, head):
+    """The best pairs of the head until they hold the share tau of its similarity, its own blocks
+    first; none for the rows that get nothing else but their best.
+    """
+    scores = scores_of(q, k, video, valid)
+    (rows, columns), low = scores.shape, scores.min()
+    similarity = (scores - low) / (scores.max() - low)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    own = [
+        (i, j)
+        for i in range(rows)
+        for j in range(columns)
+        if j * BLOCK_K < (i + 1) * BLOCK_Q and i * BLOCK_Q < (j + 1) * BLOCK_K
+    ]
+    own = own if attention.config.options["own_block"] else []
+    for pair in own:
+        mask[pair] = True
+    wanted = max(1, round(attention.config.topk * columns)) / columns * similarity.sum()
+    held = sum(similarity[pair] for pair in own)
+    for index in similarity.flatten().argsort(descending=True).tolist():
+        pair = divmod(index, columns)
+        if held >= wanted:
+            break
+        if pair not in own:
+            mask[pair], held = True, held + similarity[pair]
+    for row, chosen in zip(scores, mask):
+        chosen[row.argmax()] |= not chosen.any()
+    mask = with_text(mask, valid, video)
+    return masked_attention(q[:video], k, v, mask, valid), mask
+
+
 def sparge_attention2(attention, q, k, v, valid, video, head):
     mask = with_text(sparge_mask(scores_of(q, k, video, valid)), valid, video)
     return masked_attention(q[:video], k, v, mask, valid), mask
@@ -102,13 +134,15 @@ def vsa(attention, q, k, v, valid, video, head):
 
 FORMULAS = {
     "vsa": (vsa, {}),
+    "vmoba": (vmoba, {"own_block": False}),
+    "vmoba, own blocks": (vmoba, {"own_block": True}),
     "sparge_attention2": (sparge_attention2, {"top_p": 0.5}),
 }
 
 
 def make(name: str, **changes) -> SLA2Config:
     """The configuration of a baseline; its options are those of the formula."""
-    config = VARIANTS[name](BASE)
+    config = VARIANTS[name.partition(",")[0]](BASE)
     options = {**config.options, **FORMULAS[name][1], **changes.pop("options", {})}
     return config.replaced(**changes, options=options)
 
@@ -159,7 +193,7 @@ def test_a_baseline_is_its_formula_with_every_gradient(name, case):
             torch.testing.assert_close(fast, plain, rtol=1e-8, atol=1e-9, msg=backend)
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", ["vsa", "vmoba", "sparge_attention2"])
 def test_a_baseline_goes_through_adapter_both_stages_and_torch_compile(name, tmp_path):
     torch._dynamo.reset()
     config = VARIANTS[name](tiny_wan.config())
@@ -199,6 +233,18 @@ def test_topk_topp_selects_more_where_the_distribution_is_flat():
     assert (soft.sum(-1) >= 2 - 1e-4).all()
     with pytest.raises(ValueError, match=r"options.top_p: expected a number in \[0, 1\), got 1.0"):
         SLA2Attention(dataclasses.replace(attention.config, options={"top_p": 1.0}))
+
+
+def test_stage_1_selects_over_the_whole_head_as_the_module_does():
+    attention = SLA2Attention(make("vmoba"))
+    q, k, v = qkv(torch.float32)
+    given = dict(text_tokens=11, kv_lengths=(61, 55))
+    wanted = attention(q, k, v, **given, return_info=True)[1].block_map.mask()
+    call = Call(Captured(0, 0, 1.0, (0, 1), q, k, v, **given), attention.config, slice(None))
+    rows = torch.tensor([1, 4])
+    scores = call.scores(attention.router, rows)
+    assert torch.equal(call.hard_mask(attention.router, scores, 0.2, rows), wanted[:, :, rows])
+    assert wanted.sum(-1).unique().numel() > 2
 
 
 def test_vsa_starts_as_the_sparse_branch_and_a_head_has_its_own_gate():

@@ -107,7 +107,7 @@ def distant(lengths):
 @pytest.mark.parametrize(
     "name",
     [
-        *("base", "router-heuristic", "router-topk_topp"),
+        *("base", "router-heuristic", "router-topk_topp", "router-global_threshold"),
         *("complement-projected", "complement-coarse", "alpha-mass"),
     ],
 )

@@ -37,7 +37,8 @@ class SLA2Config:
         token_order: the order in which tokens are cut into blocks: "raster", or another of
             order/.
         router: "learned" (W_q, W_k start as the identity), "heuristic" (nothing learned),
-            "topk_topp" (also top-p), or another of routing/.
+            "topk_topp" (also top-p), "global_threshold" (over all query blocks of a head), or
+            another of routing/.
         per_head_router: one W_q, W_k per head instead of one per layer.
         complement: what the blocks that are not selected give: "linear" (linear attention over
             them), "projected" (SLA's linear attention over all blocks with a learned projection),

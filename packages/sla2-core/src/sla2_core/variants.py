@@ -53,6 +53,14 @@ def vsa(base: SLA2Config) -> SLA2Config:
     return base.replaced(router="heuristic", complement="coarse", alpha="sum", smooth_k=False)
 
 
+@variant("vmoba")
+def vmoba(base: SLA2Config) -> SLA2Config:
+    """VMoBA (arXiv 2506.23858), a baseline: block pairs chosen over all query blocks of a head
+    until they hold the share k% of its similarity, the sparse branch alone.
+    """
+    return base.replaced(router="global_threshold", complement="none", alpha="one", smooth_k=False)
+
+
 @variant("sparge_attention2")
 def sparge_attention2(base: SLA2Config) -> SLA2Config:
     """SpargeAttention2 (arXiv 2602.13515), a baseline: top-k united with top-p of the pooled

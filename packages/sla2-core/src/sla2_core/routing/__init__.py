@@ -3,7 +3,7 @@
 Importing this folder registers them. `route` is the one routing of the package.
 """
 
-from sla2_core.routing import heuristic, learned, topk_topp
+from sla2_core.routing import global_threshold, heuristic, learned, topk_topp
 from sla2_core.routing.base import Router, blocks_to_select, top_k_map
 from sla2_core.routing.route import Routed, route
 from sla2_core.routing.softtopk import soft_topk
@@ -12,6 +12,7 @@ __all__ = [
     "Routed",
     "Router",
     "blocks_to_select",
+    "global_threshold",
     "heuristic",
     "learned",
     "route",

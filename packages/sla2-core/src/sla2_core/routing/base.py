@@ -31,11 +31,14 @@ class Router(Member):
     Attributes:
         projects: scores() is (q W_q)(k W_k)^T / sqrt(d) with W_q, W_k = weights(), and select() is
             the top-k of this class.
+        by_row: select() and hard() choose for each query block by itself. Where they do not, hard()
+            is given all query blocks of a head, and K's mean stays in the pooled K.
     """
 
     group: ClassVar[str] = "router"
     stages: ClassVar[tuple[str, ...]] = ("stage1",)
     projects: ClassVar[bool] = False
+    by_row: ClassVar[bool] = True
 
     def __init__(self, config: SLA2Config):
         super().__init__()

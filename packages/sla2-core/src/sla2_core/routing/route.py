@@ -46,8 +46,8 @@ def route(
     """
     geometry = Geometry(options.block_q, options.block_k, q.shape[2], k.shape[2])
     pooled_q, pooled_k = backend.pool(q, k, lengths, options)
-    # K's mean shifts every score of a row alike: taking it out keeps the scores small.
-    pooled_k = smooth_pooled(pooled_k, k.shape[2], options.block_k, lengths)
+    if router.by_row:  # K's mean shifts a row's scores alike: taking it out keeps them small
+        pooled_k = smooth_pooled(pooled_k, k.shape[2], options.block_k, lengths)
     t_n = pooled_k.shape[2]
     routable = (k.shape[2] - text_tokens) // options.block_k if text_tokens else t_n
     if router.projects:

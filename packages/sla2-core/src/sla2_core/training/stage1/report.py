@@ -56,7 +56,7 @@ def layer_report(
             true = call.block_masses(row)
             pooled = call.pooled_q[:, :, row] @ call.pooled_k.transpose(-1, -2)
             part = share / len(rows)
-            learned = call.hard_mask(router, scores, topk)
+            learned = call.hard_mask(router, scores, topk, row)
             # The others choose as many blocks in each row as the learned router does.
             count = (learned & ~call.forced).sum(-1, keepdim=True)
             masks = {

@@ -29,7 +29,7 @@ class Call:
         captured: the call. config: the layer's. chunk: which of the captured heads to take.
 
     Attributes:
-        q: (B, H, N_q, d), video tokens alone. k, v: (B, H, N_k, d), K smoothed.
+        q: (B, H, N_q, d), video tokens alone. k, v: (B, H, N_k, d), K smoothed; raw_k is not.
         lengths: int64 (B,), valid keys, or None.
         pooled_q, pooled_k: block means (B, H, T_m, d) and (B, H, T_n, d).
         forced: bool (T_n,), blocks with text. dead: bool (B|1, 1, 1, T_n), blocks without a valid
@@ -44,7 +44,7 @@ class Call:
         self.lengths = None
         if captured.kv_lengths is not None:
             self.lengths = torch.tensor(captured.kv_lengths, device=q.device)
-        self.q, self.v = q, v
+        self.q, self.raw_k, self.v = q, k, v
         self.k = smooth_keys(k, self.lengths) if config.smooth_k else k
         self.pooled_q = pool(q, config.block_q)
         self.pooled_k = pool(self.k, config.block_k, self.lengths)
@@ -86,10 +86,16 @@ class Call:
         soft = router.soft(scores.masked_fill(self.forced, -torch.inf), self.count(topk))
         return torch.where(self.forced & ~self.dead, 1.0, soft)
 
-    def hard_mask(self, router: Router, ranking: Tensor, topk: float) -> Tensor:
+    def hard_mask(
+        self, router: Router, ranking: Tensor, topk: float, rows: Tensor | None = None
+    ) -> Tensor:
         """bool (B, H, rows, T_n): the blocks that the router selects by `ranking`, scores of that
-        shape, and the forced ones.
+        shape, and the forced ones. `rows` says which query blocks these are; None: all, in order.
         """
+        if rows is not None and not router.by_row:
+            pooled_k = pool(self.raw_k, self.config.block_k, self.lengths)
+            every = router.scores(self.pooled_q, pooled_k, self.heads)
+            return self.hard_mask(router, every, topk)[:, :, rows]
         routable = ranking.masked_fill(self.forced | self.dead, -torch.inf)
         chosen = router.hard(routable, self.count(topk))
         return chosen & ~self.dead | (self.forced & ~self.dead)

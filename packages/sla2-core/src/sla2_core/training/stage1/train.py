@@ -170,7 +170,10 @@ class _Trainee:
         total, norm = 0.0, None
         for call, share in calls(captured, self.config, len(rows), max_scores):
             scores = call.scores(router, rows)
-            mask = (call.soft_mask if learnt else call.hard_mask)(router, scores, topk)
+            if learnt:
+                mask = call.soft_mask(router, scores, topk)
+            else:
+                mask = call.hard_mask(router, scores, topk, rows)
             out, full = call.attend(rows, scores, mask, parts)
             if norm is None:  # of the first chunk: any fixed scale serves
                 norm = full.square().mean()
