@@ -1,7 +1,9 @@
 """The cost model against the FLOPs column of the paper's Tables 1 and 2."""
 
 import pytest
-from sla2_core.cost import sla2_cost
+import torch
+from sla2_core import BlockMap, SLA2Config
+from sla2_core.cost import measured_share, sla2_cost
 
 
 @pytest.mark.parametrize(
@@ -36,3 +38,16 @@ def test_parts_of_a_small_case_by_hand():
 def test_bad_values_are_named(kw, match):
     with pytest.raises(ValueError, match=f"{match}: expected"):
         sla2_cost(**({"n_q": 8, "n_k": 8, "num_heads": 1, "head_dim": 8, "topk": 0.5} | kw))
+
+
+def test_a_measured_share_counts_what_the_map_attends_to_and_the_text_queries():
+    mask = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
+    mask[:, :, 0], mask[:, 1, 1, :2] = True, True
+    sizes = dict(block_q=32, block_k=16)
+    block_map = BlockMap.from_mask(mask, **sizes, n_q=100, n_k=60)
+    config = SLA2Config(head_dim=8, num_heads=2, topk=0.9, complement="none", alpha="one", **sizes)
+    full, router = 4 * 100 * 60 * 8 * 2, 2 * 4 * 4 * 8 * 2
+    assert measured_share(block_map, config) == pytest.approx((full * 10 / 32 + router) / full)
+    dense = 4 * 7 * 60 * 8 * 2
+    with_text = (full * 10 / 32 + router + dense) / (full + dense)
+    assert measured_share(block_map, config, text_tokens=7) == pytest.approx(with_text)

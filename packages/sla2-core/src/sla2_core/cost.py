@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sla2_core.block_map import num_blocks
+from sla2_core.block_map import BlockMap, num_blocks
+from sla2_core.config import SLA2Config
 from sla2_core.registry import COMPLEMENTS
 
 
@@ -88,3 +89,25 @@ def sla2_cost(
         bytes=float(tokens + states + pooled),
         sparsity=1.0 - topk,
     )
+
+
+def measured_share(block_map: BlockMap, config: SLA2Config, text_tokens: int = 0) -> float:
+    """FLOPs of an attention call as a share of full attention's, by sla2_cost at the k% that its
+    block map really has: what a router that chooses adaptively costs.
+
+    Args:
+        block_map: of the call's routed queries. config: the layer's.
+        text_tokens: so many further queries see every key, as text does beside a video.
+    """
+    cost = sla2_cost(
+        n_q=block_map.n_q,
+        n_k=block_map.n_k,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        topk=1 - block_map.sparsity,
+        block_q=block_map.block_q,
+        block_k=block_map.block_k,
+        complement=config.complement,
+    )
+    dense = cost.full_flops * text_tokens / block_map.n_q
+    return (cost.flops + dense) / (cost.full_flops + dense)
