@@ -207,3 +207,4 @@ def test_a_model_without_a_known_grid_of_tokens_gets_no_block_maps(wan_folder, w
     assert unknown["layers"] == []
     assert unknown["grid"] is None
     assert unknown["sparsity"] == known["sparsity"] == 0.5
+    assert unknown["flops"] == known["flops"] > 0.5

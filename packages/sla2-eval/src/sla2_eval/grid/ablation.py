@@ -429,11 +429,14 @@ def write_run(
 ) -> None:
     """run.json: what the report says about the run beside its scores."""
     variants = [
-        {"name": REFERENCE, "label": "full attention", "family": "full attention", "sparsity": 0.0}
+        {
+            **{"name": REFERENCE, "label": "full attention", "family": "full attention"},
+            **{"sparsity": 0.0, "flops": 1.0},
+        }
     ]
     for cell in grid:
         row = {"name": cell.name, "label": cell.variant.label, "family": cell.variant.family}
-        variants.append({**row, "sparsity": _measured_sparsity(out, cell), "seed": cell.seed})
+        variants.append({**row, **_measured(out, cell), "seed": cell.seed})
     document = {
         "title": settings.title,
         "settings": settings.model_dump(mode="json"),
@@ -450,9 +453,11 @@ def write_run(
     write_atomic(out / "run.json", json.dumps(document, indent=1) + "\n")
 
 
-def _measured_sparsity(out: Path, cell: Cell) -> float:
-    maps = out / "block_maps" / f"{cell.name}.json"
-    return json.loads(maps.read_text())["sparsity"] if maps.exists() else cell.sparsity
+def _measured(out: Path, cell: Cell) -> dict[str, float | None]:
+    """Sparsity and FLOPs of a variant's block maps; before they are there, what its k% says."""
+    path = out / "block_maps" / f"{cell.name}.json"
+    maps = json.loads(path.read_text()) if path.exists() else {}
+    return {"sparsity": maps.get("sparsity", cell.sparsity), "flops": maps.get("flops")}
 
 
 def _dtype(settings: AblationSettings) -> Any:
@@ -498,6 +503,7 @@ def table(out: Path) -> list[dict[str, Any]]:
         row = {
             "variant": group["label"],
             "sparsity": round(group["sparsity"], 4),
+            "flops": None if group["flops"] is None else round(group["flops"], 4),
             "seeds": len(group["names"]),
         }
         rows.append(row | {metric: cell["mean"] for metric, cell in group["metrics"].items()})

@@ -4,6 +4,7 @@ stage 2; and the block maps of a video that a variant generated.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sla2_eval.grid.source import TrainSource
 
 _SHOWN = 4  # layers, and heads of each, whose block maps the report gets
+_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise at which sparsity is measured; maps of the middle one
 
 
 def builtin_prompts(count: int, seed: int = 0) -> list[str]:
@@ -222,8 +224,13 @@ def block_maps(source: TrainSource, handle: SLA2Handle, video: Path, prompt: str
     """The block maps of a few layers and heads while the model denoises `video`, half noise: what
     the report draws over it. `grid` is None, and `layers` empty, where it is not known how tokens
     lie in the video, or where they are cut into blocks in another order.
+
+    `sparsity` and `flops`, of attention as a share of full attention's, are what the maps of all
+    layers have on average over five noise levels, for a router may select more at one than at
+    another.
     """
     import torch
+    from sla2_core.cost import measured_share
 
     item = source.encode_video(video, prompt)
     noise = torch.randn((1, *item["latents"].shape), generator=torch.Generator().manual_seed(0))[0]
@@ -233,27 +240,32 @@ def block_maps(source: TrainSource, handle: SLA2Handle, video: Path, prompt: str
         if handle.family.grid is not None and handle.config.token_order == "raster":
             grids.append(handle.family.grid(transformer, args, kwargs))
 
-    def run() -> None:
+    def run(sigma: float) -> None:
         with torch.inference_mode():
-            _predict(handle, item, 0.5, noise)
+            _predict(handle, item, sigma, noise)
 
     hook = handle.transformer.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        maps = handle.block_maps(run)
+        found = [handle.block_maps(functools.partial(run, sigma)) for sigma in _LEVELS]
     finally:
         hook.remove()
+    every = [block_map for maps in found for block_map in maps.values()]
+    # Text tokens are keys of the routed queries too, and see every key themselves.
+    shares = [measured_share(m, handle.config, max(0, m.n_k - m.n_q)) for m in every]
+    maps = found[len(found) // 2]
     layers = []
     for layer in _spread(list(maps)) if grids else []:
-        found = maps[layer]
-        for head in _spread(list(range(found.indices.shape[1]))):
-            chosen, counts = found.indices[0, head].tolist(), found.counts[0, head].tolist()
+        shown = maps[layer]
+        for head in _spread(list(range(shown.indices.shape[1]))):
+            chosen, counts = shown.indices[0, head].tolist(), shown.counts[0, head].tolist()
             rows = [indices[:count] for indices, count in zip(chosen, counts)]
             layers.append({"layer": layer, "head": head, "map": rows})
     return {
         "grid": list(grids[0]) if grids else None,
         "block_q": handle.config.block_q,
         "block_k": handle.config.block_k,
-        "sparsity": sum(found.sparsity for found in maps.values()) / len(maps),
+        "sparsity": sum(block_map.sparsity for block_map in every) / len(every),
+        "flops": sum(shares) / len(shares),
         "frame_of": video.name,
         "layers": layers,
     }
