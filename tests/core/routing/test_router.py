@@ -4,6 +4,7 @@ import pytest
 import torch
 from sla2_core import SLA2Config
 from sla2_core.backends.pooling import pool, smooth_keys
+from sla2_core.block_map import Geometry
 from sla2_core.registry import ROUTERS
 from sla2_core.routing import top_k_map
 
@@ -35,6 +36,17 @@ def test_ties_go_to_the_lower_index_and_indices_ascend():
 @pytest.mark.parametrize(("topk", "expected"), [(0.01, 1), (0.3, 2), (0.32, 3), (1.0, 8)])
 def test_k_is_rounded_and_at_least_one(topk, expected):
     assert top_k_map(torch.randn(1, 1, 1, 8), topk, **GEOMETRY).counts.item() == expected
+
+
+def test_the_truncated_router_cuts_the_count_of_each_item():
+    config = SLA2Config(head_dim=4, num_heads=1, topk=0.3, router="truncated")
+    router = ROUTERS.make(config)
+    geometry = Geometry(**GEOMETRY)
+    scores = torch.arange(8.0).expand(2, 1, 1, 8)
+    for topk, counts in ((0.37, [2, 1]), (0.75, [6, 2]), (0.01, [1, 1])):  # of 8 and of 3 blocks
+        found = router.select(scores, topk, geometry, torch.tensor([30, 9]))
+        assert found.counts.flatten().tolist() == counts
+        assert router.select(scores, topk, geometry).counts[0].item() == counts[0]
 
 
 def test_kv_lengths_limit_each_item_to_its_own_blocks():

@@ -39,6 +39,14 @@ def sla(base: SLA2Config) -> SLA2Config:
     return base.replaced(router="heuristic", complement="projected", alpha="sum", smooth_k=False)
 
 
+@variant("sla_published")
+def sla_published(base: SLA2Config) -> SLA2Config:
+    """SLA as its published code computes it, to the number of blocks: what the checkpoints of
+    TurboDiffusion were trained with.
+    """
+    return sla(base).replaced(router="truncated")
+
+
 @variant("sparse_only")
 def sparse_only(base: SLA2Config) -> SLA2Config:
     """The sparse branch alone: nothing stands in for the blocks that are not selected."""

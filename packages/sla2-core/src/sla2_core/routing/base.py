@@ -17,9 +17,11 @@ from sla2_core.registry import Heads, Member
 from sla2_core.routing.softtopk import soft_topk
 
 
-def blocks_to_select(topk: float, t_n: int) -> int:
-    """K = max(1, round(k% * T_n)) for k% = `topk`; ties to even, as Python rounds."""
-    return max(1, round(topk * t_n))
+def blocks_to_select(topk: float, t_n: int, truncate: bool = False) -> int:
+    """K = max(1, round(k% * T_n)) for k% = `topk`; ties to even, as Python rounds. With `truncate`
+    int() in the place of round().
+    """
+    return max(1, int(topk * t_n) if truncate else round(topk * t_n))
 
 
 class Router(Member):
@@ -108,13 +110,18 @@ def ranks(scores: Tensor) -> Tensor:
 
 
 def choices(
-    scores: Tensor, topk: float, block_k: int, kv_lengths: Tensor | None = None
+    scores: Tensor,
+    topk: float,
+    block_k: int,
+    kv_lengths: Tensor | None = None,
+    truncate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What each item may choose from, and how many blocks a row's top-k takes.
 
     Args:
         scores: (B, H, rows, T_n). topk: k% in (0, 1]. block_k: tokens in a key block.
         kv_lengths: int64 (B,), valid keys, or None.
+        truncate: cut k% * T_n to an integer instead of rounding it.
 
     Returns:
         the scores, -inf for blocks without a valid key, and K = max(1, round(k% * T_n)), T_n
@@ -122,12 +129,14 @@ def choices(
     """
     t_n = scores.shape[-1]
     if kv_lengths is None:
-        count = torch.full((1, 1, 1, 1), blocks_to_select(topk, t_n), device=scores.device)
+        most = blocks_to_select(topk, t_n, truncate)
+        count = torch.full((1, 1, 1, 1), most, device=scores.device)
         return scores, count
     blocks = num_blocks(kv_lengths, block_k)
     dead = torch.arange(t_n, device=scores.device) >= blocks[:, None]
     # blocks_to_select for each item; ties to even, as Python's round
-    count = (topk * blocks.double()).round().clamp_min(1).long()
+    count = topk * blocks.double()
+    count = (count.floor() if truncate else count.round()).clamp_min(1).long()
     return scores.masked_fill(dead[:, None, None], -torch.inf), count[:, None, None, None]
 
 
@@ -140,6 +149,7 @@ def top_k_map(
     n_q: int,
     n_k: int,
     kv_lengths: Tensor | None = None,
+    truncate: bool = False,
 ) -> BlockMap:
     """The K best key blocks of every row, ties to the lower index, indices ascending; no gradient.
 
@@ -149,15 +159,16 @@ def top_k_map(
         block_q, block_k: tokens in a query block and in a key block. n_q, n_k: query and key
             tokens.
         kv_lengths: int64 (B,), valid keys, or None. Blocks without a valid key are not chosen.
+        truncate: cut k% * T_n to an integer instead of rounding it.
     """
     scores = scores.detach()
     t_n = scores.shape[-1]
-    most = blocks_to_select(topk, t_n)
+    most = blocks_to_select(topk, t_n, truncate)
     if kv_lengths is None:
         indices = _best(scores, most)
         counts = torch.full(scores.shape[:3], most, dtype=torch.int32, device=scores.device)
     else:
-        scores, count = choices(scores, topk, block_k, kv_lengths)
+        scores, count = choices(scores, topk, block_k, kv_lengths, truncate)
         # Of the best `most` blocks the item's own `count` stay; the places of the others go last.
         best = _best(scores, most).long()
         order = torch.sort(scores.gather(-1, best), dim=-1, descending=True, stable=True).indices
