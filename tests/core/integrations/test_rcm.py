@@ -1,4 +1,6 @@
-"""rCM's sampler: its formulas, and a Wan pipeline with it."""
+"""rCM's sampler: its formulas, a Wan pipeline with it, and the folder that import writes as a
+pipeline.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ import math
 import pytest
 import torch
 from helpers import pipelines
+from helpers import turbodiffusion as turbo
 from sla2_core.integrations.rcm import RCMScheduler, use_rcm
+from sla2_core.integrations.turbodiffusion import import_turbodiffusion
 
 CALL = dict(
     prompt=["a red circle", "a blue square"],
@@ -85,3 +89,37 @@ def test_a_wan_pipeline_samples_as_the_plain_loop(two):
     assert use_rcm(pipe) is scheduler  # again changes nothing
     again = pipe(**CALL, num_inference_steps=4, generator=generators())[0]
     assert torch.equal(again, found)
+
+
+@torch.no_grad()
+def test_an_import_with_a_base_is_a_pipeline(tmp_path):
+    from diffusers import DiffusionPipeline
+    from sla2_core.integrations.loading import apply_adapter
+
+    sizes = turbo.SMALL | {"channels": 16, "out": 16}
+    torch.save(turbo.checkpoint(sizes), tmp_path / "turbo.pth")
+    pipelines.wan().save_pretrained(tmp_path / "base")
+    how = dict(topk=0.5, block_q=4, block_k=3, torch_dtype=torch.float32)
+    folder = import_turbodiffusion(
+        tmp_path / "turbo.pth", tmp_path / "out", base=tmp_path / "base", **how
+    )
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe.scheduler, RCMScheduler)
+    assert pipe.scheduler.config.sigma_max == 80.0
+    handle = apply_adapter(pipe.transformer, folder / "transformer")
+    use_rcm(pipe)
+    found = pipe(**CALL, num_inference_steps=4, generator=generators())[0]
+    torch.testing.assert_close(
+        found, plain_sampling(pipe, [pipe.transformer], 80.0), atol=1e-4, rtol=1e-4
+    )
+    with handle.disabled():
+        dense = pipe(**CALL, num_inference_steps=4, generator=generators())[0]
+    assert (dense - found).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="base: expected a pipeline with 2 transformers"):
+        import_turbodiffusion(
+            tmp_path / "turbo.pth",
+            tmp_path / "pair",
+            low_noise=tmp_path / "turbo.pth",
+            base=tmp_path / "base",
+        )
