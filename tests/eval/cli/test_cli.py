@@ -13,6 +13,7 @@ SUBCOMMANDS = [[name] for name in COMMANDS] + [
     ["train", "teacher"],
     ["train", "router"],
     ["train", "finetune"],
+    ["import", "turbodiffusion"],
     ["weights", "list"],
     ["weights", "fetch"],
 ]

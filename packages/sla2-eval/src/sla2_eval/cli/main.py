@@ -21,6 +21,10 @@ COMMANDS = {
         "sla2_eval.cli.commands.train",
         "Train the tiny teacher, a router (stage 1), or fine-tune (stage 2).",
     ),
+    "import": (
+        "sla2_eval.cli.commands.import_",
+        "Checkpoints of other projects as folders that load here.",
+    ),
     "generate": ("sla2_eval.cli.commands.generate", "Write videos for a file of prompts."),
     "score": (
         "sla2_eval.cli.commands.score",

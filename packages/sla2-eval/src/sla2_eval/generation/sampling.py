@@ -196,6 +196,10 @@ class PipelineGenerator:
 
     def __init__(self, pipe: Any, fps: float = 16.0):
         self.pipe, self.transformer, self.fps = pipe, pipe.transformer, fps
+        if type(getattr(pipe, "scheduler", None)).__name__ == "RCMScheduler":
+            from sla2_core.integrations.rcm import use_rcm
+
+            use_rcm(pipe)
         pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
 
     def sample(self, requests: Sequence[Request], config: SamplingConfig) -> np.ndarray:
@@ -260,11 +264,12 @@ def load_generator(model: str | Path, adapter: str | Path | None = None) -> Gene
 
 def _adapted(generator: Generator, adapter: Path) -> list[tuple[nn.Module, Path]]:
     """The transformers of the model and their adapters; those of the two of Wan2.2 A14B lie in
-    folders of their names.
+    folders of their names, as one that was imported does.
     """
     second = getattr(getattr(generator, "pipe", None), "transformer_2", None)
     if second is None:
-        return [(generator.transformer, adapter)]
+        imported = not (adapter / "sla2_config.json").exists() and (adapter / "transformer")
+        return [(generator.transformer, imported if imported and imported.is_dir() else adapter)]
     found = [(generator.transformer, adapter / "transformer"), (second, adapter / "transformer_2")]
     for _, folder in found:
         if not folder.is_dir():

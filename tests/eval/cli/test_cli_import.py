@@ -1,0 +1,46 @@
+"""sla2 import turbodiffusion: the folder it writes goes through sla2 generate, and what it
+refuses.
+"""
+
+import json
+
+import numpy as np
+import torch
+from helpers import pipelines
+from helpers import turbodiffusion as turbo
+from sla2_eval.cli.main import main
+from sla2_eval.videos.video import read_video
+
+SIZES = turbo.SMALL | {"channels": 16, "out": 16}
+
+
+def test_an_imported_checkpoint_generates_with_sla_and_rcm(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(turbo.checkpoint(SIZES), "turbo.pth")
+    pipelines.wan().save_pretrained("base")
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    given = ["--topk", "0.34", "--block-q", "4", "--block-k", "3", "--dtype", "float32"]
+    command = ["import", "turbodiffusion", "turbo.pth", "--out", "turbo", "--base", "base", *given]
+    assert main(command) == 0
+    assert capsys.readouterr().out == "turbo\n"
+    assert json.loads((tmp_path / "turbo/transformer/sla2_config.json").read_text())["layers"]
+    size = ["--num-frames", "5", "--height", "32", "--width", "48", "--dtype", "float32"]
+    videos = {}
+    for name, adapter in (("sla", ["--adapter", "turbo"]), ("full", [])):
+        sampling = ["--steps", "4", "--guidance", "1", "--prompts", "p.txt", "--out", name]
+        assert main(["generate", "--model", "turbo", *adapter, *sampling, *size]) == 0
+        videos[name] = read_video(tmp_path / name / "a red circle-0.mp4").frames
+    assert not np.array_equal(videos["sla"], videos["full"])
+    capsys.readouterr()
+    assert main(["generate", "--model", "turbo", "--prompts", "p.txt", "--out", "x", *size]) == 2
+    assert "num_inference_steps: expected 1 to 4 for rCM, got 20" in capsys.readouterr().err
+
+
+def test_a_bad_file_is_refused_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "turbo.pth").write_bytes(b"not a checkpoint")
+    assert main(["import", "turbodiffusion", "turbo.pth", "--out", "turbo"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sla2: error: turbo.pth: expected a readable checkpoint, got: ")
+    assert error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["turbo.pth"]
