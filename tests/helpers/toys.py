@@ -46,6 +46,8 @@ class Means(Complement):
     """Softmax over the unselected blocks' means of K and V; joins the softmax of the others."""
 
     stages = ("stage1", "stage2")
+    mixing = "toy-joint"
+    joins = True
 
     def __init__(self, config):
         super().__init__()
@@ -96,7 +98,7 @@ def joined(logits, values):
 class Joint(Mixing):
     """One softmax over both branches."""
 
-    per_block = False
+    kernel = None
     joins = True
 
     def combine(self, sparse, rest, alpha, block_q):

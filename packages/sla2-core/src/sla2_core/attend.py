@@ -65,7 +65,7 @@ def attend(
     rows = (block_map.indices, block_map.counts)
     if complement.absent:
         return ops.run(Inputs(q, keys, v, *rows, None, lengths), options, backend)[0]
-    fused = complement.kernel == "linear" and mixing.per_block and not complement.everywhere
+    fused = complement.kernel == mixing.kernel == "linear" and not complement.everywhere
     if fused and backend.fuses(options) and alpha is not None:
         alpha = alpha.expand(block_map.shape[:3])
         return ops.run(Inputs(q, keys, v, *rows, alpha, lengths), options, backend)[0]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sla2_core.registry import AXES, FORMATS, Described
+from sla2_core.registry import AXES, COMPLEMENTS, FORMATS, MIXINGS, Described
 
 QAT_BACKWARDS = ("paper", "matched")
 BACKENDS = ("auto", "reference", "blocked", "cpu", "cuda", "emulator")
@@ -44,7 +44,8 @@ class SLA2Config:
             them), "projected" (SLA's linear attention over all blocks with a learned projection),
             "coarse" (VSA's attention between block means), "none", or another of complement/.
         alpha: how both branches become one output: "position", "mass", "one" (the sparse branch
-            alone), "sum" (SLA's O_s + O_l), or another of mixing/.
+            alone), "sum" (SLA's O_s + O_l), or another of mixing/. "auto" takes the one that the
+            complement names, and the field then holds its name.
         alpha_knots: knots of "position" over the relative position of the query block; 1 is one
             value per head.
         alpha_per_head: False makes the heads of "position" share their knots (the paper's form with
@@ -68,7 +69,7 @@ class SLA2Config:
     router: str = "learned"
     per_head_router: bool = False
     complement: str = "linear"
-    alpha: str = "position"
+    alpha: str = "auto"
     alpha_knots: int = 16
     alpha_per_head: bool = True
     alpha_init: float = 0.8
@@ -84,8 +85,11 @@ class SLA2Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        if self.alpha == "auto":
+            object.__setattr__(self, "alpha", COMPLEMENTS.get(self.complement).mixing)
         for axis in AXES:
             axis.get(getattr(self, axis.field))
+        self._check_company()
         for name, allowed in (("qat_backward", QAT_BACKWARDS), ("backend", BACKENDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -98,6 +102,16 @@ class SLA2Config:
         _check_number("alpha_init", self.alpha_init, 1.0)
         _check_number("tau", self.tau, float("inf"))
         object.__setattr__(self, "options", _Options(self._checked_options()))
+
+    def _check_company(self) -> None:
+        """A mixing that joins the softmax needs a complement that does, and the other way round."""
+        complement, mixing = COMPLEMENTS.get(self.complement), MIXINGS.get(self.alpha)
+        if complement.absent or complement.joins == mixing.joins:
+            return
+        what = f"{complement.mixing!r}" if complement.joins else "a mixing of separate branches"
+        raise ValueError(
+            f"alpha: expected {what} for complement={self.complement!r}, got {self.alpha!r}"
+        )
 
     def _checked_options(self) -> dict[str, Any]:
         """`options` beside the defaults of the chosen members."""
@@ -166,10 +180,9 @@ class SLA2Config:
         Raises ValueError naming the field for a bad value.
         """
         options = changes.pop("options", self.options)
-        chosen = [axis.get(changes.get(axis.field, getattr(self, axis.field))) for axis in AXES]
-        known = {name for member in chosen for name in member.options}
-        kept = {name: value for name, value in options.items() if name in known}
-        return dataclasses.replace(self, **changes, options=kept)
+        bare = dataclasses.replace(self, **changes, options={})
+        kept = {name: value for name, value in options.items() if name in bare.options}
+        return dataclasses.replace(bare, options=kept)
 
     def stage1_settings(self) -> dict[str, Any]:
         """What a finished stage 1 depends on: all but k%, the number format and the backend."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sla2_core.config import SLA2Config
-from sla2_core.registry import AXES
+from sla2_core.registry import AXES, MIXINGS
 
 Variant = Callable[[SLA2Config], SLA2Config]
 VARIANTS: dict[str, Variant] = {}
@@ -27,7 +27,7 @@ def sla2(base: SLA2Config) -> SLA2Config:
     """SLA2 (arXiv 2602.12675): a learned router, linear attention over the complement, a learned
     alpha of the base's kind, K smoothed.
     """
-    alpha = base.alpha if base.alpha != "sum" else "position"
+    alpha = "auto" if base.alpha == "sum" or MIXINGS.get(base.alpha).joins else base.alpha
     return base.replaced(router="learned", complement="linear", alpha=alpha, smooth_k=True)
 
 

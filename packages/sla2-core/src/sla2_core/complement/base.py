@@ -33,14 +33,18 @@ class Complement(Member):
     """Base of the members: plain, differentiable torch over a few query blocks, never N x N.
 
     Attributes:
-        kernel: "linear" if it is linear attention with phi = softmax, which the kernels have; None
-            if it has none.
+        kernel: what the kernels call it, "linear" for linear attention with phi = softmax;
+            None if they do not have it.
+        mixing: the member of mixing/ that a configuration takes for it if it names none.
+        joins: rows() gives a log-sum-exp, for a mixing that joins both branches in one softmax.
         everywhere: it is summed over all blocks, not over the unselected ones.
         absent: there is no complement: the operator is the sparse branch alone.
     """
 
     group: ClassVar[str] = "complement"
     kernel: ClassVar[str | None] = None
+    mixing: ClassVar[str] = "position"
+    joins: ClassVar[bool] = False
     everywhere: ClassVar[bool] = False
     absent: ClassVar[bool] = False
 

@@ -18,14 +18,16 @@ class Mixing(Member):
     A member gives `alpha`; one that mixes in another way gives `combine`.
 
     Attributes:
-        per_block: combine() is that of this class, which the kernels have.
+        kernel: the kernel of a complement that has combine() built in, as Complement.kernel names
+            it; None where no kernel has it. combine() of this class is in "linear".
         reads_map: alpha() reads the block map, and so gives the router's scores a gradient.
-        joins: combine() reads both branches' log-sum-exp, which then needs a gradient.
+        joins: combine() reads both branches' log-sum-exp, which then needs a gradient. It goes with
+            complements that give one.
     """
 
     group: ClassVar[str] = "alpha"
     per_topk: ClassVar[bool] = True
-    per_block: ClassVar[bool] = True
+    kernel: ClassVar[str | None] = "linear"
     reads_map: ClassVar[bool] = False
     joins: ClassVar[bool] = False
 

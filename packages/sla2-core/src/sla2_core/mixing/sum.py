@@ -13,7 +13,7 @@ from sla2_core.registry import MIXINGS
 class Sum(Mixing):
     """O_s + O_l; nothing is learned."""
 
-    per_block = False
+    kernel = None
 
     def combine(self, sparse: Branch, rest: Branch, alpha: Tensor | None, block_q: int) -> Tensor:
         """O_s + O_l; alpha is not read."""
