@@ -24,8 +24,9 @@ def every_member():
     for axis in (ROUTERS, COMPLEMENTS, MIXINGS, FORMATS):
         for name in (n for n in axis.names() if not n.startswith("toy-")):
             changes = {axis.field: name}
-            if name == "sum":  # which sums with a projected branch
-                changes["complement"] = "projected"
+            company = {"sum": ("complement", "projected"), "joint": ("complement", "pooled")}
+            company |= {"pooled": ("alpha", "joint")}  # what goes with one another
+            changes |= dict([company[name]] if name in company else [])
             yield f"{axis.field}-{name}", dataclasses.replace(BASE, **changes)
     matched = dataclasses.replace(BASE, precision="int8", qat_backward="matched")
     yield "matched", matched
@@ -108,7 +109,7 @@ def distant(lengths):
     "name",
     [
         *("base", "router-heuristic", "router-topk_topp", "router-global_threshold"),
-        *("complement-projected", "complement-coarse", "alpha-mass"),
+        *("complement-projected", "complement-coarse", "complement-pooled", "alpha-mass"),
     ],
 )
 @pytest.mark.parametrize("text", [0, 20])

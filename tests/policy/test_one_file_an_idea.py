@@ -169,7 +169,7 @@ def test_costs_ask_the_complement():
 def test_a_name_is_taken_once():
     with pytest.raises(ValueError, match="alpha: expected a new name, got 'mass' of Mass"):
         MIXINGS.register("mass")(toys.Constant)
-    assert MIXINGS.names()[:4] == ("mass", "one", "position", "sum")
+    assert MIXINGS.names()[:5] == ("joint", "mass", "one", "position", "sum")
     assert {axis.field for axis in AXES} <= set(
         SLA2Config(head_dim=8, num_heads=1, topk=1).to_dict()
     )

@@ -7,7 +7,12 @@ from sla2_core import complement, formats, mixing, order, routing  # noqa: F401
 from sla2_core.attention import SLA2Attention, SLAAttention, build_attention
 from sla2_core.block_map import BlockMap
 from sla2_core.config import SLA2Config
-from sla2_core.functional import block_sparse_attention, sla2_attention, sla_attention
+from sla2_core.functional import (
+    block_sparse_attention,
+    pooled_attention,
+    sla2_attention,
+    sla_attention,
+)
 from sla2_core.routing.softtopk import soft_topk
 from sla2_core.sdpa import ScaledDotProductSLA2
 
@@ -19,6 +24,7 @@ __all__ = [
     "ScaledDotProductSLA2",
     "block_sparse_attention",
     "build_attention",
+    "pooled_attention",
     "sla2_attention",
     "sla_attention",
     "soft_topk",

@@ -41,11 +41,12 @@ class SLA2Config:
             another of routing/.
         per_head_router: one W_q, W_k per head instead of one per layer.
         complement: what the blocks that are not selected give: "linear" (linear attention over
-            them), "projected" (SLA's linear attention over all blocks with a learned projection),
-            "coarse" (VSA's attention between block means), "none", or another of complement/.
-        alpha: how both branches become one output: "position", "mass", "one" (the sparse branch
-            alone), "sum" (SLA's O_s + O_l), or another of mixing/. "auto" takes the one that the
-            complement names, and the field then holds its name.
+            them), "pooled" (one key a block, their mean, in the softmax of the selected),
+            "projected" (SLA's linear attention over all blocks with a learned projection), "coarse"
+            (VSA's attention between block means), "none", or another of complement/.
+        alpha: how both branches become one output: "position", "mass", "joint" (one softmax over
+            both), "one" (the sparse branch alone), "sum" (SLA's O_s + O_l), or another of mixing/.
+            "auto" takes the one that the complement names, and the field then holds its name.
         alpha_knots: knots of "position" over the relative position of the query block; 1 is one
             value per head.
         alpha_per_head: False makes the heads of "position" share their knots (the paper's form with

@@ -1,4 +1,5 @@
-"""The functions other research code calls: sla2_attention, sla_attention, block_sparse_attention.
+"""The functions other research code calls: sla2_attention, pooled_attention, sla_attention and
+block_sparse_attention.
 
 They check their arguments and hand over to attend.py, which checks nothing.
 """
@@ -26,10 +27,13 @@ from sla2_core.checks import (
     without_autocast,
 )
 from sla2_core.complement.linear import Linear
+from sla2_core.complement.pooled import Pooled
 from sla2_core.complement.projected import project
 from sla2_core.config import QAT_BACKWARDS
 from sla2_core.mixing import Mixing
+from sla2_core.mixing.joint import Joint
 from sla2_core.options import Options, make_options
+from sla2_core.registry import Heads
 
 Lengths = Tensor | Sequence[int] | None
 
@@ -41,7 +45,23 @@ class _Given(Mixing):
         torch.nn.Module.__init__(self)
 
 
-_PARTS = Parts(Linear(), _Given())
+class _GivenBias(Pooled):
+    """A b that the caller gives."""
+
+    def __init__(self, bias: Tensor | None) -> None:
+        torch.nn.Module.__init__(self)
+        self.given = bias
+
+    def bias_of(self, heads: Heads = None) -> Tensor | None:
+        return self.given
+
+
+class _OneSoftmax(Joint):
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+
+
+_PARTS, _JOINT = Parts(Linear(), _Given()), _OneSoftmax()
 
 
 def _checked(
@@ -148,6 +168,55 @@ def sla2_attention(
     with without_autocast(q):
         return attend(
             q, k, v, block_map, alpha, _PARTS, lengths=lengths, options=options, backend=chosen
+        )
+
+
+def pooled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    bias: Tensor | None = None,
+    *,
+    precision: str = "full",
+    qat_backward: str = "paper",
+    smooth_k: bool = True,
+    kv_lengths: Lengths = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One softmax over the tokens of the selected blocks and one pooled key for each other block,
+    with log(tokens of the block) + bias added to its logit; see complement.pooled.Pooled.
+
+    Args:
+        q, k, v, block_map, precision, qat_backward, kv_lengths, backend: as for
+            block_sparse_attention. `precision` rounds the selected part.
+        bias: floating (H,), b of each head; None is 0.
+        smooth_k: subtract the mean over tokens from K first, which matters to low bit alone.
+
+    Returns:
+        (B, H, N_q, d) in q's dtype (autocast's under autocast); gradients reach q, k, v and bias,
+        none the block map.
+
+    Raises:
+        As block_sparse_attention; TypeError, ValueError for another bias.
+    """
+    q, k, v, lengths, options = _checked(
+        q, k, v, block_map, precision, qat_backward, smooth_k, kv_lengths, backend
+    )
+    if bias is not None:
+        if not isinstance(bias, Tensor) or not bias.dtype.is_floating_point:
+            kind = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+            raise TypeError(f"bias: expected a floating torch.Tensor, got {kind}")
+        if tuple(bias.shape) != (q.shape[1],) or bias.device != q.device:
+            raise ValueError(
+                f"bias: expected shape {(q.shape[1],)} on {q.device}, got {tuple(bias.shape)} on"
+                f" {bias.device}"
+            )
+    chosen = backend_for(q, options, backend)
+    parts = Parts(_GivenBias(bias), _JOINT)
+    with without_autocast(q):
+        return attend(
+            q, k, v, block_map, None, parts, lengths=lengths, options=options, backend=chosen
         )
 
 

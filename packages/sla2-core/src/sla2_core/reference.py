@@ -169,6 +169,41 @@ def linear_branch(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
     return torch.where(total == 0, 0.0, (pairs @ v) / torch.where(total == 0, 1.0, total))
 
 
+def pooled_branch(
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, block_k: int, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax over one pooled key for each block that is not selected: logits
+    l_tj = q_t . kbar_j / sqrt(d) + log n_j + b_h, values vbar_j, with kbar_j and vbar_j the means
+    of K and V over the n_j tokens of block j that count.
+
+    Args:
+        q: (B, H, N_q, d) in fp32 or fp64. k, v: (B, H, N_k, d).
+        weights: (B, H, N_q, N_k), 1 for the tokens that count, 0 for the others.
+        block_k: tokens in a key block. bias: b, (H,), or None for 0.
+
+    Returns:
+        (B, H, N_q, d) and the natural log-sum-exp of the logits (B, H, N_q). A row whose weights
+        are all 0 has 0 and -inf.
+    """
+    n_k = k.shape[2]
+
+    def of_blocks(x: Tensor) -> Tensor:  # sums over the tokens of each block
+        padded = torch.nn.functional.pad(x, (0, -n_k % block_k))
+        return padded.unflatten(-1, (-1, block_k)).sum(-1)
+
+    scores = torch.where(weights == 0, 0.0, q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5)
+    tokens = of_blocks(weights)
+    logits = of_blocks(scores) / tokens.clamp_min(1) + tokens.log()  # the mean score is q . kbar_j
+    if bias is not None:
+        logits = logits + bias.to(q.dtype)[:, None, None]
+    empty = (weights == 0).all(-1, keepdim=True)
+    logits = logits.masked_fill(tokens == 0, -torch.inf)
+    share = torch.softmax(logits.masked_fill(empty, 0.0), -1) / tokens.clamp_min(1)
+    out = (share.repeat_interleave(block_k, -1)[..., :n_k] * weights) @ v
+    lse = torch.logsumexp(logits.masked_fill(empty, 0.0), -1)
+    return torch.where(empty, 0.0, out), lse.masked_fill(empty.squeeze(-1), -torch.inf)
+
+
 def mix(
     o_s: Tensor, o_l: Tensor, alpha: Tensor, block_q: int, nothing: Tensor, everything: Tensor
 ) -> Tensor:

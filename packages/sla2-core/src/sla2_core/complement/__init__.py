@@ -3,7 +3,7 @@
 Importing this folder registers them.
 """
 
-from sla2_core.complement import coarse, linear, none, projected
+from sla2_core.complement import coarse, linear, none, pooled, projected
 from sla2_core.complement.base import Branch, Complement
 
-__all__ = ["Branch", "Complement", "coarse", "linear", "none", "projected"]
+__all__ = ["Branch", "Complement", "coarse", "linear", "none", "pooled", "projected"]

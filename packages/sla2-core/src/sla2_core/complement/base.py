@@ -33,8 +33,8 @@ class Complement(Member):
     """Base of the members: plain, differentiable torch over a few query blocks, never N x N.
 
     Attributes:
-        kernel: what the kernels call it, "linear" for linear attention with phi = softmax;
-            None if they do not have it.
+        kernel: what the kernels call it, "linear" for linear attention with phi = softmax,
+            "pooled" for one key a block in the softmax; None if they do not have it.
         mixing: the member of mixing/ that a configuration takes for it if it names none.
         joins: rows() gives a log-sum-exp, for a mixing that joins both branches in one softmax.
         everywhere: it is summed over all blocks, not over the unselected ones.

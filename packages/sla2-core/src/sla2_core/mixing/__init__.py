@@ -3,7 +3,7 @@
 Importing this folder registers them.
 """
 
-from sla2_core.mixing import mass, one, position, sum
+from sla2_core.mixing import joint, mass, one, position, sum
 from sla2_core.mixing.base import Mixing, mix
 
-__all__ = ["Mixing", "mass", "mix", "one", "position", "sum"]
+__all__ = ["Mixing", "joint", "mass", "mix", "one", "position", "sum"]
