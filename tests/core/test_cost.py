@@ -34,6 +34,17 @@ def test_parts_of_a_small_case_by_hand():
     assert cost.bytes == tokens + 4 * 2 * 8 * 2 * (8 * 9) + 4 * 2 * 8 * 2 * 8
 
 
+def test_the_pooled_complement_costs_1_6_percent_and_makes_no_states():
+    sizes = dict(n_q=32760, n_k=32760, num_heads=12, head_dim=128, topk=0.03)
+    pooled, linear, none = (
+        sla2_cost(**sizes, complement=name) for name in ("pooled", "linear", "none")
+    )
+    assert pooled.linear_flops == 4 * 32760 * 512 * 128 * 12
+    assert pooled.linear_flops / pooled.full_flops == pytest.approx(1 / 64, rel=1e-3)
+    assert pooled.bytes - none.bytes == 4 * 3 * 512 * 128 * 12
+    assert (linear.bytes - none.bytes) / (pooled.bytes - none.bytes) == pytest.approx(129)
+
+
 @pytest.mark.parametrize(("kw", "match"), [({"topk": 0}, "topk"), ({"n_q": 0}, "n_q")])
 def test_bad_values_are_named(kw, match):
     with pytest.raises(ValueError, match=f"{match}: expected"):

@@ -15,7 +15,7 @@ class Cost:
 
     Attributes:
         full_flops: of full attention. sparse_flops, linear_flops, router_flops: of the sparse
-            branch, of the complement and of the router.
+            branch, of the complement (also of one that is not linear attention) and of the router.
         bytes: what must move between device memory and the processor.
         sparsity: 1 - k%.
     """
@@ -49,14 +49,15 @@ def sla2_cost(
 
     FLOPs: full attention 4 N_q N_k d H; the sparse branch k% of that; the router 2 T_m T_n d H. The
     linear branch is 2 N_k d^2 H for h_j and 2 N_q d^2 H for phi(Q) H_i; the masked sum over blocks,
-    2 T_m T_n d^2 H as a GEMM, is not in the paper's count and not in this one. Bytes: Q, K, V read
-    and O written once; h_j, H_i, and pooled Q and K written and read in fp32.
+    2 T_m T_n d^2 H as a GEMM, is not in the paper's count and not in this one. The pooled
+    complement is 4 N_q T_n d H. Bytes: Q, K, V read and O written once; pooled Q and K, and what
+    the complement makes of each block (h_j and H_i; the means of V), written and read in fp32.
 
     Args:
         n_q, n_k: query and key tokens. num_heads, head_dim: of the layer.
         topk: k% in (0, 1]. block_q, block_k: tokens in a query block and in a key block.
         bytes_per_element: of Q, K, V and O.
-        complement: a member of complement/, which counts its own FLOPs.
+        complement: a member of complement/, which counts its own FLOPs and bytes.
 
     Raises:
         ValueError: a size below 1, a k% outside (0, 1], or an unknown complement.
@@ -79,14 +80,14 @@ def sla2_cost(
     rest_flops += rest.block_flops(t_m=t_m, t_n=t_n, head_dim=head_dim)
     full = 4.0 * n_q * n_k * head_dim * num_heads
     tokens = bytes_per_element * (2 * n_q + 2 * n_k) * head_dim * num_heads
-    states = 4 * 2 * (t_m + t_n) * head_dim * (head_dim + 1) * num_heads
+    summaries = rest.bytes(t_m=t_m, t_n=t_n, head_dim=head_dim) * num_heads
     pooled = 4 * 2 * (t_m + t_n) * head_dim * num_heads
     return Cost(
         full_flops=full,
         sparse_flops=topk * full,
         linear_flops=num_heads * rest_flops,
         router_flops=2.0 * t_m * t_n * head_dim * num_heads,
-        bytes=float(tokens + states + pooled),
+        bytes=float(tokens + summaries + pooled),
         sparsity=1.0 - topk,
     )
 

@@ -98,6 +98,14 @@ class Complement(Member):
         """
         return 0.0
 
+    @classmethod
+    def bytes(cls, *, t_m: int, t_n: int, head_dim: int) -> float:
+        """Bytes of one head's forward pass beside Q, K, V, O and the pooled Q and K of the router:
+        what summarises the blocks, in fp32, each time that it is written or read. `t_m`, `t_n`:
+        blocks of queries and of keys.
+        """
+        return 0.0
+
     def finish(self, out: Tensor, heads: Heads = None) -> Tensor:
         """What follows the kernel, for members that have one: (B, H, n, d) -> (B, H, n, d), fp32 or
         fp64.

@@ -64,3 +64,8 @@ class Linear(Complement):
         as a GEMM, is not in the paper's count and not in this one.
         """
         return 2.0 * (n_q + n_k) * head_dim**2
+
+    @classmethod
+    def bytes(cls, *, t_m: int, t_n: int, head_dim: int) -> float:
+        """h_j, z_j and H_i, Z_i, written and read."""
+        return 4.0 * 2 * (t_m + t_n) * head_dim * (head_dim + 1)

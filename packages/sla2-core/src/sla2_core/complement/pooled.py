@@ -114,3 +114,8 @@ class Pooled(Complement):
     def flops(cls, *, n_q: int, n_k: int, t_n: int, head_dim: int) -> float:
         """4 N_q T_n d: every query token against the mean of every block."""
         return 4.0 * n_q * t_n * head_dim
+
+    @classmethod
+    def bytes(cls, *, t_m: int, t_n: int, head_dim: int) -> float:
+        """The means of V, written and read, and those of K, which the router has too, read."""
+        return 4.0 * 3 * t_n * head_dim
