@@ -14,7 +14,7 @@ from sla2_core import (
     soft_topk,
 )
 from sla2_core.reference import full_attention, sla2_reference
-from sla2_core.variants import paper_alpha, sla, sparse_only
+from sla2_core.variants import paper_alpha, pooled, sla, sparse_only
 
 CONFIG = SLA2Config(head_dim=8, num_heads=2, topk=0.3, block_q=16, block_k=8)
 
@@ -52,8 +52,9 @@ def test_layouts_agree(config):
         sparse_only(CONFIG),
         dataclasses.replace(CONFIG, smooth_k=False),
         sla(CONFIG),
+        pooled(CONFIG),
     ],
-    ids=["position", "mass", "paper", "one", "unsmoothed", "sla"],
+    ids=["position", "mass", "paper", "one", "unsmoothed", "sla", "pooled"],
 )
 def test_gradcheck(config):
     torch.manual_seed(1)
@@ -94,7 +95,7 @@ def test_parameters_exist_from_the_start_and_stay_fp32():
 
 def test_kv_lengths_equal_a_shorter_sequence():
     q, k, v = qkv()
-    for config in (CONFIG, dataclasses.replace(CONFIG, alpha="mass"), sla(CONFIG)):
+    for config in (CONFIG, dataclasses.replace(CONFIG, alpha="mass"), sla(CONFIG), pooled(CONFIG)):
         attn = build_attention(config)
         out = attn(q, k, v, kv_lengths=[50, 111])
         torch.testing.assert_close(
@@ -231,8 +232,8 @@ def test_the_router_requires_no_gradient_outside_of_stage_1():
 
 @pytest.mark.parametrize(
     "config",
-    [CONFIG, dataclasses.replace(CONFIG, alpha="mass"), sla(CONFIG)],
-    ids=["position", "mass", "sla"],
+    [CONFIG, dataclasses.replace(CONFIG, alpha="mass"), sla(CONFIG), pooled(CONFIG)],
+    ids=["position", "mass", "sla", "pooled"],
 )
 def test_the_meta_device_gives_shapes_and_to_empty_then_reset_the_initial_values(config):
     with torch.device("meta"):
@@ -278,7 +279,7 @@ def test_tau_may_change_and_reaches_the_router():
 
 def test_text_keys_are_always_selected_and_text_queries_see_everything():
     q, k, v = (x.detach() for x in qkv(111, 111))
-    for config in (CONFIG, dataclasses.replace(CONFIG, alpha="mass"), sla(CONFIG)):
+    for config in (CONFIG, dataclasses.replace(CONFIG, alpha="mass"), sla(CONFIG), pooled(CONFIG)):
         attn = build_attention(config)
         out, info = attn(q, k, v, text_tokens=13, kv_lengths=[107, 111], return_info=True)
         mask = info.block_map.mask()

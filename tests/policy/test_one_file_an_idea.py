@@ -22,7 +22,7 @@ from sla2_core.registry import AXES, MIXINGS
 from sla2_core.training.capture import capture
 from sla2_core.training.stage1 import Stage1Config, train_stage1
 from sla2_core.training.stage2 import Stage2Config, train_stage2
-from sla2_core.variants import build_config
+from sla2_core.variants import build_config, pooled, sla2, training_free
 from sla2_eval.cli.main import main
 from sla2_eval.scoring import metrics
 
@@ -183,7 +183,17 @@ def test_variants_change_a_base_and_settings_override_them():
     assert (config.smooth_k, config.precision) == (False, "int8")
     given = {"variant": "sla", "topk": 0.1, "smooth_k": True}
     assert build_config(given, head_dim=8, num_heads=2).smooth_k
-    with pytest.raises(ValueError, match="variant: expected one of sla2, sla, "):
+    assert build_config({"variant": "training_free"}, head_dim=8, num_heads=2).topk == 0.15
+    given = training_free(topk=0.1, precision="int8")
+    config = build_config(given, head_dim=8, num_heads=2)
+    assert config == training_free(dataclasses.replace(config, smooth_k=False))
+    assert (config.router, config.complement, config.alpha) == ("heuristic", "pooled", "joint")
+    assert (config.topk, config.precision, config.options) == (0.1, "int8", {"pooled_bias": False})
+    assert pooled(config).options == {"pooled_bias": True}
+    assert sla2(pooled(config)).alpha == SLA2Config(head_dim=8, num_heads=2, topk=0.1).alpha
+    with pytest.raises(ValueError, match="topk: expected a configuration or settings, got both"):
+        training_free(config, topk=0.1)
+    with pytest.raises(ValueError, match="variant: expected one of sla2, pooled, "):
         build_config({"variant": "slaa", "topk": 0.1}, head_dim=8, num_heads=2)
     with pytest.raises(ValueError, match="head_dim: expected 8 as in the model, got 16"):
         build_config({"head_dim": 16, "topk": 0.1}, head_dim=8, num_heads=2)

@@ -15,6 +15,7 @@ from sla2_core.functional import (
 )
 from sla2_core.routing.softtopk import soft_topk
 from sla2_core.sdpa import ScaledDotProductSLA2
+from sla2_core.variants import training_free
 
 __all__ = [
     "BlockMap",
@@ -28,5 +29,6 @@ __all__ = [
     "sla2_attention",
     "sla_attention",
     "soft_topk",
+    "training_free",
 ]
 __version__ = "0.1.0"

@@ -2,22 +2,59 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, overload
 
 from sla2_core.config import SLA2Config
 from sla2_core.registry import AXES, MIXINGS
 
-Variant = Callable[[SLA2Config], SLA2Config]
+Change = Callable[[SLA2Config], SLA2Config]
+
+
+class Variant:
+    """A named variant, called in one of two ways.
+
+    `sla(base)` is the configuration `base` changed to the variant. `sla(topk=0.1)` is a dictionary
+    of settings, {"variant": "sla", "topk": 0.1}: what a settings file would say, for a model of any
+    size. apply_sla2 and build_config make a configuration of it.
+
+    Attributes:
+        name: as settings files have it.
+        defaults: fields of SLA2Config that its settings have where they do not say otherwise.
+    """
+
+    def __init__(self, name: str, change: Change, defaults: Mapping[str, Any]):
+        functools.update_wrapper(self, change)
+        self.name, self.defaults, self._change = name, dict(defaults), change
+
+    @overload
+    def __call__(self, base: SLA2Config, /) -> SLA2Config: ...
+
+    @overload
+    def __call__(self, /, **settings: Any) -> dict[str, Any]: ...
+
+    def __call__(self, base: SLA2Config | None = None, /, **settings: Any) -> Any:
+        if base is None:
+            return {"variant": self.name, **self.defaults, **settings}
+        if settings:
+            fields = ", ".join(settings)
+            raise ValueError(f"{fields}: expected a configuration or settings, got both")
+        return self._change(base)
+
+
 VARIANTS: dict[str, Variant] = {}
 
 
-def variant(name: str) -> Callable[[Variant], Variant]:
-    """Register a function that changes a base configuration, as settings files name it."""
+def variant(name: str, **defaults: Any) -> Callable[[Change], Variant]:
+    """Register a function that changes a base configuration, as settings files name it.
 
-    def add(function: Variant) -> Variant:
-        VARIANTS[name] = function
-        return function
+    `defaults` are fields of SLA2Config that its settings have where they do not say otherwise.
+    """
+
+    def add(change: Change) -> Variant:
+        VARIANTS[name] = Variant(name, change, defaults)
+        return VARIANTS[name]
 
     return add
 
@@ -29,6 +66,26 @@ def sla2(base: SLA2Config) -> SLA2Config:
     """
     alpha = "auto" if base.alpha == "sum" or MIXINGS.get(base.alpha).joins else base.alpha
     return base.replaced(router="learned", complement="linear", alpha=alpha, smooth_k=True)
+
+
+@variant("pooled")
+def pooled(base: SLA2Config) -> SLA2Config:
+    """A learned router, and one pooled key for each block that it does not select, in the same
+    softmax; see complement.pooled.
+    """
+    options = {**base.options, "pooled_bias": True}
+    members = dict(router="learned", complement="pooled", alpha="joint")
+    return base.replaced(**members, options=options, smooth_k=True)
+
+
+@variant("training_free", topk=0.15)
+def training_free(base: SLA2Config) -> SLA2Config:
+    """Nothing is learned: top-k of the pooled scores, and one pooled key for each other block in
+    the same softmax, b = 0. For a model as it is: apply_sla2(pipe.transformer, training_free()).
+    """
+    options = {**base.options, "pooled_bias": False}
+    members = dict(router="heuristic", complement="pooled", alpha="joint")
+    return base.replaced(**members, options=options, smooth_k=True)
 
 
 @variant("sla")
@@ -102,6 +159,8 @@ def build_config(values: Mapping[str, Any], *, head_dim: int, num_heads: int) ->
     """
     values = dict(values)
     name = values.pop("variant", None)
+    if name in VARIANTS:
+        values = {**VARIANTS[name].defaults, **values}
     for field, own in (("head_dim", head_dim), ("num_heads", num_heads)):
         if values.get(field, own) != own:
             raise ValueError(f"{field}: expected {own} as in the model, got {values[field]}")

@@ -4,7 +4,7 @@ attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,13 +14,14 @@ from sla2_core.config import SLA2Config
 from sla2_core.integrations.family import family_of, unwrapped
 from sla2_core.integrations.handle import SLA2Handle
 from sla2_core.integrations.processor import SLA2Processor, Switch
+from sla2_core.variants import build_config
 
 __all__ = ["SLA2Handle", "apply_sla2"]
 
 
 def apply_sla2(
     transformer: nn.Module,
-    config: SLA2Config,
+    config: SLA2Config | Mapping[str, Any],
     *,
     skip_layers: Sequence[int] = (),
     dense_steps: int = 0,
@@ -33,7 +34,8 @@ def apply_sla2(
         transformer: e.g. `pipe.transformer`, compiled or not; see
             integrations.families.known_classes(). The handle's is the module inside torch.compile's
             wrapper.
-        config: its head_dim and num_heads are the model's.
+        config: its head_dim and num_heads are the model's. Or settings without these two: fields of
+            SLA2Config by name, and "variant", as training_free() and settings files have them.
         skip_layers: self-attention layers that keep full attention; negative numbers count from the
             end.
         dense_steps: the first denoising steps of each generation keep full attention.
@@ -44,9 +46,10 @@ def apply_sla2(
 
     Raises:
         ValueError: a class without an integration, other heads or head dimension than the model's,
-            a layer that does not exist, a model that already has SLA2, whose weights are offloaded
-            to meta tensors, or whose processors have weights (an IP adapter), which SLA2's would
-            leave out.
+            settings that SLA2Config does not have or refuses, a layer that does not exist, a model
+            that already has SLA2, whose weights are offloaded to meta tensors, or whose processors
+            have weights (an IP adapter), which SLA2's would leave out. TypeError: neither a
+            configuration nor settings.
     """
     transformer = unwrapped(
         transformer
@@ -67,6 +70,12 @@ def apply_sla2(
     if isinstance(dense_steps, bool) or not isinstance(dense_steps, int) or dense_steps < 0:
         raise ValueError(f"dense_steps: expected an integer >= 0, got {dense_steps!r}")
     names = {i: name for i, name in enumerate(found) if i not in skipped}
+    if not isinstance(config, SLA2Config):
+        if not isinstance(config, Mapping):
+            kind = type(config).__name__
+            raise TypeError(f"config: expected an SLA2Config or settings, got {kind}")
+        heads, head_dim = family.heads(found[next(iter(names.values()))])
+        config = build_config(config, head_dim=head_dim, num_heads=heads)
     for name in names.values():
         heads, head_dim = family.heads(found[name])
         for field, expected in (("num_heads", heads), ("head_dim", head_dim)):
