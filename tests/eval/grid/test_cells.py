@@ -191,14 +191,15 @@ def test_captures_are_made_once_for_each_token_order(monkeypatch, tmp_path):
             ("a", {}),
             ("b", {"token_order": "backwards"}),
             ("c", {"token_order": "backwards", "tau": 0.2}),
+            ("d", {"token_order": "tiles"}),
+            ("e", {"token_order": "tiles", "options": {"tile": [2, 2, 4]}}),
         )
     ]
     settings = validate({"variants": variants}, AblationSettings, "test")
     tasks = graph(settings, tmp_path)
-    assert [n for n in tasks if n.startswith("captures")] == [
-        "captures raster",
-        "captures backwards",
-    ]
     routers = {cell.name: cell.router for cell in cells(settings)}
-    assert tasks[routers["c"]].needs == ("captures backwards",)
-    assert len(set(routers.values())) == 3
+    assert len(set(routers.values())) == len(routers)
+    captures = {name: tasks[router].needs for name, router in routers.items()}
+    assert captures["b"] == captures["c"]
+    assert len(set(captures.values())) == 4
+    assert sum(name.startswith("captures-") for name in tasks) == 4

@@ -29,6 +29,7 @@ from sla2_core.config import SLA2Config
 from sla2_core.mixing import Mixing
 from sla2_core.options import Options
 from sla2_core.order import Grid, Order
+from sla2_core.order.base import with_text
 from sla2_core.registry import COMPLEMENTS, MIXINGS, ORDERS, ROUTERS, Heads, Member
 from sla2_core.routing import Router, route
 from sla2_core.variants import sla
@@ -154,8 +155,10 @@ class SLA2Attention(nn.Module):
                 not read and not checked.
             text_tokens: so many tokens at the end are text, of queries and of keys: their keys are
                 always selected, their queries see every key.
-            grid: (frames, height, width) of the other tokens, for a token order that is not the
-                raster's.
+            grid: (frames, height, width) of the other tokens, which then come in raster order and
+                are put into the configured one for this call. None: they come in the order in which
+                they are to be cut into blocks, as from a model that orders them once for all its
+                layers.
 
         Raises:
             TypeError, ValueError: an argument of another shape, dtype or device than the
@@ -279,27 +282,23 @@ class SLA2Attention(nn.Module):
         lengths: Tensor | None = None,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[[Tensor], Tensor]]:
         """Q, K, V (B, H, N, d) in the token order, and what puts an output back into the raster
-        order. Text keeps its place at the end.
+        order. Text keeps its place at the end. Without a grid they stay as they are.
 
-        Raises ValueError, for an order that is not the raster's, without a grid, for other keys
-        than the queries' tokens, and for lengths that would cut tokens of the grid.
+        Raises ValueError, for an order that is not the raster's on a grid, for other keys than the
+        queries' tokens, and for lengths that would cut tokens of the grid.
         """
         q, k, _ = tensors
-        if self.order.identity:
+        if grid is None or self.order.identity:
             return tensors, lambda out: out
         name = f"token_order={self.order.name!r}"
-        if grid is None:
-            raise ValueError(f"grid: expected (frames, height, width) for {name}, got None")
         if k.shape[2] != q.shape[2]:
             raise ValueError(f"k: expected q's {q.shape[2]} tokens for {name}, got {k.shape[2]}")
         if lengths is not None and not text_tokens:
             raise ValueError(f"kv_lengths: expected None for {name}, got lengths without text")
-        order = self.order.permutation(grid)
+        order = self.order.places(grid, q.device)
         if order is None:
             return tensors, lambda out: out
-        tokens = q.shape[2]
-        text = torch.arange(tokens - text_tokens, tokens, device=order.device)
-        places = torch.cat([order, text]).to(q.device)
+        places = with_text(order, q.shape[2], text_tokens)
         q, k, v = (x.index_select(2, places) for x in tensors)
         return (q, k, v), lambda out: out.index_select(2, torch.argsort(places))
 

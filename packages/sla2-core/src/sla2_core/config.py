@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sla2_core.registry import AXES, COMPLEMENTS, FORMATS, MIXINGS, Described
+from sla2_core.registry import AXES, COMPLEMENTS, FORMATS, MIXINGS, ORDERS, Described
 
 QAT_BACKWARDS = ("paper", "matched")
 BACKENDS = ("auto", "reference", "blocked", "cpu", "cuda", "emulator")
@@ -34,8 +34,8 @@ class SLA2Config:
         topk: k%, the fraction of key blocks each query block attends to exactly, in (0, 1];
             sparsity is 1 - topk.
         block_q, block_k: tokens in a query block and in a key block (paper: 128 and 64).
-        token_order: the order in which tokens are cut into blocks: "raster", or another of
-            order/.
+        token_order: the order in which the tokens of a grid are cut into blocks: "raster", "tiles"
+            (its option `tile` is (frames, height, width) in tokens), or another of order/.
         router: "learned" (W_q, W_k start as the identity), "heuristic" (nothing learned),
             "topk_topp" (also top-p), "global_threshold" (over all query blocks of a head), or
             another of routing/.
@@ -125,13 +125,17 @@ class SLA2Config:
                 chosen = ", ".join(sorted(known)) or "none, for these members have no options"
                 raise ValueError(f"options: expected one of {chosen}, got {name!r}")
             default = known[name]
-            right = default is None or isinstance(value, type(default))
+            right = isinstance(value, type(default))
             right = right or (isinstance(default, float) and isinstance(value, int))
-            if not right or isinstance(value, bool) != isinstance(default, bool | None):
+            right = right and isinstance(value, bool) == isinstance(default, bool)
+            if default is not None and not right:
                 raise ValueError(
                     f"options.{name}: expected a {type(default).__name__}, got {value!r}"
                 )
-        return known | given
+        whole = known | given
+        for member in self.members().values():
+            member.check_options(whole)
+        return whole
 
     def members(self) -> dict[str, type[Described]]:
         """The class of the chosen member of each axis, by the field that names it."""
@@ -146,10 +150,18 @@ class SLA2Config:
         """What fixes the parameters and their meaning: an adapter is bound to these values."""
         found = {name: getattr(self, name) for name in _BOUND}
         for member in self.members().values():
-            found |= {name: getattr(self, name) for name in member.settings}
-            bound = [name for name in member.options if name not in member.adjustable]
-            found |= {f"options.{name}": self.options[name] for name in bound}
+            found |= self._bound_by(member)
         return found
+
+    def order_geometry(self) -> dict[str, Any]:
+        """What fixes the order of tokens: captured tokens are bound to these values."""
+        order = ORDERS.get(self.token_order)
+        return {"token_order": self.token_order, **self._bound_by(order)}
+
+    def _bound_by(self, member: type[Described]) -> dict[str, Any]:
+        found = {name: getattr(self, name) for name in member.settings}
+        bound = [name for name in member.options if name not in member.adjustable]
+        return found | {f"options.{name}": self.options[name] for name in bound}
 
     def changed(self, **changes: Any) -> SLA2Config:
         """This configuration with changes that leave the parameters and their meaning as they are.

@@ -37,6 +37,12 @@ class Described:
     options: ClassVar[Mapping[str, Any]] = {}
     adjustable: ClassVar[tuple[str, ...]] = ()
 
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Raises ValueError, `options.NAME: ...`, for a value that the type of its default does not
+        rule out. A default of None rules out none.
+        """
+
 
 class Member(Described, nn.Module):
     """A member that may have parameters. They are fp32, and stay so under `.to(bfloat16)` and

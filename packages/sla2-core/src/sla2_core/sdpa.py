@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sla2_core.attention import build_attention
 from sla2_core.config import SLA2Config
+from sla2_core.order import Grid
 
 
 class ScaledDotProductSLA2(nn.Module):
@@ -40,6 +41,7 @@ class ScaledDotProductSLA2(nn.Module):
         enable_gqa: bool = False,
         *,
         text_tokens: int = 0,
+        grid: Grid | None = None,
     ) -> Tensor:
         """Attention output (B, H, N, d) in the dtype of `query` (autocast's under autocast).
 
@@ -51,6 +53,8 @@ class ScaledDotProductSLA2(nn.Module):
             dropout_p, is_causal, scale: 0, False, and None or 1 / sqrt(d): nothing else has a
                 block-sparse form here.
             text_tokens: how many tokens at the end are text (keys always selected, queries dense).
+            grid: (frames, height, width) of the others, if they are to be put into the configured
+                token order; see SLA2Attention.forward.
 
         Raises:
             ValueError: an argument outside of these. TypeError: no tensor, or another dtype. The
@@ -74,7 +78,9 @@ class ScaledDotProductSLA2(nn.Module):
             share = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
         lengths = None if attn_mask is None else _lengths(attn_mask, query.shape[0], key.shape[2])
-        return self.attention(query, key, value, kv_lengths=lengths, text_tokens=text_tokens)
+        return self.attention(
+            query, key, value, kv_lengths=lengths, text_tokens=text_tokens, grid=grid
+        )
 
 
 def _lengths(mask: Tensor, batch: int, n_k: int) -> Tensor:

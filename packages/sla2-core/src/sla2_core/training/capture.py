@@ -91,7 +91,8 @@ class AnyCaptures(Protocol):
     """What stage 1 reads: Captures, Recorded, or captures of your own.
 
     Attributes:
-        settings: what fixes the captures, JSON values; "token_order" is that of their tokens.
+        settings: what fixes the captures, JSON values; those of SLA2Config.order_geometry() are of
+            the order of their tokens.
     """
 
     settings: dict[str, Any]
@@ -127,7 +128,8 @@ class Captures:
     """A folder of captures, as capture() writes it; iterating over it loads every call.
 
     Attributes:
-        settings: {"config", "model", "token_order"}, what the captures were made with.
+        settings: {"config", "model"} and SLA2Config.order_geometry(), what the captures were made
+            with.
         samples: {"sample", "bytes", "calls"} of each sample.
         full: whether the capture ended at CaptureConfig.max_bytes.
 
@@ -304,8 +306,8 @@ def capture(
     if missing:
         raise ValueError(f"layers: expected layers among {list(handle.layers)}, got {missing[0]}")
     folder.mkdir(parents=True, exist_ok=True)
-    model = {"model": handle.model_identity(), "token_order": handle.config.token_order}
-    settings = json.loads(json.dumps({"config": asdict(config), **model}))
+    what = {"config": asdict(config), "model": handle.model_identity()}
+    settings = json.loads(json.dumps(what | handle.config.order_geometry()))
     content = {"format_version": 1, "settings": settings, "samples": [], "full": False}
     if (folder / INDEX_NAME).exists():
         found = Captures(folder)
@@ -360,7 +362,7 @@ class Recorded:
     """Captured calls in memory, for train_router in place of Captures.
 
     Args:
-        found: the calls. settings: {"token_order": the order of their tokens}.
+        found: the calls. settings: SLA2Config.order_geometry(), of their tokens.
     """
 
     def __init__(self, found: Sequence[Captured], settings: dict[str, Any]):
@@ -409,7 +411,7 @@ def record(
         given = f"{len(attentions)} and {samples}"
         raise ValueError(f"attentions, samples: expected at least one of each, got {given}")
     found: list[Captured] = []
-    orders = {attention.config.token_order for attention in attentions.values()}
+    order = next(iter(attentions.values())).config.order_geometry()
     for sample in range(samples):
         before = len(found)
 
@@ -437,4 +439,4 @@ def record(
                 attention.recorder = None
         if len(found) == before:
             raise ValueError(f"run: expected run({sample}) to call the attentions, it did not")
-    return Recorded(found, {"token_order": next(iter(orders))})
+    return Recorded(found, json.loads(json.dumps(order)))

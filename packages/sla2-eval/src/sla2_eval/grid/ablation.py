@@ -54,10 +54,6 @@ class Cell:
     def sparsity(self) -> float:
         return 1 - self.attention["topk"]
 
-    @property
-    def token_order(self) -> str:
-        return self.attention.config().token_order
-
 
 @dataclass(frozen=True)
 class GridResult:
@@ -132,7 +128,7 @@ def _data_key(settings: AblationSettings) -> str:
 
 def _captures_key(settings: AblationSettings, attention: Attention) -> str:
     what: dict[str, Any] = {"data": _data_key(settings), "capture": asdict(settings.capture)}
-    what |= {"shift": settings.stage2.shift, "token_order": attention.config().token_order}
+    what |= {"shift": settings.stage2.shift, **attention.order()}
     return digest(what)[:10]
 
 
@@ -198,7 +194,7 @@ def task_capture(
         settings.capture,
         folder,
         shift=settings.stage2.shift,
-        token_order=cell.token_order,
+        order=cell.attention.order(),
         report=report,
     )
 
@@ -361,8 +357,8 @@ def graph(settings: AblationSettings, out: Path) -> dict[str, Task]:
     for cell in grid:
         router = tuned = None
         if cell.router:
-            order = f"captures {cell.token_order}"
-            captures = add(order, "capture", [data], cell=cell, work=work)
+            folder = _captures(settings, cell, work).name
+            captures = add(folder, "capture", [data], cell=cell, work=work)
             router = add(cell.router, "router", [captures], cell=cell, work=work)
         if cell.tuned:
             tuned = add(cell.tuned, "tune", [data, router], cell=cell, work=work)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 from sla2_core.attention import SLA2Attention
 from sla2_core.config import SLA2Config
-from sla2_core.registry import FORMATS
+from sla2_core.registry import FORMATS, ORDERS
 from sla2_core.training.capture import CaptureConfig
 from sla2_core.training.settings import check_fields
 from sla2_core.training.stage1.train import Stage1Config
@@ -80,6 +80,18 @@ class Attention(Mapping[str, Any]):
         options = {k: v for k, v in self.get("options", {}).items() if k not in left}
         own = {"options": options} if "options" in self._values else {}
         return Attention({**self._values, **own, "precision": precision})
+
+    def order(self) -> dict[str, Any]:
+        """The keys of this section that say in which order tokens are cut into blocks."""
+        config = self.config()
+        order = ORDERS.get(config.token_order)
+        found = {
+            "token_order": config.token_order,
+            **{n: getattr(config, n) for n in order.settings},
+        }
+        if order.options:
+            found["options"] = {name: config.options[name] for name in order.options}
+        return found
 
     def learns_in_stage1(self) -> bool:
         """Whether stage 1 has anything to train, as the chosen members say."""

@@ -104,11 +104,12 @@ def capture_qkv(
     folder: Path,
     *,
     shift: float,
-    token_order: str = "raster",
+    order: Mapping[str, Any],
     report: Report = silent,
 ) -> None:
     """Q, K, V in `capture.samples` forward passes of the dense model on items of `data`, at random
-    noise levels of the schedule that `shift` moves; in bf16 on a GPU.
+    noise levels of the schedule that `shift` moves; in bf16 on a GPU. `order` is
+    Attention.order().
     """
     import numpy as np
     import torch
@@ -117,7 +118,7 @@ def capture_qkv(
     from sla2_eval.grid.settings import Attention
 
     transformer = source.transformer.to(source.device)
-    handle = apply(transformer, Attention({"topk": 1.0, "token_order": token_order}))
+    handle = apply(transformer, Attention({"topk": 1.0, **order}))
 
     def run(index: int) -> None:
         rng = np.random.default_rng([capture.seed, 2, index])

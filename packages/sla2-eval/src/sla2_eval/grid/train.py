@@ -63,7 +63,7 @@ def train(
                 settings.capture,
                 captures,
                 shift=settings.stage2.shift,
-                token_order=attention.config().token_order,
+                order=attention.order(),
                 report=report,
             )
         config = replace(settings.stage1, seed=settings.seed)

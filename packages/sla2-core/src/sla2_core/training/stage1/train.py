@@ -532,8 +532,9 @@ def _check_captures(
         raise ValueError(
             f"captures: expected calls of layer {missing[0]}, got layers {list(captures.layers)}"
         )
-    order = captures.settings.get("token_order", "raster")
-    if order != config.token_order:
-        raise ValueError(
-            f"captures: expected tokens in the order {config.token_order!r}, got {order!r}"
-        )
+    found = {"token_order": "raster"} | dict(captures.settings)
+    for name, value in json.loads(json.dumps(config.order_geometry())).items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"captures: expected tokens ordered with {name}={value!r}, got {found.get(name)!r}"
+            )
