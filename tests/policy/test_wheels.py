@@ -27,7 +27,7 @@ DATA = {
     "sla2-core": ("py.typed",),
     "sla2-eval": (
         "report/templates/report.html",
-        "tiny/weights/transformer/diffusion_pytorch_model.safetensors",
+        "tiny/weights/tiny-1k/transformer/diffusion_pytorch_model.safetensors",
     ),
 }
 

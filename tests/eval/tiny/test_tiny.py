@@ -114,6 +114,38 @@ def test_per_video_attention_is_full_attention():
     torch.testing.assert_close(per_video_attention(q, k, v), expected.transpose(1, 2))
 
 
+def test_a_model_of_larger_patches_is_a_start_for_smaller_ones(tmp_path):
+    """On a video of constant colour a patch's size does not show: the first layer and the last give
+    the same, but for the rotary embedding, which no constant input meets.
+    """
+    large, small = tiny.build_transformer("tiny-1k"), tiny.build_transformer("tiny-4k")
+    small.load_state_dict(tiny.with_smaller_patches(large.state_dict(), "tiny-4k"))
+    x = torch.full((1, 3, 2, 8, 8), 0.7)
+    tokens = [m.patch_embedding(x).flatten(2)[0, :, 0] for m in (large, small)]
+    torch.testing.assert_close(*tokens)
+    hidden = torch.randn(1, 5, 128)
+    pixels = [m.proj_out(hidden).unflatten(-1, (-1, 3)).mean(2) for m in (large, small)]
+    torch.testing.assert_close(*pixels)
+
+
+def test_a_teacher_starts_from_another_model(tmp_path):
+    config = TeacherConfig(
+        model="tiny-4k", start="tiny-1k", num_videos=1, steps=1, batch_size=1, learning_rate=1e-9
+    )
+    train_teacher(config, tmp_path)
+    found = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    start = load_file(
+        tiny.weights_of("tiny-1k") / "transformer" / "diffusion_pytorch_model.safetensors"
+    )
+    name = "blocks.2.ffn.net.0.proj.weight"
+    torch.testing.assert_close(found[name], start[name])
+    assert found["patch_embedding.weight"].shape == (128, 3, 1, 2, 2)
+    with pytest.raises(ValueError, match="start: expected a tiny model's weights at none/"):
+        train_teacher(dataclasses.replace(config, start="none"), tmp_path / "b")
+    with pytest.raises(ValueError, match="model: expected one of tiny-1k, tiny-4k, got 'huge'"):
+        TeacherConfig(model="huge")
+
+
 def test_teacher_training_resumes_to_the_bit(tmp_path, monkeypatch):
     config = TeacherConfig(
         num_videos=3,

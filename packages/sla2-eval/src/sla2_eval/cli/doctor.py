@@ -232,7 +232,7 @@ def _try(backend: str, device: torch.device) -> None:
 
 def _folders() -> list[Finding]:
     from sla2_eval.scoring import weights
-    from sla2_eval.tiny.model import WEIGHTS
+    from sla2_eval.tiny.model import weights_of
 
     found, folder = [], weights.folder()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -256,7 +256,7 @@ def _folders() -> list[Finding]:
             "" if len(present) == total else "sla2 weights list",
         )
     )
-    tiny = (WEIGHTS / "transformer" / "config.json").is_file()
+    tiny = (weights_of("tiny") / "transformer" / "config.json").is_file()
     how = "" if tiny else "sla2 train teacher --config experiments/tiny_wan/teacher.yaml"
     found.append(
         Finding(

@@ -281,22 +281,22 @@ def _adapted(generator: Generator, adapter: Path) -> list[tuple[nn.Module, Path]
 
 
 def find_model(model: str | Path) -> Path | str:
-    """The folder of "tiny" or of a model, or the hub id. Raises ValueError naming the model if it
-    is none of these.
+    """The folder of a built-in model or of another, or the hub id. Raises ValueError naming the
+    model if it is none of these.
     """
-    from sla2_eval.tiny.model import WEIGHTS
+    from sla2_eval.tiny.model import NAMES, weights_of
 
-    folder = WEIGHTS if str(model) == "tiny" else Path(model)
-    if folder == WEIGHTS and not folder.is_dir():
+    folder = weights_of(str(model)) if str(model) in NAMES else Path(model)
+    if str(model) in NAMES and not folder.is_dir():
         raise ValueError(
-            f"model: expected the tiny model's weights in {folder}, got none; run sla2 train"
+            f"model: expected the weights of {str(model)!r} in {folder}, got none; run sla2 train"
             " teacher"
         )
     if not folder.is_dir():
         if folder.exists() or str(model).startswith((".", "/")) or str(model).count("/") != 1:
             raise ValueError(
-                "model: expected 'tiny', a diffusers folder or a hub id (owner/name), got"
-                f" {str(model)!r}"
+                f"model: expected one of {', '.join(NAMES)}, a diffusers folder or a hub id"
+                f" (owner/name), got {str(model)!r}"
             )
         return str(model)
     if not any(

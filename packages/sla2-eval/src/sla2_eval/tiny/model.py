@@ -1,5 +1,5 @@
-"""The built-in tiny Wan: its transformer, its caption encoder, and its weights in diffusers' folder
-format.
+"""The built-in tiny Wans: their transformer, their caption encoder, and their weights in diffusers'
+folder format.
 """
 
 from __future__ import annotations
@@ -18,16 +18,26 @@ TEXT_DIM = len(WORDS) + CAPTION_LENGTH
 SHIFT = 3.0  # of the noise schedule, in training and in sampling
 WEIGHTS = Path(__file__).parent / "weights"
 LATENT_SHAPE = (3, NUM_FRAMES, SIZE, SIZE)
+# Pixels along the side of a patch, by the model's name: 1,024 tokens and 4,096.
+PATCHES = {"tiny-1k": 4, "tiny-4k": 2}
+DEFAULT = "tiny-1k"  # the one that is meant by "tiny"
+NAMES = ("tiny", *PATCHES)
 
 
-def build_transformer() -> Any:
-    """A WanTransformer3DModel of 1.2 M parameters: 4 layers, 4 heads of 32, 1,024 tokens for 16
-    frames of 32 x 32 pixels.
+def weights_of(name: str) -> Path:
+    """The folder of the weights of a built-in model, one of NAMES, whether or not it is there."""
+    return WEIGHTS / (DEFAULT if name == "tiny" else name)
+
+
+def build_transformer(name: str = DEFAULT) -> Any:
+    """A WanTransformer3DModel of 1.2 M parameters, 4 layers and 4 heads of 32, for 16 frames of
+    32 x 32 pixels: a built-in model with random weights.
     """
     from diffusers import WanTransformer3DModel
 
+    side = PATCHES[name]
     return WanTransformer3DModel(
-        patch_size=(1, 4, 4),
+        patch_size=(1, side, side),
         num_attention_heads=4,
         attention_head_dim=32,
         in_channels=3,
@@ -40,6 +50,26 @@ def build_transformer() -> Any:
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=64,
     )
+
+
+def with_smaller_patches(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The weights of a built-in model as a start for the model `name`, whose patches are smaller.
+
+    A pixel of a small patch takes the place of the pixels that it would cover if the patch were
+    enlarged to the old size: their weights are summed where patches are embedded, and averaged
+    where pixels are predicted. All else is the same in both.
+    """
+    embedding = state["patch_embedding.weight"]  # (C, 3, 1, p, p)
+    side = PATCHES[name]
+    ratio = embedding.shape[-1] // side
+    cut = (side, ratio, side, ratio)
+    out = dict(state)
+    found = embedding.reshape(*embedding.shape[:3], *cut)
+    out["patch_embedding.weight"] = found.sum((4, 6))
+    for key in ("proj_out.weight", "proj_out.bias"):  # (p p 3, ...), rows first
+        rows = state[key].reshape(*cut, 3, *state[key].shape[1:])
+        out[key] = rows.mean((1, 3)).flatten(0, 2)
+    return out
 
 
 def encode_captions(captions: list[str]) -> Tensor:

@@ -1,5 +1,5 @@
-"""Trains the tiny teacher from scratch: flow matching on captioned mp4 files, Muon for the matrices
-and AdamW for the rest.
+"""Trains a tiny teacher: flow matching on captioned mp4 files, Muon for the matrices and AdamW for
+the rest.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """Settings of `sla2 train teacher`. `videos`: a folder that `dataset.read_folder` accepts; None
-    takes `num_videos` of the built-in scenes. `steps` includes the linear cooldown of the last
-    `cooldown` steps.
+    takes `num_videos` of the built-in scenes. `model`: which of the built-in models' form. `start`:
+    a built-in model of larger patches, or a folder of one, to start from; None starts from random
+    weights. `steps` includes the linear cooldown of the last `cooldown` steps.
     """
 
+    model: str = "tiny-1k"
+    start: str | None = None
     videos: Path | None = None
     num_videos: int = 6000
     seed: int = 0
@@ -61,8 +64,11 @@ class TeacherConfig:
                 "a number in [0, 1)": ("ema",),
             },
         )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        for name, allowed in (("dtype", DTYPES), ("model", tuple(tiny.PATCHES))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
 
 
 def per_video_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -74,6 +80,16 @@ def per_video_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
         out.append(torch.matmul(torch.softmax(scores, dim=-1), v))
     return torch.stack(out).transpose(1, 2)
+
+
+def _start(config: TeacherConfig) -> dict[str, Tensor]:
+    """The weights of `config.start` for patches of `config.model`'s size."""
+    start = str(config.start)
+    folder = tiny.weights_of(start) if start in tiny.NAMES else Path(start)
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"start: expected a tiny model's weights at {path}, got none")
+    return tiny.with_smaller_patches(load_file(path), config.model)
 
 
 def _optimizers(transformer: Any, config: TeacherConfig) -> Optimizers:
@@ -190,9 +206,12 @@ def train_teacher(
     data = read_folder(videos, num_frames=NUM_FRAMES, height=SIZE, width=SIZE)
     captions = tiny.encode_captions(data.captions)
     torch.manual_seed(config.seed)
-    transformer = tiny.build_transformer()
-    for block in transformer.blocks:
-        block.attn1.set_processor(WanSelfAttnProcessor(per_video_attention))
+    transformer = tiny.build_transformer(config.model)
+    if config.start is not None:
+        transformer.load_state_dict(_start(config))
+    if config.model == "tiny-1k":  # of 4,096 tokens the scores fit no cache: torch's own is faster
+        for block in transformer.blocks:
+            block.attn1.set_processor(WanSelfAttnProcessor(per_video_attention))
     ema = {k: v.detach().clone() for k, v in transformer.state_dict().items()}
     optimizers = _optimizers(transformer, config)
     checkpoint = out / "checkpoint.safetensors"
@@ -236,7 +255,7 @@ def train_teacher(
                 report(step + 1, mean)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             _save(out, step + 1, transformer, ema, optimizers)
-    transformer = tiny.build_transformer()
+    transformer = tiny.build_transformer(config.model)
     transformer.load_state_dict(ema)
     transformer.save_pretrained(out / "transformer")
     FlowMatchEulerDiscreteScheduler(shift=tiny.SHIFT).save_pretrained(out / "scheduler")

@@ -11,7 +11,10 @@ import click
 
 @click.command("generate")
 @click.option(
-    "--model", default="tiny", show_default=True, help="'tiny', a diffusers folder, or a hub id."
+    "--model",
+    default="tiny",
+    show_default=True,
+    help="'tiny', 'tiny-1k', 'tiny-4k', a diffusers folder, or a hub id.",
 )
 @click.option(
     "--adapter", type=click.Path(), help="Folder of an SLA2 adapter; without it, full attention."

@@ -14,7 +14,10 @@ import click
     help="Folder of the run.",
 )
 @click.option(
-    "--model", default="tiny", show_default=True, help="'tiny', or a folder of a model of its form."
+    "--model",
+    default="tiny",
+    show_default=True,
+    help="'tiny', 'tiny-1k', 'tiny-4k', or a folder of a model of their form.",
 )
 @click.option(
     "--workers",
