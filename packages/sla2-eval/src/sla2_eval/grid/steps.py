@@ -182,17 +182,20 @@ def stage2(
     config: Stage2Config,
     folder: Path,
     *,
+    targets: Path | None = None,
     stage: str = "stage 2",
     report: Report = silent,
 ) -> dict[str, Any]:
     """Fine-tune the source's model and SLA2's own parameters from the stage 1 in `router` (None:
-    from the initial state), on what data() gives; returns the report as a dict.
+    from the initial state), on what data() gives; returns the report as a dict. `targets`: where
+    the teacher of loss="distill" keeps its predictions, for trainings on the same data and seed.
 
     The sparse branch computes in the attention's precision: quantisation-aware training where that
     is a low one. The transformer is left trained. Raises ValueError for a folder trained with other
     settings.
     """
     from sla2_core.training.stage1.train import load_stage1
+    from sla2_core.training.stage2.targets import KeptTargets
     from sla2_core.training.stage2.train import train_stage2
 
     done = folder / "finished.json"
@@ -208,11 +211,15 @@ def stage2(
     handle = apply(source.transformer, attention, base_model=_base_model(source))
     if router is not None:
         load_stage1(handle, router)
+    teacher = None
+    if targets is not None and config.loss == "distill":
+        teacher = KeptTargets(handle.dense_copy(), targets)
     trained = train_stage2(
         handle,
         found,
         config,
         folder,
+        teacher=teacher,
         progress=lambda step, total, _: report(stage, step, total),
     )
     summary = trained.to_dict()
