@@ -14,9 +14,10 @@ import pytest
 import yaml
 from helpers import tiny_model
 from sla2_eval.cli.main import main
-from sla2_eval.generation.sampling import open_folder
+from sla2_eval.generation.sampling import load_generator, open_folder
 from sla2_eval.grid.ablation import cells, graph, run_grid, sampling
-from sla2_eval.grid.settings import AblationSettings
+from sla2_eval.grid.settings import AblationSettings, Attention
+from sla2_eval.grid.steps import apply
 from sla2_eval.parallel.processes import ThisProcess
 from sla2_eval.parallel.tasks import WorkerDied
 from sla2_eval.runs.settings import SettingsError, load_settings, validate
@@ -96,6 +97,25 @@ def test_the_graph_has_each_training_once(grid, tmp_path):
     assert list(tasks).index("scores a") < list(tasks).index("videos b")
     assert set(tasks["scores a"].needs) == {"videos a", "full 0.0", "full 0.1"}
     assert all(need in tasks for task in tasks.values() for need in task.needs)
+
+
+def test_a_variant_with_an_adapter_is_that_one_and_trains_nothing(grid, model, tmp_path):
+    generator = load_generator(str(model))
+    handle = apply(
+        generator.transformer, Attention({"topk": 0.2, "block_q": 16, "block_k": 8, "alpha": "one"})
+    )
+    handle.save(tmp_path / "adapter", include_model=True)
+    given = {**variant("shipped", precision="int8"), "adapter": str(tmp_path / "adapter")}
+    settings = grid(variants=[given, variant("live", topk=0.1)])
+    cell = next(cell for cell in cells(settings) if cell.name == "shipped")
+    config = cell.attention.config()
+    assert (config.topk, config.block_q, config.alpha, config.precision) == (0.2, 16, "one", "int8")
+    assert cell.router is None
+    assert cell.tuned is None
+    assert graph(settings, tmp_path)["videos shipped"].needs == ()
+    given["attention"] = {"block_q": 32}
+    with pytest.raises(ValueError, match="block_q: expected a field that may change"):
+        cells(grid(variants=[given]))
 
 
 def test_a_repeated_variant_is_refused(grid):

@@ -86,11 +86,12 @@ def cells(settings: AblationSettings) -> list[Cell]:
     data = _data_key(settings)
     found = []
     for variant in settings.variants:
-        attention = settings.attention.changed(variant.attention)
+        attention = settings.attention_of(variant)
         trained = attention
         if variant.train_precision is not None:
             trained = attention.in_precision(variant.train_precision)
-        learns = attention.learns_in_stage1()
+        given = variant.adapter is not None
+        learns = attention.learns_in_stage1() and not given
         for seed in seeds:
             router = tuned = None
             if learns:
@@ -98,7 +99,7 @@ def cells(settings: AblationSettings) -> list[Cell]:
                 what |= {"stage1": asdict(settings.stage1)}
                 what |= {"captures": _captures_key(settings, attention)}
                 router = f"stage1/{digest(what)[:10]}-s{seed}"
-            if variant.finetune:
+            if variant.finetune and not given:
                 what = {"attention": _without(trained, _NOT_STAGE2), "router": router}
                 what |= {"stage2": asdict(settings.stage2), "data": data}
                 tuned = f"stage2/{digest(what)[:10]}-s{seed}"
@@ -234,6 +235,7 @@ def task_tune(
         functools.partial(source.encode, settings.data, _data(settings, work), report=report),
         replace(settings.stage2, seed=cell.seed),
         work / cell.tuned,
+        targets=work / f"targets-{_data_key(settings)}" if settings.keep_targets else None,
         stage=f"stage 2 of {cell.name}",
         report=report,
     )
@@ -268,7 +270,9 @@ def task_videos(
         return
     generator = generation.load_generator(settings.model)
     handle = steps.apply(generator.transformer, cell.attention)
-    if cell.tuned:
+    if cell.variant.adapter is not None:
+        handle.load(cell.variant.adapter, keep_settings=True)
+    elif cell.tuned:
         handle.load(out / "work" / cell.tuned / "adapter", keep_settings=True)
     elif cell.router:
         load_stage1(handle, out / "work" / cell.router)
@@ -291,7 +295,10 @@ def task_videos(
 
 def _fingerprint(cell: Cell) -> dict[str, Any]:
     """What the folder of a variant's videos is bound to, beside the sampling."""
-    return {"attention": cell.attention.fields(), "trained": cell.tuned or cell.router}
+    trained, adapter = cell.tuned or cell.router, cell.variant.adapter
+    if adapter is not None:
+        trained = generation.folder_digest(adapter)
+    return {"attention": cell.attention.fields(), "trained": trained}
 
 
 def task_scores(

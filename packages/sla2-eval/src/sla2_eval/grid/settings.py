@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import Field, PlainSerializer, PlainValidator, model_validator
+from sla2_core.adapter import load_adapter
 from sla2_core.attention import SLA2Attention
 from sla2_core.config import SLA2Config
 from sla2_core.registry import FORMATS, ORDERS
@@ -215,7 +216,9 @@ class VariantSettings(Settings):
     """One variant of a grid: what differs from the base, and how it is trained.
 
     `train_precision` is the sparse branch's precision in stage 2; None trains in the precision it
-    runs in (QAT).
+    runs in (QAT). `adapter`: the folder of a trained adapter, whose attention takes the place of
+    the base's; `attention` may then hold what may change after training (config.CHANGEABLE), and
+    nothing is trained.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
@@ -224,11 +227,15 @@ class VariantSettings(Settings):
     attention: dict[str, Any] = Field(default_factory=dict)
     train_precision: str | None = None
     finetune: bool = True
+    adapter: Path | None = None
 
 
 class AblationSettings(TrainingSettings):
     """`sla2 ablate` and `sla2 quickstart`: a grid of variants over seeds, each compared with full
     attention.
+
+    `keep_targets`: in stage 2 with loss="distill" the predictions of full attention are written
+    to the run's folder, once a seed, and read by all variants.
     """
 
     title: str = "SLA2 ablation"
@@ -237,14 +244,17 @@ class AblationSettings(TrainingSettings):
     generate: GenerateSettings = GenerateSettings()
     metrics: tuple[str, ...] | None = None
     workers: int = Field(2, ge=0)
+    keep_targets: bool = False
     variants: tuple[VariantSettings, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _variants_are_whole(self) -> Self:
         for number, variant in enumerate(self.variants):
             where = f"variants.{number} ({variant.name})"
+            if variant.adapter is not None:  # its file is read by attention_of
+                continue
             try:
-                attention = self.attention.changed(variant.attention)
+                attention = self.attention_of(variant)
             except ValueError as error:
                 raise ValueError(f"{where}: attention.{error}") from None
             _checked(attention, f"{where}: attention")
@@ -254,6 +264,18 @@ class AblationSettings(TrainingSettings):
                 except ValueError as error:
                     raise ValueError(f"{where}: train_{error}") from None
         return self
+
+    def attention_of(self, variant: VariantSettings) -> Attention:
+        """The attention of a variant: the base's with the variant's own on top, or its adapter's.
+
+        Raises:
+            FileNotFoundError, ValueError: an adapter that cannot be read, or a field that may not
+                change.
+        """
+        if variant.adapter is None:
+            return self.attention.changed(variant.attention)
+        found = load_adapter(variant.adapter).config.changed(**variant.attention)
+        return Attention({n: v for n, v in found.to_dict().items() if n not in _SIZES})
 
 
 def _checked(attention: Attention, where: str) -> None:

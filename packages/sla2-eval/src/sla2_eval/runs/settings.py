@@ -169,6 +169,8 @@ def _resolve_paths(settings: Any, folder: Path) -> Any:
             changed[name] = folder / value
         elif isinstance(value, Settings) or dataclasses.is_dataclass(value):
             changed[name] = _resolve_paths(value, folder)
+        elif isinstance(value, tuple) and any(isinstance(item, Settings) for item in value):
+            changed[name] = tuple(_resolve_paths(item, folder) for item in value)
     if isinstance(settings, BaseModel):
         return settings.model_copy(update=changed)
     return dataclasses.replace(settings, **changed)
