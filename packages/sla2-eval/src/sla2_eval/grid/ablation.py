@@ -101,7 +101,7 @@ def cells(settings: AblationSettings) -> list[Cell]:
                 router = f"stage1/{digest(what)[:10]}-s{seed}"
             if variant.finetune and not given:
                 what = {"attention": _without(trained, _NOT_STAGE2), "router": router}
-                what |= {"stage2": asdict(settings.stage2), "data": data}
+                what |= {"stage2": asdict(variant.own_stage2(settings.stage2)), "data": data}
                 tuned = f"stage2/{digest(what)[:10]}-s{seed}"
             name = variant.name if len(seeds) == 1 else f"{variant.name}-s{seed}"
             found.append(Cell(name, variant, attention, trained, seed, router, tuned))
@@ -233,7 +233,7 @@ def task_tune(
         cell.trained,
         work / cell.router if cell.router else None,
         functools.partial(source.encode, settings.data, _data(settings, work), report=report),
-        replace(settings.stage2, seed=cell.seed),
+        replace(cell.variant.own_stage2(settings.stage2), seed=cell.seed),
         work / cell.tuned,
         targets=work / f"targets-{_data_key(settings)}" if settings.keep_targets else None,
         stage=f"stage 2 of {cell.name}",

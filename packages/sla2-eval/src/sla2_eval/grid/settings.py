@@ -218,7 +218,8 @@ class VariantSettings(Settings):
     `train_precision` is the sparse branch's precision in stage 2; None trains in the precision it
     runs in (QAT). `adapter`: the folder of a trained adapter, whose attention takes the place of
     the base's; `attention` may then hold what may change after training (config.CHANGEABLE), and
-    nothing is trained.
+    nothing is trained. `stage2` holds what differs in the variant's own stage 2, such as the loss
+    that its paper trains with.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
@@ -228,6 +229,14 @@ class VariantSettings(Settings):
     train_precision: str | None = None
     finetune: bool = True
     adapter: Path | None = None
+    stage2: dict[str, Any] = Field(default_factory=dict)
+
+    def own_stage2(self, base: Stage2Config) -> Stage2Config:
+        """The grid's stage 2 with this variant's changes. Raises ValueError naming the key."""
+        known = [field.name for field in dataclasses.fields(Stage2Config) if field.name != "seed"]
+        if unknown := [key for key in self.stage2 if key not in known]:
+            raise ValueError(f"{unknown[0]}: expected one of {', '.join(known)}, got another key")
+        return dataclasses.replace(base, **self.stage2)
 
 
 class AblationSettings(TrainingSettings):
@@ -258,6 +267,10 @@ class AblationSettings(TrainingSettings):
             except ValueError as error:
                 raise ValueError(f"{where}: attention.{error}") from None
             _checked(attention, f"{where}: attention")
+            try:
+                variant.own_stage2(self.stage2)
+            except ValueError as error:
+                raise ValueError(f"{where}: stage2.{error}") from None
             if variant.train_precision is not None:
                 try:
                     FORMATS.get(variant.train_precision)
