@@ -27,8 +27,8 @@ class GlobalThreshold(Router):
     in how many they receive; one with none takes its best.
 
     With `own_block` a query block always selects the key blocks that hold its own tokens, and they
-    count first towards tau. The paper does not say so, its code does. Where k% is few blocks they
-    are all that is selected: set it to False there.
+    count first towards tau. The paper does not say so, its code does. They are the least that is
+    selected, whatever k% is.
 
     What differs from VMoBA: the query is a block's mean, not a token, since a block map has a row
     for each query block. And VMoBA cuts keys in another way at every third layer, in frames,
