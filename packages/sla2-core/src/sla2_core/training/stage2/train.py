@@ -42,6 +42,8 @@ class Stage2Config:
             64 for 1.3B.
         learning_rate: of the model's weights. alpha_learning_rate: of alpha and of SLA's
             projection. 0 freezes.
+        topk_steps: steps over which k% falls linearly from 1 to the layers' own, as VSA raises its
+            sparsity; 0 trains at the layers' own throughout.
         warmup: steps of linear warm-up. decay: "constant" or "cosine" (to 0) afterwards.
         weight_decay, beta2, grad_clip: of AdamW; alpha is not decayed.
         loss: "diffusion" (the family's objective) or "distill" (the velocity of the frozen
@@ -66,6 +68,7 @@ class Stage2Config:
     batch_size: int = 64
     learning_rate: float = 1e-5
     alpha_learning_rate: float = 1e-3
+    topk_steps: int = 0
     warmup: int = 10
     decay: str = "constant"
     weight_decay: float = 0.0
@@ -98,7 +101,7 @@ class Stage2Config:
                     "keep",
                     "lora_rank",
                 ),
-                "an integer >= 0": ("warmup", "seed"),
+                "an integer >= 0": ("topk_steps", "warmup", "seed"),
                 "a number >= 0": ("learning_rate", "alpha_learning_rate", "weight_decay"),
                 "a number > 0": ("grad_clip", "shift"),
                 "a number in [0, 1]": ("caption_dropout", "ema"),
@@ -108,6 +111,10 @@ class Stage2Config:
             },
             optional=("lora_rank", "ema"),
         )
+        if self.topk_steps >= self.steps:
+            raise ValueError(
+                f"topk_steps: expected fewer than the {self.steps} steps, got {self.topk_steps}"
+            )
         for name, allowed in (
             ("loss", ("diffusion", "distill")),
             ("sigma", ("logit_normal", "uniform")),
@@ -278,6 +285,7 @@ class _Run:
         )
         self.ema = state.start_ema(self.model) if config.ema is not None else None
         self.report = Stage2Report()
+        self.topk = handle.config.topk
 
     def train(self, progress: Progress | None) -> Stage2Report:
         config, report = self.config, self.report
@@ -312,6 +320,8 @@ class _Run:
         finally:
             if writer:
                 writer.close()
+            if config.topk_steps:
+                self.handle.configure(topk=self.topk)
             _restore(self.transformer, self.flags)
             self.model.eval()
         report.adapter = str(self.folder / "adapter")
@@ -329,6 +339,8 @@ class _Run:
         sigma = draw_sigma(rng, config.batch_size, config.sigma, config.shift)
         dropped = rng.random(config.batch_size) < config.caption_dropout
         torch.manual_seed(int(rng.integers(2**62)))  # of dropout inside the model, if it has any
+        if config.topk_steps:
+            self.handle.configure(topk=_topk(step, self.topk, config.topk_steps))
         rate = _rate(step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
@@ -486,3 +498,8 @@ def _rate(step: int, config: Stage2Config) -> float:
     if config.decay == "constant":
         return rise
     return rise * 0.5 * (1 + float(np.cos(np.pi * step / config.steps)))
+
+
+def _topk(step: int, last: float, steps: int) -> float:
+    """k% of a step that falls linearly from 1 to `last` over `steps`."""
+    return 1 + (last - 1) * min(1.0, step / steps)
