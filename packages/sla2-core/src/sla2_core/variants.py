@@ -1,4 +1,7 @@
-"""Named variants: functions that change a base configuration, and `variant: NAME` in settings."""
+"""Named variants: functions that change a base configuration, and `variant: NAME` in settings.
+
+docs/baselines.md says what the baselines take from their papers and how they are trained.
+"""
 
 from __future__ import annotations
 
