@@ -13,6 +13,7 @@ import pytest
 from helpers import mp4
 from PIL import Image
 from sla2_eval.scoring.score import score
+from sla2_eval.videos import video
 from sla2_eval.videos.video import VideoError, check_decoder, read_video, write_video
 
 
@@ -195,6 +196,58 @@ def test_names_with_a_colon_are_no_protocols(tmp_path, monkeypatch):
 def test_frame_rates_are_not_rounded(tmp_path, fps):
     write_video(tmp_path / "a.mp4", moving(3, 32, 48), fps)
     assert read_video(tmp_path / "a.mp4").fps == pytest.approx(fps, rel=1e-6)
+
+
+def _tagged(path, frames, *, matrix=None, transfer=2) -> None:
+    """Write frames as a phone does: turned or mirrored by a matrix in the header, or of another
+    transfer function.
+    """
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "1"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv444p"
+        stream.codec_context.color_trc = transfer
+        if matrix:
+            stream.set_display_matrix([value << 16 for value in matrix] + [0, 0, 1 << 30])
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+# Where a pixel (x, y) is shown: (a x + c y, b x + d y), y downwards.
+TURNED = {"left": (0, -1, 0, 1, 0, 0), "right": (0, 1, 0, -1, 0, 0), "over": (-1, 0, 0, 0, -1, 0)}
+
+
+@pytest.mark.parametrize("how", TURNED)
+def test_turned_videos_are_shown_upright(tmp_path, how):
+    """As players do, so that a metric sees a portrait as one."""
+    frames = moving(3, 34, 52)
+    frames[:, :10, :20] = 255
+    _tagged(tmp_path / "a.mp4", frames, matrix=TURNED[how])
+    turns = {"left": 1, "right": -1, "over": 2}[how]
+    found = read_video(tmp_path / "a.mp4").frames
+    expected = np.rot90(frames, turns, axes=(1, 2))
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).max() < 9
+    with pytest.raises(VideoError, match=r"a\.mp4: expected an upright video for torchcodec, got"):
+        video._check_upright(tmp_path / "a.mp4", str(tmp_path / "a.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("tag", "said"),
+    [
+        ({"transfer": 16}, r"standard dynamic range, got PQ \(SMPTE 2084\)"),
+        ({"transfer": 18}, r"standard dynamic range, got HLG"),
+        ({"matrix": (-1, 0, 0, 0, 1, 0)}, "turned by quarters, got a mirrored one"),
+        ({"matrix": (1, -1, 0, 1, 1, 0)}, "turned by quarters, got one turned by 45 degrees"),
+    ],
+)
+def test_what_eight_bits_upright_cannot_show_is_refused(tmp_path, tag, said):
+    _tagged(tmp_path / "a.mp4", moving(3, 34, 52), **tag)
+    with pytest.raises(VideoError, match=rf"a\.mp4: expected a video .*{said}"):
+        read_video(tmp_path / "a.mp4")
+    with pytest.raises(VideoError, match=said):
+        video._check_upright(tmp_path / "a.mp4", str(tmp_path / "a.mp4"))
 
 
 def test_a_decoder_that_does_not_work_is_refused_before_anything_is_done(

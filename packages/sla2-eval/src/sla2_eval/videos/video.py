@@ -4,11 +4,14 @@ only door to video codecs.
 
 from __future__ import annotations
 
+import itertools
 import os
+import struct
 import uuid
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +31,8 @@ class Video:
 
 
 DECODERS = ("pyav", "torchcodec")
+# FFmpeg's numbers of the transfer functions of high dynamic range
+_HDR = {16: "PQ (SMPTE 2084)", 18: "HLG (ARIB STD-B67)"}
 # Of FFmpeg's formats those that hold a video: a playlist would open other files, and a picture is
 # no video.
 _CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,nut,ivf,h264,hevc,yuv4mpegpipe"
@@ -58,11 +63,12 @@ def check_decoder(name: str) -> None:
 
 
 def read_video(path: str | Path, decoder: str = "pyav") -> Video:
-    """Decode every frame of `path`. Raises VideoError if the file is missing, empty, not a video,
-    or truncated.
+    """Decode every frame of `path`, turned upright as its header says. Raises VideoError if the
+    file is missing, empty, not a video, truncated, mirrored, or of high dynamic range, whose light
+    8 bits of RGB do not hold.
 
     `decoder`: one of DECODERS. torchcodec uses the system's FFmpeg and gives the same frames as
-    PyAV on its version.
+    PyAV on its version; rotated videos it refuses.
     """
     path = Path(path)
     if not path.is_file():
@@ -127,7 +133,13 @@ def _pyav(path: Path, whole: str) -> tuple[np.ndarray, float, int]:
             )  # without what an edit list cuts off
             declared = stream.frames and (kept or stream.frames)
             fps = float(stream.average_rate or 0)
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            decoded = container.decode(stream)
+            first = next(decoded, None)
+            turns = 0 if first is None else _turns(path, stream, first)
+            frames = [
+                np.rot90(frame.to_ndarray(format="rgb24"), turns)
+                for frame in ([] if first is None else itertools.chain([first], decoded))
+            ]
     except (av.FFmpegError, UnicodeDecodeError) as error:
         reason = (
             "another kind of file"
@@ -143,10 +155,47 @@ def _pyav(path: Path, whole: str) -> tuple[np.ndarray, float, int]:
     return np.stack(frames) if frames else np.empty((0, 0, 0, 3), np.uint8), fps, declared
 
 
+def _turns(path: Path, stream: Any, first: Any) -> int:
+    """How many quarter turns counterclockwise the header asks for, by the first frame of a stream.
+    Raises VideoError for another angle, a mirrored video and one of high dynamic range.
+    """
+    if transfer := _HDR.get(stream.codec_context.color_trc):
+        raise VideoError(
+            f"{path}: expected a video of standard dynamic range, got {transfer}; tone-map it first"
+            " (ffmpeg's filters zscale and tonemap)"
+        )
+    data = (first.side_data[number] for number in range(len(first.side_data)))
+    matrix = next((bytes(item) for item in data if item.type.name == "DISPLAYMATRIX"), None)
+    if matrix is None:
+        return 0
+    a, b, _, c, d = struct.unpack("<5i", matrix[:20])
+    if a * d - b * c < 0 or first.rotation % 90:
+        what = "a mirrored one" if a * d < b * c else f"one turned by {first.rotation} degrees"
+        raise VideoError(f"{path}: expected a video turned by quarters, got {what}")
+    return first.rotation // 90
+
+
+def _check_upright(path: Path, whole: str) -> None:
+    """Raise VideoError for what torchcodec would decode as it lies, or as if it were SDR."""
+    import av
+
+    try:
+        with av.open(whole, options={"format_whitelist": _CONTAINERS}) as container:
+            first = next(container.decode(video=0), None)
+            if first is not None and _turns(path, container.streams.video[0], first):
+                raise VideoError(
+                    f"{path}: expected an upright video for torchcodec, got one turned by"
+                    f" {first.rotation} degrees; use --decoder pyav"
+                )
+    except (av.FFmpegError, UnicodeDecodeError, IndexError):
+        pass  # torchcodec says what is wrong
+
+
 def _torchcodec(path: Path, whole: str) -> tuple[np.ndarray, float, int]:
     """The same through torchcodec, on one thread."""
     from torchcodec.decoders import VideoDecoder
 
+    _check_upright(path, whole)
     try:
         found = VideoDecoder(whole, dimension_order="NHWC", num_ffmpeg_threads=1)
         about, count = found.metadata, len(found)
