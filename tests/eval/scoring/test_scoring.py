@@ -253,7 +253,13 @@ def test_what_is_no_file_is_listed_and_waited_for_by_none(make_folder, tmp_path)
 
 def test_a_worker_keeps_its_metrics_for_the_next_video(make_folder, tmp_path, monkeypatch):
     folder = make_folder("a", 2)
-    task = {"reference": None, "prompt": "", "metrics": CHEAP[:1], "reference_metrics": []}
+    task = {
+        "reference": None,
+        "pair": None,
+        "prompt": "",
+        "metrics": CHEAP[:1],
+        "reference_metrics": [],
+    }
     loaded = []
     original = metrics.load
     monkeypatch.setattr(
@@ -297,6 +303,7 @@ def test_a_video_is_decoded_once_for_all_its_metrics(make_folder, monkeypatch):
     task = {
         "video": paths[0],
         "reference": paths[1],
+        "pair": paths,
         "prompt": "x",
         "metrics": CHEAP,
         "reference_metrics": CHEAP,

@@ -54,6 +54,15 @@ def test_what_is_written_is_read_back(tmp_path, decoder):
     assert np.argmin([np.abs(found.frames[3].astype(int) - frame).mean() for frame in frames]) == 3
 
 
+@pytest.mark.parametrize("decoder", BOTH)
+def test_lossless_files_give_every_frame_back(tmp_path, decoder):
+    frames = np.random.default_rng(0).integers(0, 256, (5, 33, 47, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", frames, 12, lossless=True)
+    found = read_video(tmp_path / "a.mp4", decoder)
+    assert found.fps == 12
+    np.testing.assert_array_equal(found.frames, frames)
+
+
 @pytest.mark.parametrize("decoder", [TORCHCODEC])
 def test_torchcodec_gives_pyavs_frames(make_folder, tmp_path, decoder):
     for number, (frames, height, width) in enumerate(

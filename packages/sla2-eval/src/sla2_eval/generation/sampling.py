@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 MANIFEST = "manifest.jsonl"
+LOSSLESS = "lossless"  # folder of the frames before the codec's loss, below that of the videos
 SETTINGS = "generation.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -35,7 +36,8 @@ class SamplingConfig:
     """How videos are sampled. `dtype` is autocast's; "auto" takes bfloat16 where the processor
     computes it natively.
 
-    `num_frames`, `height`, `width`: None takes the model's own.
+    `num_frames`, `height`, `width`: None takes the model's own. `lossless`: each video a second
+    time to the bit, for paired metrics.
     """
 
     steps: int = 20
@@ -46,6 +48,7 @@ class SamplingConfig:
     num_frames: int | None = None
     height: int | None = None
     width: int | None = None
+    lossless: bool = True
 
     def __post_init__(self) -> None:
         # Not above: commands that only score import this module, and torch takes seconds.
@@ -58,6 +61,7 @@ class SamplingConfig:
                 "an integer >= 1": ("steps", "batch_size", *sizes),
                 "an integer >= 0": ("seed",),
                 "a number >= 0": ("guidance",),
+                "True or False": ("lossless",),
             },
             optional=sizes,
         )
@@ -422,6 +426,15 @@ def write_videos(
             for video, request in zip(generator.sample(batch, config), batch):
                 if request in missing:
                     enlarged = video.repeat(generator.upscale, 1).repeat(generator.upscale, 2)
+                    if config.lossless:
+                        (folder / LOSSLESS).mkdir(exist_ok=True)
+                        write_video(
+                            folder / LOSSLESS / request.file_name,
+                            enlarged,
+                            generator.fps,
+                            lossless=True,
+                        )
+                    # Last, because it says that the request is done.
                     write_video(folder / request.file_name, enlarged, generator.fps)
                     done += 1
         report(stage, done, len(requests))
@@ -437,12 +450,14 @@ def is_complete(requests: Sequence[Request], folder: Path) -> bool:
     )
 
 
-def write_manifest(requests: Sequence[Request], folder: Path) -> Path:
+def write_manifest(requests: Sequence[Request], folder: Path, config: SamplingConfig) -> Path:
     """The manifest that scoring reads, one line a video; written once all videos are there."""
-    rows = [
-        {"file_name": r.file_name, "prompt": r.prompt, "index": r.index, "seed": r.seed}
-        for r in requests
-    ]
+    rows = []
+    for request in requests:
+        row = {"file_name": request.file_name, **asdict(request)}
+        if config.lossless:
+            row["lossless"] = f"{LOSSLESS}/{request.file_name}"
+        rows.append(row)
     write_atomic(
         folder / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     )
@@ -479,7 +494,7 @@ def generate(
     requests = plan(prompts, indices, config.seed)
     open_folder(folder, config, fingerprint or {})
     write_videos(generator, requests, folder, config, stage=stage, report=report)
-    return write_manifest(requests, folder)
+    return write_manifest(requests, folder, config)
 
 
 def can_write(folder: str | Path, option: str) -> Path:

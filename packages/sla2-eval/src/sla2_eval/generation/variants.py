@@ -115,4 +115,4 @@ def generate_variants(
                 arguments |= {"folder": folder, "config": config, "stage": stage}
                 tasks[stage] = Task("sla2_eval.generation.variants:generate_part", arguments)
         pool.run(tasks)
-    return [write_manifest(requests, folder) for folder in variants]
+    return [write_manifest(requests, folder, config) for folder in variants]

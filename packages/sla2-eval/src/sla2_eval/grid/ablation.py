@@ -407,7 +407,8 @@ def run_grid(
     generation.open_folder(full, config, {"model": generation.model_fingerprint(settings.model)})
     for cell in grid:
         generation.open_folder(out / "videos" / cell.name, config, _fingerprint(cell))
-    generation.write_manifest(generation.plan(prompts, settings.seeds, config.seed), full)
+    requests = generation.plan(prompts, settings.seeds, config.seed)
+    generation.write_manifest(requests, full, config)
     write_run(settings, grid, out, notes)
     with open_pool(settings.workers, ray_address, report=report) as pool:
         try:

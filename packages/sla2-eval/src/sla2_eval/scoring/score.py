@@ -26,7 +26,7 @@ from sla2_eval.scoring.metrics import MetricSpec
 from sla2_eval.scoring.summary import document
 from sla2_eval.scoring.vbench import as_vbench
 from sla2_eval.scoring.worker import one_line
-from sla2_eval.videos.manifest import Entry, pair, read_manifest
+from sla2_eval.videos.manifest import Entry, compared, pair, read_manifest
 from sla2_eval.videos.video import check_decoder
 
 ATTEMPTS = 3  # of a video whose worker dies or whose file or metric fails
@@ -68,9 +68,11 @@ class _Task:
         return gone
 
     def plain(self) -> dict:
+        pair = compared(self.video, self.reference) if self.reference else None
         return {
             "video": str(self.video.path),
             "reference": str(self.reference.path) if self.reference else None,
+            "pair": [str(path) for path in pair] if pair else None,
             "prompt": self.video.prompt,
             "metrics": self.wanted,
             "reference_metrics": self.reference_wanted,
@@ -124,29 +126,35 @@ class _Run:
         """Where the store keeps the result of a metric for a video and, if paired, its
         reference.
         """
-        used = self.used_settings(spec)
+        used, path = self.used_settings(spec), entry.path
         if spec.kind == "paired":
             assert reference is not None  # otherwise no paired metric is wanted
-            used["reference"] = self.digests[reference.path]
+            path, other = compared(entry, reference)
+            used["reference"] = self.digests[other]
         if spec.needs_prompt:
             used["prompt"] = entry.prompt
-        return self.digests[entry.path], spec.name, digest(used)
+        return self.digests[path], spec.name, digest(used)
 
-    def read_digest(self, side: str, entry: Entry) -> bool:
-        """Note the entry's sha256; False, and a failure, if the file cannot be read."""
-        if entry.path not in self.digests:
+    def read_digest(
+        self, side: str, entry: Entry, path: Path | None = None, what: str = "*"
+    ) -> bool:
+        """Note the sha256 of the entry's file, or of `path` for it; False, and a failure of `what`,
+        if it cannot be read.
+        """
+        path = path or entry.path
+        if path not in self.digests:
             try:
-                if entry.path.is_fifo():
+                if path.is_fifo():
                     raise OSError("a pipe")  # reading it would wait for ever
-                self.digests[entry.path] = file_digest(entry.path)
+                self.digests[path] = file_digest(path)
             except OSError as error:
                 reason = (
                     "nothing there"
                     if isinstance(error, FileNotFoundError)
                     else error.strerror or one_line(error)
                 )
-                self.failures[side, entry.file_name, "*"] = (
-                    f"{entry.path}: expected a video file, got {reason}"
+                self.failures[side, entry.file_name, what] = (
+                    f"{path}: expected a video file, got {reason}"
                 )
                 return False
         return True
@@ -195,16 +203,13 @@ def _plan(run: _Run, videos: list[Entry], references: list[Entry] | None) -> lis
     sets want it.
     """
     tasks, paired_names = [], set()
+    paired = any(spec.kind == "paired" for spec in run.specs.values())
     for entry, reference in pair(videos, references or []):
         if not run.read_digest("video", entry):
             continue
         if reference:
             paired_names.add(reference.file_name)
-        if (
-            references is not None
-            and reference is None
-            and any(s.kind == "paired" for s in run.specs.values())
-        ):
+        if references is not None and reference is None and paired:
             run.failures["video", entry.file_name, "reference"] = (
                 f"{entry.path}: expected a reference video of the same name, got none"
             )
@@ -213,7 +218,12 @@ def _plan(run: _Run, videos: list[Entry], references: list[Entry] | None) -> lis
                 ("reference", reference.file_name, "*")
             )
             reference = None
-        wanted = run.missing("video", entry, reference)
+        comparable = reference
+        if reference is not None and paired:
+            pixels = compared(entry, reference)
+            if not all(run.read_digest("video", entry, path, "reference") for path in pixels):
+                comparable = None
+        wanted = run.missing("video", entry, comparable)
         reference_wanted = run.missing("reference", reference, None) if reference else []
         if wanted or reference_wanted:
             tasks.append(_Task(entry, reference, wanted, reference_wanted))

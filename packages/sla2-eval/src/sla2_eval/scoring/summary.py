@@ -13,7 +13,7 @@ from sla2_eval.scoring.comparisons import compare, differs
 from sla2_eval.scoring.intervals import over_prompts
 from sla2_eval.scoring.metrics import MetricSpec
 from sla2_eval.scoring.worker import one_line, unpack
-from sla2_eval.videos.manifest import Entry
+from sla2_eval.videos.manifest import Entry, compared, pair
 
 _LIBRARIES = (
     "sla2-eval",
@@ -95,6 +95,10 @@ def _summary(
     if spec.vbench:
         entry["vbench_mean"] = _vbench_mean([r for r in results if "value" in r])
         entry["normalised"] = spec.normalised(entry["vbench_mean"])
+    if spec.kind == "paired":
+        pairs = [(video, other) for video, other in pair(videos, references or []) if other]
+        lossless = [v for v, other in pairs if compared(v, other)[0] != v.path]
+        entry["num_lossless"] = sum((v.prompt, v.file_name) in values for v in lossless)
     if spec.kind == "unpaired" and references:
         base = {
             key: value

@@ -93,7 +93,8 @@ class Worker:
         return self.scorers[name]
 
     def run(self, task: dict) -> dict:
-        """Score one task {"video", "reference", "prompt", "metrics", "reference_metrics"}.
+        """Score one task {"video", "reference", "pair", "prompt", "metrics", "reference_metrics"};
+        "pair" holds the two files that paired metrics compare.
 
         Returns {"results", "reference_results", "errors", "reference_errors", "unavailable"}, each
         by metric; a result is {"value"} (with a "weight" in VBench's total, if that is not 1),
@@ -107,9 +108,14 @@ class Worker:
             "reference_errors": {},
             "unavailable": {},
         }
-        video = _decode(task["video"], self.decoder, out["errors"])
-        reference = None
-        if task["reference"]:
+        paired = [name for name in task["metrics"] if self.specs[name].kind == "paired"]
+        single = [name for name in task["metrics"] if name not in paired]
+        encoded = task["pair"] == [task["video"], task["reference"]]
+        shared = bool(paired) and encoded  # what is decoded for the pair serves all metrics
+        video = reference = None
+        if single or shared:
+            video = _decode(task["video"], self.decoder, out["errors"])
+        if task["reference_metrics"] or shared:
             reference = _decode(task["reference"], self.decoder, out["reference_errors"])
         if reference:
             sample = Sample(reference.frames, reference.fps, None, task["prompt"])
@@ -120,22 +126,31 @@ class Worker:
                 out["reference_errors"],
                 out["unavailable"],
             )
-        if (
-            video
-            and reference
-            and any(self.specs[name].kind == "paired" for name in task["metrics"])
-        ):
+        if video:
+            sample = Sample(video.frames, video.fps, None, task["prompt"])
+            self._score(sample, single, out["results"], out["errors"], out["unavailable"])
+        if paired and not encoded:
+            sample, video, reference = None, None, None  # two videos in memory at a time
+            video, reference = self._decode_pair(task["pair"], paired, out)
+        if paired and video and reference:
             try:
                 _check_pair(task["video"], video, reference)
             except ValueError as error:
                 out["reference_errors"]["*"] = one_line(error)
-                reference = None
-        if video:
-            sample = Sample(
-                video.frames, video.fps, reference.frames if reference else None, task["prompt"]
-            )
-            self._score(sample, task["metrics"], out["results"], out["errors"], out["unavailable"])
+            else:
+                sample = Sample(video.frames, video.fps, reference.frames, task["prompt"])
+                self._score(sample, paired, out["results"], out["errors"], out["unavailable"])
         return out
+
+    def _decode_pair(
+        self, paths: list[str], names: list[str], out: dict[str, dict]
+    ) -> tuple[Video | None, Video | None]:
+        """The two lossless files; an error of the first is one of each metric in `names`."""
+        errors: dict[str, str] = {}
+        video = _decode(paths[0], self.decoder, errors)
+        reference = _decode(paths[1], self.decoder, out["reference_errors"])
+        out["errors"] |= {name: error for error in errors.values() for name in names}
+        return video, reference
 
     def _score(
         self, sample: Sample, names: list[str], results: dict, errors: dict, unavailable: dict
@@ -144,8 +159,6 @@ class Worker:
 
         for name in names:
             spec = self.specs[name]
-            if spec.kind == "paired" and sample.reference is None:
-                continue
             try:
                 value = self._scorer(name)(sample)
                 if spec.kind == "set":

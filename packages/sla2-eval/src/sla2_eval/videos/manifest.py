@@ -24,6 +24,7 @@ class Entry:
     prompt: str
     index: int = 0
     seed: int | None = None
+    lossless: Path | None = None  # the same frames before the codec's loss, which pairs compare
 
 
 def video_name(prompt: str, index: int) -> str:
@@ -112,7 +113,10 @@ def _read_lines(manifest: Path, root: Path) -> list[Entry]:
             raise ValueError(
                 f"{where}: expected a text prompt and whole index and seed, got {line[:80]!r}"
             )
-        entries.append(Entry(name, path, prompt, index, seed))
+        lossless = row.get("lossless")
+        if lossless is not None:
+            lossless = resolve_inside(root, lossless, where)
+        entries.append(Entry(name, path, prompt, index, seed, lossless))
     return entries
 
 
@@ -158,3 +162,10 @@ def pair(videos: list[Entry], references: list[Entry]) -> list[tuple[Entry, Entr
     by_name = {entry.file_name: entry for entry in references}
     pairs = [(entry, by_name.get(entry.file_name)) for entry in videos]
     return [(v, r and replace(r, prompt=v.prompt, index=v.index, seed=v.seed)) for v, r in pairs]
+
+
+def compared(video: Entry, reference: Entry) -> tuple[Path, Path]:
+    """The files whose pixels a paired metric compares: both lossless, or both as encoded."""
+    if video.lossless and reference.lossless:
+        return video.lossless, reference.lossless
+    return video.path, reference.path

@@ -218,11 +218,14 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 12) -> None:
+def write_video(
+    path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 12, lossless: bool = False
+) -> None:
     """Encode uint8 (T, H, W, 3) RGB frames as H.264 yuv420p mp4, in place only when complete.
 
-    Height and width must be even. Raises ValueError for another shape or dtype, OSError where the
-    folder is unwritable.
+    `lossless`: as H.264 of RGB, which gives every frame back to the bit, takes several times the
+    space, and is shown by few players. Else height and width must be even. Raises ValueError for
+    another shape or dtype, OSError where the folder is unwritable.
     """
     import av
 
@@ -231,7 +234,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 
         raise ValueError(
             f"frames: expected uint8 (T, H, W, 3) with T >= 1, got {frames.dtype} {frames.shape}"
         )
-    if frames.shape[1] % 2 or frames.shape[2] % 2:
+    if not lossless and (frames.shape[1] % 2 or frames.shape[2] % 2):
         raise ValueError(
             f"frames: expected even height and width (H.264 yuv420p), got {frames.shape[1:3]}"
         )
@@ -240,10 +243,14 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 
     )  # the name itself may be as long as may be
     try:
         with av.open(os.path.abspath(partial), mode="w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            codec = "libx264rgb" if lossless else "libx264"
+            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
             stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}
+            stream.pix_fmt = "rgb24" if lossless else "yuv420p"
+            quality = {"qp": "0", "preset": "ultrafast"}
+            if not lossless:
+                quality = {"crf": str(crf), "preset": "veryfast"}
+            stream.options = {**quality, "threads": "1"}
             for image in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             container.mux(stream.encode())

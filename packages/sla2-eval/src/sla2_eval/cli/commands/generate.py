@@ -52,6 +52,12 @@ import click
 @click.option("--height", type=click.IntRange(1), help="The model's own if not given.")
 @click.option("--width", type=click.IntRange(1), help="The model's own if not given.")
 @click.option(
+    "--lossless/--no-lossless",
+    default=True,
+    show_default=True,
+    help="Keep each video to the bit too, in OUT/lossless, for paired metrics.",
+)
+@click.option(
     "--workers",
     default=1,
     show_default=True,

@@ -128,6 +128,9 @@ def _row(name: str, results: dict) -> dict:
         row["note"] = (
             "difference to the reference within noise" if difference["within_noise"] else ""
         )
+    encoded = found.get("num_videos", 0) - found.get("num_lossless", 0)
+    if found["kind"] == "paired" and encoded:
+        row["note"] = f"{encoded} of {found['num_videos']} as encoded, the codec's loss included"
     if found.get("warnings"):
         row["note"] = "; ".join(found["warnings"])
     return row
