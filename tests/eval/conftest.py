@@ -179,6 +179,7 @@ def run_dir(make_folder, tmp_path):
     (root / "block_maps").mkdir()
     maps = {
         "grid": [4, 2, 2],
+        "order": list(range(15, -1, -1)),
         "block_q": 8,
         "block_k": 4,
         "layers": [{"layer": 0, "head": 1, "map": [[0], [1, 3]]}],

@@ -24,11 +24,11 @@ def wan(**changes):
     return WanTransformer3DModel(**settings | changes)
 
 
-def hunyuan_video():
+def hunyuan_video(**changes):
     """One layer of two streams, one of a single stream."""
     from diffusers import HunyuanVideoTransformer3DModel
 
-    return HunyuanVideoTransformer3DModel(
+    settings = dict(
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
@@ -43,6 +43,7 @@ def hunyuan_video():
         pooled_projection_dim=6,
         rope_axes_dim=(4, 4, 4),
     )
+    return HunyuanVideoTransformer3DModel(**settings | changes)
 
 
 def hunyuan_video15(**changes):

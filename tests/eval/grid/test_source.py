@@ -87,9 +87,9 @@ def test_other_families_are_rows_too(family, wan_folder, wan_training, tmp_path)
     report = json.loads((tmp_path / "out" / "report" / "results.json").read_text())
     assert np.isfinite(report["groups"][1]["metrics"]["psnr"]["mean"])
     maps = json.loads((tmp_path / "out" / "block_maps" / "a.json").read_text())
-    assert maps["grid"] is None
+    assert maps["grid"] == [2, 2, 3]
     page = (tmp_path / "out" / "report" / "index.html").read_text()
-    assert 'id="maps"' not in page
+    assert 'id="maps"' in page
 
 
 def test_members_with_options_reach_the_workers_and_the_report(small_grid, tmp_path):
@@ -201,9 +201,16 @@ def test_a_model_without_a_known_grid_of_tokens_gets_no_block_maps(wan_folder, w
     handle = steps.apply(generator.transformer, settings.attention)
     video = next((wan_folder / "videos").glob("*.mp4"))
     known = steps.block_maps(source, handle, video, "a red circle")
+    handle.remove()
+    ordered = settings.attention.changed({"token_order": "tiles", "options": {"tile": [1, 2, 2]}})
+    handle = steps.apply(generator.transformer, ordered)
+    tiles = steps.block_maps(source, handle, video, "a red circle")
     handle.family = replace(handle.family, grid=None)
     unknown = steps.block_maps(source, handle, video, "a red circle")
+    assert known["order"] is None
+    assert tiles["order"] == [0, 1, 4, 3, 2, 5, 11, 8, 10, 9, 6, 7]
     assert known["layers"]
+    assert tiles["layers"]
     assert unknown["layers"] == []
     assert unknown["grid"] is None
     assert unknown["sparsity"] == known["sparsity"] == 0.5

@@ -280,6 +280,14 @@ def test_half_finished_runs_have_a_report(run_dir):
             ),
             r"sla2-97-s0\.json: expected 2 rows of key blocks below 4",
         ),
+        (
+            "block_maps/sla2-97-s0.json",
+            (
+                '{"grid": [1, 2, 2], "order": [0, 1, 3, 3], "block_q": 4, "block_k": 4,'
+                ' "layers": []}'
+            ),
+            r"sla2-97-s0\.json: expected an order of the 4 tokens of its grid, got 4 places",
+        ),
     ],
 )
 def test_bad_files_are_named(run_dir, name, content, message):

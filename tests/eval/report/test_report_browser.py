@@ -231,6 +231,11 @@ def keyboard_works(page):
     assert page.js("document.getElementById('map-said').value").startswith(
         "query block 0 keeps 1 of 4"
     )
+    page.js(  # the first token, which comes last in this token order
+        "{ const map = document.getElementById('map-frames'), at = map.getBoundingClientRect();"
+        " map.dispatchEvent(new MouseEvent('click', {clientX: at.x + 2, clientY: at.y + 2})) }"
+    )
+    assert page.js("document.getElementById('map-said').value").startswith("query block 1 keeps")
     colours = (
         "new Set(document.getElementById('map-frames').getContext('2d').getImageData(0, 0, 400,"
         " 40).data).size"

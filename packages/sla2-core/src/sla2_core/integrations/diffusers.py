@@ -14,6 +14,8 @@ from sla2_core.config import SLA2Config
 from sla2_core.integrations.family import family_of, unwrapped
 from sla2_core.integrations.handle import SLA2Handle
 from sla2_core.integrations.processor import SLA2Processor, Switch
+from sla2_core.integrations.token_order import check_order
+from sla2_core.registry import ORDERS
 from sla2_core.variants import build_config
 
 __all__ = ["SLA2Handle", "apply_sla2"]
@@ -48,8 +50,9 @@ def apply_sla2(
         ValueError: a class without an integration, other heads or head dimension than the model's,
             settings that SLA2Config does not have or refuses, a layer that does not exist, a model
             that already has SLA2, whose weights are offloaded to meta tensors, or whose processors
-            have weights (an IP adapter), which SLA2's would leave out. TypeError: neither a
-            configuration nor settings.
+            have weights (an IP adapter), which SLA2's would leave out; a token order that asks for
+            a grid, on a family that does not know its own. TypeError: neither a configuration nor
+            settings.
     """
     transformer = unwrapped(
         transformer
@@ -67,6 +70,7 @@ def apply_sla2(
             f"skip_layers: expected at least one of the {len(found)} layers to be left, got all of"
             " them"
         )
+    check_order(family, ORDERS.get(config.token_order))
     if isinstance(dense_steps, bool) or not isinstance(dense_steps, int) or dense_steps < 0:
         raise ValueError(f"dense_steps: expected an integer >= 0, got {dense_steps!r}")
     names = {i: name for i, name in enumerate(found) if i not in skipped}

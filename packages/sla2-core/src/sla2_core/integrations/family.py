@@ -5,7 +5,7 @@ forward is called.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +13,29 @@ from torch import Tensor, nn
 
 from sla2_core.integrations.processor import SLA2Processor
 from sla2_core.order import Grid
+from sla2_core.order.base import coordinates_of
 
 _FAMILIES: dict[str, Family] = {}  # by the class of the transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFlow:
+    """Where the tokens of a model are made and where they leave: what changes if they stand in
+    another order between. Module names are of modules that make something of their own; a hook on a
+    linear layer or a convolution would stand apart from the LoRA that peft puts around it.
+
+    Args:
+        arguments: (transformer, arguments of its forward by name, places) -> the arguments with
+            place i of the tokens holding what belongs to token places[i]; places is int64 (N,).
+        result: (transformer, its prediction, places) -> the prediction moved in the same way.
+        modules: {module name: (its output, places) -> the output moved in the same way}.
+        fits: transformer -> whether its layers work token by token beside attention.
+    """
+
+    arguments: Callable[[Any, dict[str, Any], Tensor], dict[str, Any]]
+    result: Callable[[Any, Tensor, Tensor], Tensor]
+    modules: Mapping[str, Callable[[Any, Tensor], Any]] = field(default_factory=dict)
+    fits: Callable[[Any], bool] = lambda transformer: True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +57,10 @@ class Family:
             variance-preserving schedule of T timesteps; None for flow matching.
         grid: (transformer, positional, keyword arguments of its forward) -> (frames, height, width)
             of its tokens; None if that is not known.
+        coordinates: the same arguments -> int64 (N, 3), frame, row and column of each token, for a
+            model that is not told its grid. No value of a tensor may be read.
+        token_flow: where tokens are made and leave, for a token order that is applied once; None
+            leaves it to the processors.
         install_hooks: (transformer, layer names) -> hook handles, where a processor needs to see
             more than its arguments.
     """
@@ -49,6 +74,8 @@ class Family:
     latent_shape: tuple[int, int, int]
     alphas_cumprod: Callable[[Mapping[str, Any]], Tensor] | None = None
     grid: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Grid] | None = None
+    coordinates: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Tensor] | None = None
+    token_flow: TokenFlow | None = None
     install_hooks: Callable[[nn.Module, Sequence[str]], list[Any]] | None = None
 
 
@@ -85,6 +112,24 @@ def class_name(transformer: nn.Module) -> str:
         if cls.__name__ in _FAMILIES:
             return cls.__name__
     raise ValueError(f"transformer: expected one of {', '.join(_FAMILIES)}, got {own.__name__}")
+
+
+def grid_of(
+    family: Family, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Grid | None:
+    """(frames, height, width) of the tokens in a call of the transformer's forward, with these
+    arguments; None where it is not known, or where the tokens are not one whole grid in raster
+    order. Coordinates are read, which waits for their device.
+    """
+    if family.grid is not None:
+        return family.grid(transformer, args, kwargs)
+    if family.coordinates is None:
+        return None
+    found = family.coordinates(transformer, args, kwargs).cpu()
+    frames, height, width = (int(n) + 1 for n in found.amax(0))
+    if not torch.equal(found, coordinates_of((frames, height, width), found.device)):
+        return None
+    return frames, height, width
 
 
 def unwrapped(transformer: nn.Module) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,8 +18,7 @@ from sla2_core.block_map import BlockMap
 from sla2_core.config import CHANGEABLE, SLA2Config
 from sla2_core.integrations.family import Family, class_name
 from sla2_core.integrations.processor import SLA2Processor, Switch
-from sla2_core.order import Grid
-from sla2_core.registry import ORDERS
+from sla2_core.integrations.token_order import TokenOrder
 
 
 class StepCounter:
@@ -61,16 +59,6 @@ def timestep_of(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     return float(args[place].max())
 
 
-def _note_grid(
-    grid: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Grid],
-    switch: Switch,
-    transformer: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    switch.grid = grid(transformer, args, kwargs)
-
-
 class SLA2Handle:
     """SLA2 on a model: what apply_sla2 returns, to switch, configure, save and load it.
 
@@ -79,9 +67,6 @@ class SLA2Handle:
         base_model: id of its weights, or None.
         names: {layer: module name} of the replaced layers.
         dense_steps: denoising steps that run with full attention first.
-
-    Raises:
-        ValueError: a token order beside "raster" for a family whose grid of tokens is not known.
     """
 
     def __init__(
@@ -101,17 +86,12 @@ class SLA2Handle:
         self._hooks = (
             family.install_hooks(transformer, tuple(names.values())) if family.install_hooks else []
         )
-        if not ORDERS.get(self.config.token_order).identity:
-            if family.grid is None:
-                raise ValueError(
-                    f"token_order: expected 'raster' for {family.name}, whose grid of tokens is"
-                    f" not known, got {self.config.token_order!r}"
-                )
-            note = functools.partial(_note_grid, family.grid, switch)
-            self._hooks.append(transformer.register_forward_pre_hook(note, with_kwargs=True))
-        if dense_steps:
+        if dense_steps:  # before the token order, which asks whether this step is dense
             counter = StepCounter(switch, dense_steps)
             self._hooks.append(transformer.register_forward_pre_hook(counter, with_kwargs=True))
+        order = next(iter(self.attentions.values())).order
+        if not order.identity:
+            self._hooks += TokenOrder(transformer, family, order, switch).hooks
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -343,7 +323,9 @@ class SLA2Handle:
             self._switch.recorder = before
 
     def block_maps(self, run: Callable[[], Any]) -> dict[int, BlockMap]:
-        """{layer: BlockMap} of each layer's last routed call while run() runs the model."""
+        """{layer: BlockMap} of each layer's last routed call while run() runs the model. Blocks are
+        of tokens in the configuration's token order.
+        """
         maps: dict[int, BlockMap] = {}
         before, self._switch.observer = self._switch.observer, maps.__setitem__
         try:
@@ -360,8 +342,10 @@ class SLA2Handle:
         for name in self.names.values():
             attn = twin.get_submodule(name)
             attn.set_processor(attn.processor.original)
-        for hook in self._hooks:  # the twin's copies of them: those of a user stay
-            twin._forward_pre_hooks.pop(hook.id, None)
+        for module in twin.modules():  # the twin's copies of them: those of a user stay
+            for hook in self._hooks:
+                module._forward_pre_hooks.pop(hook.id, None)
+                module._forward_hooks.pop(hook.id, None)
         return twin.eval().requires_grad_(False)
 
 

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sla2_core.attend import full_attention
 from sla2_core.attention import SLA2Attention
 from sla2_core.integrations.ulysses import Ulysses
-from sla2_core.order import Grid
+from sla2_core.order.base import with_text
 
 
 @dataclass
@@ -27,15 +28,21 @@ class Switch:
         recorder: if set, called as recorder(layer, q, k, v, text_tokens, kv_lengths) at every call,
             with (B, H, N, d) tensors in the token order, after the rotary embedding.
         observer: if set, called as observer(layer, block_map) at every routed call.
-        grid: (frames, height, width) of the tokens in this forward pass, where the token order asks
-            for it.
+        places: int64 (N,), which token stands at each place of the token order, where the
+            processors are to put them in order; None where the whole model does it, see
+            token_order.TokenOrder, or nobody.
     """
 
     enabled: bool = True
     dense_step: bool = False
     recorder: Callable[..., None] | None = None
     observer: Callable[..., None] | None = None
-    grid: Grid | None = None
+    places: Tensor | None = None
+
+    @property
+    def routed(self) -> bool:
+        """Whether calls go through SLA2, not through full attention."""
+        return self.enabled and not self.dense_step
 
 
 class SLA2Processor(nn.Module):
@@ -78,7 +85,7 @@ class SLA2Processor(nn.Module):
     @property
     def routed(self) -> bool:
         """Whether the next call goes through SLA2, not through full attention."""
-        return self.switch.enabled and not self.switch.dense_step
+        return self.switch.routed
 
     def forward(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """What diffusers calls: attend(), or the layer's own processor where neither SLA2 nor a
@@ -131,9 +138,10 @@ class SLA2Processor(nn.Module):
             q, k, v = (ulysses.gather_tokens(x, text_tokens) for x in (q, k, v))
             local_text, text_tokens = text_tokens, text_tokens * ulysses.ranks
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        (q, k, v), restore = self.attention.in_order(
-            (q, k, v), text_tokens, self.switch.grid, kv_lengths
-        )
+        places = self.switch.places
+        if places is not None:
+            places = with_text(places, q.shape[2], text_tokens)
+            q, k, v = (x.index_select(2, places) for x in (q, k, v))
         if self.switch.recorder is not None:
             self.switch.recorder(self.layer, q, k, v, text_tokens, kv_lengths)
         if not self.routed:
@@ -149,5 +157,7 @@ class SLA2Processor(nn.Module):
             )
             if self.switch.observer is not None:
                 self.switch.observer(self.layer, block_map)
-        out = restore(out).transpose(1, 2)
+        if places is not None:
+            out = out.index_select(2, torch.argsort(places))
+        out = out.transpose(1, 2)
         return out if ulysses is None else ulysses.scatter_tokens(out, local_text)

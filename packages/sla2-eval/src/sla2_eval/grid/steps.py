@@ -230,8 +230,9 @@ def stage2(
 
 def block_maps(source: TrainSource, handle: SLA2Handle, video: Path, prompt: str) -> dict[str, Any]:
     """The block maps of a few layers and heads while the model denoises `video`, half noise: what
-    the report draws over it. `grid` is None, and `layers` empty, where it is not known how tokens
-    lie in the video, or where they are cut into blocks in another order.
+    the report draws over it. `order` says which token of the raster order stands at each place; it
+    is None for the raster order itself. So many `text_tokens` come after them. `grid` is None, and
+    `layers` empty, where it is not known how tokens lie in the video.
 
     `sparsity` and `flops`, of attention as a share of full attention's, are what the maps of all
     layers have on average over five noise levels, for a router may select more at one than at
@@ -239,20 +240,22 @@ def block_maps(source: TrainSource, handle: SLA2Handle, video: Path, prompt: str
     """
     import torch
     from sla2_core.cost import measured_share
+    from sla2_core.integrations.family import grid_of
+    from sla2_core.order import Grid
 
     item = source.encode_video(video, prompt)
     noise = torch.randn((1, *item["latents"].shape), generator=torch.Generator().manual_seed(0))[0]
-    grids: list[tuple[int, int, int]] = []
+    grids: list[Grid | None] = []
 
     def note(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if handle.family.grid is not None and handle.config.token_order == "raster":
-            grids.append(handle.family.grid(transformer, args, kwargs))
+        grids.append(grid_of(handle.family, transformer, args, kwargs))
 
     def run(sigma: float) -> None:
         with torch.inference_mode():
             _predict(handle, item, sigma, noise)
 
-    hook = handle.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    # Before the handle's own hooks, which put the tokens in order.
+    hook = handle.transformer.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
     try:
         found = [handle.block_maps(functools.partial(run, sigma)) for sigma in _LEVELS]
     finally:
@@ -261,15 +264,19 @@ def block_maps(source: TrainSource, handle: SLA2Handle, video: Path, prompt: str
     # Text tokens are keys of the routed queries too, and see every key themselves.
     shares = [measured_share(m, handle.config, max(0, m.n_k - m.n_q)) for m in every]
     maps = found[len(found) // 2]
-    layers = []
-    for layer in _spread(list(maps)) if grids else []:
+    grid, order, layers = grids[0], None, []
+    if grid is not None:
+        order = next(iter(handle.attentions.values())).order.places(grid, torch.device("cpu"))
+    for layer in _spread(list(maps)) if grid else []:
         shown = maps[layer]
         for head in _spread(list(range(shown.indices.shape[1]))):
             chosen, counts = shown.indices[0, head].tolist(), shown.counts[0, head].tolist()
             rows = [indices[:count] for indices, count in zip(chosen, counts)]
             layers.append({"layer": layer, "head": head, "map": rows})
     return {
-        "grid": list(grids[0]) if grids else None,
+        "grid": None if grid is None else list(grid),
+        "order": None if order is None else order.tolist(),
+        "text_tokens": every[0].n_k - every[0].n_q,
         "block_q": handle.config.block_q,
         "block_k": handle.config.block_k,
         "sparsity": sum(block_map.sparsity for block_map in every) / len(every),

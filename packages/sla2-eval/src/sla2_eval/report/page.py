@@ -117,6 +117,8 @@ def _block_maps(run_dir: Path, data: dict, shown: list[dict]) -> list[dict]:
             {
                 "label": group["label"],
                 **{key: maps[key] for key in keys},
+                "order": maps.get("order"),
+                "text_tokens": maps.get("text_tokens", 0),
                 "frames": _sprite(over.path, maps["grid"][0]) if over else None,
                 "prompt": over.prompt if over else None,
             }
@@ -126,7 +128,13 @@ def _block_maps(run_dir: Path, data: dict, shown: list[dict]) -> list[dict]:
 
 def _check_map(maps: dict, path: Path) -> None:
     tokens = maps["grid"][0] * maps["grid"][1] * maps["grid"][2]
-    rows, columns = -(-tokens // maps["block_q"]), -(-tokens // maps["block_k"])
+    keys = tokens + maps.get("text_tokens", 0)
+    rows, columns = -(-tokens // maps["block_q"]), -(-keys // maps["block_k"])
+    order = maps.get("order")
+    if order is not None and sorted(order) != list(range(tokens)):
+        raise ValueError(
+            f"{path}: expected an order of the {tokens} tokens of its grid, got {len(order)} places"
+        )
     for layer in maps["layers"]:
         if len(layer["map"]) != rows or any(
             not 0 <= key < columns for row in layer["map"] for key in row

@@ -18,7 +18,9 @@ from sla2_core.integrations.families.joint import (
     refuse_mask,
     split_heads,
 )
-from sla2_core.integrations.family import Family, register_family
+from sla2_core.integrations.family import Family, TokenFlow, register_family
+from sla2_core.integrations.tokens import moved, moved_in, moved_patches
+from sla2_core.order import Grid
 
 _TIMESTEPS = 1000
 
@@ -109,6 +111,32 @@ def _tokens(config: Mapping[str, Any], frames: int, height: int, width: int) -> 
     return (frames // (config.get("patch_size_t") or 1)) * (height // patch) * (width // patch)
 
 
+def _patch(config: Mapping[str, Any]) -> Grid:
+    return config.get("patch_size_t") or 1, config["patch_size"], config["patch_size"]
+
+
+def _grid(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid:
+    latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    size = (latents.shape[1], *latents.shape[3:])
+    frames, height, width = (n // p for n, p in zip(size, _patch(transformer.config)))
+    return frames, height, width
+
+
+def _in_order(transformer: Any, given: dict[str, Any], places: Tensor) -> dict[str, Any]:
+    return moved_in(given, places, {"image_rotary_emb": 0})
+
+
+def _embedded(tokens: Tensor, places: Tensor) -> Tensor:
+    """Text and video tokens (B, L + N, C), after the absolute positions of the 2B model."""
+    text, video = tokens.split([tokens.shape[1] - len(places), len(places)], dim=1)
+    return torch.cat([text, moved(video, 1, places)], dim=1)
+
+
+def _result(transformer: Any, sample: Tensor, places: Tensor) -> Tensor:
+    latents = moved_patches(sample.transpose(1, 2), _patch(transformer.config), places)
+    return latents.transpose(1, 2)
+
+
 FAMILY = Family(
     name="cogvideox",
     attention_layers=block_attention({"transformer_blocks": "attn1"}),
@@ -116,6 +144,8 @@ FAMILY = Family(
     heads=heads_of,
     predict=_predict,
     tokens=_tokens,
+    grid=_grid,
+    token_flow=TokenFlow(arguments=_in_order, result=_result, modules={"patch_embed": _embedded}),
     latent_shape=(13, 60, 90),  # 49 frames of 480 x 720
     alphas_cumprod=_alphas_cumprod,
 )

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from sla2_core.integrations.families.hunyuan_video import transformer_config
 from sla2_core.integrations.families.joint import block_attention, refuse_mask
-from sla2_core.integrations.family import Family, register_family
+from sla2_core.integrations.family import Family, TokenFlow, register_family
 from sla2_core.integrations.processor import SLA2Processor
+from sla2_core.integrations.tokens import moved, moved_in
 
 
 class FluxSLA2Processor(SLA2Processor):
@@ -110,6 +111,18 @@ def _tokens(config: Mapping[str, Any], frames: int, height: int, width: int) -> 
     return frames * (height // 2) * (width // 2)  # the pipeline packs 2 x 2 latents into a token
 
 
+def _coordinates(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Of `img_ids`: the number of the image, where there are several, row and column."""
+    ids = kwargs["img_ids"] if "img_ids" in kwargs else args[4]
+    return (ids[0] if ids.ndim == 3 else ids).long()
+
+
+def _in_order(transformer: Any, given: dict[str, Any], places: Tensor) -> dict[str, Any]:
+    residuals = ("controlnet_block_samples", "controlnet_single_block_samples")
+    dims = {"hidden_states": 1, "img_ids": given["img_ids"].ndim - 2, **dict.fromkeys(residuals, 1)}
+    return moved_in(given, places, dims)
+
+
 FAMILY = Family(
     name="flux",
     attention_layers=block_attention(
@@ -119,6 +132,11 @@ FAMILY = Family(
     heads=lambda attn: (attn.heads, attn.head_dim),
     predict=_predict,
     tokens=_tokens,
+    coordinates=_coordinates,
+    token_flow=TokenFlow(
+        arguments=_in_order,
+        result=lambda transformer, sample, places: moved(sample, 1, places),
+    ),
     latent_shape=(1, 128, 128),  # 1024 x 1024
     install_hooks=_install_hooks,
 )

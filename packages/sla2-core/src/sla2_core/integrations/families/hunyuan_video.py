@@ -19,7 +19,9 @@ from sla2_core.integrations.families.joint import (
     normed,
     split_heads,
 )
-from sla2_core.integrations.family import Family, register_family
+from sla2_core.integrations.family import Family, TokenFlow, register_family
+from sla2_core.integrations.tokens import moved, moved_patches
+from sla2_core.order import Grid
 
 
 def project(attn: Any, video: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | None) -> QKV:
@@ -112,6 +114,36 @@ def _tokens(config: Mapping[str, Any], frames: int, height: int, width: int) -> 
     return (frames // config["patch_size_t"]) * (height // patch) * (width // patch)
 
 
+def patch_of(config: Mapping[str, Any]) -> Grid:
+    """(frames, height, width) of the patch of latents that becomes a token."""
+    return config["patch_size_t"], config["patch_size"], config["patch_size"]
+
+
+def latents_grid(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid:
+    """A Family's grid for a forward whose first argument is latents (B, C, F, H, W)."""
+    latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    frames, height, width = (
+        n // p for n, p in zip(latents.shape[2:], patch_of(transformer.config))
+    )
+    return frames, height, width
+
+
+def _in_order(transformer: Any, given: dict[str, Any], places: Tensor) -> dict[str, Any]:
+    patch = patch_of(transformer.config)
+    return given | {"hidden_states": moved_patches(given["hidden_states"], patch, places)}
+
+
+def _result(transformer: Any, sample: Tensor, places: Tensor) -> Tensor:
+    return moved_patches(sample, patch_of(transformer.config), places)
+
+
+FLOW = TokenFlow(
+    arguments=_in_order,
+    result=_result,
+    modules={"rope": lambda rotary, places: moved(rotary, 0, places)},
+    # The layers of an image-to-video model treat the tokens of the first frame in their own way.
+    fits=lambda transformer: transformer.config.get("image_condition_type") != "token_replace",
+)
 FAMILY = Family(
     name="hunyuan_video",
     attention_layers=block_attention(
@@ -121,6 +153,8 @@ FAMILY = Family(
     heads=heads_of,
     predict=_predict,
     tokens=_tokens,
+    grid=latents_grid,
+    token_flow=FLOW,
     latent_shape=(33, 90, 160),  # 129 frames of 720 x 1280
 )
 register_family("HunyuanVideoTransformer3DModel", FAMILY)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sla2_core.integrations.families.hunyuan_video import finish, project
+from sla2_core.integrations.families.hunyuan_video import FLOW, finish, latents_grid, project
 from sla2_core.integrations.families.joint import JointSLA2Processor, block_attention, heads_of
 from sla2_core.integrations.family import Family, register_family
 
@@ -74,6 +74,8 @@ FAMILY = Family(
     heads=heads_of,
     predict=_predict,
     tokens=_tokens,
+    grid=latents_grid,
+    token_flow=FLOW,
     latent_shape=(31, 30, 53),  # 121 frames of 480 x 848
 )
 register_family("HunyuanVideo15Transformer3DModel", FAMILY)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sla2_core.integrations.families.joint import block_attention, refuse_mask
-from sla2_core.integrations.family import Family, register_family
+from sla2_core.integrations.family import Family, TokenFlow, register_family
 from sla2_core.integrations.processor import SLA2Processor
+from sla2_core.integrations.tokens import moved, moved_in
+from sla2_core.order import Grid
 
 
 class LTX2SLA2Processor(SLA2Processor):
@@ -131,6 +133,37 @@ def _tokens(config: Mapping[str, Any], frames: int, height: int, width: int) -> 
     return (frames // config["patch_size_t"]) * (height // patch) * (width // patch)
 
 
+_PLACES = {"hidden_states": 0, "num_frames": 10, "height": 11, "width": 12}  # in the forward
+
+
+def _grid(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid:
+    """Raises ValueError for tokens beside those of the video's grid, such as references."""
+    given = {name: args[i] for name, i in _PLACES.items() if i < len(args)} | kwargs
+    tokens, patch = given["hidden_states"].shape[1], transformer.config.patch_size
+    sizes = [given.get(name) for name in ("num_frames", "height", "width")]
+    steps = (transformer.config.patch_size_t, patch, patch)
+    frames, height, width = (-(-(size or 0) // step) for size, step in zip(sizes, steps))
+    if frames * height * width != tokens:
+        raise ValueError(
+            f"num_frames, height, width: expected a grid of the {tokens} tokens for a token order,"
+            f" got {sizes}; SLA2Config(token_order='raster') needs none"
+        )
+    return frames, height, width
+
+
+def _in_order(transformer: Any, given: dict[str, Any], places: Tensor) -> dict[str, Any]:
+    tokens = given["hidden_states"]
+    if given.get("video_coords") is None:
+        sizes = (given[name] for name in ("num_frames", "height", "width"))
+        fps = {"fps": given["fps"]} if "fps" in given else {}
+        made = transformer.rope.prepare_video_coords(len(tokens), *sizes, tokens.device, **fps)
+        given = given | {"video_coords": made}
+    dims = {"hidden_states": 1, "video_coords": 2, "video_keyframes_mask": 1}
+    if given["timestep"].ndim == 2 and given["timestep"].shape[1] > 1:
+        dims["timestep"] = 1
+    return moved_in(given, places, dims)
+
+
 FAMILY = Family(
     name="ltx2",
     attention_layers=block_attention({"transformer_blocks": "attn1"}),
@@ -138,6 +171,11 @@ FAMILY = Family(
     heads=lambda attn: (attn.heads, attn.head_dim),
     predict=_predict,
     tokens=_tokens,
+    grid=_grid,
+    token_flow=TokenFlow(
+        arguments=_in_order,
+        result=lambda transformer, sample, places: moved(sample, 1, places),
+    ),
     latent_shape=(16, 16, 24),  # 121 frames of 512 x 768
 )
 register_family("LTX2VideoTransformer3DModel", FAMILY)

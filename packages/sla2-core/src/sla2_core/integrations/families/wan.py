@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sla2_core.integrations.family import Family, register_family
+from sla2_core.integrations.family import Family, TokenFlow, register_family
 from sla2_core.integrations.processor import SLA2Processor
+from sla2_core.integrations.tokens import moved, moved_in, moved_patches
 from sla2_core.order import Grid
 
 
@@ -128,6 +129,17 @@ def _grid(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Gr
     return frames, height, width
 
 
+def _in_order(transformer: Any, given: dict[str, Any], places: Tensor) -> dict[str, Any]:
+    latents = moved_patches(given["hidden_states"], transformer.config.patch_size, places)
+    # Wan2.2 5B has a timestep for each token.
+    dims = {"timestep": 1} if given["timestep"].ndim == 2 else {}
+    return moved_in(given, places, dims) | {"hidden_states": latents}
+
+
+def _result(transformer: Any, sample: Tensor, places: Tensor) -> Tensor:
+    return moved_patches(sample, transformer.config.patch_size, places)
+
+
 FAMILY = Family(
     name="wan",
     attention_layers=_layers,
@@ -136,6 +148,11 @@ FAMILY = Family(
     predict=_predict,
     tokens=_tokens,
     grid=_grid,
+    token_flow=TokenFlow(
+        arguments=_in_order,
+        result=_result,
+        modules={"rope": lambda rotary, places: moved(rotary, 1, places)},
+    ),
     latent_shape=(21, 60, 104),  # 81 frames of 480 x 832
 )
 register_family("WanTransformer3DModel", FAMILY)

@@ -150,7 +150,7 @@ function player() {
 }
 player();
 
-// The block map: tokens n = (t h + y) w + x; query block n / block_q, key block n / block_k.
+// The block map: token (t h + y) w + x stands at a place n of the token order; query block n / block_q, key block n / block_k.
 function blockMap() {
   const maps = read("data-maps");
   if (!maps.length) return;
@@ -162,8 +162,14 @@ function blockMap() {
     image.src = map.frames.src;
     return image;
   });
+  const places = maps.map((map) => { // of the tokens in raster order
+    const [t, h, w] = map.grid, found = new Int32Array(t * h * w);
+    for (let n = 0; n < found.length; n++) found[map.order ? map.order[n] : n] = n;
+    return found;
+  });
   let row = 0;
   const map = () => maps[pickVariant.value];
+  const place = (f, y, x) => places[pickVariant.value][(f * map().grid[1] + y) * map().grid[2] + x];
   const layer = () => map().layers[pickLayer.value];
   const sizes = () => {
     const [t, h, w] = map().grid, ratio = map().frames ? map().frames.width / map().frames.height : w / h;
@@ -191,7 +197,7 @@ function blockMap() {
       if (picture && picture.complete) context.drawImage(picture, f * m.frames.width, 0, m.frames.width, m.frames.height, x0, y0, width, height);
       else { context.fillStyle = colour("--rule"); context.fillRect(x0, y0, width, height); }
       for (let y = 0; y < h; y++) for (let x = 0; x < w; x++) {
-        const n = (f * h + y) * w + x;
+        const n = place(f, y, x);
         const left = x0 + (x * width) / w, top = y0 + (y * height) / h, cw = width / w, ch = height / h;
         if (kept.has(Math.floor(n / m.block_k))) {
           context.fillStyle = colour("--c1"); context.globalAlpha = 0.16;
@@ -201,7 +207,7 @@ function blockMap() {
         if (Math.floor(n / m.block_q) === row) {
           const same = (dy, dx) => {
             const yy = y + dy, xx = x + dx;
-            return yy >= 0 && yy < h && xx >= 0 && xx < w && Math.floor(((f * h + yy) * w + xx) / m.block_q) === row;
+            return yy >= 0 && yy < h && xx >= 0 && xx < w && Math.floor(place(f, yy, xx) / m.block_q) === row;
           };
           context.strokeStyle = "#fff"; context.lineWidth = 2; context.beginPath();
           if (!same(-1, 0)) { context.moveTo(left, top + 1); context.lineTo(left + cw, top + 1); }
@@ -212,7 +218,7 @@ function blockMap() {
         }
       }
     }
-    const tokens = t * h * w, rows = layer().map.length, cols = Math.ceil(tokens / m.block_k);
+    const tokens = t * h * w, rows = layer().map.length, cols = Math.ceil((tokens + m.text_tokens) / m.block_k);
     const side = Math.min(320, frames.parentElement.clientWidth - 4), cell = Math.max(1, Math.floor(side / Math.max(rows, cols)));
     const second = canvas(matrix, cols * cell, rows * cell);
     second.fillStyle = colour("--panel"); second.fillRect(0, 0, cols * cell, rows * cell);
@@ -238,7 +244,7 @@ function blockMap() {
     if (f >= t) return;
     const x = Math.min(w - 1, Math.floor(((event.offsetX - column * (width + gap)) / width) * w));
     const y = Math.min(h - 1, Math.floor(((event.offsetY - line * (height + gap)) / height) * h));
-    go(Math.floor(((f * h + y) * w + x) / map().block_q));
+    go(Math.floor(place(f, y, x) / map().block_q));
   });
   matrix.addEventListener("click", (event) => go(Math.floor((event.offsetY / matrix.clientHeight) * layer().map.length)));
   [frames, matrix].forEach((element) => element.addEventListener("keydown", (event) => {
