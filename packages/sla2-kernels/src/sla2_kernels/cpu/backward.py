@@ -1,5 +1,5 @@
-"""Gradients: per query block dQ, d alpha and the gradient of (H, Z); per key block dK and dV over
-the transposed map.
+"""Gradients: per query block dQ, d alpha and the gradient of (H, Z) or of the pooled keys; per key
+block dK and dV over the transposed map.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import numpy as np
 from sla2_kernels.cpu.build import Array, inner, kernel
 from sla2_kernels.cpu.elementwise import LOG2_E, exp2, load_rows, softmax_rows, transpose
 from sla2_kernels.cpu.forward import linear_of_block, scores_of_block
+from sla2_kernels.cpu.pooled import pooled_backward
 from sla2_kernels.cpu.states import copy, to_panels
 from sla2_kernels.cpu.tiles import gemm
 
@@ -98,9 +99,16 @@ def d_query_blocks(
     sums: Array,
     share: Array,
     alpha: Array,
+    pooled_kt: Array,
+    pooled_k: Array,
+    pooled_vt: Array,
+    sizes: Array,
+    step: int,
     d_q: Array,
     d_alpha: Array,
     d_sums: Array,
+    d_pooled_k: Array,
+    d_pooled_v: Array,
     d_rows: Array,
     q_rows: Array,
     q_turned: Array,
@@ -109,12 +117,14 @@ def d_query_blocks(
     lo: int,
     hi: int,
 ) -> None:
-    """One head's query block per item: d_q (G, N_q, d), d_alpha (G, T_m), and what the pass over
-    key blocks needs.
+    """`step` query blocks of one head per item: d_q (G, N_q, d), d_alpha (G, T_m) of alpha or of b,
+    and what the pass over key blocks needs.
 
-    kt scaled by log2(e) / sqrt(d). d_rows (G, 2, T_m, R) <- L log2(e), +inf where there is nothing,
-    and D; q_rows, g_rows (G, T_m, R, D) and q_turned, g_turned (G, T_m, D, R): Q and dO_s; d_sums
-    panels (G, P, T_m, S) of (dH, dZ).
+    kt scaled by log2(e) / sqrt(d). pooled_kt, pooled_k, pooled_vt: kt, k_rows and vt of the pooled
+    keys; sizes of log_sizes, or with 0 rows: no pooled keys. d_rows (G, 2, T_m, R) <- L log2(e),
+    +inf where there is nothing, and D; q_rows, g_rows (G, T_m, R, D) and q_turned, g_turned (G,
+    T_m, D, R): Q and dO_s; d_sums panels (G, P, T_m, S) of (dH, dZ); d_pooled_k, d_pooled_v (G,
+    items of a head, P, W D): what the item adds to the gradients of pooled keys and values.
     """
     t_m, t_n = counts.shape[1], tokens.shape[1]
     n_q, d = q.shape[1], q.shape[2]
@@ -136,8 +146,17 @@ def d_query_blocks(
     )
     linear = sums.shape[1] > 0
     scale = kind(1.0 / np.sqrt(d))
-    for item in range(lo, hi):
-        bh, i = item // t_m, item % t_m
+    pooled_width = pooled_kt.shape[3]
+    pooled_scores, pooled_d_scores = (
+        np.empty((padded, pooled_width), q.dtype),
+        np.empty((padded, pooled_width), q.dtype),
+    )
+    parts = -(-t_m // step)
+    for number in range(lo * step, hi * step):
+        bh, part = number // step // parts, number // step % parts
+        i = part * step + number % step
+        if i >= t_m:
+            continue
         start = i * block
         rows = min(block, n_q - start)
         weight = one
@@ -210,6 +229,27 @@ def d_query_blocks(
                 width,
                 1,
             )
+        if sizes.shape[1]:
+            d_alpha[bh, i] = pooled_backward(
+                x,
+                grad,
+                d,
+                d_rows[bh, 0, i],
+                d_rows[bh, 1, i],
+                sizes,
+                bh,
+                i,
+                pooled_kt,
+                pooled_k,
+                pooled_vt,
+                pooled_scores,
+                pooled_d_scores,
+                acc,
+                d_pooled_k,
+                d_pooled_v,
+                part,
+                number % step == 0,
+            )
         for r in range(rows):
             for c in range(d):
                 d_q[bh, start + r, c] = acc[r, c]
@@ -231,6 +271,8 @@ def d_key_blocks(
     g_rows: Array,
     g_turned: Array,
     d_states: Array,
+    d_means_k: Array,
+    d_means_v: Array,
     d_k: Array,
     d_v: Array,
     lo: int,
@@ -240,7 +282,8 @@ def d_key_blocks(
     T_n): the transposed map.
 
     d_states (G, padded T_n, (D + 1) D): the gradient of (h_j, z_j), or with 0 rows: no linear
-    branch.
+    branch. d_means_k, d_means_v (G, padded T_n, D): those of the pooled keys and values, which
+    their tokens share, or with 0 rows: no pooled keys.
     """
     t_n, t_m = tokens.shape[1], q_rows.shape[1]
     d = k.shape[2]
@@ -325,6 +368,11 @@ def d_key_blocks(
             for r in range(count):
                 for c in range(d):
                     keys[r, c] += d_phi[r, c]
+        for r in range(count if d_means_k.shape[1] else 0):
+            one_token = kind(1) / kind(count)
+            for c in range(d):
+                keys[r, c] += d_means_k[bh, j, c] * one_token
+                values[r, c] += d_means_v[bh, j, c] * one_token
         for r in range(min(block, k.shape[1] - start)):
             for c in range(d):
                 d_k[bh, start + r, c] = keys[r, c] if r < count else kind(0)

@@ -1,5 +1,5 @@
-"""Per query block: softmax over the selected key blocks, the linear branch over the others, and
-their mixture.
+"""Per query block: softmax over the selected key blocks; the linear branch over the others and
+their mixture, or the pooled keys of the others in the same softmax.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ import numpy as np
 from sla2_kernels.cpu.build import Array, inner, kernel
 from sla2_kernels.cpu.elementwise import (
     LN_2,
-    exp2,
-    exponentials,
     load_rows,
     round_e4m3,
     round_int8,
-    row_maximum,
     softmax_rows,
 )
+from sla2_kernels.cpu.pooled import online_softmax, pooled_of_block
 from sla2_kernels.cpu.tiles import gemm
 
 
@@ -86,6 +84,9 @@ def query_blocks(
     sums: Array,
     share: Array,
     alpha: Array,
+    pooled_kt: Array,
+    pooled_v: Array,
+    sizes: Array,
     o_s: Array,
     lse: Array,
     out: Array,
@@ -93,13 +94,14 @@ def query_blocks(
     hi: int,
 ) -> None:
     """One head's query block per item: O_s and L (natural) of the sparse branch; with `sums` also
-    the mixture.
+    the mixture. With `sizes` O_s and L are those of the softmax that the pooled keys have joined.
 
-    q_low, q: (G, N_q, d), what the sparse branch and the linear branch see. indices (G, T_m, K),
+    q_low, q: (G, N_q, d), what the sparse branch and the complement see. indices (G, T_m, K),
     counts (G, T_m). group: key blocks whose scores are held at once; all of them if `rounding` (0
     none, 1 FP8 E4M3, 2 INT8 of P~). kt, v_rows from key_blocks, kt scaled by log2(e) / sqrt(d).
-    sums (G, rows, (D + 1) D) or with 0 rows: no linear branch. share, alpha: (G, T_m). o_s, out:
-    (G, N_q, d); lse: (G, N_q).
+    sums (G, rows, (D + 1) D) or with 0 rows: no linear branch. share, alpha: (G, T_m). pooled_kt,
+    pooled_v: kt and v_rows of the pooled keys; sizes of log_sizes, or with 0 rows: no pooled keys.
+    o_s, out: (G, N_q, d); lse: (G, N_q).
     """
     t_m, t_n = counts.shape[1], tokens.shape[1]
     n_q, d = q.shape[1], q.shape[2]
@@ -112,7 +114,7 @@ def query_blocks(
         np.empty((padded, wide), q.dtype),
         np.empty((padded, wide), q.dtype),
     )
-    scores = np.empty((padded, group * width), q.dtype)
+    scores = np.empty((padded, max(group * width, pooled_kt.shape[3])), q.dtype)
     top, total, below = (
         np.empty(padded, q.dtype),
         np.empty(padded, q.dtype),
@@ -142,16 +144,8 @@ def query_blocks(
                     used += 1
             if used:
                 seen = True
-                for r in range(rows):
-                    above = row_maximum(scores, r, used * width, top[r])
-                    shift = zero if above == nothing else above
-                    if above > top[r] and top[r] > nothing:
-                        factor = exp2(top[r] - above)
-                        total[r] *= factor
-                        for c in range(wide):
-                            acc[r, c] *= factor
-                    top[r] = above
-                    total[r] += exponentials(scores, r, used * width, shift)
+                online_softmax(scores, rows, used * width, top, total, acc)
+                for r in range(rows if rounding else 0):
                     if rounding == 1:
                         round_e4m3(scores, r, used * width)
                     elif rounding == 2:
@@ -178,6 +172,13 @@ def query_blocks(
                         )
                         used += 1
             first = last
+        if sizes.shape[1]:
+            load_rows(q, bh, start, rows, one, x)  # the pooled part is not rounded
+            whole = x[:height]
+            joined = pooled_of_block(
+                whole, rows, d, sizes, bh, i, pooled_kt, pooled_v, scores, top, total, acc
+            )
+            seen = seen or joined
         for r in range(rows):
             factor = one / total[r] if seen else zero
             lse[bh, start + r] = (top[r] + np.log2(total[r])) * kind(LN_2) if seen else nothing

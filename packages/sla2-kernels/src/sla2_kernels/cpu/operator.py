@@ -13,6 +13,8 @@ from sla2_kernels.cpu.backward import d_key_blocks, d_query_blocks
 from sla2_kernels.cpu.build import Array, run
 from sla2_kernels.cpu.elementwise import LOG2_E
 from sla2_kernels.cpu.forward import query_blocks
+from sla2_kernels.cpu.pool import block_means
+from sla2_kernels.cpu.pooled import log_sizes
 from sla2_kernels.cpu.route import transposed_map
 from sla2_kernels.cpu.states import complement, key_blocks, masked_sum
 from sla2_kernels.cpu.tiles import PAD
@@ -21,6 +23,10 @@ ROUNDING = {"none": 0, "fp8": 1, "int8": 2}
 # Of the heads that are worked on together, unless one head alone needs more.
 _STATE_BYTES = 64 << 20
 _SCORES = 1 << 16  # scores held at once by a thread: 256 KB in fp32, within the second-level cache
+_TILE = 64  # pooled keys in a tile
+# Into how many parts a head's query blocks fall, each of which sums the gradients of all pooled
+# keys by itself: a fixed number, so that the sums do not depend on the threads.
+_PARTS = 16
 
 
 def _up(n: int, step: int) -> int:
@@ -71,7 +77,104 @@ def _groups(block_map: Map, wide: int, itemsize: int) -> Iterator[slice]:
     return (slice(start, min(g, start + size)) for start in range(0, g, size))
 
 
-class _Keys:
+class _Blocks:
+    """K and V of some heads laid out by key block, and (h_j, z_j) of each in `panels` panels.
+
+    What the backward alone needs, or the forward alone, has T_n = 0 in the other.
+    """
+
+    def __init__(
+        self,
+        low: tuple[Array, Array],
+        whole: tuple[Array, Array],
+        tokens: Array,
+        block: int,
+        panels: tuple[int, int],
+        backward: bool,
+        threads: int,
+    ) -> None:
+        k = whole[0]
+        kind, d = k.dtype, k.shape[2]
+        wide, width = _up(d, PAD), _up(block, PAD)
+        heads, t_n = tokens.shape
+
+        def layout(rows: int, columns: int, wanted: bool) -> Array:
+            return np.empty((heads, t_n if wanted else 0, rows, columns), kind)
+
+        self.kt, self.vt = layout(wide, width, True), layout(wide, width, backward)
+        self.k_rows, self.v_rows = layout(width, wide, backward), layout(width, wide, not backward)
+        self.states = np.empty((heads, panels[0], t_n, panels[1]), kind)
+        run(
+            key_blocks,
+            heads * t_n,
+            threads,
+            *low,
+            *whole,
+            tokens,
+            block,
+            kind.type(LOG2_E / d**0.5),
+            self.kt,
+            self.k_rows,
+            self.vt,
+            self.v_rows,
+            self.states,
+        )
+
+
+class _Pooled(_Blocks):
+    """The block means of K and V as keys and values of their own, laid out in tiles, and what is
+    added to their logits; all of it empty without `bias`.
+    """
+
+    def __init__(
+        self,
+        here: Map,
+        k: Array,
+        v: Array,
+        tokens: Array,
+        bias: Array | None,
+        backward: bool,
+        threads: int,
+    ) -> None:
+        heads, t_n = tokens.shape if bias is not None else (len(tokens), 0)
+        width = min(_TILE, _up(max(1, t_n), PAD))
+        tiles = np.clip(t_n - np.arange(0, t_n, width), 0, width)
+        means = (k[:, :0], v[:, :0])
+        if bias is not None:
+            means_k, means_v = (block_means(x, here.lengths, here.block_k, threads) for x in (k, v))
+            means = (means_k, means_v)
+        inside = np.tile(tiles, (heads, 1)).astype(np.int64)
+        super().__init__(means, means, inside, width, (0, PAD), backward, threads)
+        rows = here.counts.shape[1] if bias is not None else 0
+        self.sizes = np.empty((heads, rows, len(tiles) * width), k.dtype)
+        # Query blocks that one work item of the backward takes.
+        self.step = 1 if bias is None else -(-rows // _PARTS)
+        if bias is not None:
+            run(
+                log_sizes,
+                heads,
+                threads,
+                bias,
+                here.indices,
+                here.counts,
+                tokens,
+                self.sizes,
+            )
+
+    def gradients(self) -> tuple[Array, Array]:
+        """Empty sums of d_query_blocks, for keys and for values: (G, parts, tiles, W D)."""
+        heads, tiles, wide, width = self.kt.shape
+        parts = -(-self.sizes.shape[1] // self.step)
+        k, v = (np.empty((heads, parts, tiles, width * wide), self.kt.dtype) for _ in range(2))
+        return k, v
+
+    def means(self, parts: Array) -> Array:
+        """Sums of d_query_blocks as the gradients of the means: (G, T_n padded, D)."""
+        heads, tiles, wide, width = self.kt.shape
+        return parts.sum(1).reshape(heads, tiles * width, wide)
+
+
+class _Keys(_Blocks):
     """K and V of some heads laid out by key block, and the linear branch's sums over unselected
     blocks.
     """
@@ -87,40 +190,18 @@ class _Keys:
         backward: bool,
         threads: int,
     ) -> None:
-        kind, d = k.dtype, k.shape[2]
-        self.wide, width = _up(d, PAD), _up(here.block_k, PAD)
+        kind = k.dtype
+        self.wide = _up(k.shape[2], PAD)
         self.tokens = here.tokens()
         heads, t_n = self.tokens.shape
         t_m = here.counts.shape[1]
-
-        def layout(rows: int, columns: int, wanted: bool) -> Array:
-            return np.empty((heads, t_n if wanted else 0, rows, columns), kind)
-
-        self.kt, self.vt = layout(self.wide, width, True), layout(self.wide, width, backward)
-        self.k_rows, self.v_rows = (
-            layout(width, self.wide, backward),
-            layout(width, self.wide, not backward),
-        )
         self.panel = next(size for size in (64, 32, 16) if self.wide % size == 0)
         self.panels = (self.wide + 1) * (self.wide // self.panel) if linear else 0
-        states = np.empty((heads, self.panels, t_n, self.panel), kind)
-        run(
-            key_blocks,
-            heads * t_n,
-            threads,
-            k_low,
-            v_low,
-            k,
-            v,
-            self.tokens,
-            here.block_k,
-            kind.type(LOG2_E / d**0.5),
-            self.kt,
-            self.k_rows,
-            self.vt,
-            self.v_rows,
-            states,
+        panels = (self.panels, self.panel)
+        super().__init__(
+            (k_low, v_low), (k, v), self.tokens, here.block_k, panels, backward, threads
         )
+        states = self.states
         self.rest = np.empty((heads, _up(t_m, 8) if linear else 0, _up(t_n, 8)), kind)
         self.share = np.empty((heads, t_m), np.int8)
         self.sums = np.empty((heads, self.rest.shape[1], self.wide * (self.wide + 1)), kind)
@@ -147,6 +228,7 @@ def forward(
     low: tuple[Array, Array, Array] | None = None,
     rounding: str = "none",
     threads: int = 1,
+    complement: str = "linear",
 ) -> tuple[Array, Array, Array]:
     """O, O_s and L of the operator (Eq. 13-16).
 
@@ -154,18 +236,23 @@ def forward(
         q: contiguous float32 or float64 (G, N_q, d).
         k, v: the same, (G, N_k, d); K already smoothed.
         block_map: the selected blocks; values are not checked.
-        alpha: (G, T_m) of q's dtype, or None for the sparse branch alone.
+        alpha: (G, T_m) of q's dtype, or None for the sparse branch alone. With the complement
+            "pooled" it holds b.
         low: what the sparse branch sees in place of (q, k, v), or None.
         rounding: how it rounds P~, "none", "fp8" or "int8".
         threads: how many work.
+        complement: what an alpha mixes in, "linear", or "pooled": one key for each block that is
+            not selected, its mean, in the same softmax with log(its tokens) + b added to its logit.
 
     Returns:
         out and o_s (G, N_q, d), and the natural log-sum-exp lse (G, N_q), -inf where a row selects
-        nothing. Without alpha, out is o_s.
+        nothing. Without alpha, out is o_s. With "pooled" too, and lse is that of the softmax which
+        the pooled keys have joined.
     """
     (g, n_q, d), kind = q.shape, q.dtype
     q_low, k_low, v_low = low or (q, k, v)
-    t_m, linear = block_map.counts.shape[1], alpha is not None
+    pooled = alpha is not None and complement == "pooled"
+    t_m, linear = block_map.counts.shape[1], alpha is not None and not pooled
     o_s, lse = np.empty(q.shape, kind), np.empty((g, n_q), kind)
     out = np.empty(q.shape, kind) if linear else o_s
     alpha = np.empty((g, t_m), kind) if alpha is None else alpha
@@ -175,6 +262,8 @@ def forward(
     for part in _groups(block_map, _up(d, PAD), kind.itemsize):
         here = block_map.heads(part)
         keys = _Keys(here, k_low[part], v_low[part], k[part], v[part], linear, False, threads)
+        bias = alpha[part] if pooled else None
+        means = _Pooled(here, k[part], v[part], keys.tokens, bias, False, threads)
         run(
             query_blocks,
             keys.share.size,
@@ -192,6 +281,9 @@ def forward(
             keys.sums,
             keys.share,
             alpha[part],
+            means.kt,
+            means.v_rows,
+            means.sizes,
             o_s[part],
             lse[part],
             out[part],
@@ -209,19 +301,22 @@ def backward(
     o_s: Array,
     lse: Array,
     threads: int = 1,
+    complement: str = "linear",
 ) -> tuple[Array, Array, Array, Array]:
     """dQ, dK, dV and d alpha from the forward's O_s and L (Alg. 3).
 
     Args:
         grad_out, o_s: (G, N_q, d) of q's dtype.
         lse: natural, (G, N_q).
-        q, k, v, block_map, alpha, threads: as of `forward`.
+        q, k, v, block_map, alpha, threads, complement: as of `forward`.
 
     Returns:
-        dQ, dK, dV in the shapes of q, k and v, and d alpha (G, T_m), 0 without alpha.
+        dQ, dK, dV in the shapes of q, k and v, and d alpha (G, T_m), 0 without alpha. With
+        "pooled", the gradient of b in its place.
     """
     (g, _, d), kind = q.shape, q.dtype
-    t_m, linear = block_map.counts.shape[1], alpha is not None
+    pooled = alpha is not None and complement == "pooled"
+    t_m, linear = block_map.counts.shape[1], alpha is not None and not pooled
     d_q, d_k, d_v, d_alpha = (
         np.empty_like(q),
         np.empty_like(k),
@@ -232,6 +327,9 @@ def backward(
     for part in _groups(block_map, _up(d, PAD), kind.itemsize):
         here = block_map.heads(part)
         keys = _Keys(here, k[part], v[part], k[part], v[part], linear, True, threads)
+        bias = alpha[part] if pooled else None
+        means = _Pooled(here, k[part], v[part], keys.tokens, bias, True, threads)
+        d_pooled_k, d_pooled_v = means.gradients()
         heads, t_n = keys.tokens.shape
         tall = _up(here.block_q, PAD)
         q_rows, g_rows = (np.empty((heads, t_m, tall, keys.wide), kind) for _ in range(2))
@@ -240,7 +338,7 @@ def backward(
         d_sums = np.empty((heads, keys.panels, t_m, keys.panel), kind)
         run(
             d_query_blocks,
-            heads * t_m,
+            heads * -(-t_m // means.step),
             threads,
             q[part],
             grad_out[part],
@@ -256,9 +354,16 @@ def backward(
             keys.sums,
             keys.share,
             alpha[part],
+            means.kt,
+            means.k_rows,
+            means.vt,
+            means.sizes,
+            means.step,
             d_q[part],
             d_alpha[part],
             d_sums,
+            d_pooled_k,
+            d_pooled_v,
             d_rows,
             q_rows,
             q_turned,
@@ -289,6 +394,8 @@ def backward(
             g_rows,
             g_turned,
             d_states,
+            means.means(d_pooled_k),
+            means.means(d_pooled_v),
             d_k[part],
             d_v[part],
         )
