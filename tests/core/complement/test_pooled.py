@@ -4,6 +4,7 @@ import pytest
 import torch
 from sla2_core import BlockMap, SLA2Attention, SLA2Config, block_sparse_attention, pooled_attention
 from sla2_core.attend import Parts, soft_attend
+from sla2_core.backends import ops
 from sla2_core.options import make_options
 from sla2_core.reference import full_attention
 from sla2_core.registry import COMPLEMENTS, MIXINGS
@@ -175,6 +176,26 @@ def test_a_row_whose_scores_are_all_minus_infinity_is_not_taken_for_an_empty_one
     out = pooled_attention(q, k, v, block_map, **how)
     assert not torch.isfinite(out).any()
     assert not torch.isfinite(torch.autograd.grad(out.sum(), q)[0]).all()
+
+
+@pytest.mark.parametrize("precision", ["full", "int8"])
+def test_the_cpu_kernels_take_it_in_one_call_on_any_number_of_threads(precision, monkeypatch):
+    monkeypatch.setattr("sla2_core.attend.rest_branch", None)
+    *leaves, mask = inputs(300, 333, d=24, dtype=torch.float32, b=1)
+    found = []
+    for threads in (1, 2):
+        monkeypatch.setattr("sla2_core.backends.cpu._threads", lambda *_, n=threads: n)
+        how = {"kv_lengths": [301], "precision": precision}
+        out = pooled_attention(*leaves[:3], map_of(mask, 300, 333), leaves[3], **how)
+        found.append(with_gradients(out, leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    block_map, options = (
+        map_of(mask, 300, 333),
+        make_options(16, 8, precision, "paper", False, "pooled"),
+    )
+    bias = leaves[3].detach()[None, :, None].expand(block_map.shape[:3]).clone().requires_grad_()
+    call = (*leaves[:3], block_map.indices, block_map.counts, bias, torch.tensor([301]))
+    torch.library.opcheck(ops.attention, (*call, options.text, "cpu", True))
 
 
 def soft(q, k, v, mask, bias):

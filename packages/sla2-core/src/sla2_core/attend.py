@@ -59,17 +59,21 @@ def attend(
     if backend.name == "reference":
         return _dense(q, k, v, block_map, alpha, parts, lengths, options, heads)
     complement, mixing = parts
-    keys = k
+    keys, kernel = k, None if complement.everywhere else complement.kernel
+    fused = kernel is not None and kernel == mixing.kernel
+    if fused and kernel == "pooled" and not options.format.low:
+        options = options.unsmoothed  # one softmax over everything: K's mean shifts it as a whole
     if options.smooth_k and not backend.smooths:
         keys, options = smooth_keys(to_work(k), lengths), options.unsmoothed
     rows = (block_map.indices, block_map.counts)
     if complement.absent:
         return ops.run(Inputs(q, keys, v, *rows, None, lengths), options, backend)[0]
-    fused = complement.kernel == mixing.kernel == "linear" and not complement.everywhere
-    if fused and backend.fuses(options) and alpha is not None:
-        alpha = alpha.expand(block_map.shape[:3])
-        return ops.run(Inputs(q, keys, v, *rows, alpha, lengths), options, backend)[0]
-    chosen = BLOCKED if mixing.joins and not backend.log_sum_exp_gradient else backend
+    given = complement.fused(alpha, q, heads) if fused and backend.fuses(options) else None
+    if given is not None:
+        given = given.expand(block_map.shape[:3])
+        return ops.run(Inputs(q, keys, v, *rows, given, lengths), options, backend)[0]
+    learns = mixing.joins and torch.is_grad_enabled()
+    chosen = BLOCKED if learns and not backend.log_sum_exp_gradient else backend
     if chosen is not backend and options.smooth_k:
         keys, options = smooth_keys(to_work(k), lengths), options.unsmoothed
     sparse = sparse_branch(q, keys, v, block_map, lengths, options, chosen, mixing.joins)

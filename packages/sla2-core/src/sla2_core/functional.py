@@ -74,6 +74,7 @@ def _checked(
     smooth_k: bool,
     kv_lengths: Lengths,
     backend: str,
+    complement: str = "linear",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Options]:
     """q, k, v in the dtype of the call, the lengths, and the options."""
     q, k, v = autocast_qkv(q, k, v)
@@ -84,7 +85,8 @@ def _checked(
     check_backend(backend)
     lengths = check_kv_lengths(kv_lengths, q, k)
     sizes = (block_map.block_q, block_map.block_k)
-    return q, k, v, lengths, make_options(*sizes, precision, qat_backward, smooth_k)
+    options = make_options(*sizes, precision, qat_backward, smooth_k, complement)
+    return q, k, v, lengths, options
 
 
 def block_sparse_attention(
@@ -201,7 +203,7 @@ def pooled_attention(
         As block_sparse_attention; TypeError, ValueError for another bias.
     """
     q, k, v, lengths, options = _checked(
-        q, k, v, block_map, precision, qat_backward, smooth_k, kv_lengths, backend
+        q, k, v, block_map, precision, qat_backward, smooth_k, kv_lengths, backend, "pooled"
     )
     if bias is not None:
         if not isinstance(bias, Tensor) or not bias.dtype.is_floating_point:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from sla2_core.config import SLA2Config
 from sla2_core.formats import Format, format_of
-from sla2_core.registry import FORMATS
+from sla2_core.registry import COMPLEMENTS, FORMATS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,6 +27,8 @@ class Options:
         precision: number format of the sparse branch's forward, a member of formats/.
         qat_backward: "paper" or "matched", what the backward of a low-bit forward recomputes from.
         smooth_k: subtract the mean over tokens from K first.
+        complement: what a call with an alpha computes beside the sparse branch, as
+            Complement.kernel names it.
         more: the options of the members, see SLA2Config.options.
 
     Attributes:
@@ -40,6 +42,7 @@ class Options:
     precision: str = "full"
     qat_backward: str = "paper"
     smooth_k: bool = True
+    complement: str = "linear"
     more: Mapping[str, Any] = field(default_factory=dict, hash=False)
     text: str = field(init=False, repr=False, compare=False)
     format: Format = field(init=False, repr=False, compare=False)
@@ -55,13 +58,14 @@ class Options:
             precision=config.precision,
             qat_backward=config.qat_backward,
             smooth_k=config.smooth_k,
+            complement=COMPLEMENTS.get(config.complement).kernel or "linear",
             more=config.options,
         )
 
     def __post_init__(self) -> None:
         # Made here, outside of what torch.compile traces.
         plain = {name: getattr(self, name) for name in ("block_q", "block_k", "precision")}
-        plain |= {"qat_backward": self.qat_backward, "smooth_k": self.smooth_k}
+        plain |= {n: getattr(self, n) for n in ("qat_backward", "smooth_k", "complement")}
         text = json.dumps({**plain, "more": dict(self.more)}, sort_keys=True)
         object.__setattr__(self, "text", text)
         object.__setattr__(self, "format", format_of(self.precision, self.more))
@@ -95,7 +99,12 @@ def constant(function: F) -> F:
 
 @constant
 def make_options(
-    block_q: int, block_k: int, precision: str, qat_backward: str, smooth_k: bool
+    block_q: int,
+    block_k: int,
+    precision: str,
+    qat_backward: str,
+    smooth_k: bool,
+    complement: str = "linear",
 ) -> Options:
     """Options(...) that also works while torch.compile traces; arguments as of Options."""
     return Options(
@@ -104,4 +113,5 @@ def make_options(
         precision=precision,
         qat_backward=qat_backward,
         smooth_k=smooth_k,
+        complement=complement,
     )

@@ -40,7 +40,8 @@ class Inputs(NamedTuple):
     Attributes:
         q: (B, H, N_q, d). k, v: (B, H, N_k, d), of q's dtype.
         indices: int32 (B, H, T_m, K) and counts: int32 (B, H, T_m), the rows of a BlockMap.
-        alpha: (B, H, T_m), fp32 or fp64; None for the sparse branch alone.
+        alpha: (B, H, T_m), fp32 or fp64, what the complement of the options reads for each query
+            block: alpha of "linear", b of "pooled". None for the sparse branch alone.
         lengths: int64 (B,), valid keys of each item, or None.
     """
 
@@ -93,8 +94,9 @@ class Backend(ABC):
         return None
 
     def fuses(self, options: Options) -> bool:
-        """Whether forward() takes an alpha with these options: linear attention over the unselected
-        blocks (phi = softmax) mixed in per query block, in the same call.
+        """Whether forward() takes an alpha with these options, and computes their complement in
+        the same call: "linear", linear attention over the unselected blocks (phi = softmax) mixed
+        in per query block, or "pooled", one key for each of them in the same softmax.
         """
         return False
 
@@ -139,7 +141,8 @@ class Backend(ABC):
     @abstractmethod
     def forward(self, call: Inputs, options: Options, save: bool) -> list[Tensor]:
         """O (B, H, N_q, d) in q's dtype; the natural log-sum-exp L (B, H, N_q) of the selected
-        scores, fp32 (fp64 for fp64 inputs); then what backward() wants, if `save`.
+        scores, and of the pooled keys' logits where those join, fp32 (fp64 for fp64 inputs); then
+        what backward() wants, if `save`.
         """
 
     @abstractmethod

@@ -76,6 +76,14 @@ def compile_seconds() -> dict[str, float]:
     return seconds()
 
 
+_COMPLEMENTS = ("linear", "pooled")
+
+
+def _pooled(call: Inputs, options: Options) -> bool:
+    """Whether pooled keys join the softmax: O is then that of the one softmax, as without alpha."""
+    return call.alpha is not None and options.complement == "pooled"
+
+
 @constant
 def _has_kernel(options: str) -> bool:
     """Whether numba kernels do all of it, forward and backward."""
@@ -96,8 +104,8 @@ class CpuBackend(BlockedBackend):
     log_sum_exp_gradient = False
 
     def fuses(self, options: Options) -> bool:
-        """Whether numba kernels have this format and its backward."""
-        return _has_kernel(options.text)
+        """Whether numba kernels have this format, its backward and this complement."""
+        return _has_kernel(options.text) and options.complement in _COMPLEMENTS
 
     def pool(
         self, q: Tensor, k: Tensor, lengths: Tensor | None, options: Options
@@ -107,8 +115,8 @@ class CpuBackend(BlockedBackend):
         return means_q, block_means(k, lengths, options.block_k)
 
     def forward(self, call: Inputs, options: Options, save: bool) -> list[Tensor]:
-        """As Backend.forward. Saved: O_s (B, H, N_q, d) in fp32 (fp64 for fp64 inputs) where there
-        is an alpha; without one O is O_s.
+        """As Backend.forward. Saved: O_s (B, H, N_q, d) in fp32 (fp64 for fp64 inputs) where a
+        linear branch is mixed in; without one O is what the backward needs.
         """
         from sla2_kernels.cpu.operator import forward
 
@@ -120,19 +128,22 @@ class CpuBackend(BlockedBackend):
         qk, pv = options.format.cpu or ("none", "none")
         low = _low(arrays, blocks, qk, pv, threads) if options.format.low else None
         alpha = None if call.alpha is None else heads_of(call.alpha.to(work))
-        out, o_s, lse = forward(*arrays, blocks, alpha, low, _ROUNDING[pv], threads)
+        how = (low, _ROUNDING[pv], threads, options.complement)
+        out, o_s, lse = forward(*arrays, blocks, alpha, *how)
         found = [torch.from_numpy(out).view(q.shape).to(q.dtype)]
         found.append(torch.from_numpy(lse).view(q.shape[:3]))
-        if save and alpha is not None:
+        if save and alpha is not None and not _pooled(call, options):
             found.append(torch.from_numpy(o_s).view(q.shape))
         return found
 
     def saved(self, call: Inputs, options: Options) -> list[Tensor]:
-        """An empty O_s, where there is an alpha."""
+        """An empty O_s, where a linear branch is mixed in."""
         if not self.fuses(options):
             return super().saved(call, options)
         q = call.q
-        return [] if call.alpha is None else [q.new_empty(q.shape, dtype=work_dtype(q))]
+        if call.alpha is None or _pooled(call, options):
+            return []
+        return [q.new_empty(q.shape, dtype=work_dtype(q))]
 
     def backward(
         self,
@@ -149,7 +160,7 @@ class CpuBackend(BlockedBackend):
             return super().backward(grad_out, grad_lse, call, results, options)
         work = work_dtype(call.q)
         alpha = None if call.alpha is None else heads_of(call.alpha.to(work))
-        o_s = results[0] if alpha is None else results[2]
+        o_s = results[2] if len(results) > 2 else results[0]
         *found, found_alpha = backward(
             heads_of(grad_out.to(work)),
             heads_of(call.q.to(work)),
@@ -160,6 +171,7 @@ class CpuBackend(BlockedBackend):
             heads_of(o_s.to(work)),
             heads_of(results[1]),
             _threads(call, options),
+            options.complement,
         )
         d_q, d_k, d_v = (
             torch.from_numpy(d).view(x.shape).to(x.dtype)

@@ -322,8 +322,8 @@ class CudaBackend(Backend):
         return missing()
 
     def fuses(self, options: Options) -> bool:
-        """True: the kernels mix the linear branch in for every precision they have."""
-        return True
+        """Whether it is the linear complement, which the kernels have for every precision."""
+        return options.complement == "linear"
 
     def unfit(self, problem: Problem) -> str | None:
         """Why the kernels cannot take a call: its dtype, head dimension, block sizes, or its

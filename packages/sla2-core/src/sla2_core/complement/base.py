@@ -106,6 +106,16 @@ class Complement(Member):
         """
         return 0.0
 
+    def fused(self, alpha: Tensor | None, q: Tensor, heads: Heads = None) -> Tensor | None:
+        """What a kernel reads for each query block, Inputs.alpha: (B|1, H|1, T_m|1); None where
+        there is nothing that it could take.
+
+        Args:
+            alpha: the mixing's, (B|1, H|1, T_m|1), or None. q: (B, H, N_q, d), for its device.
+            heads: which of the module's heads these are; None means all.
+        """
+        return alpha
+
     def finish(self, out: Tensor, heads: Heads = None) -> Tensor:
         """What follows the kernel, for members that have one: (B, H, n, d) -> (B, H, n, d), fp32 or
         fp64.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sla2_core import reference
+from sla2_core.backends.base import to_work
 from sla2_core.block_map import num_blocks
 from sla2_core.complement.base import Branch, Complement, blocks_of
 from sla2_core.config import SLA2Config
@@ -66,6 +67,11 @@ class Pooled(Complement):
     def bias_of(self, heads: Heads = None) -> Tensor | None:
         """b (H,) of some heads, fp32 (fp64 in an fp64 module); None for 0."""
         return of_heads(self.bias, heads) if self.learns else None
+
+    def fused(self, alpha: Tensor | None, q: Tensor, heads: Heads = None) -> Tensor:
+        """b of each head, (1, H|1, 1)."""
+        bias = self.bias_of(heads)
+        return to_work(q.new_zeros((1, 1, 1))) if bias is None else bias[None, :, None]
 
     def states(
         self, k: Tensor, v: Tensor, valid: Tensor, options: Options, heads: Heads = None
