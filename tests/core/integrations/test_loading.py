@@ -202,7 +202,8 @@ def test_a_hub_id_is_fetched_by_the_names_of_its_files(wan, sla2_config, tmp_pat
     handle = shaken(apply_sla2(wan(), sla2_config()))
     handle.save(tmp_path)
     again = apply_adapter(wan(), "me/adapter", revision="v1")
-    assert asked == [("me/adapter", "v1", ["sla2_config.json", "sla2_adapter.safetensors"])]
+    names = ["sla2_config.json", "sla2_adapter.safetensors", "pytorch_lora_weights.safetensors"]
+    assert asked == [("me/adapter", "v1", names)]
     assert all(
         torch.equal(value, handle.adapter_tensors()[name])
         for name, value in again.adapter_tensors().items()

@@ -16,6 +16,7 @@ from sla2_core import adapter as files
 from sla2_core.attention import SLA2Attention
 from sla2_core.block_map import BlockMap
 from sla2_core.config import CHANGEABLE, SLA2Config
+from sla2_core.integrations import lora
 from sla2_core.integrations.family import Family, class_name
 from sla2_core.integrations.processor import SLA2Processor, Switch
 from sla2_core.integrations.token_order import TokenOrder
@@ -193,13 +194,16 @@ class SLA2Handle:
 
     def model_tensors(self) -> dict[str, Tensor]:
         """The transformer's own tensors by "model.<name>": the parameters and buffers themselves,
-        no copies.
+        no copies. Those of a LoRA that is loaded are left out.
         """
-        prefixes = tuple(f"{name}.processor." for name in self.names.values())
         state = self.transformer.state_dict(keep_vars=True)
-        return {
-            f"model.{name}": value for name, value in state.items() if not name.startswith(prefixes)
-        }
+        return {f"model.{name}": state[own] for name, own in self._model_names().items()}
+
+    def _model_names(self) -> dict[str, str]:
+        """{name of a tensor of the model: its name in the state_dict, inside a LoRA's layer}."""
+        prefixes = tuple(f"{name}.processor." for name in self.names.values())
+        names = lora.plain_names(self.transformer).items()
+        return {plain: own for own, plain in names if plain and not own.startswith(prefixes)}
 
     def model_identity(self) -> dict[str, Any]:
         """{"class", "config"} of the transformer, its public configuration as JSON values: what an
@@ -230,22 +234,23 @@ class SLA2Handle:
         if state is not None:
             prefixes = {
                 f"layers.{i}.": f"{name}.processor.attention." for i, name in self.names.items()
-            } | {"model.": ""}
+            }
             for short, long in prefixes.items():
                 tensors |= {
                     n: state[long + n.removeprefix(short)] for n in tensors if n.startswith(short)
                 }
-        return files.save_adapter(
-            files.Adapter(
-                config=self.config,
-                layers=self.layers,
-                model=self.model_identity(),
-                tensors=tensors,
-                base_model=self.base_model,
-                dense_steps=self.dense_steps,
-            ),
-            folder,
+            if include_model:
+                own = self._model_names().items()
+                tensors |= {f"model.{name}": state[long] for name, long in own}
+        adapter = files.Adapter(
+            config=self.config,
+            layers=self.layers,
+            model=self.model_identity(),
+            tensors=tensors,
+            base_model=self.base_model,
+            dense_steps=self.dense_steps,
         )
+        return files.save_adapter(adapter, folder)
 
     def load(self, folder: str | Path, *, keep_settings: bool = False) -> None:
         """Load an adapter, in place.

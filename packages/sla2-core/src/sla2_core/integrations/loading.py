@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sla2_core import adapter as files
+from sla2_core.integrations import lora
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.family import family_of, known_classes
 from sla2_core.integrations.handle import SLA2Handle
@@ -46,7 +47,8 @@ def apply_adapter(
     base_model: str | None = None,
     revision: str | None = None,
 ) -> SLA2Handle:
-    """Apply SLA2 as an adapter says (configuration, layers, dense steps) and load its weights.
+    """Apply SLA2 as an adapter says (configuration, layers, dense steps) and load its weights, and
+    its LoRA where it has one.
 
     Args:
         transformer: the model the adapter was trained on.
@@ -57,7 +59,7 @@ def apply_adapter(
     Raises:
         FileNotFoundError, ValueError: as SLA2Handle.load; the transformer is left as it was.
     """
-    folder = local_folder(source, [files.CONFIG_NAME, files.WEIGHTS_NAME], revision)
+    folder = local_folder(source, [files.CONFIG_NAME, files.WEIGHTS_NAME, lora.FILE], revision)
     found = files.load_adapter(folder)
     try:
         handle = _apply(transformer, found, base_model)
@@ -65,6 +67,7 @@ def apply_adapter(
         raise ValueError(f"{folder / files.CONFIG_NAME}: {error}") from None
     try:
         handle.load(folder)
+        lora.load(transformer, folder)
     except Exception:
         handle.remove()
         raise
@@ -94,7 +97,16 @@ def save_pretrained(handle: SLA2Handle, folder: str | Path, **options: Any) -> P
 
     diffusers alone loads such a folder as the plain model; from_pretrained loads it with SLA2.
     `options` go to the transformer's save_pretrained.
+
+    Raises:
+        ValueError: a LoRA is loaded, whose layers diffusers would save under names that it does not
+            load.
     """
+    if found := lora.active(handle.transformer):
+        raise ValueError(
+            f"transformer: expected no LoRA in save_pretrained, got {found[0]!r}; fuse and unload"
+            " it, or keep it apart and use handle.save"
+        )
     handle.transformer.save_pretrained(folder, **options)
     return handle.save(folder)
 

@@ -101,7 +101,7 @@ def cells(settings: AblationSettings) -> list[Cell]:
                 router = f"stage1/{digest(what)[:10]}-s{seed}"
             if variant.finetune and not given:
                 what = {"attention": _without(trained, _NOT_STAGE2), "router": router}
-                what |= {"stage2": asdict(variant.own_stage2(settings.stage2)), "data": data}
+                what |= {"stage2": variant.own_stage2(settings.stage2).to_dict(), "data": data}
                 tuned = f"stage2/{digest(what)[:10]}-s{seed}"
             name = variant.name if len(seeds) == 1 else f"{variant.name}-s{seed}"
             found.append(Cell(name, variant, attention, trained, seed, router, tuned))

@@ -7,7 +7,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,7 +199,7 @@ def stage2(
 
     done = folder / "finished.json"
     fields = {name: v for name, v in attention.fields().items() if name != "backend"}
-    values = asdict(config)
+    values = config.to_dict()
     seed = values.pop("seed")
     wanted = {"attention": fields, "stage2": values, "seed": seed}
     note_settings(folder / "settings.json", wanted)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sla2_core.adapter import read_tensors, write_tensors
 from sla2_core.integrations.handle import SLA2Handle
+from sla2_core.integrations.lora import save as save_lora
 from sla2_core.training.stage2.report import Stage2Report
 
 if TYPE_CHECKING:
@@ -190,15 +191,22 @@ def use_ema(ema: dict[str, Tensor], model: nn.Module) -> None:
             parameter.copy_(ema[plain_name(name)])
 
 
-def save_adapter(handle: SLA2Handle, accelerator: Any, model: nn.Module, folder: Path) -> None:
+def save_adapter(
+    handle: SLA2Handle, accelerator: Any, model: nn.Module, folder: Path, *, lora: str | None = None
+) -> None:
     """Write what was trained as an adapter, gathered from all processes; all call it, the first one
     writes. Raises OSError naming a file that cannot be written.
+
+    Args:
+        lora: the name of a LoRA, written as a file of its own in the place of the model's weights.
     """
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     weights: dict[str, Any] = get_model_state_dict(model, options=_options())
     if accelerator.is_main_process:
-        handle.save(folder, include_model=True, state=weights)
+        handle.save(folder, include_model=lora is None, state=weights)
+        if lora is not None:
+            save_lora(handle.transformer, lora, folder, weights)
     accelerator.wait_for_everyone()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sla2_core.adapter import write_json
 from sla2_core.integrations.handle import SLA2Handle
+from sla2_core.integrations.lora import freeze_others as freeze_loras
 from sla2_core.training.data import as_dataset, collate
 from sla2_core.training.settings import check_fields, check_same
 from sla2_core.training.stage2 import lora, state
@@ -55,8 +56,10 @@ class Stage2Config:
         accumulate: micro-batches per step. gradient_checkpointing: recompute the blocks in the
             backward pass.
         lora_rank: train LoRA matrices of this rank on the layers named `lora_targets` instead of
-            the model's weights; they are merged into the weights in the end. None trains the
-            weights.
+            the model's weights, beside a LoRA that is loaded, which stays as it is. None trains
+            the weights.
+        lora_merge: in the end they are merged into the weights, which the adapter then holds; False
+            keeps them as a LoRA file beside the adapter's own tensors.
         ema: decay of an exponential moving average of what is trained, saved instead of the last
             weights; None is off.
         checkpoint_every, keep: steps between checkpoints, and how many to keep. seed: of every
@@ -83,6 +86,7 @@ class Stage2Config:
     gradient_checkpointing: bool = False
     lora_rank: int | None = None
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_merge: bool = True
     ema: float | None = None
     checkpoint_every: int = 50
     keep: int = 2
@@ -106,7 +110,7 @@ class Stage2Config:
                 "a number > 0": ("grad_clip", "shift"),
                 "a number in [0, 1]": ("caption_dropout", "ema"),
                 "a number in [0, 1)": ("beta2",),
-                "True or False": ("gradient_checkpointing", "tensorboard"),
+                "True or False": ("gradient_checkpointing", "tensorboard", "lora_merge"),
                 "a list of names": ("lora_targets",),
             },
             optional=("lora_rank", "ema"),
@@ -126,6 +130,15 @@ class Stage2Config:
                     f"{name}: expected one of {', '.join(map(str, allowed))}, got"
                     f" {getattr(self, name)!r}"
                 )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields. Those that version 0.1 did not have are left out where they have its
+        behaviour, so that a run in its folders goes on.
+        """
+        found = asdict(self)
+        if found["lora_merge"]:
+            del found["lora_merge"]
+        return found
 
 
 def autocast_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
@@ -198,7 +211,7 @@ def train_stage2(
     data = as_dataset(data)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(json.dumps({"config": asdict(config), "sla2": handle.config.to_dict()}))
+    settings = json.loads(json.dumps({"config": config.to_dict(), "sla2": handle.config.to_dict()}))
     _check_settings(folder / SETTINGS_NAME, settings, accelerator)
     if config.loss == "distill" and teacher is None:
         teacher = handle.dense_copy()
@@ -327,9 +340,11 @@ class _Run:
         report.adapter = str(self.folder / "adapter")
         if self.ema is not None:
             state.use_ema(self.ema, self.model)
-        if config.lora_rank:
+        kept = lora.NAME if config.lora_rank and not config.lora_merge else None
+        if config.lora_rank and not kept:
             lora.merge(self.transformer)
-        state.save_adapter(self.handle, self.accelerator, self.model, self.folder / "adapter")
+        adapter = self.folder / "adapter"
+        state.save_adapter(self.handle, self.accelerator, self.model, adapter, lora=kept)
         return report
 
     def _one_step(self, step: int) -> tuple[float, float]:
@@ -481,6 +496,7 @@ def _freeze(handle: SLA2Handle, config: Stage2Config) -> dict[str, bool]:
     if config.learning_rate == 0 or config.lora_rank:
         for parameter in groups["model"]:
             parameter.requires_grad_(False)
+    freeze_loras(handle.transformer)
     return before
 
 
@@ -489,8 +505,9 @@ def _restore(transformer: nn.Module, flags: dict[str, bool]) -> None:
     them.
     """
     for name, parameter in transformer.named_parameters():
-        plain = state.plain_name(name).replace(".base_layer.", ".")
-        parameter.requires_grad_(flags.get(plain, parameter.requires_grad))
+        own = state.plain_name(name)
+        plain = own.replace(".base_layer.", ".")
+        parameter.requires_grad_(flags.get(own, flags.get(plain, parameter.requires_grad)))
 
 
 def _rate(step: int, config: Stage2Config) -> float:
