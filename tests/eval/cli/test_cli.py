@@ -73,7 +73,7 @@ def test_the_group_lists_every_command(capsys):
             ["score", "--videos", "v", "--metrics", "temporal_flickering", "--out", "o"],
             ["v:", "nothing there"],
         ),
-        (["report", "nowhere"], ["FOLDER", "run.json", "nowhere"]),
+        (["report", "nowhere"], ["expected a folder", "run.json", "nowhere"]),
         (["weights", "fetch", "alexnett"], ["alexnet", "'alexnett'"]),
         (["ablate", "--config", "none.yaml", "--out", "o"], ["none.yaml", "YAML", "nothing there"]),
     ],

@@ -8,9 +8,10 @@ import shutil
 import pytest
 from sla2_eval.cli.main import main
 from sla2_eval.report.charts import chart, ticks
-from sla2_eval.report.data import gather, paper
+from sla2_eval.report.data import gather
 from sla2_eval.report.findings import findings
 from sla2_eval.report.page import write_report
+from sla2_eval.report.paper import paper
 from sla2_eval.report.tables import as_markdown
 from sla2_eval.report.text import number, signed
 from sla2_eval.scoring.score import score
@@ -47,7 +48,7 @@ def test_groups_hold_seeds_intervals_and_paired_differences(run_dir):
     assert len(pairs) == 4
     assert late == {}
     assert data["not_scored"] == ["late"]
-    assert data["versions"] == {"torch": "9.9"}
+    assert [run["versions"] for run in data["runs"]] == [{"torch": "9.9"}]
 
 
 def test_speed_is_what_generation_noted(run_dir):
@@ -56,11 +57,29 @@ def test_speed_is_what_generation_noted(run_dir):
         '{"videos": 2, "seconds": 8.0}\n{"videos": 2, "seconds": 12.0}\n'
     )
     (run_dir / "videos" / "sla2-90" / "speed.jsonl").write_text('{"videos": 1, "seconds": 2.5}\n')
-    assert gather(run_dir)["speed"] == [
-        {"variant": "Full attention", "seconds a video": 5.0, "against full attention": "1.00 x"},
-        {"variant": "SLA2 90 %", "seconds a video": 2.5, "against full attention": "2.00 x"},
+    full, ninety = gather(run_dir)["speed"]
+    keys = ("variant", "device", "seconds", "least", "most", "batches", "videos", "speedup")
+    assert [full[key] for key in keys] == [
+        *("Full attention", "unknown (run)", 5.0, 4.0, 6.0, 2, 4, 1.0),
     ]
-    assert "seconds a video" in write_report(run_dir).read_text()
+    assert (ninety["seconds"], ninety["speedup"], ninety["speedup_low"]) == (2.5, 2.0, None)
+    assert "2.00 ×" in write_report(run_dir).read_text()
+
+
+def test_a_speedup_has_an_interval_and_is_of_one_machine(run_dir):
+    def note(variant, seconds, device):
+        lines = [{"videos": 2, "seconds": 2 * s, "device": device} for s in seconds]
+        path = run_dir / "videos" / variant / "speed.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    note("full", [4.0, 4.2, 3.9, 4.1, 4.0, 3.8, 30.0], "H200")  # one batch that warmed up
+    note("sla2-90", [2.0, 2.1, 1.9, 2.0, 2.2, 1.8, 15.0], "H200")
+    note("sla2-97-s0", [1.0] * 7, "a laptop")
+    _, ninety, other = gather(run_dir)["speed"]
+    assert (ninety["seconds"], ninety["most"], ninety["speedup"]) == (2.0, 15.0, 2.0)
+    assert 1.7 < ninety["speedup_low"] < 2.0 < ninety["speedup_high"] < 2.3
+    assert (other["device"], other["speedup"]) == ("a laptop", None)
+    assert "<td>unknown</td>" in write_report(run_dir).read_text()
 
 
 def test_page_stands_alone_and_says_everything(run_dir):
@@ -331,20 +350,21 @@ def test_results_of_score_have_a_report(tmp_path, make_folder):
     data = json.loads((out / "report" / "results.json").read_text())
     results = json.loads((out / "results.json").read_text())
     rows = {group["label"]: group for group in data["groups"]}
-    assert list(rows) == ["full, the reference", "a|b"]
+    assert list(rows) == ["full", "a|b"]
     for metric, about in results["metrics"].items():
         assert rows["a|b"]["metrics"][metric]["mean"] == about["mean"]
     flickering = results["metrics"]["temporal_flickering"]
-    full = rows["full, the reference"]["metrics"]
+    full = rows["full"]["metrics"]
     assert full["temporal_flickering"]["mean"] == flickering["reference_mean"]
     assert list(full) == ["temporal_flickering"]
-    assert rows["a|b"]["metrics"]["temporal_flickering"]["difference"] == flickering["difference"]
+    difference = rows["a|b"]["metrics"]["temporal_flickering"]["difference"]
+    assert flickering["difference"].items() <= difference.items()
     assert rows["a|b"]["sparsity"] is None
     page = (out / "report" / "index.html").read_text()
     assert "Paired: against the reference" in page
     assert "The sparsity of these videos is not known." in page
     player = json.loads(re.search(r'id="data-player">(.*?)</script>', page, re.S)[1])
-    assert [variant["label"] for variant in player["variants"]] == ["full, the reference", "a|b"]
+    assert [variant["label"] for variant in player["variants"]] == ["full", "a|b"]
     assert len(player["prompts"]) == 3
 
 

@@ -506,9 +506,9 @@ def table(out: Path) -> list[dict[str, Any]]:
     for group in gather(out)["groups"]:
         row = {
             "variant": group["label"],
-            "sparsity": round(group["sparsity"], 4),
+            "sparsity": None if group["sparsity"] is None else round(group["sparsity"], 4),
             "flops": None if group["flops"] is None else round(group["flops"], 4),
-            "seeds": len(group["names"]),
+            "seeds": group["num_seeds"],
         }
         rows.append(row | {metric: cell["mean"] for metric, cell in group["metrics"].items()})
     return rows

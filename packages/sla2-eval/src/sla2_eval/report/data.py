@@ -1,60 +1,147 @@
-"""Reads the folder of a run and gathers what its report says: groups of seeds, intervals, curves,
-maps, the paper's points.
+"""What a report says, from the folders that it is made of: means and intervals, comparisons, speed,
+what failed.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from importlib.resources import files
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from sla2_eval.runs.folders import INPUTS
-from sla2_eval.runs.progress import SPEED
+from sla2_eval.report.groups import Group, grouped
+from sla2_eval.report.sources import FORMAT, Source, read_source
+from sla2_eval.report.speed import speeds
 from sla2_eval.scoring import metrics
 from sla2_eval.scoring.comparisons import Values, compare, differs, holm
 from sla2_eval.scoring.intervals import over_seeds, over_seeds_and_prompts
-from sla2_eval.videos.manifest import read_manifest
-
-PAPER_METRICS = {
-    "IQ": "Imaging quality",
-    "OC": "Overall consistency",
-    "AQ": "Aesthetic quality",
-    "MS": "Motion smoothness",
-    "SC": "Subject consistency",
-    "VR": "VisionReward",
-}
-PAPER_MODELS = {"wan2.1-1.3b-480p": "Wan2.1 1.3B, 480p", "wan2.1-14b-720p": "Wan2.1 14B, 720p"}
-PAPER_FAMILIES = {
-    "sla2": "SLA2",
-    "sla": "SLA",
-    "vsa": "VSA",
-    "vmoba": "VMoBA",
-    "sla2-no-qat": "SLA2 without QAT",
-    "sla2-topk-router": "SLA2, heuristic router",
-}
 
 
-def read_json(path: Path, what: str) -> dict:
-    """A JSON object. Raises ValueError naming the file if it is missing or of another form."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: expected {what}, got nothing there") from None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: expected {what}, got {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected {what}, got a {type(value).__name__}")
-    return value
+def gather(
+    folders: str | Path | Sequence[str | Path],
+    reference: str | Path | None = None,
+    title: str | None = None,
+) -> dict:
+    """What the report of these folders says, without their videos and block maps.
+
+    `reference`: one of the folders, or a variant's label, that the others are compared with; the
+    first that a folder has if not given. Raises ValueError naming the file if one is of another
+    form.
+    """
+    given = [folders] if isinstance(folders, str | Path) else folders
+    sources = [read_source(folder) for folder in given]
+    return describe(sources, grouped(sources, reference), title, chosen=reference is not None)
 
 
-def _values(results: dict, metric: str) -> dict[tuple[str, str], float]:
+def describe(
+    sources: Sequence[Source], groups: list[Group], title: str | None = None, *, chosen: bool
+) -> dict:
+    """As gather; `chosen`: the reference was asked for by name."""
+    results = [m.results for g in groups for _, m in g.members if m.results]
+    kinds = _kinds(results)
+    rows = [_row(g, kinds) for g in ordered(groups)]
+    comparisons = _compare(groups, kinds)
+    _note_differences(rows, comparisons)
+    _note_old_differences(rows, groups)
+    prompts = [{row["prompt"] for s in g.seeds() for row in g.rows(s).values()} for g in groups]
     return {
-        (row["prompt"], row["file_name"]): row["scores"][metric]
-        for row in results["videos"]
-        if metric in row["scores"]
+        "format": FORMAT,
+        "title": title or _title(sources),
+        "reference": next((g.label for g in groups if g.reference), None),
+        "against": _against(groups, chosen),
+        "num_prompts": max(map(len, prompts), default=0),
+        "num_videos": sum(_num_scored(part) for row in rows for part in row["parts"]),
+        "metrics": kinds,
+        "groups": rows,
+        "comparisons": comparisons,
+        "not_scored": [part["name"] for row in rows for part in row["parts"] if part["bare"]],
+        "failed": [
+            {"variant": part["name"], **failure}
+            for row in rows
+            for part in row["parts"]
+            for failure in part["failed"]
+        ],
+        "lost": {k: why for s in sources for k, why in s.about.get("lost", {}).items()},
+        "unavailable": _unavailable(results, rows),
+        "warnings": _warnings(results),
+        "speed": speeds(ordered(groups)),
+        "runs": [_run(source) for source in sources],
+        "notes": list(dict.fromkeys([*_notes(sources), *_of_other_references(groups, kinds)])),
     }
+
+
+def _title(sources: Sequence[Source]) -> str:
+    titles = [source.about.get("title", source.name) for source in sources]
+    return " · ".join(dict.fromkeys(titles))
+
+
+def _against(groups: list[Group], chosen: bool) -> str:
+    """What the reference is called in a sentence."""
+    found = next((g for g in groups if g.reference), None)
+    if found is None:
+        return "the reference"
+    source, member = found.members[0]
+    if not member.reference or (chosen and source.kind != "grid"):
+        return found.label
+    return source.against if source.kind in ("grid", "scores", "report") else found.label
+
+
+def _row(group: Group, kinds: dict[str, dict]) -> dict:
+    """One row of the table."""
+    cells = {}
+    for metric, about in kinds.items():
+        if about["kind"] != "unpaired" and group.reference:
+            continue
+        if cell := _cell(group, metric, about):
+            cells[metric] = cell
+    seeds = group.seeds()
+    return {
+        "label": group.label,
+        "family": group.family,
+        "sparsity": group.sparsity,
+        "reference": group.reference,
+        "num_seeds": sum(seed is not None for seed in seeds),
+        "metrics": cells,
+        "parts": [_part(group, seed, kinds) for seed in seeds],
+    }
+
+
+def _part(group: Group, seed: int | None, kinds: dict[str, dict]) -> dict:
+    """One training of a variant, with the values that a report can be made of again."""
+    members = group.of_seed(seed)
+    results = [member.results for member in members if member.results]
+    sets = {
+        metric: {k: entry[k] for k in ("mean", "num_videos", "warnings") if k in entry}
+        for metric, about in kinds.items()
+        if about["kind"] == "set" and (entry := group.entries(metric).get(seed))
+    }
+    return {
+        "name": members[0].name if len(group.members) == 1 or seed is not None else group.label,
+        "seed": seed,
+        "sources": [source.name for source, member in group.members if member.seed == seed],
+        "bare": not results,
+        "metrics": {**{m: {} for r in results for m in r["metrics"]}, **sets},
+        "videos": list(group.rows(seed).values()),
+        "failed": [failure for found in results for failure in found["failed"]],
+        "versions": {k: v for found in results for k, v in found.get("versions", {}).items()},
+    }
+
+
+def _cell(group: Group, metric: str, about: dict) -> dict | None:
+    """The mean over seeds and prompts with its interval, and how many of the videos it is of."""
+    count = {"of_videos": sum(len(group.rows(seed)) for seed in group.seeds())}
+    if about["kind"] == "set":
+        entries = list(group.entries(metric).values())
+        if entries:
+            count["num_videos"] = sum(entry.get("num_videos", 0) for entry in entries)
+            interval = over_seeds([entry["mean"] for entry in entries])
+            return {**interval.to_dict(), **count, "num_seeds": len(entries)}
+    elif values := list(group.values(metric).values()):
+        count["num_videos"] = sum(map(len, values))
+        interval = over_seeds_and_prompts(
+            [_by_prompt(found) for found in values], binary=about["binary"]
+        )
+        return {**interval.to_dict(), **count, "num_seeds": len(values)}
+    return next((m.cells[metric] for _, m in group.members if metric in m.cells), None)
 
 
 def _by_prompt(values: Values) -> dict[str, list[float]]:
@@ -64,35 +151,7 @@ def _by_prompt(values: Values) -> dict[str, list[float]]:
     return grouped
 
 
-def _cell(metric: str, about: dict, seeds: Mapping[int | None, dict]) -> dict | None:
-    """One cell of the table: the mean over seeds and prompts with its interval, and how many of
-    the videos it is of. `seeds`: results by training seed.
-    """
-    count = {"of_videos": sum(len(results["videos"]) for results in seeds.values())}
-    if about["kind"] == "set":
-        entries = [r["metrics"][metric] for r in seeds.values() if metric in r["metrics"]]
-        entries = [entry for entry in entries if entry.get("mean") is not None]
-        if not entries:
-            return None
-        count["num_videos"] = sum(entry.get("num_videos", 0) for entry in entries)
-        interval = over_seeds([entry["mean"] for entry in entries])
-        return {**interval.to_dict(), **count, "num_seeds": len(entries)}
-    values = [found for results in seeds.values() if (found := _values(results, metric))]
-    if not values:
-        return None
-    count["num_videos"] = sum(map(len, values))
-    interval = over_seeds_and_prompts([_by_prompt(v) for v in values], binary=about["binary"])
-    return {**interval.to_dict(), **count, "num_seeds": len(values)}
-
-
-def _seeds(group: dict, scored: dict[str, dict]) -> dict[int | None, dict]:
-    """The results of a group by training seed."""
-    return {
-        seed: scored[name] for name, seed in zip(group["names"], group["seeds"]) if name in scored
-    }
-
-
-def _compare(groups: list[dict], kinds: dict[str, dict], scored: dict[str, dict]) -> list[dict]:
+def _compare(groups: list[Group], kinds: dict[str, dict]) -> list[dict]:
     """Every two variants in every metric of single videos, over the videos that both have, with
     Holm's correction over the pairs of a metric.
     """
@@ -101,11 +160,10 @@ def _compare(groups: list[dict], kinds: dict[str, dict], scored: dict[str, dict]
         if about["kind"] == "set":
             continue
         values = {
-            group["label"]: {
-                seed: _values(results, metric) for seed, results in _seeds(group, scored).items()
-            }
-            for group in groups
-            if metric in group["metrics"]
+            group.label: known
+            for group in ordered(groups)
+            if (known := group.values(metric))
+            and (about["kind"] != "paired" or not group.reference)
         }
         pairs = {
             (first, second): difference
@@ -126,300 +184,133 @@ def _compare(groups: list[dict], kinds: dict[str, dict], scored: dict[str, dict]
     return found
 
 
-def _note_differences(groups: list[dict], comparisons: list[dict]) -> None:
-    """Write each variant's difference to full attention into its cells."""
-    cells = {group["label"]: group["metrics"] for group in groups}
-    full = next((group["label"] for group in groups if group["reference"]), None)
-    for row in comparisons:
-        if full not in (row["first"], row["second"]):
+def _note_differences(rows: list[dict], comparisons: list[dict]) -> None:
+    """Write each variant's difference to the reference into its cells."""
+    cells = {row["label"]: row["metrics"] for row in rows}
+    full = next((row["label"] for row in rows if row["reference"]), None)
+    for pair in comparisons:
+        if full not in (pair["first"], pair["second"]):
             continue
-        sign = -1 if row["first"] == full else 1
-        other = row["second"] if row["first"] == full else row["first"]
-        ends = [None if row[end] is None else sign * row[end] for end in ("low", "high")]
-        cells[other][row["metric"]]["difference"] = {
-            **{key: row[key] for key in ("n", "method", "num_videos", "num_seeds", "test")},
-            "mean": sign * row["mean"] + 0.0,  # never -0.0
+        sign = -1 if pair["first"] == full else 1
+        other = pair["second"] if pair["first"] == full else pair["first"]
+        ends = [None if pair[end] is None else sign * pair[end] for end in ("low", "high")]
+        cells[other][pair["metric"]]["difference"] = {
+            **{key: pair[key] for key in ("n", "method", "num_videos", "num_seeds", "test")},
+            "mean": sign * pair["mean"] + 0.0,  # never -0.0
             "low": ends[::sign][0],
             "high": ends[::sign][1],
-            "p": row["p"],
-            "p_holm": row["p_holm"],
-            "within_noise": not differs(row["p_holm"]),
+            "p": pair["p"],
+            "p_holm": pair["p_holm"],
+            "within_noise": not differs(pair["p_holm"]),
         }
 
 
-def _holds_scores(folder: Path) -> bool:
-    """Whether a folder holds what `sla2 score` leaves, and not a run."""
-    return (folder / INPUTS).is_file() and not (folder / "run.json").is_file()
+def _note_old_differences(rows: list[dict], groups: list[Group]) -> None:
+    """The differences of members whose values were not kept, as they were reported."""
+    members = {g.label: [m for _, m in g.members] for g in groups}
+    for row in rows:
+        for member in members[row["label"]]:
+            for metric, difference in member.differences.items():
+                if metric in row["metrics"]:
+                    row["metrics"][metric].setdefault("difference", difference)
 
 
-def is_run(folder: Path) -> bool:
-    """Whether `gather` finds a run, or the results of `sla2 score`, in a folder."""
-    return (folder / "run.json").is_file() or _holds_scores(folder)
-
-
-def _run(run_dir: Path) -> tuple[dict, dict[str, dict]]:
-    """The description of a run and the results of its variants by name."""
-    run = read_json(run_dir / "run.json", "the description of a run")
-    variants = run.get("variants")
-    if (
-        not isinstance(variants, list)
-        or not variants
-        or not all(isinstance(v, dict) and "name" in v for v in variants)
-    ):
-        raise ValueError(
-            f'{run_dir / "run.json"}: expected "variants", a list of objects with a "name", got'
-            " another form"
-        )
-    scored = {}
-    for variant in variants:
-        path = run_dir / "scores" / variant["name"] / "results.json"
-        if path.is_file():
-            scored[variant["name"]] = _checked(read_json(path, "results of scoring"), path)
-    return run, scored
-
-
-def _scores(run_dir: Path) -> tuple[dict, dict[str, dict]]:
-    """The results of `sla2 score` as a run of one variant of unknown sparsity, beside its reference
-    if it had one.
-    """
-    inputs, path = read_json(run_dir / INPUTS, "what was scored"), run_dir / "results.json"
-    results = _checked(read_json(path, "results of scoring"), path)
-    labels = {side: Path(source).stem for side, source in inputs.items()}
-    if "reference" in labels:
-        labels["reference"] += ", the reference"
-        means = {name: about.get("reference_mean") for name, about in results["metrics"].items()}
-        metrics = {
-            name: {**about, "mean": means[name]}
-            for name, about in results["metrics"].items()
-            if means[name] is not None
-        }
-        reference = {**results, "metrics": metrics, "videos": [], "failed": [], "unavailable": {}}
-    variants = [{"name": side, "label": label, "sparsity": None} for side, label in labels.items()]
-    scored = {"videos": results} | ({"reference": reference} if "reference" in labels else {})
-    return {"reference": "reference", "against": "the reference", "variants": variants}, scored
-
-
-def gather(run_dir: Path) -> dict:
-    """What the report of a run, or of the results of `sla2 score`, says, without its videos and
-    block maps.
-
-    Raises ValueError naming the file if run.json is missing or lacks "variants", or a results.json
-    is of another form.
-    """
-    is_scores = _holds_scores(run_dir)
-    run, scored = (_scores if is_scores else _run)(run_dir)
-    variants, reference = run["variants"], run.get("reference", "full")
-    kinds = _kinds(scored.values())
-    groups: dict[str, dict] = {}
-    for variant in variants:
-        label = variant.get("label", variant["name"])
-        new = {"label": label, "names": [], "seeds": [], "metrics": {}}
-        group = groups.setdefault(label, new)
-        # Runs of one training a variant may say no seed.
-        group["seeds"].append(variant.get("seed", len(group["names"]) or None))
-        group["names"].append(variant["name"])
-        group.setdefault("family", variant.get("family", label))
-        group.setdefault("sparsities", []).append(variant.get("sparsity"))
-    for group in groups.values():
-        sparsities = group.pop("sparsities")
-        group["sparsity"] = (
-            None if None in sparsities else sum(map(float, sparsities)) / len(sparsities)
-        )
-        group["reference"] = reference in group["names"]
-        for metric, about in kinds.items():
-            if about["kind"] != "unpaired" and group["reference"]:
-                continue
-            if cell := _cell(metric, about, _seeds(group, scored)):
-                group["metrics"][metric] = cell
-    ordered = _ordered(groups)
-    comparisons = _compare(ordered, kinds, scored)
-    _note_differences(ordered, comparisons)
-    if is_scores:
-        _note_of_score(groups.values(), scored)
-    return {
-        "format": 2,
-        "title": run.get("title", run_dir.name),
-        "reference": reference,
-        "against": run.get("against", "full attention"),
-        "num_prompts": max(
-            (len({row["prompt"] for row in r["videos"]}) for r in scored.values()), default=0
-        ),
-        "num_videos": sum(_num_scored(results) for results in scored.values()),
-        "metrics": kinds,
-        "groups": ordered,
-        "comparisons": comparisons,
-        "not_scored": [v["name"] for v in variants if v["name"] not in scored],
-        "failed": _failed(scored),
-        "lost": run.get("lost", {}),
-        "unavailable": _unavailable(scored),
-        "warnings": _warnings(scored),
-        "speed": run.get("speed") or _speed(run_dir, ordered),
-        "settings": run.get("settings", {}),
-        "versions": _versions(run, scored),
-        "hardware": run.get("hardware", {}),
-        "notes": run.get("notes", []),
-    }
-
-
-def _note_of_score(groups: Iterable[dict], scored: dict[str, dict]) -> None:
-    """What the results of `sla2 score` say of the reference, whose videos they do not list."""
-    for group in groups:
-        for metric, about in scored["videos"]["metrics"].items():
-            if not group["reference"] and (difference := about.get("difference")):
-                group["metrics"][metric]["difference"] = difference
-            if group["reference"] and about.get("reference_mean") is not None:
-                unknown = {"low": None, "high": None, "method": "unknown: not kept"}
-                group["metrics"][metric] = {"mean": about["reference_mean"], **unknown}
-
-
-def _checked(results: dict, path: Path) -> dict:
-    if results.get("format") != 1 or not all(
-        key in results for key in ("metrics", "videos", "failed", "unavailable")
-    ):
-        raise ValueError(
-            f"{path}: expected results of format 1, got format {results.get('format')!r}"
-        )
-    return results
-
-
-def _kinds(scored: Iterable[dict]) -> dict[str, dict]:
+def _kinds(results: Iterable[dict]) -> dict[str, dict]:
     """Description of each metric that any variant has, in the registry's order."""
-    found = {name: about for results in scored for name, about in results["metrics"].items()}
+    found = {name: about for one in results for name, about in one["metrics"].items()}
     known = metrics.specs()
+    order = {name: number for number, name in enumerate(known)}
+    kept = ("kind", "title", "definition", "source", "higher_is_better")
     return {
         name: {
-            "kind": found[name]["kind"],
-            "title": found[name]["title"],
-            "definition": found[name]["definition"],
-            "source": found[name]["source"],
-            "higher_is_better": found[name]["higher_is_better"],
+            **{key: found[name][key] for key in kept},
             "binary": found[name].get("binary", name in known and known[name].binary),
         }
-        for name in sorted(
-            found, key=lambda name: list(known).index(name) if name in known else len(known)
-        )
+        for name in sorted(found, key=lambda name: order.get(name, len(order)))
     }
 
 
-def _ordered(groups: dict[str, dict]) -> list[dict]:
-    """Full attention first, then the families as they appear, each by sparsity."""
-    families = list(dict.fromkeys(group["family"] for group in groups.values()))
+def ordered(groups: list[Group]) -> list[Group]:
+    """The reference first, then the families as they appear, each by sparsity."""
+    families = list(dict.fromkeys(group.family for group in groups))
     return sorted(
-        groups.values(),
-        key=lambda g: (not g["reference"], families.index(g["family"]), g["sparsity"] or 0),
+        groups,
+        key=lambda g: (not g.reference, families.index(g.family), g.sparsity or 0),
     )
 
 
-def _num_scored(results: dict) -> int:
+def _num_scored(part: dict) -> int:
     """How many videos have a score, or features in a set: all but those that failed as files."""
-    broken = {row["file_name"] for row in results["failed"] if row["metric"] is None}
-    return sum(bool(row["scores"]) or row["file_name"] not in broken for row in results["videos"])
+    broken = {row["file_name"] for row in part["failed"] if row["metric"] is None}
+    return sum(bool(row["scores"]) or row["file_name"] not in broken for row in part["videos"])
 
 
-def _failed(scored: dict[str, dict]) -> list[dict]:
-    return [
-        {"variant": name, **row} for name, results in scored.items() for row in results["failed"]
-    ]
-
-
-def _warnings(scored: dict[str, dict]) -> dict[str, list[str]]:
+def _warnings(results: Iterable[dict]) -> dict[str, list[str]]:
     """What a set metric says of how much its number is worth, by metric, each text once."""
     found: dict[str, list[str]] = {}
-    for results in scored.values():
-        for name, about in results["metrics"].items():
+    for one in results:
+        for name, about in one["metrics"].items():
             found.setdefault(name, []).extend(about.get("warnings", []))
     return {name: list(dict.fromkeys(texts)) for name, texts in found.items() if texts}
 
 
-def _unavailable(scored: dict[str, dict]) -> dict[str, str]:
-    return dict(
-        sorted(
-            {
-                n: why for results in scored.values() for n, why in results["unavailable"].items()
-            }.items()
-        )
-    )
+def _unavailable(results: Iterable[dict], rows: list[dict]) -> dict[str, str]:
+    """The metrics that no folder has, with the reason that one gives."""
+    there = {metric for row in rows for metric in row["metrics"]}
+    found = {name: why for one in results for name, why in one["unavailable"].items()}
+    return {name: found[name] for name in sorted(found) if name not in there}
 
 
-def _speed(run_dir: Path, groups: list[dict]) -> list[dict]:
-    """Seconds a video, by wall clock while it was generated, from the speed.jsonl that generation
-    leaves.
+def _run(source: Source) -> dict:
+    """What a folder says of how it was made."""
+    versions: dict[str, str] = {}
+    for member in source.members:
+        versions |= (member.results or {}).get("versions", {})
+    about = source.about
+    return {
+        "name": source.name,
+        "kind": source.kind,
+        "title": about.get("title", source.name),
+        "settings": about.get("settings", {}),
+        "versions": {**versions, **about.get("versions", {})},
+        "hardware": about.get("hardware", {}),
+    }
+
+
+def _notes(sources: Sequence[Source]) -> list[str]:
+    several = len(sources) > 1
+    return [
+        f"{source.name}: {note}" if several else note
+        for source in sources
+        for note in source.about.get("notes", [])
+    ]
+
+
+def _of_other_references(groups: list[Group], kinds: dict[str, dict]) -> list[str]:
+    """A note for each variant whose paired metrics are against other videos than the reference's,
+    where that is known.
     """
-    rows, full = [], None
+    full = next((g for g in groups if g.reference), None)
+    paired = [about["title"] for about in kinds.values() if about["kind"] == "paired"]
+    if full is None or not paired:
+        return []
+    theirs = {
+        name: row["sha256"]
+        for seed in full.seeds()
+        for name, row in full.rows(seed).items()
+        if row.get("sha256")
+    }
+    notes = []
     for group in groups:
-        videos = seconds = 0.0
-        for name in group["names"]:
-            path = run_dir / "videos" / name / SPEED
-            for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-                batch = json.loads(line)
-                videos, seconds = videos + batch["videos"], seconds + batch["seconds"]
-        if videos:
-            each = seconds / videos
-            full = each if group["reference"] else full
-            against = f"{full / each:.2f} x" if full else "–"
-            rows.append(
-                {
-                    "variant": group["label"],
-                    "seconds a video": round(each, 3),
-                    "against full attention": against,
-                }
+        used = {
+            name: row["reference"]["sha256"]
+            for seed in group.seeds()
+            for name, row in group.rows(seed).items()
+            if row.get("reference")
+        }
+        if any(name in theirs and theirs[name] != digest for name, digest in used.items()):
+            notes.append(
+                f"{group.label}: {', '.join(paired)} are against other videos than those of"
+                f" {full.label}; score it with --reference set to them to compare."
             )
-    return rows
-
-
-def _versions(run: dict, scored: dict[str, dict]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for results in scored.values():
-        found |= results.get("versions", {})
-    return {**found, **run.get("versions", {})}
-
-
-def paper() -> dict:
-    """The paper's own points by model, metric and family: [{"sparsity", "value"}], and full
-    attention's value.
-    """
-    tables = json.loads((files("sla2_eval.report") / "templates" / "paper_tables.json").read_text())
-    columns = tables["columns"]
-    models = {}
-    for model, title in PAPER_MODELS.items():
-        by_metric = {}
-        for code, name in PAPER_METRICS.items():
-            column = columns.index(code)
-            families = {
-                PAPER_FAMILIES[family]: [
-                    {"sparsity": row[columns.index("sparsity")], "value": row[column]}
-                    for row in points.values()
-                ]
-                for family in PAPER_FAMILIES
-                if (points := tables[model].get(family))
-            }
-            by_metric[code] = {
-                "title": name,
-                "full": tables[model]["full"]["0"][column],
-                "families": families,
-            }
-        models[model] = {"title": title, "metrics": by_metric}
-    return {"source": tables["source"], "models": models}
-
-
-def first_of_each(run_dir: Path, data: dict) -> list[dict]:
-    """Variants to show: the first seed of every group whose folder of videos is there, with its
-    entries by file name.
-    """
-    shown = []
-    inputs = read_json(run_dir / INPUTS, "what was scored") if _holds_scores(run_dir) else {}
-    for group in data["groups"]:
-        folder = inputs.get(group["names"][0], run_dir / "videos" / group["names"][0])
-        try:
-            entries = {entry.file_name: entry for entry in read_manifest(folder)}
-        except ValueError:
-            continue
-        shown.append(
-            {
-                "name": group["names"][0],
-                "label": group["label"],
-                "entries": entries,
-                "sparsity": group["sparsity"],
-            }
-        )
-    return shown
+    return notes

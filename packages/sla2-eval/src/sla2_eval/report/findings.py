@@ -113,7 +113,8 @@ def _among(variants: list[str], value: dict[str, float], better: _Better) -> str
     if clauses:
         text = "; ".join(clauses[:_CLAUSES])
         return f"{text}{'; and so on' if len(clauses) > _CLAUSES else ''}."
-    known = [p for a in variants for b in variants if (p := better.p.get((a, b))) is not None]
+    found = (better.p.get((a, b)) for a in variants for b in variants)
+    known = [value for value in found if value is not None]
     smallest = f" (smallest p {number(min(known))})" if known else ""
     return f"No two variants are shown to differ{smallest}."
 

@@ -8,13 +8,16 @@ import base64
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from sla2_eval.report.charts import chart, legend
-from sla2_eval.report.data import first_of_each, gather, paper, read_json
+from sla2_eval.report.data import describe, ordered
 from sla2_eval.report.findings import findings
+from sla2_eval.report.groups import Group, grouped
+from sla2_eval.report.paper import paper
+from sla2_eval.report.sources import read_json, read_source
 from sla2_eval.report.tables import as_csv, as_markdown, methods
 from sla2_eval.report.text import flat, number, percent, signed
 from sla2_eval.runs.extras import needed_for
@@ -90,18 +93,31 @@ def _sprite(path: Path, count: int) -> dict | None:
     return {"src": uri, "width": width, "height": SPRITE_HEIGHT}
 
 
-def _block_maps(run_dir: Path, data: dict, shown: list[dict]) -> list[dict]:
-    """The router's block maps of the first seed of each group that has one, with frames to draw
+def _shown(groups: list[Group]) -> list[dict]:
+    """Variants whose videos are there: the first seed of each, with its entries by file name."""
+    shown = []
+    for group in groups:
+        for seed in group.seeds():
+            members = group.of_seed(seed)
+            entries = {k: entry for m in members for k, entry in m.entries().items()}
+            if entries:
+                about = {"label": group.label, "sparsity": group.sparsity}
+                shown.append({**about, "entries": entries})
+                break
+    return shown
+
+
+def _block_maps(groups: list[Group], shown: list[dict]) -> list[dict]:
+    """The router's block maps of the first seed of each variant that has one, with frames to draw
     them over.
 
     Raises ValueError naming the file for a map that lacks a key or does not fit its grid.
     """
-    entries = {variant["name"]: variant["entries"] for variant in shown}
+    entries = {variant["label"]: variant["entries"] for variant in shown}
     found = []
-    for group in data["groups"]:
-        name = group["names"][0]
-        path = run_dir / "block_maps" / f"{name}.json"
-        if not path.is_file():
+    for group in groups:
+        path = next((m.maps for m in group.of_seed(group.seeds()[0]) if m.maps), None)
+        if path is None:
             continue
         maps = read_json(path, "block maps")
         missing = [key for key in ("grid", "block_q", "block_k", "layers") if key not in maps]
@@ -110,12 +126,12 @@ def _block_maps(run_dir: Path, data: dict, shown: list[dict]) -> list[dict]:
         if maps["grid"] is None:  # of a model whose tokens' places in the video are not known
             continue
         _check_map(maps, path)
-        videos = entries.get(name, {})
+        videos = entries.get(group.label, {})
         over = videos.get(maps.get("frame_of")) or next(iter(videos.values()), None)
         keys = ("grid", "block_q", "block_k", "layers")
         found.append(
             {
-                "label": group["label"],
+                "label": group.label,
                 **{key: maps[key] for key in keys},
                 "order": maps.get("order"),
                 "text_tokens": maps.get("text_tokens", 0),
@@ -223,20 +239,31 @@ def _paper_charts() -> list[dict]:
     return found
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write `run_dir`/report/: index.html, results.json, results.csv, results.md; returns the path
-    of the page.
+def write_report(
+    folders: str | Path | Sequence[str | Path],
+    *,
+    reference: str | Path | None = None,
+    out: str | Path | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write index.html, results.json, results.csv and results.md of one folder or of several
+    together; returns the path of the page.
 
-    Reads run.json, and what there is of scores/, videos/ and block_maps/; or what `sla2 score` left
-    there. Raises ValueError naming the file for one of another form, OSError where the folder
-    cannot be written.
+    Reads what there is in each: of a run, of `sla2 score`, of `sla2 generate`, or another report's
+    results.json. `reference`: one of the folders, or a variant's label, that the others are
+    compared with. `out`: report/ in the folder if there is one alone, else in this folder.
+
+    Raises ValueError naming the file for one of another form, OSError where `out` cannot be
+    written.
     """
     with needed_for("the page of a report"):
         from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    run_dir = Path(run_dir)
-    data = gather(run_dir)
-    shown = first_of_each(run_dir, data)
+    given = [folders] if isinstance(folders, str | Path) else list(folders)
+    sources = [read_source(folder) for folder in given]
+    groups = ordered(grouped(sources, reference))
+    data = describe(sources, groups, title, chosen=reference is not None)
+    shown = _shown(groups)
     rows, num_rows = _videos(shown)
     panels, key = _charts(data)
     environment = Environment(
@@ -263,17 +290,15 @@ def write_report(run_dir: str | Path) -> Path:
         paper_charts=_paper_charts(),
         paper_source=paper()["source"],
         player={
-            "variants": [
-                {"label": v["label"], "sparsity": percent(v["sparsity"] or 0)} for v in shown
-            ],
+            "variants": [{"label": v["label"], "sparsity": percent(v["sparsity"])} for v in shown],
             "prompts": rows,
         },
         num_prompts_all=num_rows,
-        block_maps=_block_maps(run_dir, data, shown),
+        block_maps=_block_maps(groups, shown),
         style=(templates / "report.css").read_text(),
         script=(templates / "report.js").read_text(),
     )
-    out = run_dir / "report"
+    out = Path(out) if out is not None else _where(given)
     write_atomic(
         out / "results.json", json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     )
@@ -281,3 +306,11 @@ def write_report(run_dir: str | Path) -> Path:
     write_atomic(out / "results.md", as_markdown(data))
     write_atomic(out / "index.html", page)
     return out / "index.html"
+
+
+def _where(given: list[str | Path]) -> Path:
+    """The folder of the report of these, where none is named."""
+    if len(given) > 1:
+        return Path("report")
+    only = Path(given[0])
+    return (only if only.is_dir() else only.parent) / "report"

@@ -145,6 +145,16 @@ def _reduce(
     return {"mean": reduced["value"], "warnings": reduced["warnings"], **counts}
 
 
+def _reference(run: Results, entry: Entry) -> dict:
+    """What is known of a video's reference, for the comparisons of a report."""
+    scores = {
+        name: run.results["reference", entry.file_name, name]["value"]
+        for name, spec in run.specs.items()
+        if spec.kind == "unpaired" and ("reference", entry.file_name, name) in run.results
+    }
+    return {"sha256": run.digests.get(entry.path), "scores": scores}
+
+
 def document(
     run: Results, videos: list[Entry], references: list[Entry] | None, names: list[str]
 ) -> dict:
@@ -152,6 +162,7 @@ def document(
     bytes.
     """
     summaries = {name: _summary(run, spec, videos, references) for name, spec in run.specs.items()}
+    theirs = {entry.file_name: entry for entry in references or ()}
     rows = []
     for entry in videos:
         found = {name: run.results.get(("video", entry.file_name, name), {}) for name in run.specs}
@@ -162,7 +173,10 @@ def document(
             "index": entry.index,
             "seed": entry.seed,
         }
-        rows.append({**row, "sha256": run.digests.get(entry.path), "scores": scores})
+        row |= {"sha256": run.digests.get(entry.path), "scores": scores}
+        if entry.file_name in theirs:
+            row["reference"] = _reference(run, theirs[entry.file_name])
+        rows.append(row)
     failed = [
         {
             "file_name": name,

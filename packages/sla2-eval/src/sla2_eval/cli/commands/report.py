@@ -1,4 +1,4 @@
-"""sla2 report: the report of a finished or half-finished run."""
+"""sla2 report: one page and tables over the folders of runs, scores and generated videos."""
 
 from __future__ import annotations
 
@@ -6,22 +6,31 @@ import click
 
 
 @click.command("report")
-@click.argument("folder", type=click.Path())
-def command(folder: str) -> None:
-    """Write FOLDER/report: one HTML page, results.json, CSV and Markdown tables.
+@click.argument("folders", nargs=-1, required=True, type=click.Path(), metavar="FOLDER...")
+@click.option(
+    "--reference",
+    help="The folder, or the label of the variant, that the others are compared with.",
+)
+@click.option(
+    "--out",
+    type=click.Path(),
+    help="Folder of the report; FOLDER/report if there is one FOLDER, else ./report.",
+)
+@click.option("--title", help="Of the page; the runs' own if not given.")
+def command(
+    folders: tuple[str, ...], reference: str | None, out: str | None, title: str | None
+) -> None:
+    """Write one HTML page, results.json, CSV and Markdown tables over any number of folders.
 
-    FOLDER is that of a quickstart, of an ablation or of `sla2 score`.
+    A FOLDER is that of quickstart, of ablate, of score or of generate, or the results.json of
+    another report. Parts of one variant, such as other seeds or other metrics of the same videos,
+    share a row.
 
     \b
     Example:
       sla2 report runs/quickstart
+      sla2 report runs/full runs/sla2 scores/full scores/sla2 --reference runs/full --out report
     """
-    from pathlib import Path
-
-    from sla2_eval.report.data import is_run
     from sla2_eval.report.page import write_report
 
-    if not is_run(Path(folder)):
-        known = "of quickstart or ablate with run.json, or of score with inputs.json"
-        raise click.UsageError(f"FOLDER: expected a folder {known}, got {folder}")
-    click.echo(write_report(Path(folder)))
+    click.echo(write_report(folders, reference=reference, out=out, title=title))

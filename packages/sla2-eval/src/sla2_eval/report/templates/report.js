@@ -104,7 +104,7 @@ function player() {
       const caption = document.createElement("figcaption");
       const name = document.createElement("b"), share = document.createElement("span");
       name.textContent = variants[i].label;
-      share.textContent = variants[i].sparsity === "0 %" ? "" : variants[i].sparsity;
+      share.textContent = ["0 %", "unknown"].includes(variants[i].sparsity) ? "" : variants[i].sparsity;
       caption.append(name, share);
       let view;
       if (source) {
