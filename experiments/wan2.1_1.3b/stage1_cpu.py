@@ -24,9 +24,9 @@ from sla2_core.adapter import write_json, write_tensors
 from sla2_core.integrations.diffusers import SLA2Handle
 from sla2_core.training.capture import INDEX_NAME, Captures
 from sla2_core.training.stage1.train import train_stage1
-from sla2_eval.grid.ablation import hardware
 from sla2_eval.grid.settings import Attention, TrainSettings
 from sla2_eval.grid.steps import apply
+from sla2_eval.runs.hardware import hardware
 from sla2_eval.runs.settings import load_settings
 
 TOKENS = 32_760  # 81 frames of 480 x 832

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from sla2_eval.grid.source import TrainSource, open_source, source_of, with_shif
 from sla2_eval.parallel.cluster import check_address
 from sla2_eval.parallel.pool import open_pool
 from sla2_eval.parallel.tasks import Task, TasksLost
+from sla2_eval.runs.hardware import hardware
 from sla2_eval.runs.progress import Report, silent
 from sla2_eval.runs.settings import SettingsError, import_modules
 from sla2_eval.runs.store import digest, write_atomic
@@ -472,28 +472,6 @@ def _dtype(settings: AblationSettings) -> Any:
     if name == "auto" and not source.tiny:  # as load_generator holds a pipeline
         return torch.bfloat16 if source.device.type == "cuda" else torch.float32
     return generation.autocast_dtype(name, source.device.type) or torch.float32
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, cores and memory of this machine."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line.split(":")[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        name = models[0] if models else name
-    memory = (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    )
-    return {
-        "processor": name,
-        "cores": os.cpu_count(),
-        "memory_gb": round(memory / 2**30, 1),
-        "system": platform.system(),
-    }
 
 
 def table(out: Path) -> list[dict[str, Any]]:
