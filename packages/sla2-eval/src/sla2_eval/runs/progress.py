@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SPEED = (  # in a folder of videos: one line a batch, with its videos and seconds of wall clock
-    "speed.jsonl"
-)
+from sla2_eval.runs.hardware import device
+
+# in a folder of videos: one line a batch, with its videos, seconds of wall clock, and the machine
+SPEED = "speed.jsonl"
 
 # How library functions report: (stage, done, total). They call it often; it must be cheap.
 Report = Callable[[str, int, int], None]
@@ -75,6 +76,7 @@ def noted(folder: Path, videos: int) -> Iterator[None]:
     """
     began = time.perf_counter()
     yield
-    line = json.dumps({"videos": videos, "seconds": round(time.perf_counter() - began, 3)})
+    seconds = round(time.perf_counter() - began, 3)
+    line = json.dumps({"videos": videos, "seconds": seconds, "device": device()})
     with (folder / SPEED).open("a", encoding="utf-8") as log:
         log.write(line + "\n")
