@@ -40,5 +40,6 @@ def test_topk_falls_to_the_layers_own_and_a_killed_run_goes_on_with_it(
     assert first.loss == second.loss
     expected = weights(whole)
     assert all(torch.equal(value, expected[name]) for name, value in weights(parts).items())
+    assert "topk_steps" not in Stage2Config().to_dict()  # a run of version 0.1 goes on
     with pytest.raises(ValueError, match="topk_steps: expected fewer than the 5 steps, got 5"):
         Stage2Config(steps=5, topk_steps=5)

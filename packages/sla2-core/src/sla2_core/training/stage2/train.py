@@ -138,6 +138,8 @@ class Stage2Config:
         found = asdict(self)
         if found["lora_merge"]:
             del found["lora_merge"]
+        if not found["topk_steps"]:
+            del found["topk_steps"]
         return found
 
 
