@@ -43,6 +43,7 @@ class Coarse(Complement):
     group: ClassVar[str] = "gate"
     stages: ClassVar[tuple[str, ...]] = ("stage2",)
     everywhere = True
+    mixing = "sum"
     weight: nn.Parameter
     bias: nn.Parameter
 
