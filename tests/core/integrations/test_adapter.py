@@ -40,6 +40,7 @@ def test_round_trip(wan, inputs, sla2_config, tmp_path, changes, include_model):
     second.load(tmp_path / "adapter", keep_settings=True)
     assert second.config.topk == 0.3
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        "README.md",
         "sla2_adapter.safetensors",
         "sla2_config.json",
     ]

@@ -17,6 +17,7 @@ from sla2_core.attention import SLA2Attention
 from sla2_core.block_map import BlockMap
 from sla2_core.config import CHANGEABLE, SLA2Config
 from sla2_core.integrations import lora
+from sla2_core.integrations.card import write_card
 from sla2_core.integrations.family import Family, class_name
 from sla2_core.integrations.processor import SLA2Processor, Switch
 from sla2_core.integrations.token_order import TokenOrder
@@ -219,7 +220,7 @@ class SLA2Handle:
         include_model: bool = False,
         state: Mapping[str, Tensor] | None = None,
     ) -> Path:
-        """Write the adapter; returns the folder.
+        """Write the adapter and its model card; returns the folder.
 
         Args:
             folder: made if need be.
@@ -250,7 +251,9 @@ class SLA2Handle:
             base_model=self.base_model,
             dense_steps=self.dense_steps,
         )
-        return files.save_adapter(adapter, folder)
+        found = files.save_adapter(adapter, folder)
+        write_card(adapter, found)
+        return found
 
     def load(self, folder: str | Path, *, keep_settings: bool = False) -> None:
         """Load an adapter, in place.
