@@ -62,6 +62,42 @@ def wan(two: bool = False):
     )
 
 
+def wan_image(kind: str = "2.1"):
+    """A WanImageToVideoPipeline of the sizes of wan(): "2.1" with an image encoder, "2.1 both
+    frames" for the first and the last frame, "2.2" without, with two transformers.
+    """
+    import diffusers
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    own = {} if kind == "2.2" else {"image_dim": 6, "added_kv_proj_dim": 24}
+    if kind == "2.1 both frames":
+        own["pos_embed_seq_len"] = 10
+
+    def transformer():
+        return models.wan(in_channels=36, out_channels=16, **own)
+
+    vision = dict(hidden_size=6, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+    size = {"height": 8, "width": 8}
+    return diffusers.WanImageToVideoPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=t5("UMT5"),
+        vae=diffusers.AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1
+        ),
+        transformer=transformer(),
+        transformer_2=transformer() if kind == "2.2" else None,
+        boundary_ratio=0.9 if kind == "2.2" else None,
+        image_encoder=None
+        if kind == "2.2"
+        else CLIPVisionModel(CLIPVisionConfig(**vision, image_size=8, patch_size=4)).eval(),
+        image_processor=None
+        if kind == "2.2"
+        else CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
 def clip():
     """A CLIP text encoder with 6 pooled channels."""
     from transformers import CLIPTextConfig, CLIPTextModel

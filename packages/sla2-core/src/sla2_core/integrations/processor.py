@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sla2_core.attend import full_attention
 from sla2_core.attention import SLA2Attention
+from sla2_core.integrations.offload import bring
 from sla2_core.integrations.ulysses import Ulysses
 from sla2_core.order.base import with_text
 
@@ -127,6 +128,7 @@ class SLA2Processor(nn.Module):
             ValueError: a parallel configuration that SLA2 does not have, see ulysses.Ulysses, or
                 one together with kv_lengths.
         """
+        bring(self.attention, q.device)
         ulysses = None
         if self._parallel_config is not None:
             if kv_lengths is not None:
