@@ -158,15 +158,42 @@ def test_what_cannot_be_trained_is_refused_in_one_line(wan_training, tmp_path):
     for changes, message in (
         (
             {"model": str(tmp_path / "two")},
-            "one transformer, .* got WanPipeline with transformer_2",
+            "expert: expected high or low for WanPipeline with two transformers .* got no expert",
         ),
-        ({"model": str(tmp_path / "none")}, "one transformer and a VAE, .* without transformer in"),
+        (
+            {"expert": "low"},
+            "expert: expected none for WanPipeline with one transformer .* got low",
+        ),
+        ({"model": str(tmp_path / "none")}, "a transformer and a VAE, .* without transformer in"),
         ({"video": None}, "video: expected num_frames, height and width to train .* got none"),
         ({"model": "tiny"}, "video: expected none with the tiny model, got a size"),
     ):
         with pytest.raises(SettingsError, match=message) as error:
             open_source(settings_of(wan_training, **changes))
         assert "\n" not in str(error.value)
+
+
+def test_each_expert_of_two_is_trained_on_its_own_noise_levels(wan_training, tmp_path):
+    pipelines.wan(two=True).save_pretrained(tmp_path / "two")
+    pipe = diffusers.WanPipeline.from_pretrained(tmp_path / "two")
+    for expert, part, levels in (
+        ("high", pipe.transformer, (0.9, 1.0)),
+        ("low", pipe.transformer_2, (0.0, 0.9)),
+    ):
+        given = {**wan_training, "model": str(tmp_path / "two"), "expert": expert}
+        settings = settings_of(given)
+        source = open_source(settings)
+        weight = source.transformer.blocks[1].attn1.to_q.weight
+        assert torch.equal(weight, part.blocks[1].attn1.to_q.weight)
+        assert with_shift(settings, source).stage2.sigma_range == levels
+        config, out = write(tmp_path / "train.yaml", given), tmp_path / expert
+        assert main(["train", "finetune", "--config", config, "--out", str(out)]) == 0
+        times = {call["timestep"] for call in Captures(out / "captures").calls}
+        assert all(1000 * levels[0] <= t <= 1000 * levels[1] for t in times)
+        shutil.copytree(out / "stage2" / "adapter", tmp_path / "adapters" / source._place)
+    generator = load_generator(str(tmp_path / "two"), tmp_path / "adapters")
+    moved = generator.pipe.transformer_2.blocks[1].attn1.to_q.weight
+    assert not torch.equal(moved, pipe.transformer_2.blocks[1].attn1.to_q.weight)
 
 
 def test_a_grid_of_a_pipeline_needs_prompts(wan_training, tmp_path):

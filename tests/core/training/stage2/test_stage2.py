@@ -286,6 +286,19 @@ def test_noise_levels_follow_the_scheduler_shift():
     assert abs(float(torch.logit(normal).std()) - 1) < 0.02
 
 
+@pytest.mark.parametrize("kind", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("between", [(0.9, 1.0), (0.0, 0.9), (0.3, 0.35)])
+def test_levels_of_an_expert_are_those_of_the_whole_between_its_ends(kind, between):
+    whole = draw_sigma(np.random.default_rng(0), 400_000, kind, 3.0)
+    inside = whole[(whole >= between[0]) & (whole <= between[1])]
+    found = draw_sigma(np.random.default_rng(1), 20_000, kind, 3.0, between)
+    assert between[0] <= found.min()
+    assert found.max() <= between[1]
+    places = torch.linspace(0.01, 0.99, 50)
+    far = torch.quantile(found, places) - torch.quantile(inside[:20_000], places)
+    assert far.abs().max() < 0.05 * (between[1] - between[0])
+
+
 def test_objectives():
     clean, noise = torch.randn(2, 5, 3).unbind(0)
     sigma = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])

@@ -32,6 +32,12 @@ _FITS = {
     "fractions in (0, 1]": lambda x: (
         isinstance(x, tuple | list) and x and all(_number(k) and 0 < k <= 1 for k in x)
     ),
+    "a range in [0, 1]": lambda x: (
+        isinstance(x, tuple | list)
+        and len(x) == 2
+        and all(map(_number, x))
+        and 0 <= x[0] < x[1] <= 1
+    ),
     "a list of names": lambda x: (
         isinstance(x, tuple | list) and x and all(isinstance(n, str) for n in x)
     ),

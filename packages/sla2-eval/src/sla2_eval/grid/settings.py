@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 from sla2_core.adapter import load_adapter
@@ -178,13 +178,16 @@ class TrainingSettings(Settings):
     """What is trained, on what, and how.
 
     `imports`: modules that register members of their own, imported in every process. `model`:
-    "tiny", a folder or a hub id. `video`: the size to train at, for pipelines. The seed of both
-    stages is set beside them; `stage2.shift` is the model's own unless it is given.
+    "tiny", a folder or a hub id. `video`: the size to train at, for pipelines. `expert`: which of
+    the two transformers of a Wan2.2 A14B, "high" or "low": it is trained on its own noise levels.
+    The seed of both stages is set beside them; `stage2.shift` and `stage2.sigma_range` are the
+    model's own unless they are given.
     """
 
     imports: tuple[str, ...] = ()
     model: str = "tiny"
     video: VideoSettings | None = None
+    expert: Literal["high", "low"] | None = None
     attention: AttentionSection
     data: DataSettings = DataSettings()
     capture: CaptureSettings = CaptureSettings()

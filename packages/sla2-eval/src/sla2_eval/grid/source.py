@@ -16,6 +16,7 @@ import torch
 from sla2_core.training.cache import INDEX_NAME, CachedData
 from sla2_core.training.data import TensorData
 from sla2_core.training.settings import check_same
+from sla2_core.training.stage2.objectives import WHOLE
 from torch import Tensor, nn
 
 from sla2_eval.generation.sampling import (
@@ -41,11 +42,13 @@ class TrainSource(Protocol):
         name: what messages and adapters call it.
         device: where the transformer runs in capture and stage 1; stage 2 places it by itself.
         tiny: whether it is the built-in model or one of its form, whose captions are built in too.
+        sigma_range: the noise levels that the model denoises.
     """
 
     name: str
     device: torch.device
     tiny: bool
+    sigma_range: tuple[float, float]
 
     @property
     def transformer(self) -> nn.Module:
@@ -72,6 +75,7 @@ class TinySource:
     """The built-in tiny model, or a folder of one of its form. It works on pixels, on the CPU."""
 
     tiny = True
+    sigma_range = WHOLE
 
     def __init__(self, name: str, generator: TinyGenerator | None = None):
         self.name, self.device, self._generator = name, torch.device("cpu"), generator
@@ -123,33 +127,50 @@ def _write_scenes(data: DataSettings, folder: Path, report: Report) -> Path:
 
 
 class PipelineSource:
-    """A text-to-video pipeline of diffusers, a folder or a hub id, at one size of video.
+    """A text-to-video or image-to-video pipeline of diffusers, a folder or a hub id, at one size of
+    video; of one with two transformers, the `expert` for high noise or for low noise.
 
     Raises SettingsError, in one line, for one that cannot be trained here.
     """
 
     tiny = False
 
-    def __init__(self, name: str, video: VideoSettings, pipe: Any = None):
+    def __init__(
+        self, name: str, video: VideoSettings, pipe: Any = None, *, expert: str | None = None
+    ):
         from diffusers import DiffusionPipeline
 
         self.name, self.video, self._pipe = name, video, pipe
+        self._place = "transformer_2" if expert == "low" else "transformer"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._parts: Mapping[str, Any] = DiffusionPipeline.load_config(str(find_model(name)))
         kind = self._parts.get("_class_name") or "none"
-        for part, wanted in (("transformer", True), ("vae", True), ("transformer_2", False)):
-            if _has(self._parts, part) != wanted:
-                what = "one transformer and a VAE" if wanted else "one transformer"
+        for part in ("transformer", "vae"):
+            if not _has(self._parts, part):
                 raise SettingsError(
-                    f"model: expected a pipeline with {what}, to train it, got {kind}"
-                    f" {'without' if wanted else 'with'} {part} in {name}"
+                    "model: expected a pipeline with a transformer and a VAE, to train it, got"
+                    f" {kind} without {part} in {name}"
                 )
+        two, boundary = _has(self._parts, "transformer_2"), self._parts.get("boundary_ratio")
+        if two and (expert is None or boundary is None):
+            lack = "no expert" if expert is None else "no boundary_ratio"
+            raise SettingsError(
+                f"expert: expected high or low for {kind} with two transformers and a"
+                f" boundary_ratio in {name}, got {lack}"
+            )
+        if expert is not None and not two:
+            raise SettingsError(
+                f"expert: expected none for {kind} with one transformer in {name}, got {expert}"
+            )
+        self.sigma_range = WHOLE
+        if two and boundary is not None:
+            self.sigma_range = (boundary, 1.0) if expert == "high" else (0.0, boundary)
 
     @functools.cached_property
     def transformer(self) -> nn.Module:
         if self._pipe is not None:
-            return self._pipe.transformer
-        place = {"subfolder": "transformer", "torch_dtype": torch.float32}
+            return getattr(self._pipe, self._place)
+        place = {"subfolder": self._place, "torch_dtype": torch.float32}
         return self._class().from_pretrained(str(find_model(self.name)), **place).eval()
 
     def _class(self) -> Any:
@@ -204,9 +225,11 @@ class PipelineSource:
             )
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         hide_loading_bars()
+        second = {"transformer_2": transformer} if _has(self._parts, "transformer_2") else {}
         pipe = DiffusionPipeline.from_pretrained(
             place,
             transformer=transformer,
+            **second,
             torch_dtype={"default": dtype, "vae": torch.float32},
         )
         for part in pipe.components.values():
@@ -242,12 +265,14 @@ def open_source(settings: TrainingSettings) -> TrainSource:
     if isinstance(found, Path) and not (found / "model_index.json").exists():
         if settings.video is not None:
             raise SettingsError("video: expected none with the tiny model, got a size")
+        if settings.expert is not None:
+            raise SettingsError(f"expert: expected none for the tiny model, got {settings.expert}")
         return TinySource(settings.model)
     if settings.video is None:
         raise SettingsError(
             f"video: expected num_frames, height and width to train {settings.model} at, got none"
         )
-    return PipelineSource(settings.model, settings.video)
+    return PipelineSource(settings.model, settings.video, expert=settings.expert)
 
 
 def source_of(generator: Generator, settings: TrainingSettings) -> TrainSource:
@@ -256,12 +281,15 @@ def source_of(generator: Generator, settings: TrainingSettings) -> TrainSource:
         return TinySource(settings.model, generator)
     assert isinstance(generator, PipelineGenerator)
     assert settings.video is not None
-    return PipelineSource(settings.model, settings.video, generator.pipe)
+    return PipelineSource(settings.model, settings.video, generator.pipe, expert=settings.expert)
 
 
 def with_shift(settings: S, source: TrainSource) -> S:
-    """The same settings with the model's own shift, unless they give one."""
-    if settings.is_given("stage2.shift"):
-        return settings
-    stage2 = dataclasses.replace(settings.stage2, shift=source.shift)
+    """The same settings with the model's own shift and noise levels, unless they give them."""
+    own: dict[str, Any] = {}
+    if not settings.is_given("stage2.shift"):
+        own["shift"] = source.shift
+    if not settings.is_given("stage2.sigma_range"):
+        own["sigma_range"] = source.sigma_range
+    stage2 = dataclasses.replace(settings.stage2, **own)
     return settings.model_copy(update={"stage2": stage2})

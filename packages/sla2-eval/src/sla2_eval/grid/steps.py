@@ -104,27 +104,30 @@ def capture_qkv(
     *,
     shift: float,
     order: Mapping[str, Any],
+    sigma_range: tuple[float, float] = (0.0, 1.0),
     report: Report = silent,
 ) -> None:
     """Q, K, V in `capture.samples` forward passes of the dense model on items of `data`, at random
-    noise levels of the schedule that `shift` moves; in bf16 on a GPU. `order` is
-    Attention.order().
+    noise levels of the schedule that `shift` moves, those in `sigma_range`; in bf16 on a GPU.
+    `order` is Attention.order().
     """
     import numpy as np
     import torch
     from sla2_core.training.capture import capture as record
+    from sla2_core.training.stage2.objectives import shifted, unshifted
 
     from sla2_eval.grid.settings import Attention
 
     transformer = source.transformer.to(source.device)
+    low, high = (unshifted(level, shift) for level in sigma_range)
     handle = apply(transformer, Attention({"topk": 1.0, **order}))
 
     def run(index: int) -> None:
         rng = np.random.default_rng([capture.seed, 2, index])
         item = data[int(rng.integers(len(data)))]
         # stratified, so that few samples cover the noise levels
-        u = (index + rng.random()) / capture.samples
-        sigma = shift * u / (1 + (shift - 1) * u)
+        u = low + (high - low) * (index + rng.random()) / capture.samples
+        sigma = shifted(u, shift)
         noise = rng.standard_normal(item["latents"].shape, dtype=np.float32)
         kind = source.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):

@@ -47,6 +47,8 @@ def train(
     inputs = settings.model_dump(mode="json", include={"video", "data", "capture"})
     if settings.data.videos is not None:
         inputs["data"]["videos"] = str(settings.data.videos.resolve())
+    if settings.expert is not None:
+        inputs["expert"] = settings.expert
     inputs |= {"model": model_fingerprint(settings.model), "shift": settings.stage2.shift}
     made = any((folder / name).exists() for name in ("data", "captures"))
     note_settings(folder / "inputs.json", inputs, replace=not made)
@@ -64,6 +66,7 @@ def train(
                 captures,
                 shift=settings.stage2.shift,
                 order=attention.order(),
+                sigma_range=settings.stage2.sigma_range,
                 report=report,
             )
         config = replace(settings.stage1, seed=settings.seed)

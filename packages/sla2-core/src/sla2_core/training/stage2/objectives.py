@@ -8,8 +8,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+WHOLE = (0.0, 1.0)
 
-def draw_sigma(rng: np.random.Generator, count: int, kind: str, shift: float) -> Tensor:
+
+def shifted(u: float, shift: float) -> float:
+    """u in [0, 1] moved to shift u / (1 + (shift - 1) u)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def unshifted(sigma: float, shift: float) -> float:
+    """Inverse of shifted."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
+def draw_sigma(
+    rng: np.random.Generator,
+    count: int,
+    kind: str,
+    shift: float,
+    between: tuple[float, float] = WHOLE,
+) -> Tensor:
     """Noise levels in (0, 1), fp32 (count,): u moved to shift u / (1 + (shift - 1) u).
 
     This is the shift of diffusers' FlowMatchEulerDiscreteScheduler, so that training sees the
@@ -18,9 +36,26 @@ def draw_sigma(rng: np.random.Generator, count: int, kind: str, shift: float) ->
     Args:
         rng: the draws' generator. count: how many levels.
         kind: of u, "logit_normal" or "uniform". shift: > 0; 1 leaves u as it is.
+        between: only levels between these two, as often among themselves as without it.
     """
+    if between != WHOLE:
+        low, high = (unshifted(level, shift) for level in between)
+        u = _between(rng.random(count), kind, low, high)
+        return torch.from_numpy(shift * u / (1 + (shift - 1) * u)).float()
     u = 1 / (1 + np.exp(-rng.normal(size=count))) if kind == "logit_normal" else rng.random(count)
     return torch.from_numpy(shift * u / (1 + (shift - 1) * u)).float()
+
+
+def _between(share: np.ndarray, kind: str, low: float, high: float) -> np.ndarray:
+    """The values of u that have `share` in [0, 1) of the distribution between low and high below
+    them.
+    """
+    if kind == "uniform":
+        return low + (high - low) * share
+    ends = torch.tensor([low, high], dtype=torch.float64).logit()
+    below, above = torch.special.ndtr(ends)
+    place = below + (above - below) * torch.from_numpy(share)
+    return torch.special.ndtri(place).sigmoid().numpy()
 
 
 def noisy_and_target(

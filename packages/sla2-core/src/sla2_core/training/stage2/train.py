@@ -50,6 +50,8 @@ class Stage2Config:
         loss: "diffusion" (the family's objective) or "distill" (the velocity of the frozen
             full-attention model).
         sigma: noise levels, "logit_normal" or "uniform", moved by `shift` as in the scheduler.
+        sigma_range: the levels that are drawn, the distribution's share between these two: an
+            expert of Wan2.2 trains on its own.
         caption_dropout: share of the samples trained without their condition.
         autocast: "bfloat16", "float16" (without loss scaling: small gradients vanish), "auto"
             (bfloat16 where the device computes it natively) or None, of the forward pass.
@@ -80,6 +82,7 @@ class Stage2Config:
     loss: str = "diffusion"
     sigma: str = "logit_normal"
     shift: float = 3.0
+    sigma_range: tuple[float, float] = (0.0, 1.0)
     caption_dropout: float = 0.1
     autocast: str | None = None
     accumulate: int = 1
@@ -112,6 +115,7 @@ class Stage2Config:
                 "a number in [0, 1)": ("beta2",),
                 "True or False": ("gradient_checkpointing", "tensorboard", "lora_merge"),
                 "a list of names": ("lora_targets",),
+                "a range in [0, 1]": ("sigma_range",),
             },
             optional=("lora_rank", "ema"),
         )
@@ -136,10 +140,11 @@ class Stage2Config:
         behaviour, so that a run in its folders goes on.
         """
         found = asdict(self)
-        if found["lora_merge"]:
-            del found["lora_merge"]
-        if not found["topk_steps"]:
-            del found["topk_steps"]
+        ours = (("sigma_range", (0.0, 1.0)), ("lora_merge", True), ("topk_steps", 0))
+        for name, before in ours:
+            value = found[name]
+            if (tuple(value) if isinstance(value, list) else value) == before:
+                del found[name]
         return found
 
 
@@ -353,7 +358,8 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         rng = np.random.default_rng([config.seed, 3, step])
         index = rng.integers(len(self.data), size=config.batch_size)
-        sigma = draw_sigma(rng, config.batch_size, config.sigma, config.shift)
+        between = (config.sigma_range[0], config.sigma_range[1])
+        sigma = draw_sigma(rng, config.batch_size, config.sigma, config.shift, between)
         dropped = rng.random(config.batch_size) < config.caption_dropout
         torch.manual_seed(int(rng.integers(2**62)))  # of dropout inside the model, if it has any
         if config.topk_steps:
