@@ -12,6 +12,21 @@ VIDEOS = click.option(
     type=click.Path(),
     help="Folder of captioned mp4 files; the settings' data.videos if not given.",
 )
+GPUS = click.option(
+    "--gpus", default=1, show_default=True, type=click.IntRange(1), help="Of the dry run."
+)
+RATE = click.option(
+    "--rate",
+    default=4e14,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="FLOP/s that one GPU reaches, of the dry run.",
+)
+DRY_RUN = click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print parameters, memory and time by the cost model; nothing is loaded or written.",
+)
 
 
 @click.group("train")
@@ -57,11 +72,20 @@ def teacher(config: str, out: str) -> None:
 @command.command("router")
 @CONFIG
 @VIDEOS
-@click.option(
-    "--out", required=True, type=click.Path(), help="Folder for captures, stage 1 and its adapter."
-)
+@click.option("--out", type=click.Path(), help="Folder for captures, stage 1 and its adapter.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def router(config: str, videos: str | None, out: str, as_json: bool) -> None:
+@DRY_RUN
+@GPUS
+@RATE
+def router(
+    config: str,
+    videos: str | None,
+    out: str | None,
+    as_json: bool,
+    dry_run: bool,
+    gpus: int,
+    rate: float,
+) -> None:
     """Stage 1: capture Q, K, V and train router and alpha; run again, it goes on where it was.
 
     The model is the built-in tiny one or a text-to-video pipeline of diffusers. Prints, for each
@@ -74,7 +98,10 @@ def router(config: str, videos: str | None, out: str, as_json: bool) -> None:
     """
     from sla2_eval.cli.commands.tables import show
 
-    report = _train(config, videos, out, tune=False)
+    if dry_run:
+        _estimate(config, gpus, rate, as_json)
+        return
+    report = _train(config, videos, _folder(out), tune=False)
     rows = [
         {
             "layer": row["layer"],
@@ -90,10 +117,20 @@ def router(config: str, videos: str | None, out: str, as_json: bool) -> None:
 @command.command("finetune")
 @CONFIG
 @VIDEOS
-@click.option(
-    "--out", required=True, type=click.Path(), help="Folder for both stages and the adapter."
-)
-def finetune(config: str, videos: str | None, out: str) -> None:
+@click.option("--out", type=click.Path(), help="Folder for both stages and the adapter.")
+@click.option("--json", "as_json", is_flag=True, help="Print the dry run as JSON.")
+@DRY_RUN
+@GPUS
+@RATE
+def finetune(
+    config: str,
+    videos: str | None,
+    out: str | None,
+    as_json: bool,
+    dry_run: bool,
+    gpus: int,
+    rate: float,
+) -> None:
     """Stages 1 and 2: train router and alpha, then the model with the hard operator, low bit
     included.
 
@@ -103,6 +140,7 @@ def finetune(config: str, videos: str | None, out: str) -> None:
     \b
     Example:
       sla2 train finetune --config experiments/tiny_wan/finetune.yaml --out runs/sla2
+      sla2 train finetune --config experiments/wan2.1_1.3b/train.yaml --dry-run --gpus 8
 
     On several GPUs, after `sla2 train router` on one:
 
@@ -111,9 +149,41 @@ def finetune(config: str, videos: str | None, out: str) -> None:
     """
     from sla2_eval.parallel.launch import is_first_process
 
-    _train(config, videos, out, tune=True)
+    if dry_run:
+        _estimate(config, gpus, rate, as_json)
+        return
+    folder = _folder(out)
+    _train(config, videos, folder, tune=True)
     if is_first_process():
-        click.echo(f"{out}/stage2/adapter")
+        click.echo(f"{folder}/stage2/adapter")
+
+
+def _folder(out: str | None) -> str:
+    if out is None:
+        raise click.UsageError("--out: expected a folder, got none; only --dry-run needs none")
+    return out
+
+
+def _estimate(config: str, gpus: int, rate: float, as_json: bool) -> None:
+    """Print what the training would take."""
+    import json
+    from dataclasses import asdict
+
+    from sla2_eval.cli.commands.tables import show
+    from sla2_eval.grid.estimate import estimate, rows
+    from sla2_eval.grid.settings import TrainSettings
+    from sla2_eval.runs.settings import load_settings
+
+    found = estimate(load_settings(config, TrainSettings), gpus=gpus, rate=rate)
+    if as_json:
+        values = {**asdict(found), "memory_bytes": found.memory_bytes, "rate": rate}
+        click.echo(json.dumps(values, indent=2))
+        return
+    show(rows(found), ("part", "what", "value"), as_json=False)
+    click.echo(
+        f"From the cost model, at {rate:.3g} FLOP/s on each GPU; not measured. Text encoders, VAE"
+        " and the framework's own memory come on top."
+    )
 
 
 def _train(config: str, videos: str | None, out: str, *, tune: bool) -> dict[str, Any]:
