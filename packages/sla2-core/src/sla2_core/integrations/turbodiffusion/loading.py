@@ -60,6 +60,7 @@ def load_turbodiffusion(
         topk=topk,
         block_q=block_q,
         block_k=block_k,
+        token_order="raster",
     )
     handle = apply_sla2(transformer, variants.sla_published(base))
     projections = {

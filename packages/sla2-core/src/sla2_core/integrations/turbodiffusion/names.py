@@ -118,13 +118,13 @@ def convert(source: str, tensors: Mapping[str, Tensor]) -> Checkpoint:
     own = layout == "turbodiffusion"
     for key, value in dequantized(source, rest).items():
         renamed = _diffusers_name(key)
-        name = renamed if own else key
-        if name is None or not (own or renamed in (None, key)):
+        target = renamed if own else key
+        if target is None or not (own or renamed in (None, key)):
             kind = "Wan's own" if own else "diffusers'"
             raise ValueError(
                 f"{source}: expected {kind} names beside {layouts[layout]}, got the key {key!r}"
             )
-        weights[name] = value
+        weights[target] = value
     return Checkpoint(layout, weights, projections)
 
 
