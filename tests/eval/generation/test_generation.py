@@ -8,16 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers import tiny_model
+from sla2_eval.generation.prompts import Prompt, Request
 from sla2_eval.generation.sampling import (
     PipelineGenerator,
-    Request,
     SamplingConfig,
     TinyGenerator,
     generate,
     load_generator,
     model_fingerprint,
     noise_seed,
-    read_prompts,
 )
 from sla2_eval.videos.manifest import read_manifest
 from sla2_eval.videos.video import read_video
@@ -134,41 +133,34 @@ def test_foreign_videos_are_not_mixed_with(tmp_path):
     assert (tmp_path / "holiday.mp4").read_bytes() == b"mine"
 
 
-def test_prompts_of_one_file_name_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="different file names"):
-        generate(Recorder(), ["a/b", "a b"], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_the_model_gets_the_longer_text_and_the_file_the_prompts_name(tmp_path):
+    prompts = [
+        Prompt("a/b", "a long story of b", ("scene",)),
+        Prompt("a b"),
+        Prompt("c", samples=2),
+    ]
+    given = []
 
+    class Noting(Recorder):
+        def sample(self, requests, config):
+            given.extend(request.given for request in requests)
+            return super().sample(requests, config)
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("\n \n", "got none"), ("a\nb\na\n", "got 'a' again"), (b"\xff\xfe\x00", "UTF-8")],
-)
-def test_prompt_files(text, message, tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=message) as error:
-        read_prompts(path)
-    assert str(path) in str(error.value)
-
-
-def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n", encoding="utf-8-sig")
-    assert read_prompts(tmp_path / "prompts.txt") == ["a red circle", "a blue square"]
-
-
-def test_only_a_line_feed_ends_a_prompt(tmp_path):
-    (tmp_path / "prompts.txt").write_bytes("a red\u2028circle\r\na blue square".encode())
-    assert read_prompts(tmp_path / "prompts.txt") == ["a red\u2028circle", "a blue square"]
-
-
-def test_the_experiments_prompts_are_those_of_the_quickstart():
-    from pathlib import Path
-
-    from sla2_eval.grid.steps import builtin_prompts
-
-    found = read_prompts(Path(__file__).parents[3] / "experiments" / "tiny_wan" / "prompts.txt")
-    assert found == builtin_prompts(50)
+    recorder = Noting()
+    generate(recorder, prompts, tmp_path, config=SamplingConfig())
+    assert given == ["a long story of b", "a b", "c"]
+    rows = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row.get("text"), row.get("dimensions")) for row in rows] == [
+        ("a/b", "a long story of b", ["scene"]),
+        ("a b", None, None),
+        ("c", None, None),
+    ]
+    first, second, _ = sorted(read_manifest(tmp_path), key=lambda e: e.prompt != "a/b")
+    assert (first.file_name, first.dimensions) == ("a b-0.mp4", ("scene",))
+    assert second.file_name.startswith("a b ")
+    # The noise is that of the prompt, so that a longer text is compared from the same start.
+    painted = read_video(first.path).frames
+    assert abs(int(painted[0, 0, 0, 0]) - noise_seed("a/b", 0, 0) % 200) < 8
 
 
 def test_tiny_noise_does_not_depend_on_the_batch(tmp_path):

@@ -24,6 +24,15 @@ def test_video_name(prompt, index, name):
     assert parse_name(name)[1] == index
 
 
+def test_only_vbench_2_cuts_prompts_that_would_fit():
+    """A prompt of VBench's own has 190 characters, and its files carry all of them."""
+    assert video_name("x" * 190, 0) == "x" * 190 + "-0.mp4"
+    assert video_name("x" * 190, 0, cut=True) == "x" * 180 + "-0.mp4"
+    assert (
+        video_name("x" * 300, 0, mark=" 12345678", suffix=".png") == "x" * 180 + " 12345678-0.png"
+    )
+
+
 def test_long_prompt_of_wide_characters_fits_a_file_name(tmp_path):
     name = video_name("漢" * 200, 0)
     assert len(name.encode()) <= 255
@@ -45,7 +54,7 @@ def test_folder_is_read_in_the_order_of_names(tmp_path):
 
 
 def test_jsonl_wins_over_names(tmp_path):
-    row = {"file_name": "x.mp4", "prompt": "a dog", "index": 4, "seed": 9}
+    row = {"file_name": "x.mp4", "prompt": "a dog", "index": 4, "seed": 9, "dimensions": ["scene"]}
     (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n\n")
     (entry,) = read_manifest(tmp_path)
     assert (entry.prompt, entry.index, entry.seed, entry.path) == (

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from sla2_eval.generation.prompts import Prompt, Request, plan
 from sla2_eval.runs.folders import note_settings
 from sla2_eval.runs.progress import Report, noted, silent
 from sla2_eval.runs.store import digest, file_digest, write_atomic
-from sla2_eval.videos.manifest import read_manifest, video_name
+from sla2_eval.videos.manifest import read_manifest
 from sla2_eval.videos.video import write_video
 
 if TYPE_CHECKING:
@@ -69,21 +70,6 @@ class SamplingConfig:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
-@dataclass(frozen=True)
-class Request:
-    """One video to sample: the prompt, the number of the video for this prompt, and the seed of its
-    noise.
-    """
-
-    prompt: str
-    index: int
-    seed: int
-
-    @property
-    def file_name(self) -> str:
-        return video_name(self.prompt, self.index)
-
-
 class Generator(Protocol):
     """A model that turns requests into videos."""
 
@@ -104,32 +90,6 @@ def noise_seed(prompt: str, index: int, seed: int) -> int:
         int.from_bytes(hashlib.sha256(f"{seed}|{index}|{prompt}".encode()).digest()[:8], "little")
         >> 1
     )
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a UTF-8 text file, without empty ones. Raises ValueError naming the file if
-    there are none or repeated ones.
-    """
-    path = Path(path)
-    try:
-        prompts = [
-            line.strip()
-            for line in path.read_text(encoding="utf-8-sig").split("\n")
-            if line.strip()
-        ]
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path}: expected a text file of one prompt a line, got nothing there"
-        ) from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(
-            f"{path}: expected a UTF-8 text file of one prompt a line, got {error}"
-        ) from None
-    if not prompts:
-        raise ValueError(f"{path}: expected one prompt a line, got none")
-    if repeated := next((p for n, p in enumerate(prompts) if p in prompts[:n]), None):
-        raise ValueError(f"{path}: expected each prompt once, got {repeated!r} again")
-    return prompts
 
 
 def autocast_dtype(name: str, device: str = "cpu") -> torch.dtype | None:
@@ -174,7 +134,7 @@ class TinyGenerator:
             )
             for r in requests
         ]
-        latents, text = torch.stack(noise), encode_captions([r.prompt for r in requests])
+        latents, text = torch.stack(noise), encode_captions([r.given for r in requests])
         guided = config.guidance != 1.0
         text = torch.cat((text, torch.zeros_like(text))) if guided else text
         dtype = autocast_dtype(config.dtype)
@@ -226,7 +186,7 @@ class PipelineGenerator:
         dtype = None if config.dtype == "auto" else autocast_dtype(config.dtype, device)
         with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype is not None):
             out = self.pipe(
-                prompt=[r.prompt for r in requests],
+                prompt=[r.given for r in requests],
                 num_inference_steps=config.steps,
                 generator=generators,
                 output_type="np",
@@ -371,20 +331,6 @@ def folder_digest(folder: Path) -> str:
     return digest(files)
 
 
-def plan(prompts: Sequence[str], indices: Sequence[int], seed: int) -> list[Request]:
-    """A request for each prompt and index. Raises ValueError if two would have the same
-    file name.
-    """
-    requests = [Request(prompt, index, seed) for prompt in prompts for index in indices]
-    names = [r.file_name for r in requests]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            "prompts: expected prompts of different file names, got"
-            f" {max(names, key=names.count)!r} twice"
-        )
-    return requests
-
-
 def open_folder(folder: Path, config: SamplingConfig, fingerprint: dict) -> None:
     """Make `folder` and note what it is generated with. Raises ValueError if it holds videos made
     with something else.
@@ -454,7 +400,12 @@ def write_manifest(requests: Sequence[Request], folder: Path, config: SamplingCo
     """The manifest that scoring reads, one line a video; written once all videos are there."""
     rows = []
     for request in requests:
-        row = {"file_name": request.file_name, **asdict(request)}
+        row: dict[str, Any] = {"file_name": request.file_name, "prompt": request.prompt}
+        row |= {"index": request.index, "seed": request.seed}
+        if request.text is not None:
+            row["text"] = request.text
+        if request.dimensions:
+            row["dimensions"] = list(request.dimensions)
         if config.lossless:
             row["lossless"] = f"{LOSSLESS}/{request.file_name}"
         rows.append(row)
@@ -466,11 +417,11 @@ def write_manifest(requests: Sequence[Request], folder: Path, config: SamplingCo
 
 def generate(
     generator: Generator,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     folder: str | Path,
     *,
     config: SamplingConfig | None = None,
-    indices: Sequence[int] = (0,),
+    indices: Sequence[int] | None = (0,),
     fingerprint: dict | None = None,
     stage: str = "generate",
     report: Report = silent,
@@ -482,12 +433,12 @@ def generate(
     the model. Returns the manifest's path.
 
     Args:
-        indices: numbers of the videos of each prompt.
+        indices: numbers of the videos of each prompt; None: as many as its benchmark asks for.
         fingerprint: JSON-able description of model and variant; a folder takes one fingerprint and
             one `config` only.
 
     Raises:
-        ValueError: prompts whose file names collide, or a folder generated with other settings.
+        ValueError: a repeated prompt, or a folder generated with other settings.
         OSError: the folder cannot be written.
     """
     config, folder = config or SamplingConfig(), Path(folder)

@@ -7,14 +7,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sla2_eval.generation.prompts import Prompt, Request, plan
 from sla2_eval.generation.sampling import (
-    Request,
     SamplingConfig,
     folder_digest,
     load_generator,
     model_fingerprint,
     open_folder,
-    plan,
     write_manifest,
     write_videos,
 )
@@ -63,10 +62,10 @@ def read_variants(given: Sequence[str], out: Path) -> dict[Path, str | None]:
 def generate_variants(
     model: str,
     variants: Mapping[Path, str | None],
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     config: SamplingConfig,
     *,
-    indices: Sequence[int] = (0,),
+    indices: Sequence[int] | None = (0,),
     workers: int = 1,
     ray_address: str | None = None,
     report: Report = silent,
@@ -81,7 +80,7 @@ def generate_variants(
 
     Args:
         variants: {folder: adapter, or None for full attention}. indices: numbers of the videos of
-            each prompt.
+            each prompt; None: as many as its benchmark asks for.
 
     Returns:
         The manifests, in the order of `variants`.

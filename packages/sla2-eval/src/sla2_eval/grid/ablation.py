@@ -17,6 +17,7 @@ from typing import Any
 from sla2_core.config import SLA2Config
 
 from sla2_eval.generation import sampling as generation
+from sla2_eval.generation.prompts import Prompt, Request, plan, read_prompts
 from sla2_eval.grid import steps
 from sla2_eval.grid.settings import AblationSettings, Attention, VariantSettings
 from sla2_eval.grid.source import TrainSource, open_source, source_of, with_shift
@@ -138,7 +139,7 @@ def sampling(settings: AblationSettings) -> generation.SamplingConfig:
     return settings.generate.config(settings.video)
 
 
-def prompts_of(settings: AblationSettings, source: TrainSource) -> list[str]:
+def prompts_of(settings: AblationSettings, source: TrainSource) -> list[Prompt]:
     """The prompts of the grid. Raises ValueError if the file has fewer than `num_prompts`, or for
     a pipeline without a file.
     """
@@ -149,11 +150,19 @@ def prompts_of(settings: AblationSettings, source: TrainSource) -> list[str]:
                 f"generate.prompts: expected a text file of one prompt a line for {source.name},"
                 " got none"
             )
-        return steps.builtin_prompts(count)
-    found = generation.read_prompts(path)
+        return [Prompt(caption) for caption in steps.builtin_prompts(count)]
+    given = settings.generate
+    found = read_prompts(path, names=given.names, info=given.info)
     if len(found) < count:
         raise ValueError(f"{path}: expected {count} prompts, got {len(found)}")
     return found[:count]
+
+
+def requests_of(
+    settings: AblationSettings, source: TrainSource, seeds: Sequence[int]
+) -> list[Request]:
+    """A video of every prompt for each of the seeds."""
+    return plan(prompts_of(settings, source), seeds, settings.generate.seed)
 
 
 def metrics_of(settings: AblationSettings, source: TrainSource) -> list[str]:
@@ -246,8 +255,7 @@ def task_full(
 ) -> None:
     """The videos number `seed` of full attention, every second prompt from `share` on."""
     config, folder = sampling(settings), out / "videos" / REFERENCE
-    prompts = prompts_of(settings, open_source(settings))
-    requests = generation.plan(prompts, [seed], config.seed)[share::2]
+    requests = requests_of(settings, open_source(settings), [seed])[share::2]
     stage = f"videos of {REFERENCE}, seed {seed}, half {share + 1}"
     if all((folder / request.file_name).exists() for request in requests):
         return
@@ -261,12 +269,10 @@ def task_videos(
     """The videos and block maps of one variant at one seed."""
     from sla2_core.training.stage1.train import load_stage1
 
-    prompts = prompts_of(settings, open_source(settings))
+    requests = requests_of(settings, open_source(settings), [cell.seed])
     folder, config = out / "videos" / cell.name, sampling(settings)
     maps = out / "block_maps" / f"{cell.name}.json"
-    if maps.exists() and generation.is_complete(
-        generation.plan(prompts, [cell.seed], config.seed), folder
-    ):
+    if maps.exists() and generation.is_complete(requests, folder):
         return
     generator = generation.load_generator(settings.model)
     handle = steps.apply(generator.transformer, cell.attention)
@@ -277,19 +283,13 @@ def task_videos(
     elif cell.router:
         load_stage1(handle, out / "work" / cell.router)
     generator.transformer.eval()
-    generation.generate(
-        generator,
-        prompts,
-        folder,
-        config=config,
-        indices=[cell.seed],
-        fingerprint=_fingerprint(cell),
-        stage=f"videos of {cell.name}",
-        report=report,
-    )
+    generation.open_folder(folder, config, _fingerprint(cell))
+    stage = f"videos of {cell.name}"
+    generation.write_videos(generator, requests, folder, config, stage=stage, report=report)
+    generation.write_manifest(requests, folder, config)
     if not maps.exists():
-        video = folder / generation.video_name(prompts[0], cell.seed)
-        found = steps.block_maps(source_of(generator, settings), handle, video, prompts[0])
+        video, source = folder / requests[0].file_name, source_of(generator, settings)
+        found = steps.block_maps(source, handle, video, requests[0].given)
         write_atomic(maps, json.dumps(found) + "\n")
 
 
@@ -400,14 +400,14 @@ def run_grid(
     import_modules(settings.imports)
     source = open_source(settings)
     settings = with_shift(settings, source)
-    grid, prompts, config = cells(settings), prompts_of(settings, source), sampling(settings)
+    grid, config = cells(settings), sampling(settings)
+    requests = requests_of(settings, source, settings.seeds)
     tasks = graph(settings, out)
     metrics_of(settings, source)
     full = out / "videos" / REFERENCE
     generation.open_folder(full, config, {"model": generation.model_fingerprint(settings.model)})
     for cell in grid:
         generation.open_folder(out / "videos" / cell.name, config, _fingerprint(cell))
-    requests = generation.plan(prompts, settings.seeds, config.seed)
     generation.write_manifest(requests, full, config)
     write_run(settings, grid, out, notes)
     with open_pool(settings.workers, ray_address, report=report) as pool:

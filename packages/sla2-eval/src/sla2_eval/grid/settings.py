@@ -156,11 +156,13 @@ class CaptureSettings(CaptureConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateSettings(SamplingConfig):
-    """Sampling of every variant of a grid: the first `num_prompts` lines of `prompts` (None: the
-    tiny model's built-in scenes).
+    """Sampling of every variant of a grid: the first `num_prompts` of `prompts` (None: the tiny
+    model's built-in scenes), with `names` and `info` as read_prompts takes them.
     """
 
     prompts: Path | None = None
+    names: Path | None = None
+    info: Path | None = None
     num_prompts: int = 24
 
     def __post_init__(self) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 MANIFESTS = ("manifest.jsonl", "metadata.jsonl")
-MAX_PROMPT = 180  # characters of a prompt in a file name, as in VBench
+MAX_PROMPT = 180  # characters of a long prompt in a file name, as in VBench-2.0
+_MAX_BYTES = 240  # of a file name without number and suffix; file systems take 255
 _NAME = re.compile(r"^(?P<prompt>.+)-(?P<index>\d+)$", re.DOTALL)
 
 
@@ -24,18 +25,24 @@ class Entry:
     prompt: str
     index: int = 0
     seed: int | None = None
+    dimensions: tuple[str, ...] | None = None  # of the benchmark, for which it is scored
     lossless: Path | None = None  # the same frames before the codec's loss, which pairs compare
 
 
-def video_name(prompt: str, index: int) -> str:
-    """VBench's file name `{prompt}-{index}.mp4`; separators become spaces and long prompts are cut,
-    as file systems want.
+def video_name(
+    prompt: str, index: int, *, mark: str = "", cut: bool = False, suffix: str = ".mp4"
+) -> str:
+    """VBench's file name `{prompt}-{index}.mp4`; separators become spaces.
+
+    A prompt that no file system would take whole is cut to its first 180 characters, and with `cut`
+    any longer one, as VBench-2.0 names its videos. `mark` follows the prompt.
     """
     text = re.sub(r"[/\\\x00-\x1f]+", " ", prompt).strip().lstrip(".") or "video"
-    text = text[:MAX_PROMPT]
-    while len(text.encode()) > 240:
+    if cut or len((text + mark).encode()) > _MAX_BYTES:
+        text = text[:MAX_PROMPT]
+    while len((text + mark).encode()) > _MAX_BYTES:
         text = text[:-1]
-    return f"{text}-{index}.mp4"
+    return f"{text}{mark}-{index}{suffix}"
 
 
 def parse_name(file_name: str) -> tuple[str, int]:
@@ -113,10 +120,15 @@ def _read_lines(manifest: Path, root: Path) -> list[Entry]:
             raise ValueError(
                 f"{where}: expected a text prompt and whole index and seed, got {line[:80]!r}"
             )
+        dimensions = row.get("dimensions")
+        if dimensions is not None:
+            if not isinstance(dimensions, list):
+                raise ValueError(f"{where}: expected a list of dimensions, got {dimensions!r}")
+            dimensions = tuple(dimensions)
         lossless = row.get("lossless")
         if lossless is not None:
             lossless = resolve_inside(root, lossless, where)
-        entries.append(Entry(name, path, prompt, index, seed, lossless))
+        entries.append(Entry(name, path, prompt, index, seed, dimensions, lossless))
     return entries
 
 
@@ -161,7 +173,10 @@ def pair(videos: list[Entry], references: list[Entry]) -> list[tuple[Entry, Entr
     """
     by_name = {entry.file_name: entry for entry in references}
     pairs = [(entry, by_name.get(entry.file_name)) for entry in videos]
-    return [(v, r and replace(r, prompt=v.prompt, index=v.index, seed=v.seed)) for v, r in pairs]
+    return [
+        (v, r and replace(r, prompt=v.prompt, index=v.index, seed=v.seed, dimensions=v.dimensions))
+        for v, r in pairs
+    ]
 
 
 def compared(video: Entry, reference: Entry) -> tuple[Path, Path]:

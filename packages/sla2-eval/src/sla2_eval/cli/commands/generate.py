@@ -9,6 +9,18 @@ from typing import Any
 import click
 
 
+def _number_or_benchmark(ctx: click.Context, _: click.Parameter, value: str) -> int | None:
+    """None is the benchmark's number."""
+    if value == "benchmark":
+        return None
+    if not value.isdigit() or int(value) < 1:
+        raise click.UsageError(
+            f"--videos-per-prompt: expected a number of at least 1 or 'benchmark', got {value!r}",
+            ctx,
+        )
+    return int(value)
+
+
 @click.command("generate")
 @click.option(
     "--model",
@@ -25,11 +37,29 @@ import click
     multiple=True,
     help="NAME=ADAPTER or NAME=full, into OUT/NAME; any number of them.",
 )
-@click.option("--prompts", required=True, type=click.Path(), help="Text file, one prompt a line.")
+@click.option(
+    "--prompts",
+    required=True,
+    type=click.Path(),
+    help="Text file of one prompt a line, or VBench's full-info JSON.",
+)
+@click.option(
+    "--names",
+    type=click.Path(),
+    help="File of the original prompts, line by line, where PROMPTS are longer versions.",
+)
+@click.option("--info", type=click.Path(), help="VBench's full-info JSON of a text file's prompts.")
+@click.option("--dimensions", help="Comma-separated: only prompts of these, by the JSON.")
 @click.option(
     "--out", required=True, type=click.Path(), help="Folder for the mp4 files and their manifest."
 )
-@click.option("--videos-per-prompt", default=1, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--videos-per-prompt",
+    default="1",
+    show_default=True,
+    callback=_number_or_benchmark,
+    help="A number, or 'benchmark': as many as VBench asks for, by the JSON.",
+)
 @click.option(
     "--steps", default=20, show_default=True, type=click.IntRange(1), help="Denoising steps."
 )
@@ -72,8 +102,11 @@ def command(
     adapter: str | None,
     given: tuple[str, ...],
     prompts: str,
+    names: str | None,
+    info: str | None,
+    dimensions: str | None,
     out: str,
-    videos_per_prompt: int,
+    videos_per_prompt: int | None,
     workers: int,
     ray_address: str | None,
     **sampling: Any,
@@ -87,16 +120,20 @@ def command(
     Example:
       sla2 generate --model tiny --prompts experiments/tiny_wan/prompts.txt --out runs/full
       sla2 generate --variant full=full --variant sla2=ADAPTER --prompts prompts.txt --out runs/both
+      sla2 generate --model MODEL --prompts all_dimension_longer.txt --names all_dimension.txt \\
+          --info VBench_full_info.json --videos-per-prompt benchmark --out runs/vbench
     """
     from pathlib import Path
 
-    from sla2_eval.generation.sampling import SamplingConfig, can_write, read_prompts
+    from sla2_eval.generation.prompts import read_prompts
+    from sla2_eval.generation.sampling import SamplingConfig, can_write
     from sla2_eval.generation.variants import generate_variants, read_variants
     from sla2_eval.runs.progress import ProgressDisplay
 
     if adapter and given:
         raise ValueError("--adapter: expected none beside --variant, got one")
-    lines = read_prompts(prompts)
+    chosen = [name.strip() for name in (dimensions or "").split(",") if name.strip()]
+    lines = read_prompts(prompts, names=names, info=info, dimensions=chosen)
     can_write(out, "--out")
     variants = read_variants(given, Path(out)) or {Path(out): adapter}
     with ProgressDisplay() as report:
@@ -105,7 +142,7 @@ def command(
             variants,
             lines,
             SamplingConfig(**sampling),
-            indices=range(videos_per_prompt),
+            indices=None if videos_per_prompt is None else range(videos_per_prompt),
             workers=workers,
             ray_address=ray_address,
             report=report,
