@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from sla2_kernels import artifacts, compile
-from sla2_kernels.compile import compile_kernel, gate, kernel_key, parse_log
+from sla2_kernels.compile import compile_kernel, kernel_key, parse_log
+from sla2_kernels.gate import gate
 from sla2_kernels.kernels import all_specs
 from sla2_kernels.specs import ARCHITECTURES, CSRC, KernelSpec
 

@@ -40,7 +40,8 @@ def command(archs: tuple[str, ...], as_json: bool) -> int | None:
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    from sla2_kernels.compile import compile_kernel, row_of
+    from sla2_kernels.compile import compile_kernel
+    from sla2_kernels.gate import row_of
     from sla2_kernels.kernels import all_specs
     from sla2_kernels.specs import ARCHITECTURES
 
