@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sla2_kernels import artifacts, compile
-from sla2_kernels.compile import compile_kernel, kernel_key, parse_log
+from sla2_kernels.compile import compile_kernel, kernel_key, parse_log, parse_warnings
 from sla2_kernels.gate import gate
 from sla2_kernels.kernels import all_specs
 from sla2_kernels.specs import ARCHITECTURES, CSRC, KernelSpec
@@ -67,14 +68,26 @@ def test_every_entry_of_the_sources_has_a_spec():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"max_registers": 1}, "registers, expected at most 1"),
+        ({"threads": 1024, "blocks_per_sm": 16}, "registers, expected at most 0"),
+        ({"threads": 1024, "blocks_per_sm": 2}, "1 blocks of 1024 threads fit on a"),
         ({"shared_bytes": 200_000}, "bytes of shared memory"),
     ],
 )
 def test_the_gate_sees_what_is_too_much(spec, change, words):
-    tight = KernelSpec(source=spec.source, entry="scale", arch="sm_86", threads=64, **change)
+    tight = replace(spec, arch="sm_86", **change)
     assert words in " ".join(gate(tight, compile_kernel(tight)))
     assert gate(spec, compile_kernel(spec)) == []
+
+
+def test_the_gate_sees_what_ptxas_says_of_lost_performance(spec):
+    log = (
+        "ptxas info    : 0 bytes gmem\nptxas info    : (C7514) Potential Performance Loss:"
+        " wgmma.mma_async instructions are serialized\nptxas info    : (C1234) other\n"
+    )
+    (warning,) = parse_warnings(log)
+    built = replace(compile_kernel(spec), warnings=(warning,))
+    assert gate(spec, built) == [f"scale sm_80: {warning}"]
+    assert "(C7514) Potential Performance Loss: wgmma" in warning
 
 
 def test_the_gate_sees_spills(spec):

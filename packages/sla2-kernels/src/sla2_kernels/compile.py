@@ -17,7 +17,7 @@ from sla2_kernels.artifacts import get, key_of
 from sla2_kernels.sources import gather
 from sla2_kernels.specs import KernelSpec
 
-SCHEMA = "nvrtc 1"
+SCHEMA = "nvrtc 2"
 _OPTIONS = ("-std=c++17", "--ptxas-options=-v")
 
 
@@ -41,11 +41,18 @@ class Resources:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A cubin in the cache, and what each of its kernels uses."""
+    """A cubin in the cache, and what each of its kernels uses.
+
+    Attributes:
+        kernels: by the entry's name.
+        warnings: what ptxas says of lost performance, such as wgmma that it serialises: its lines
+            with a code C75xx, for the whole source.
+    """
 
     path: Path
     key: str
     kernels: dict[str, Resources]
+    warnings: tuple[str, ...] = ()
 
 
 def _candidates() -> list[Path]:
@@ -166,7 +173,7 @@ def compile_kernel(spec: KernelSpec) -> Compiled:
     key = key_of(parts + [text for pair in texts.items() for text in pair])
     entry = get(key, ".cubin", lambda: _build(spec, texts, nvrtc))
     kernels = {name: Resources(**numbers) for name, numbers in entry.notes["kernels"].items()}
-    return Compiled(entry.path, key, kernels)
+    return Compiled(entry.path, key, kernels, tuple(entry.notes["warnings"]))
 
 
 def _build(spec: KernelSpec, texts: dict[str, str], nvrtc: Path) -> tuple[bytes, dict[str, Any]]:
@@ -177,6 +184,7 @@ def _build(spec: KernelSpec, texts: dict[str, str], nvrtc: Path) -> tuple[bytes,
         "options": options_of(spec),
         "nvrtc": nvrtc_version(nvrtc),
         "kernels": kernels,
+        "warnings": parse_warnings(log),
     }
 
 
@@ -249,3 +257,8 @@ def parse_log(log: str) -> dict[str, Resources]:
     if not found or not all(resources.registers for resources in found.values()):
         raise RuntimeError(f"ptxas: expected a report of registers, got {log[:200]!r}")
     return found
+
+
+def parse_warnings(log: str) -> list[str]:
+    """The lines of ptxas about lost performance, C7500 to C7599."""
+    return [" ".join(line.split()) for line in log.splitlines() if re.search(r"\(C75\d\d\)", line)]

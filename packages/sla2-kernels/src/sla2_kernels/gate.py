@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sla2_kernels.compile import Compiled
+from sla2_kernels.sass import Code
 from sla2_kernels.specs import ARCHITECTURES, KernelSpec
 
 
@@ -24,17 +25,34 @@ def gate(spec: KernelSpec, compiled: Compiled) -> list[str]:
         )
     if used.registers > spec.max_registers:
         found.append(f"{where}: {used.registers} registers, expected at most {spec.max_registers}")
-    if used.registers * spec.threads > limits.registers_per_sm:
+    shared = used.shared + spec.shared_bytes
+    resident = limits.resident_blocks(spec.threads, used.registers, shared)
+    if resident < spec.blocks_per_sm:
         found.append(
-            f"{where}: {used.registers} registers x {spec.threads} threads do not fit on a"
-            " multiprocessor"
+            f"{where}: {resident} blocks of {spec.threads} threads fit on a multiprocessor,"
+            f" expected {spec.blocks_per_sm}"
         )
-    if used.shared + spec.shared_bytes > limits.shared_per_block:
-        total = used.shared + spec.shared_bytes
+    found += [f"{where}: {line}" for line in compiled.warnings]
+    if shared > limits.shared_per_block:
         found.append(
-            f"{where}: {total} bytes of shared memory, expected at most {limits.shared_per_block}"
+            f"{where}: {shared} bytes of shared memory, expected at most {limits.shared_per_block}"
         )
     return found
+
+
+def gate_code(spec: KernelSpec, code: Code) -> list[str]:
+    """Why a kernel's code is not what its spec says it executes: lines, none if fine."""
+    where = f"{spec.label} {spec.arch}"
+    found = [
+        f"{where}: no {opcode} in its code, expected some"
+        for opcode in spec.opcodes
+        if not code.count(opcode)
+    ]
+    return found + [
+        f"{where}: {count} {opcode} in its code, expected none"
+        for opcode in spec.never
+        if (count := code.count(opcode))
+    ]
 
 
 def row_of(spec: KernelSpec, compiled: Compiled) -> dict[str, Any]:

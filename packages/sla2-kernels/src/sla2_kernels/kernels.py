@@ -70,10 +70,23 @@ class _Kernel:
     threads: Callable[[Geometry, Architecture], int]
     shared_bytes: Callable[[Geometry], int]
     precisions: tuple[str, ...] = ("full",)
-    max_registers: int = 255
+    blocks: Callable[[Geometry, Architecture], int] | None = None  # None: a quarter of the threads
+    opcodes: tuple[str, ...] = ()
 
 
 _LOW = ("int8", "int8_int8", "fp8")
+# 16 bytes a lane, from and to memory; tiles by cp.async and ldmatrix into 16-bit products.
+_WIDE = ("LDG.E.128", "STG.E.128")
+_TILES = ("LDGSTS.E.BYPASS.128", "LDSM.16", "HMMA.16816")
+_WIDENS_FP8 = "F2FP.F16.E4M3.UNPACK"
+
+
+def _low_opcodes(precision: str, arch: Architecture) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What multiplies Q K^T and P V in 8 bit, and what its code has not."""
+    products = {"int8": ("IMMA", "QMMA"), "int8_int8": ("IMMA",), "fp8": ("QMMA",)}[precision]
+    if arch.fp8_mma or precision == "int8_int8":
+        return products, (_WIDENS_FP8,)
+    return (*(name for name in products if name != "QMMA"), _WIDENS_FP8), ("QMMA",)
 
 
 def _none(_: Geometry) -> int:
@@ -99,6 +112,18 @@ def _sparse_forward_low_shared(g: Geometry) -> int:
     return max(ring, (2 * g.block_q + g.head_dim) * g.row_bytes)
 
 
+def _room(shared_bytes: int, arch: Architecture) -> int:
+    """Blocks that a multiprocessor has shared memory for."""
+    return arch.resident_blocks(32, 0, shared_bytes)
+
+
+def _two_that_fit(
+    shared_bytes: Callable[[Geometry], int],
+) -> Callable[[Geometry, Architecture], int]:
+    """Two blocks, of which one works while the other waits, where shared memory has room."""
+    return lambda g, arch: min(2, _room(shared_bytes(g), arch))
+
+
 def _backward_rows(g: Geometry) -> int:
     return min(64, g.block_q)
 
@@ -117,8 +142,17 @@ _KERNELS = {
     "sla2_copy_columns": _Kernel("prologue.cu", _fixed(256), _none),
     "sla2_key_sums": _Kernel("prologue.cu", _fixed(128), _none),
     "sla2_key_mean": _Kernel("prologue.cu", _fixed(512), _none, ("full", *_LOW)),
-    "sla2_prologue_q": _Kernel("prologue.cu", lambda g, _: 2 * g.block_q, _none, ("full", *_LOW)),
-    "sla2_prologue_k": _Kernel("prologue.cu", lambda g, _: 2 * g.block_k, _none, ("full", *_LOW)),
+    "sla2_prologue_q": _Kernel(
+        "prologue.cu", lambda g, _: 2 * g.block_q, _none, ("full", *_LOW), opcodes=_WIDE
+    ),
+    "sla2_prologue_k": _Kernel(
+        "prologue.cu",
+        lambda g, _: 2 * g.block_k,
+        _none,
+        ("full", *_LOW),
+        blocks=_fixed(3),
+        opcodes=_WIDE,
+    ),
     "sla2_prologue_v": _Kernel("prologue.cu", _fixed(128), _none, _LOW),
     "sla2_project": _Kernel("route.cu", lambda g, _: g.head_dim, _none),
     "sla2_scores": _Kernel("route.cu", _fixed(64), _none),
@@ -128,37 +162,80 @@ _KERNELS = {
     "sla2_column_offsets": _Kernel("route.cu", _fixed(256), _none),
     "sla2_column_rows": _Kernel("route.cu", _fixed(128), _none),
     "sla2_states": _Kernel(
-        "linear.cu", lambda g, _: 2 * g.head_dim, lambda g: 2 * g.block_k * g.row_bytes
+        "linear.cu",
+        lambda g, _: 2 * g.head_dim,
+        lambda g: 2 * g.block_k * g.row_bytes,
+        opcodes=_TILES,
     ),
-    "sla2_masked_sum": _Kernel("linear.cu", _fixed(256), lambda g: 4 * 32 * 256),
-    "sla2_sparse_fwd": _Kernel("sparse_fwd.cu", _forward_threads, _sparse_forward_shared),
+    "sla2_masked_sum": _Kernel(
+        "linear.cu", _fixed(256), lambda g: 4 * 32 * 256, blocks=lambda *_: 2, opcodes=_TILES
+    ),
+    "sla2_sparse_fwd": _Kernel(
+        "sparse_fwd.cu",
+        _forward_threads,
+        _sparse_forward_shared,
+        blocks=_two_that_fit(_sparse_forward_shared),
+        opcodes=_TILES,
+    ),
     "sla2_sparse_fwd_low": _Kernel(
-        "sparse_fwd_low.cu", lambda g, _: 2 * g.block_q, _sparse_forward_low_shared, _LOW
+        "sparse_fwd_low.cu",
+        lambda g, _: 2 * g.block_q,
+        _sparse_forward_low_shared,
+        _LOW,
+        blocks=lambda *_: 1,
+        opcodes=_TILES,
     ),
     "sla2_bwd_row_dot": _Kernel("sparse_bwd.cu", lambda g, _: 2 * g.block_q, _none),
     "sla2_sparse_bwd_q": _Kernel(
-        "sparse_bwd.cu", lambda g, _: 2 * _backward_rows(g), _backward_q_shared, ("full", *_LOW)
+        "sparse_bwd.cu",
+        lambda g, _: 2 * _backward_rows(g),
+        _backward_q_shared,
+        ("full", *_LOW),
+        blocks=_two_that_fit(_backward_q_shared),
+        opcodes=_TILES,
     ),
     "sla2_sparse_bwd_kv": _Kernel(
-        "sparse_bwd.cu", lambda g, _: 2 * g.block_k, _backward_kv_shared, ("full", *_LOW)
+        "sparse_bwd.cu",
+        lambda g, _: 2 * g.block_k,
+        _backward_kv_shared,
+        ("full", *_LOW),
+        blocks=_two_that_fit(_backward_kv_shared),
+        opcodes=_TILES,
     ),
     "sla2_widen": _Kernel("sparse_bwd_matched.cu", _fixed(256), _none, _LOW),
     "sla2_round_values": _Kernel("sparse_bwd_matched.cu", _fixed(256), _none, _LOW),
     "sla2_bwd_matched_rows": _Kernel(
-        "sparse_bwd_matched.cu", lambda g, _: 2 * _backward_rows(g), _backward_q_shared, _LOW
+        "sparse_bwd_matched.cu",
+        lambda g, _: 2 * _backward_rows(g),
+        _backward_q_shared,
+        _LOW,
+        blocks=_two_that_fit(_backward_q_shared),
+        opcodes=_TILES,
     ),
     "sla2_finish_dk": _Kernel("sparse_bwd.cu", _fixed(256), _none),
     "sla2_linear_bwd_q": _Kernel(
         "linear_bwd.cu",
         lambda g, _: 2 * g.block_q,
         lambda g: (2 * g.block_q + g.head_dim) * g.row_bytes + 12 * g.block_q,
+        opcodes=_TILES,
     ),
     "sla2_linear_bwd_kv": _Kernel(
         "linear_bwd.cu",
         lambda g, _: 2 * g.block_k,
         lambda g: (2 * g.block_k + g.head_dim) * g.row_bytes,
+        opcodes=_TILES,
     ),
 }
+
+
+def _resident_blocks(kernel: _Kernel, g: Geometry, arch: Architecture) -> int:
+    """How many blocks of a kernel shall fit on a multiprocessor: by default those that make a
+    quarter of its threads, as far as shared memory has room for them.
+    """
+    if kernel.blocks:
+        return kernel.blocks(g, arch)
+    wanted = max(1, arch.threads_per_sm // 4 // kernel.threads(g, arch))
+    return min(wanted, _room(kernel.shared_bytes(g), arch))
 
 
 def supports(arch: str, precision: str) -> bool:
@@ -182,6 +259,10 @@ def spec_of(name: str, arch: str, geometry: Geometry) -> KernelSpec:
             f"precision: expected 'full' or 'int8_int8' on {arch}, which has no FP8, got"
             f" {precision!r}"
         )
+    products: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    if name == "sla2_sparse_fwd_low":
+        products, absent = _low_opcodes(precision, ARCHITECTURES[arch])
     return KernelSpec(
         source=kernel.source,
         entry=name,
@@ -195,7 +276,9 @@ def spec_of(name: str, arch: str, geometry: Geometry) -> KernelSpec:
             ("SLA2_PRECISION", PRECISIONS[precision]),
         ),
         shared_bytes=kernel.shared_bytes(geometry),
-        max_registers=kernel.max_registers,
+        blocks_per_sm=_resident_blocks(kernel, geometry, ARCHITECTURES[arch]),
+        opcodes=(*kernel.opcodes, *products),
+        never=("LDL", "STL", *absent),
     )
 
 

@@ -38,6 +38,15 @@ class Architecture:
         """
         return self.number in (80, 90, 100)
 
+    @property
+    def fp8_mma(self) -> bool:
+        """Whether `mma.sync` multiplies FP8 in one instruction (QMMA).
+
+        sm_90 and sm_100 have FP8 for other instructions alone; there ptxas widens the operands to
+        fp16 and multiplies those.
+        """
+        return self.number in (89, 120)
+
     def resident_blocks(self, threads: int, registers: int, shared_bytes: int) -> int:
         """Blocks of a kernel that fit on one multiprocessor at once."""
         warps = -(-threads // 32)
@@ -49,6 +58,11 @@ class Architecture:
             self.registers_per_sm // max(1, registers_of_block),
             self.shared_per_sm // shared_of_block,
         )
+
+    def register_ceiling(self, threads: int, blocks: int) -> int:
+        """The registers a thread may have where `blocks` blocks shall fit: a multiple of 8."""
+        warps = -(-threads // 32)
+        return min(255, self.registers_per_sm // (blocks * warps) // 256 * 8)
 
 
 _KB = 1024
@@ -128,7 +142,10 @@ class KernelSpec:
         threads: of a block.
         macros: (name, value) pairs.
         shared_bytes: dynamic shared memory of a launch.
-        max_registers: the ceiling that the compile gate holds; it allows no spills.
+        blocks_per_sm: how many shall fit on a multiprocessor; the compile gate holds the kernel to
+            it, and to no spills.
+        opcodes: beginnings of names of SASS instructions that its code has, such as "QMMA".
+        never: those that it has not.
     """
 
     source: str
@@ -137,7 +154,14 @@ class KernelSpec:
     threads: int
     macros: tuple[tuple[str, int], ...] = ()
     shared_bytes: int = 0
-    max_registers: int = 255
+    blocks_per_sm: int = 1
+    opcodes: tuple[str, ...] = ()
+    never: tuple[str, ...] = ("LDL", "STL")
+
+    @property
+    def max_registers(self) -> int:
+        """What `blocks_per_sm` leaves a thread."""
+        return ARCHITECTURES[self.arch].register_ceiling(self.threads, self.blocks_per_sm)
 
     @property
     def path(self) -> Path:
