@@ -105,9 +105,11 @@ def run_kernel(
         RuntimeError: what compiling or running needs is missing, or the kernel does not compile.
         TypeError: an argument is neither a Pointer nor a numpy scalar.
     """
-    kernel = load(spec_of(name, device.arch, problem.geometry), device.target, device.index)
-    spec = kernel.spec
-    launch(kernel, (*grid, 1, 1)[:3], (spec.threads, 1, 1), spec.shared_bytes, args, device.stream)
+    spec, grid = spec_of(name, device.arch, problem.geometry), (*grid, 1, 1)[:3]
+    if device.record:
+        return device.record(spec, grid, args)
+    kernel = load(spec, device.target, device.index)
+    launch(kernel, grid, (spec.threads, 1, 1), spec.shared_bytes, args, device.stream)
 
 
 def copy_columns(
@@ -188,7 +190,8 @@ def prologue(
         mean = new((p.pairs, p.width), "float32")
         made["v_scale"] = new((p.pairs, p.width), "float32") if p.low else NULL
         args: tuple[Argument, ...]
-        args = *k.arguments, *v.arguments, p.kv_lengths, sums, tops, heads, n_k
+        values = v if p.low else Strided(NULL, (0, 0, 0))
+        args = *k.arguments, *values.arguments, p.kv_lengths, sums, tops, heads, n_k
         run_kernel(device, p, "sla2_key_sums", per_key, *args)
         run_kernel(
             device,

@@ -4,17 +4,19 @@ tensors lie.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from sla2_kernels.kernels import Geometry
-from sla2_kernels.launch import Pointer
+from sla2_kernels.launch import Argument, Pointer
+from sla2_kernels.specs import KernelSpec
 
 NULL = Pointer(0)
 Allocate = Callable[[tuple[int, ...], str], Pointer]
+Record = Callable[[KernelSpec, tuple[int, ...], Sequence[Argument]], None]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Device:
         arch: what kernels are compiled for, such as "sm_90a".
         index: number of the GPU.
         stream: a cudaStream_t as an integer; None: the default stream.
+        record: takes a launch's spec, grid and arguments in place of the target, which then
+            launches nothing: see `record.Recorder`.
     """
 
     allocate: Allocate
@@ -77,6 +81,7 @@ class Device:
     arch: str = "sm_90a"
     index: int = 0
     stream: int | None = None
+    record: Record | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,16 +14,25 @@ from sla2_eval.cli.commands.tables import show
 
 # name -> module of the checkout with `measure(report, quick) -> {"suite", "hardware", "rows":
 # [...], ...}`, COLUMNS of the table, and perhaps plot(result, path)
-SUITES = {"paper": "benchmarks.bench_paper", "cpu": "benchmarks.bench_cpu"}
+SUITES = {
+    "paper": "benchmarks.bench_paper",
+    "cpu": "benchmarks.bench_cpu",
+    "model": "benchmarks.gpu_model",
+}
 
 
 @click.command("bench")
 @click.option(
     "--suite",
-    type=click.Choice(list(SUITES)),
+    type=click.Choice(["paper", "cpu"]),
     default="paper",
     show_default=True,
     help="paper: the GPU; cpu.",
+)
+@click.option(
+    "--model",
+    is_flag=True,
+    help="Measure nothing: model each stage's milliseconds on GPUs from the code's counts.",
 )
 @click.option("--quick", is_flag=True, help="Fewer settings and repetitions.")
 @click.option(
@@ -32,7 +41,7 @@ SUITES = {"paper": "benchmarks.bench_paper", "cpu": "benchmarks.bench_cpu"}
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write everything to this file; a plot beside it.",
 )
-def command(suite: str, quick: bool, json_file: Path | None) -> None:
+def command(suite: str, model: bool, quick: bool, json_file: Path | None) -> None:
     """Time SLA2 whole and by stage against dense attention in one process, interleaved; median and
     spread.
 
@@ -44,7 +53,7 @@ def command(suite: str, quick: bool, json_file: Path | None) -> None:
     """
     from sla2_eval.runs.progress import ProgressDisplay
 
-    module = _import_suite(suite)
+    module = _import_suite("model" if model else suite)
     with ProgressDisplay() as report:
         result = module.measure(report, quick)
     show(result["rows"], module.COLUMNS, as_json=False)

@@ -1,0 +1,335 @@
+"""How long each stage should take on a GPU that is not here, from its launches, bytes, FLOPs and
+compiled instructions. docs/gpu-model.md has the formulae. Everything it says is modelled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import sass_figures
+
+if TYPE_CHECKING:
+    from sla2_kernels.problem import Problem
+    from sla2_kernels.record import Launch
+
+COLUMNS = (
+    "gpu",
+    "precision",
+    "stage",
+    "launches",
+    "MB",
+    "memory",
+    "issue",
+    "tensor",
+    "ms",
+    "measured",
+)
+SHAPE = {"n": 32760, "heads": 12, "sparsity": 0.97}  # the paper's: Wan2.1 1.3B at 480p
+PRECISIONS = ("full", "int8", "int8_int8")
+MMA_FLOPS = 4096  # of a warp's m16n8k16 instruction; m16n8k32 on 8 bit has twice as many
+LAUNCH_SECONDS = 2.5e-6  # from one kernel's end to the next one's start
+SCHEDULERS = 4  # of a multiprocessor; each issues a warp's instruction a clock
+SHARED_BYTES = 128  # a clock and multiprocessor
+MATRIX_BYTES = 512  # that an ldmatrix.x4 reads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What a GPU does, of which the model knows no more.
+
+    Attributes:
+        arch: what kernels are compiled for.
+        multiprocessors: how many.
+        clock: sustained, in Hz.
+        bandwidth: of its memory, reached, in bytes a second.
+        half, int8, fp8: dense FLOP a clock and multiprocessor that `mma.sync` reaches on 16-bit,
+            int8 and E4M3 operands with fp32 or int32 sums.
+    """
+
+    arch: str
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+    half: float
+    int8: float
+    fp8: float
+
+
+# docs/gpu-model.md says where these come from.
+GPUS = {
+    "H100": Gpu(
+        arch="sm_90a",
+        multiprocessors=132,
+        clock=1.7e9,
+        bandwidth=3.0e12,
+        half=0.62 * 4096,
+        int8=0.62 * 8192,
+        fp8=0.62 * 4096,
+    ),
+    "H200": Gpu(
+        arch="sm_90a",
+        multiprocessors=132,
+        clock=1.7e9,
+        bandwidth=4.3e12,
+        half=0.62 * 4096,
+        int8=0.62 * 8192,
+        fp8=0.62 * 4096,
+    ),
+    "RTX 5090": Gpu(
+        arch="sm_120a",
+        multiprocessors=170,
+        clock=2.4e9,
+        bandwidth=1.6e12,
+        half=512,
+        int8=2048,
+        fp8=1024,
+    ),
+    "A100": Gpu(
+        arch="sm_80",
+        multiprocessors=108,
+        clock=1.41e9,
+        bandwidth=1.8e12,
+        half=0.9 * 2048,
+        int8=0.9 * 4096,
+        fp8=0.0,
+    ),
+    "B200": Gpu(
+        arch="sm_100a",
+        multiprocessors=148,
+        clock=1.85e9,
+        bandwidth=7.2e12,
+        half=0.2 * 8192,
+        int8=0.2 * 16384,
+        fp8=0.2 * 8192,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a kernel does beside moving tensors.
+
+    Attributes:
+        trips: of its hot loop, by a block of threads.
+        half, int8, fp8: FLOPs of the whole launch by operand.
+        looped: of `half`, those inside the hot loop.
+    """
+
+    trips: float = 1
+    half: float = 0.0
+    int8: float = 0.0
+    fp8: float = 0.0
+    looped: float = 0.0
+
+
+def work_of(entry: str, p: Problem, selected: int, blocks: int) -> Work:
+    """The work of kernel `entry` on a problem whose rows select so many key blocks each.
+
+    Kernels that are not named here multiply no matrices; they run through their code once.
+    """
+    d, rows = p.width, p.pairs * p.n_q
+    tile = 2.0 * p.block_q * p.block_k * d * p.pairs * p.t_m * selected  # one product of the branch
+    if entry == "sla2_sparse_fwd":
+        return Work(selected, half=2 * tile + 2.0 * rows * d * d, looped=2 * tile)
+    if entry == "sla2_sparse_fwd_low":
+        qk = {"fp8": tile} if p.precision == "fp8" else {"int8": tile}
+        pv = {"int8": tile} if p.precision == "int8_int8" else {"fp8": tile}
+        sums = {name: qk.get(name, 0.0) + pv.get(name, 0.0) for name in ("int8", "fp8")}
+        return Work(selected, half=2.0 * rows * d * d, **sums)
+    if entry == "sla2_sparse_bwd_q":
+        return Work(selected, half=3 * tile, looped=3 * tile)
+    if entry == "sla2_sparse_bwd_kv":
+        parts = p.block_q / min(64, p.block_q)
+        return Work(selected * p.t_m / p.t_n * parts, half=4 * tile, looped=4 * tile)
+    if entry == "sla2_states":
+        return Work(half=2.0 * p.pairs * p.n_k * d * d)
+    if entry == "sla2_masked_sum":
+        depth = p.t_n if blocks == _sum_blocks(p, p.t_m) else p.t_m
+        flops = 2.0 * p.pairs * p.t_m * p.t_n * d * (d + 1)
+        return Work(-(-depth // 32), half=flops, looped=flops)
+    if entry == "sla2_linear_bwd_q":
+        return Work(half=4.0 * rows * d * d)
+    if entry == "sla2_linear_bwd_kv":
+        return Work(half=4.0 * p.pairs * p.n_k * d * d)
+    return Work({"sla2_topk": 32, "sla2_scores": d / 32, "sla2_project": d / 4}.get(entry, 1))
+
+
+def _sum_blocks(p: Problem, rows: int) -> int:
+    return -(-p.width * (p.width + 1) // 128) * -(-rows // 128) * p.pairs
+
+
+def issue_slots(figures: dict[str, Any], work: Work, warps: float) -> float:
+    """Instructions that all warps of a launch issue: what stands outside the hot loop once, and
+    each trip; an inner loop as often as the FLOPs ask for.
+    """
+    loop = figures.get("loop", 0)
+    outside = figures["instructions"] - loop - figures.get("rare", 0)
+    trip = float(loop)
+    if inner := figures.get("inner"):
+        wanted = work.looped / MMA_FLOPS / warps / work.trips
+        trip += inner[0] * ((wanted - figures["tensor"]) / inner[1])
+    return warps * (outside + work.trips * trip)
+
+
+def seconds(gpu: Gpu, bytes_moved: float, slots: float, work: Work) -> dict[str, float]:
+    """The parts of a launch's time: `memory`, `issue` and `tensor`.
+
+    A launch takes LAUNCH_SECONDS + max(memory, issue + tensor): copies travel while a kernel
+    computes, but a warp that waits for `mma.sync` issues nothing, and there are few others.
+    """
+    clocks = gpu.multiprocessors * gpu.clock
+    tensor = work.half / gpu.half + work.int8 / gpu.int8
+    tensor += work.fp8 / gpu.fp8 if work.fp8 else 0.0
+    return {
+        "memory": bytes_moved / gpu.bandwidth,
+        "issue": slots / (SCHEDULERS * clocks),
+        "tensor": tensor / clocks,
+    }
+
+
+STAGES = {  # of the kernels' names; a kernel that is not listed is a stage by itself
+    "key_sums": "prologue",
+    "key_mean": "prologue",
+    "prologue_k": "prologue",
+    "prologue_q": "prologue",
+    "prologue_v": "prologue",
+    "project": "route",
+    "scores": "route",
+    "topk": "route",
+    "row_bits": "route",
+    "column_bits": "columns",
+    "column_offsets": "columns",
+    "column_rows": "columns",
+    "sparse_fwd_low": "sparse_fwd",
+}
+
+
+def model(
+    gpu: Gpu, launches: list[Launch], p: Problem, selected: int, figures: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Rows of launches of one problem, a stage each and their sum: launches, MB, and milliseconds
+    of memory, issue, tensor and in all.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for launch in launches:
+        spec = launch.spec
+        work = work_of(spec.entry, p, selected, launch.blocks)
+        warps = launch.blocks * spec.threads / 32
+        slots = issue_slots(figures[sass_figures.name_of(spec)], work, warps)
+        parts = seconds(gpu, launch.bytes, slots, work)
+        whole = LAUNCH_SECONDS + max(parts["memory"], parts["issue"] + parts["tensor"])
+        kernel = spec.entry.removeprefix("sla2_")
+        new = {"launches": 1, "MB": launch.bytes / 1e6, "ms": 1e3 * whole}
+        new |= {name: 1e3 * value for name, value in parts.items()}
+        row = rows.setdefault(STAGES.get(kernel, kernel), dict.fromkeys(new, 0))
+        for name, value in new.items():
+            row[name] += value
+    total = {name: sum(row[name] for row in rows.values()) for name in next(iter(rows.values()))}
+    return [{"stage": stage, **row} for stage, row in (*rows.items(), ("sum", total))]
+
+
+def problem_of(precision: str, n: int, heads: int) -> Problem:
+    """Self-attention over n tokens, head dimension 128, bfloat16."""
+    from sla2_kernels.problem import Problem
+
+    return Problem(batch=1, heads=heads, n_q=n, n_k=n, head_dim=128, precision=precision)
+
+
+def forward_launches(arch: str, p: Problem, topk: float) -> list[Launch]:
+    """The launches of a routed forward without gradient, as SLA2Attention makes them."""
+    from sla2_kernels import forward as operator
+    from sla2_kernels.problem import Alpha
+    from sla2_kernels.record import Recorder
+
+    recorder = Recorder(arch)
+    device = recorder.device
+    q, k, v = (recorder.tensor(p.batch, p.heads, n, p.head_dim) for n in (p.n_q, p.n_k, p.n_k))
+    plain = replace(p, precision="full")
+    pooled = operator.prologue(device, plain, q, k, k, smooth_k=False, linear=False, pool=True)
+    weight = recorder.allocate((1, p.head_dim, p.head_dim), "float32")
+    found, _ = operator.route(
+        device, plain, pooled.pooled_q, pooled.pooled_k, weight, weight, 1, topk
+    )
+    alpha = Alpha.of(
+        recorder.allocate((p.batch, p.heads, p.t_m), "float32"), (p.batch, p.heads, p.t_m)
+    )
+    operator.forward(device, p, q, k, v, found, alpha)
+    return recorder.launches
+
+
+def measured(gpu: str, precision: str, results: Path = sass_figures.FILE.parent) -> float | None:
+    """Milliseconds of the forward that a committed file of `sla2 bench --suite paper` has for this
+    GPU; None if none has.
+    """
+    case = "SLA2 forward" if precision == "full" else f"SLA2 forward {precision}"
+    for file in sorted(results.glob("*.json")):
+        found = json.loads(file.read_text())
+        if found.get("suite") != "paper" or gpu not in found["hardware"]["gpu"]:
+            continue
+        for row in found["rows"]:
+            if row["case"] == case and row["sparsity"] == SHAPE["sparsity"] and "median" in row:
+                return float(row["median"])
+    return None
+
+
+def measure(report: Callable[[str, int, int], None], quick: bool) -> dict[str, Any]:
+    """The forward at the paper's shape on every GPU, in every precision that it runs: {"suite",
+    "shape", "nvrtc", "gpus", "rows"}. Reads the committed figures of the code; needs neither a GPU
+    nor NVRTC.
+    """
+    from sla2_kernels.kernels import supports
+
+    committed = sass_figures.read()
+    n, heads = SHAPE["n"], SHAPE["heads"]
+    rows = []
+    for number, (name, gpu) in enumerate(GPUS.items(), 1):
+        report("GPUs", number, len(GPUS))
+        for precision in PRECISIONS:
+            if not supports(gpu.arch, precision):
+                continue
+            p = problem_of(precision, int(n), int(heads))
+            topk = 1 - SHAPE["sparsity"]
+            selected = max(1, round(topk * p.t_n))
+            launches = forward_launches(gpu.arch, p, topk)
+            found = model(gpu, launches, p, selected, committed["figures"][gpu.arch])
+            rows += [{"gpu": name, "precision": precision, **row} for row in found]
+            rows[-1]["measured"] = measured(name, precision)
+    return {
+        "suite": "model",
+        "shape": SHAPE,
+        "nvrtc": committed["nvrtc"],
+        "gpus": {name: asdict(gpu) for name, gpu in GPUS.items()},
+        "rows": rows,
+    }
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Modelled milliseconds, a bar a GPU and precision, made of its stages, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    bars: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        if row["stage"] != "sum":
+            bars.setdefault(f"{row['gpu']} {row['precision']}", {})[row["stage"]] = row["ms"]
+    stages = list(dict.fromkeys(stage for parts in bars.values() for stage in parts))
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    left = dict.fromkeys(bars, 0.0)
+    for stage in stages:
+        widths = [parts.get(stage, 0.0) for parts in bars.values()]
+        axes.barh(list(bars), widths, left=list(left.values()), label=stage)
+        left = {name: left[name] + width for name, width in zip(bars, widths)}
+    axes.invert_yaxis()
+    axes.set(xlabel="ms")
+    axes.set_title(
+        f"Modelled, not measured: the forward at N = {result['shape']['n']:,},"
+        f" H = {result['shape']['heads']}, d = 128, {result['shape']['sparsity']:.0%}",
+        fontsize=10,
+    )
+    axes.legend(fontsize=8)
+    FigureCanvasAgg(figure).print_png(str(path))
