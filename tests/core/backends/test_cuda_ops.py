@@ -13,13 +13,14 @@ import torch
 from sla2_core import BlockMap, SLA2Attention, SLA2Config, SLAAttention, backends
 from sla2_core.backends import cuda as cuda_ops
 from sla2_core.backends import ops
-from sla2_core.backends.base import Problem
+from sla2_core.backends.base import Inputs, Problem
 from sla2_core.backends.pooling import pool
 from sla2_core.functional import block_sparse_attention, sla2_attention, sla_attention
 from sla2_core.options import make_options
 from sla2_core.reference import sla2_reference
 from sla2_core.routing import top_k_map
 from sla2_core.variants import sla
+from sla2_kernels.problem import Device
 
 BLOCKS = {"block_q": 32, "block_k": 16}
 SIZES = tuple(BLOCKS.values())
@@ -369,3 +370,39 @@ def test_the_module_never_waits_for_the_device(alpha):
         gradients(attn, qkv, grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_fp8_runs_in_16_bit_where_it_would_be_emulated_and_that_is_said_once(monkeypatch):
+    ran = []
+
+    def forward(device, problem, *args, save, **kwargs):
+        ran.append((problem.precision, save))
+        raise NotImplementedError("what follows needs a GPU")
+
+    monkeypatch.setattr("sla2_kernels.forward.forward", forward)
+    q, k, v, _, alpha, block_map = inputs()
+    call = Inputs(q, k, v, block_map.indices, block_map.counts, alpha, None)
+    cuda_ops._precision_to_run.cache_clear()
+    for arch, precision, save in (
+        ("sm_90a", "int8", False),
+        ("sm_90a", "fp8", True),
+        ("sm_90a", "int8", False),
+        ("sm_90a", "int8_int8", False),
+        ("sm_120a", "int8", False),
+    ):
+        device = Device(allocate=lambda *_: None, target="cuda", arch=arch)
+        monkeypatch.setattr(cuda_ops, "_device", lambda *_, device=device: device)
+        options = make_options(32, 32, precision, "paper", True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with pytest.raises(NotImplementedError):
+                backends.BACKENDS["cuda"].forward(call, options, save)
+        said = [str(warning.message) for warning in caught]
+        assert len(said) == (len(ran) == 1), said
+    assert ran == [
+        ("full", False),
+        ("fp8", True),
+        ("full", False),
+        ("int8_int8", False),
+        ("int8", False),
+    ]

@@ -85,3 +85,16 @@ def test_the_kernel_cache_and_nvrtc_are_shown(monkeypatch, tmp_path):
     found = doctor._nvrtc("do this")
     assert (found.status, found.get) == ("missing", "do this")
     assert "is no file" in found.detail
+
+
+def test_a_gpu_s_products_are_told_by_precision():
+    slow = " (slower than 16 bit, in which forwards without gradients run)"
+    assert doctor._products(0, 9, 0).detail == (
+        f"sm_90a: full: HMMA; int8: IMMA and HMMA, widened{slow}; int8_int8: IMMA; fp8: HMMA,"
+        f" widened{slow}"
+    )
+    assert doctor._products(1, 12, 0).detail == (
+        "sm_120a: full: HMMA; int8: IMMA and QMMA; int8_int8: IMMA; fp8: QMMA"
+    )
+    assert "int8: none, no FP8; int8_int8: IMMA; fp8: none" in doctor._products(0, 8, 6).detail
+    assert doctor._products(0, 7, 5).status == "missing"

@@ -81,12 +81,32 @@ _TILES = ("LDGSTS.E.BYPASS.128", "LDSM.16", "HMMA.16816")
 _WIDENS_FP8 = "F2FP.F16.E4M3.UNPACK"
 
 
-def _low_opcodes(precision: str, arch: Architecture) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What multiplies Q K^T and P V in 8 bit, and what its code has not."""
-    products = {"int8": ("IMMA", "QMMA"), "int8_int8": ("IMMA",), "fp8": ("QMMA",)}[precision]
-    if arch.fp8_mma or precision == "int8_int8":
-        return products, (_WIDENS_FP8,)
-    return (*(name for name in products if name != "QMMA"), _WIDENS_FP8), ("QMMA",)
+def products_of(arch: str, precision: str) -> tuple[str, str]:
+    """The SASS instructions that multiply Q K^T and P V of the sparse forward: "HMMA" on 16-bit
+    operands, "IMMA" on int8, "QMMA" on FP8; "HMMA, widened" where FP8 is widened to fp16 first.
+    """
+    fp8 = "QMMA" if ARCHITECTURES[arch].fp8_mma else "HMMA, widened"
+    return {
+        "full": ("HMMA", "HMMA"),
+        "int8": ("IMMA", fp8),
+        "int8_int8": ("IMMA", "IMMA"),
+        "fp8": (fp8, fp8),
+    }[precision]
+
+
+def faster_precision(arch: str, precision: str) -> str:
+    """The precision that a forward should run in where speed is all that low bit is for: "full"
+    where this one would widen FP8, which is slower than 16 bit and rounds more.
+    """
+    return "full" if "HMMA, widened" in products_of(arch, precision) else precision
+
+
+def _low_opcodes(arch: str, precision: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the code of the low-bit forward has, beside its 16-bit products, and what it has not."""
+    products = set(products_of(arch, precision))
+    if "HMMA, widened" in products:
+        return (*sorted(products - {"HMMA, widened"}), _WIDENS_FP8), ("QMMA",)
+    return tuple(sorted(products)), (_WIDENS_FP8,)
 
 
 def _none(_: Geometry) -> int:
@@ -239,7 +259,10 @@ def _resident_blocks(kernel: _Kernel, g: Geometry, arch: Architecture) -> int:
 
 
 def supports(arch: str, precision: str) -> bool:
-    """Whether the tensor cores of `arch` have what a precision needs: FP8 came with sm_89."""
+    """Whether kernels of a precision can be compiled for `arch`: FP8 came with sm_89.
+
+    That it is faster than 16 bit is another question: see `products_of`.
+    """
     return precision in ("full", "int8_int8") or ARCHITECTURES[arch].number >= 89
 
 
@@ -262,7 +285,7 @@ def spec_of(name: str, arch: str, geometry: Geometry) -> KernelSpec:
     products: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     if name == "sla2_sparse_fwd_low":
-        products, absent = _low_opcodes(precision, ARCHITECTURES[arch])
+        products, absent = _low_opcodes(arch, precision)
     return KernelSpec(
         source=kernel.source,
         entry=name,

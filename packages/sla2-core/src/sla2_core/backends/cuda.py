@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -78,6 +79,26 @@ def _unfit(
             f" {precision!r}"
         )
     return None
+
+
+@functools.cache
+def _precision_to_run(arch: str, precision: str) -> str:
+    """The precision of a forward without gradients, whose low bit is for speed alone. One
+    RuntimeWarning says where that is another one than asked for.
+    """
+    from sla2_kernels.kernels import faster_precision, products_of
+
+    chosen = faster_precision(arch, precision)
+    if chosen != precision:
+        qk, pv = products_of(arch, precision)
+        warnings.warn(
+            f"precision: {precision!r} runs in 16 bit on {arch}, which has no FP8 mma.sync (Q K^T"
+            f" would run by {qk}, P V by {pv}: slower than 16 bit); forwards with gradients round"
+            " as asked",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return chosen
 
 
 def _pointer(x: Tensor | None) -> Pointer:
@@ -372,13 +393,18 @@ class CudaBackend(Backend):
         return q.new_empty(q.shape)
 
     def forward(self, call: Inputs, options: Options, save: bool) -> list[Tensor]:
-        """As Backend.forward. Saved: the smoothed K if K is smoothed; with alpha also O_s, phi(Q),
+        """As Backend.forward. Without `save`, FP8 runs in 16 bit on GPUs that would emulate it:
+        see `_precision_to_run`.
+
+        Saved: the smoothed K if K is smoothed; with alpha also O_s, phi(Q),
         phi(K), the map as bits, 1 / unselected blocks, H and Z (see sla2_kernels.forward.Linear).
         """
         from sla2_kernels.forward import forward
 
         q, smooth_k = call.q, options.smooth_k
         device, problem = _device(q, self.name), _problem(call, options)
+        if not save and device.target == "cuda":
+            problem = replace(problem, precision=_precision_to_run(device.arch, problem.precision))
         out = _strided(self.empty_out(q)) if problem.head_dim == problem.width else None
         made = forward(
             device,

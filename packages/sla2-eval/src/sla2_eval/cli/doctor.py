@@ -134,6 +134,7 @@ def _gpu() -> list[Finding]:
                 f"{about.name}, sm_{about.major}{about.minor}, {about.total_memory / 2**30:.0f} GB"
             )
             found.append(Finding(f"GPU {index}", "works", text))
+            found.append(_products(index, about.major, about.minor))
     else:
         found.append(
             Finding(
@@ -153,6 +154,28 @@ def _gpu() -> list[Finding]:
         )
     )
     return found
+
+
+def _products(index: int, major: int, minor: int) -> Finding:
+    """Which instruction multiplies Q K^T and P V in each precision on GPU number `index`."""
+    from sla2_kernels.kernels import faster_precision, products_of, supports
+    from sla2_kernels.specs import PRECISIONS, architecture_of
+
+    what = f"GPU {index} products"
+    try:
+        arch = architecture_of(major, minor)
+    except RuntimeError as error:
+        return Finding(what, "missing", str(error), "a newer GPU")
+    parts = []
+    for precision in PRECISIONS:
+        if not supports(arch, precision):
+            parts.append(f"{precision}: none, no FP8")
+            continue
+        qk, pv = products_of(arch, precision)
+        slower = faster_precision(arch, precision) != precision
+        note = " (slower than 16 bit, in which forwards without gradients run)" if slower else ""
+        parts.append(f"{precision}: {qk if qk == pv else f'{qk} and {pv}'}{note}")
+    return Finding(what, "works", f"{arch}: " + "; ".join(parts))
 
 
 def _nvrtc(how: str) -> Finding:
