@@ -47,6 +47,7 @@ class Pointer:
 
 
 Argument = Pointer | np.generic  # of a kernel
+_SCALARS = frozenset((np.uint64, np.int64, np.int32, np.float32, np.float64))
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def load(spec: KernelSpec, target: str = "cuda", device: int = 0) -> LoadedKerne
         ValueError: another target.
         RuntimeError: something that is needed is missing, or the build fails.
     """
+    if target == "cuda":
+        return _load(spec, target, device, "")
     if target not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
     return _load(spec, target, device, os.environ.get("SLA2_EMULATOR_SANITIZE", ""))
@@ -115,20 +118,16 @@ def launch(
         TypeError: an argument is neither a Pointer nor a numpy scalar.
         EmulatorError: the emulated kernel breaks a rule.
     """
-    grid, block = ((*map(int, extent), 1, 1)[:3] for extent in (grid, block))
+    grid, block = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
     if 0 in grid:
         return
-    values: list[np.generic] = []
-    for index, value in enumerate(args):
-        if isinstance(value, Pointer):
-            values.append(np.uint64(value.address))
-        elif isinstance(value, np.generic):
-            values.append(value)
-        else:
-            raise TypeError(
-                f"{kernel.spec.entry}: argument {index}: expected a Pointer or a numpy scalar, got"
-                f" {value!r}"
-            )
+    values = [np.uint64(x.address) if type(x) is Pointer else x for x in args]
+    if not _SCALARS.issuperset(map(type, values)):
+        index = next(i for i, value in enumerate(values) if type(value) not in _SCALARS)
+        raise TypeError(
+            f"{kernel.spec.entry}: argument {index}: expected a Pointer or a numpy scalar, got"
+            f" {values[index]!r}"
+        )
     if isinstance(kernel.handle, EmulatedKernel):
         return run(kernel.handle, grid, block, shared_bytes, values)
     import cupy

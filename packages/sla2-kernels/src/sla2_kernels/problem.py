@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -120,12 +121,12 @@ class Problem:
             raise ValueError(f"batch * heads: expected at most 65535, got {self.pairs}")
         _ = self.geometry
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Channels of a row as the kernels see it: 64 or 128."""
         return 64 if self.head_dim <= 64 else 128
 
-    @property
+    @cached_property
     def geometry(self) -> Geometry:
         """What kernels are compiled for."""
         return Geometry(
@@ -136,27 +137,27 @@ class Problem:
             precision=self.precision,
         )
 
-    @property
+    @cached_property
     def pairs(self) -> int:
         """B H, the number of (item, head) pairs."""
         return self.batch * self.heads
 
-    @property
+    @cached_property
     def t_m(self) -> int:
         """Query blocks, the last of which may be short."""
         return -(-self.n_q // self.block_q)
 
-    @property
+    @cached_property
     def t_n(self) -> int:
         """Key blocks, the last of which may be short."""
         return -(-self.n_k // self.block_k)
 
-    @property
+    @cached_property
     def softmax_scale(self) -> np.float32:
         """1 / sqrt(d)."""
         return np.float32(self.head_dim**-0.5)
 
-    @property
+    @cached_property
     def low(self) -> bool:
         """Whether the sparse branch's forward runs in 8 bit."""
         return self.precision != "full"

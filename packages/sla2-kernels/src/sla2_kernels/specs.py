@@ -5,6 +5,7 @@ what limits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 CSRC = Path(__file__).parent / "csrc"
@@ -162,6 +163,13 @@ class KernelSpec:
     def max_registers(self) -> int:
         """What `blocks_per_sm` leaves a thread."""
         return ARCHITECTURES[self.arch].register_ceiling(self.threads, self.blocks_per_sm)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # each launch looks its kernel up by its spec
+        return hash((self.entry, self.arch, self.macros, self.threads, self.shared_bytes))
 
     @property
     def path(self) -> Path:

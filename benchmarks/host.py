@@ -1,0 +1,112 @@
+"""The host's time of a forward, launches stubbed: `python -m benchmarks.host`. What Python and
+torch take to prepare all launches of a call; no GPU, nothing is computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+
+class _Stub:
+    """A loaded kernel's handle that takes its arguments and does nothing."""
+
+    def __call__(self, grid: Any, block: Any, args: Any, shared_mem: int = 0) -> None:
+        return None
+
+
+@contextmanager
+def stubbed() -> Iterator[None]:
+    """CuPy's part of a launch left out: kernels are neither built nor launched."""
+    from functools import cache
+    from types import SimpleNamespace
+
+    from sla2_kernels.launch import LoadedKernel
+
+    @contextmanager
+    def nothing(*_: Any) -> Iterator[None]:
+        yield
+
+    @cache
+    def load(spec: Any, target: str, device: int) -> LoadedKernel:
+        return LoadedKernel(spec, target, _Stub())
+
+    stream = SimpleNamespace(from_external=nothing)
+    cupy = SimpleNamespace(cuda=SimpleNamespace(Device=nothing, Stream=stream))
+    with (
+        mock.patch.dict("sys.modules", {"cupy": cupy}),
+        mock.patch("sla2_kernels.forward.load", load),
+        mock.patch("sla2_kernels.launch._cupy_stream", nothing),
+    ):
+        yield
+
+
+def microseconds(call: Callable[[], Any], repetitions: int = 300) -> float:
+    """The shortest of many calls, after some to warm up: what other processes took is left out."""
+    for _ in range(20):
+        call()
+    best = float("inf")
+    for _ in range(repetitions):
+        start = time.perf_counter_ns()
+        call()
+        best = min(best, time.perf_counter_ns() - start)
+    return best / 1e3
+
+
+def operator() -> Callable[[], Any]:
+    """A routed forward on raw pointers at the paper's shape, its problem made anew each time."""
+    from sla2_kernels import forward as kernels
+    from sla2_kernels.problem import Alpha
+    from sla2_kernels.record import Recorder
+
+    from benchmarks.gpu_model import SHAPE, problem_of
+
+    n, heads, topk = int(SHAPE["n"]), int(SHAPE["heads"]), 1 - SHAPE["sparsity"]
+    recorder = Recorder("sm_90a")
+    device = replace(recorder.device, record=None)
+    q, k, v = (recorder.tensor(1, heads, n, 128) for _ in range(3))
+    weight = recorder.allocate((1, 128, 128), "float32")
+    rows = (1, heads, problem_of("full", n, heads).t_m)
+    alpha = Alpha.of(recorder.allocate(rows, "float32"), rows)
+
+    def call() -> Any:
+        p = problem_of("full", n, heads)
+        made = kernels.prologue(device, p, q, k, k, smooth_k=False, linear=False, pool=True)
+        found, _ = kernels.route(device, p, made.pooled_q, made.pooled_k, weight, weight, 1, topk)
+        return kernels.forward(device, p, q, k, v, found, alpha)
+
+    return call
+
+
+def module() -> Callable[[], Any]:
+    """SLA2Attention without gradient on small tensors, which has the launches of any shape. Its
+    few torch operators run on the CPU.
+    """
+    import torch
+    from sla2_core import SLA2Attention, SLA2Config
+
+    attention = SLA2Attention(
+        SLA2Config(head_dim=128, num_heads=2, topk=0.5, backend="emulator")
+    ).eval()
+    q, k, v = (torch.zeros(1, 2, 256, 128, dtype=torch.bfloat16) for _ in range(3))
+
+    def call() -> Any:
+        with torch.no_grad():
+            return attention(q, k, v)
+
+    return call
+
+
+def main() -> None:
+    """Print both."""
+    with stubbed():
+        for name, make in (("operator", operator), ("module", module)):
+            print(f"{name}: {microseconds(make()):.0f} us")
+
+
+if __name__ == "__main__":
+    main()
