@@ -70,7 +70,6 @@ def apply_sla2(
             f"skip_layers: expected at least one of the {len(found)} layers to be left, got all of"
             " them"
         )
-    check_order(family, ORDERS.get(config.token_order))
     if isinstance(dense_steps, bool) or not isinstance(dense_steps, int) or dense_steps < 0:
         raise ValueError(f"dense_steps: expected an integer >= 0, got {dense_steps!r}")
     names = {i: name for i, name in enumerate(found) if i not in skipped}
@@ -80,6 +79,7 @@ def apply_sla2(
             raise TypeError(f"config: expected an SLA2Config or settings, got {kind}")
         heads, head_dim = family.heads(found[next(iter(names.values()))])
         config = build_config(config, head_dim=head_dim, num_heads=heads)
+    check_order(family, ORDERS.get(config.token_order))
     for name in names.values():
         heads, head_dim = family.heads(found[name])
         for field, expected in (("num_heads", heads), ("head_dim", head_dim)):
