@@ -113,6 +113,7 @@ class Worker:
         encoded = task["pair"] == [task["video"], task["reference"]]
         shared = bool(paired) and encoded  # what is decoded for the pair serves all metrics
         video = reference = None
+        sample: Sample | None
         if single or shared:
             video = _decode(task["video"], self.decoder, out["errors"])
         if task["reference_metrics"] or shared:

@@ -244,7 +244,9 @@ def write_video(
     try:
         with av.open(os.path.abspath(partial), mode="w", format="mp4") as container:
             codec = "libx264rgb" if lossless else "libx264"
-            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+            rate = Fraction(fps).limit_denominator(1001)
+            # PyAV's stubs know the kind of a stream by names of codecs that do not have "rgb".
+            stream: Any = container.add_stream(codec, rate=rate)
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "rgb24" if lossless else "yuv420p"
             quality = {"qp": "0", "preset": "ultrafast"}

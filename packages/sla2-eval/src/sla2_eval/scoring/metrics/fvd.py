@@ -72,6 +72,7 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], np.ndarra
     import torch
 
     length = settings["clip_frames"]
+    centre: Callable[[np.ndarray, int], np.ndarray]
     if name == "fvd":
         features, centre = _i3d(settings, device), _centre
     else:

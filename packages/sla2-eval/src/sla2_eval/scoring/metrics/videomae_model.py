@@ -57,7 +57,8 @@ class VideoMAE:
         from torch.nn.functional import layer_norm
 
         tokens = self._model(clip[None]).last_hidden_state[0]
-        return layer_norm(tokens.mean(0), tokens.shape[1:], *self._norm, eps=_EPSILON)
+        weight, bias = self._norm
+        return layer_norm(tokens.mean(0), tokens.shape[1:], weight, bias, eps=_EPSILON)
 
 
 def as_transformers(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
