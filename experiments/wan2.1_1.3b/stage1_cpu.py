@@ -70,7 +70,8 @@ def write_captures(handle: SLA2Handle, tokens: int, dtype: torch.dtype, folder: 
         "text_tokens": 0,
         "kv_lengths": None,
     }
-    content = {"format_version": 1, "settings": {"model": handle.model_identity()}, "full": False}
+    settings = {"model": handle.model_identity(), **config.order_geometry()}
+    content = {"format_version": 1, "settings": settings, "full": False}
     write_json(
         folder / INDEX_NAME, content | {"samples": [{"sample": 0, "bytes": size, "calls": [call]}]}
     )

@@ -26,7 +26,7 @@ def qkv(n_q=63, n_k=111, dtype=torch.float32):
 
 def test_output_is_the_operator_on_the_routed_map():
     q, k, v = qkv()
-    attn = SLA2Attention(CONFIG)
+    attn = SLA2Attention(dataclasses.replace(CONFIG, alpha="position"))
     out, info = attn(q, k, v, return_info=True)
     expected = sla2_reference(q, k, v, info.block_map, info.alpha)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
@@ -83,7 +83,8 @@ def test_all_blocks_and_any_alpha_is_full_attention():
 
 def test_parameters_exist_from_the_start_and_stay_fp32():
     attn = SLA2Attention(CONFIG).to(torch.bfloat16)
-    assert set(attn.state_dict()) == {"router.weight_q", "router.weight_k", "mixing.logit"}
+    names = {"router.weight_q", "router.weight_k", "mixing.offset", "mixing.slope"}
+    assert set(attn.state_dict()) == names
     assert {p.dtype for p in attn.parameters()} == {torch.float32}
     q, k, v = (x.bfloat16() for x in qkv())
     assert attn(q, k, v).dtype == torch.bfloat16
@@ -252,8 +253,9 @@ def test_the_meta_device_gives_shapes_and_to_empty_then_reset_the_initial_values
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"alpha": "mass"}, "alpha"),
+        ({"alpha": "position"}, "alpha"),
         ({"alpha": "one"}, "alpha"),
+        ({"token_order": "raster"}, "token_order"),
         ({"complement": "projected"}, "complement"),
         ({"router": "heuristic"}, "router"),
         ({"alpha_init": 0.5}, "alpha_init"),

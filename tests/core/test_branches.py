@@ -84,14 +84,19 @@ def test_options_survive_copies_and_change_with_their_members():
         assert again.config == config
     with pytest.raises(TypeError, match="options: expected no change"):
         config.options.update(first=0.5)
-    assert config.replaced(alpha="mass").options == {}
+    assert config.replaced(alpha="mass").options == {"tile": None}
+    assert config.replaced(alpha="mass", token_order="raster").options == {}
+    bare = dataclasses.replace(config.replaced(alpha="mass"), token_order="raster")
+    assert bare.options == {}  # the tile's default says nothing about the raster order
+    with pytest.raises(ValueError, match=r"options: expected one of none, .* got 'tile'"):
+        dataclasses.replace(bare, options={"tile": (4, 4, 4)})
     handle = apply_sla2(tiny_wan.model(), config)
     with torch.no_grad():
         handle.dense_copy()(**tiny_wan.inputs())
     given = {"variant": "sla", "topk": 0.3, "alpha": "toy-constant", "options": {"first": 0.3}}
     built = build_config(given, head_dim=8, num_heads=2)
     assert (built.complement, built.alpha) == ("projected", "toy-constant")
-    assert built.options == {"first": 0.3}
+    assert built.options == {"first": 0.3, "tile": None}
     assert sla2(sla(CONFIG)) == CONFIG
 
 
@@ -104,7 +109,7 @@ def test_adjustable_and_list_options(tmp_path):
     handle.save(tmp_path)
     other = apply_sla2(tiny_wan.model(), config)
     other.load(tmp_path)
-    assert other.config.options == {"most": 0.75, "pair": (1, 2)}
+    assert other.config.options == {"most": 0.75, "pair": (1, 2), "tile": None}
     with pytest.raises(ValueError, match=r"options.most: expected a float, got True"):
         dataclasses.replace(config, options={"most": True})
     with pytest.raises(ValueError, match="options: expected names and values, got 5"):

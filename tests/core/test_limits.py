@@ -126,6 +126,15 @@ def test_a_forward_and_backward_read_nothing_back(name, backend, text, monkeypat
     assert torch.equal(out, expected)
 
 
+def test_a_token_order_is_computed_where_the_tokens_are():
+    attn = SLA2Attention(dataclasses.replace(BASE, head_dim=8))
+    q, k, v = (torch.randn(1, 1, 105, 8, requires_grad=True) for _ in range(3))
+    with NoHostReads():
+        attn(q, k, v, grid=(5, 3, 7)).sum().backward()
+    places = attn.order.places((5, 3, 7), torch.device("meta"))
+    assert (places.device.type, tuple(places.shape)) == ("meta", (105,))
+
+
 def test_the_watch_sees_a_host_read():
     with NoHostReads(), pytest.raises(AssertionError, match=r"_local_scalar_dense.* reads a value"):
         int(torch.tensor(3))

@@ -132,8 +132,8 @@ def config(transformer, **changes) -> SLA2Config:
     """Settings that fit a tiny transformer, with several blocks on both axes."""
     family = family_of(transformer)
     heads, dim = family.heads(next(iter(family.attention_layers(transformer).values())))
-    settings = dict(head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5, alpha_knots=3)
-    return SLA2Config(**settings | changes)
+    settings = dict(head_dim=dim, num_heads=heads, topk=0.3, block_q=8, block_k=5)
+    return SLA2Config(**settings | dict(alpha="position", alpha_knots=3) | changes)
 
 
 def batch(sample, count: int = 2):

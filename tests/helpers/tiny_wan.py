@@ -25,7 +25,9 @@ def inputs(batch: int = 2, seed: int = 1) -> dict[str, torch.Tensor]:
 
 def config(**changes) -> SLA2Config:
     return SLA2Config(
-        **(dict(head_dim=12, num_heads=2, topk=0.3, block_q=8, block_k=5, alpha_knots=3) | changes)
+        **dict(head_dim=12, num_heads=2, topk=0.3, block_q=8, block_k=5)
+        | dict(alpha="position", alpha_knots=3)
+        | changes
     )
 
 

@@ -149,12 +149,12 @@ def test_options_are_checked_and_travel_with_the_configuration():
     assert SLA2Config.from_dict(config.to_dict()) == config
     assert hash(config) == hash(dataclasses.replace(config))
     assert config.geometry()["options.first"] == 0.25
-    with pytest.raises(ValueError, match=r"options: expected one of first, got 'frist'"):
+    with pytest.raises(ValueError, match=r"options: expected one of first, tile, got 'frist'"):
         tiny_wan.config(alpha="toy-constant", options={"frist": 1.0})
     with pytest.raises(ValueError, match=r"options.first: expected a float, got 'x'"):
         tiny_wan.config(alpha="toy-constant", options={"first": "x"})
     with pytest.raises(ValueError, match=r"options: expected one of none"):
-        tiny_wan.config(options={"first": 1.0})
+        tiny_wan.config(token_order="raster", options={"first": 1.0})
     with pytest.raises(ValueError, match=r"options.first: expected an option that may change"):
         config.changed(options={"first": 0.75})
 

@@ -10,7 +10,7 @@ from sla2_core.integrations.family import Family, family_of, register_family
 from sla2_core.integrations.processor import SLA2Processor
 from torch import nn
 
-CONFIG = tiny_wan.config(head_dim=8)
+CONFIG = tiny_wan.config(head_dim=8, token_order="raster")  # it knows no grid of its tokens
 
 
 class Attention(nn.Module):
@@ -75,6 +75,10 @@ def test_a_registered_family_is_applied_like_the_others(monkeypatch):
     torch.manual_seed(0)
     model, x, time = MyTransformer(), torch.randn(1, 45, 16), torch.tensor([1.0])
     expected = model(x, time)
+    with pytest.raises(
+        ValueError, match=r"token_order: expected 'raster' for mine, .* got 'tiles'"
+    ):
+        apply_sla2(model, tiny_wan.config(head_dim=8))
     handle = apply_sla2(model, CONFIG)
     maps = handle.block_maps(lambda: model(x, time))
     assert {layer: m.shape[3] for layer, m in maps.items()} == dict.fromkeys(

@@ -30,11 +30,11 @@ def test_knots_interpolate_linearly_between_first_and_last_block():
 
 def test_position_starts_at_alpha_init_for_every_length():
     for rows in (1, 7, 40):
-        alpha = mixing(alpha_init=0.6)(
+        alpha = mixing(alpha="position", alpha_init=0.6)(
             torch.zeros(1, 2, rows, 3), torch.zeros(1, 2, rows, 3, dtype=torch.bool)
         )
         torch.testing.assert_close(alpha, torch.full((1, 2, rows), 0.6))
-    assert mixing(alpha_per_head=False).logit.shape == (1, 16)
+    assert mixing(alpha="position", alpha_per_head=False).logit.shape == (1, 16)
 
 
 def test_mass_starts_as_the_routed_share_of_the_pooled_mass():

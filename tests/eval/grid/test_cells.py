@@ -20,8 +20,9 @@ from sla2_eval.grid.settings import AblationSettings, Attention
 from sla2_eval.runs.settings import load_settings, validate
 
 ROOT = Path(__file__).parents[3]
-# Written by the code of version 0.1: what its settings made of these grids. `base` holds the first
-# cell's attention, `changes` what differs; equal numbers share a stage 1, or a stage 2.
+# Written by the code of version 0.1: what its settings made of these grids; the quickstart's follow
+# the defaults of today. `base` holds the first cell's attention, `changes` what differs; equal
+# numbers share a stage 1, or a stage 2.
 BEFORE = json.loads((Path(__file__).parent / "data" / "cells.json").read_text())
 SIZES = {"head_dim": 128, "num_heads": 8}
 
@@ -169,8 +170,8 @@ def test_a_format_takes_its_own_options_with_it():
             "options": {"limit": 2, "first": 1.0},
         }
     )
-    assert low.in_precision("full").config().options == {"first": 1.0}
-    assert low.config().options == {"first": 1.0, "limit": 2}
+    assert low.in_precision("full").config().options == {"first": 1.0, "tile": None}
+    assert low.config().options == {"first": 1.0, "limit": 2, "tile": None}
 
 
 def test_captures_are_made_once_for_each_token_order(monkeypatch, tmp_path):
@@ -191,8 +192,10 @@ def test_captures_are_made_once_for_each_token_order(monkeypatch, tmp_path):
             ("a", {}),
             ("b", {"token_order": "backwards"}),
             ("c", {"token_order": "backwards", "tau": 0.2}),
-            ("d", {"token_order": "tiles"}),
-            ("e", {"token_order": "tiles", "options": {"tile": [2, 2, 4]}}),
+            ("d", {"options": {"tile": [2, 2, 4]}}),
+            ("e", {"block_k": 32}),  # which gives the tile
+            ("f", {"token_order": "raster"}),
+            ("g", {"token_order": "raster", "block_k": 32}),
         )
     ]
     settings = validate({"variants": variants}, AblationSettings, "test")
@@ -201,5 +204,6 @@ def test_captures_are_made_once_for_each_token_order(monkeypatch, tmp_path):
     assert len(set(routers.values())) == len(routers)
     captures = {name: tasks[router].needs for name, router in routers.items()}
     assert captures["b"] == captures["c"]
-    assert len(set(captures.values())) == 4
-    assert sum(name.startswith("captures-") for name in tasks) == 4
+    assert captures["f"] == captures["g"]
+    assert len(set(captures.values())) == 5
+    assert sum(name.startswith("captures-") for name in tasks) == 5

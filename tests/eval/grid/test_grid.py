@@ -67,7 +67,7 @@ def test_variants_share_what_they_train_alike(grid):
                     variant("qat", topk=0.1, precision="int8"),
                     variant("no-qat", "full", topk=0.1, precision="int8"),
                     variant("wide", topk=0.2),
-                    variant("mass", topk=0.1, alpha="mass"),
+                    variant("place", topk=0.1, alpha="position"),
                     variant("sla", topk=0.1, variant="sla"),
                 ],
             )
@@ -81,7 +81,7 @@ def test_variants_share_what_they_train_alike(grid):
     assert found["no-qat-s0"].trained.config().precision == "full"
     assert found["qat-s0"].tuned != base.tuned
     assert {found[f"{name}-s0"].router for name in ("qat", "no-qat", "wide")} == {base.router}
-    assert found["mass-s0"].router != base.router
+    assert found["place-s0"].router != base.router
     assert found["sla-s0"].router is None
     assert base.router.removesuffix("-s0") == found["lluf-s1"].router.removesuffix("-s1")
     assert base.router != found["lluf-s1"].router

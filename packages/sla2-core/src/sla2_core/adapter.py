@@ -157,7 +157,8 @@ def load_adapter(folder: str | Path) -> Adapter:
         if not fits:
             raise ValueError(f"{path}: expected {what} at {key!r}, got {value!r}")
     try:
-        config = SLA2Config.from_dict(content["sla2"])
+        # Which files name that were written before there was another order.
+        config = SLA2Config.from_dict({"token_order": "raster", **content["sla2"]})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     tensors = read_tensors(folder / WEIGHTS_NAME)

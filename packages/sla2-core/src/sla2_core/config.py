@@ -34,8 +34,10 @@ class SLA2Config:
         topk: k%, the fraction of key blocks each query block attends to exactly, in (0, 1];
             sparsity is 1 - topk.
         block_q, block_k: tokens in a query block and in a key block (paper: 128 and 64).
-        token_order: the order in which the tokens of a grid are cut into blocks: "raster", "tiles"
-            (its option `tile` is (frames, height, width) in tokens), or another of order/.
+        token_order: the order in which the tokens of a grid are cut into blocks: "tiles" (its
+            option `tile` is (frames, height, width) in tokens), "raster", or another of order/.
+            apply_sla2 puts a model's tokens in it; a module that is called by hand takes tokens as
+            they come unless it is given their grid.
         router: "learned" (W_q, W_k start as the identity), "heuristic" (nothing learned),
             "topk_topp" (also top-p), "global_threshold" (over all query blocks of a head), or
             another of routing/.
@@ -44,9 +46,11 @@ class SLA2Config:
             them), "pooled" (one key a block, their mean, in the softmax of the selected),
             "projected" (SLA's linear attention over all blocks with a learned projection), "coarse"
             (VSA's attention between block means), "none", or another of complement/.
-        alpha: how both branches become one output: "position", "mass", "joint" (one softmax over
-            both), "one" (the sparse branch alone), "sum" (SLA's O_s + O_l), or another of mixing/.
-            "auto" takes the one that the complement names, and the field then holds its name.
+        alpha: how both branches become one output: "mass" (alpha follows the share of the softmax
+            mass that is routed), "position" (of the query block; the paper's is a case of it, see
+            variants.paper_alpha), "joint" (one softmax over both), "one" (the sparse branch alone),
+            "sum" (SLA's O_s + O_l), or another of mixing/. "auto" takes the one that the complement
+            names, and the field then holds its name.
         alpha_knots: knots of "position" over the relative position of the query block; 1 is one
             value per head.
         alpha_per_head: False makes the heads of "position" share their knots (the paper's form with
@@ -66,7 +70,7 @@ class SLA2Config:
     topk: float
     block_q: int = 128
     block_k: int = 64
-    token_order: str = "raster"
+    token_order: str = "tiles"
     router: str = "learned"
     per_head_router: bool = False
     complement: str = "linear"
@@ -115,11 +119,15 @@ class SLA2Config:
         )
 
     def _checked_options(self) -> dict[str, Any]:
-        """`options` beside the defaults of the chosen members."""
+        """`options` beside the defaults of the chosen members. Those of other members may be there
+        with their defaults, as when one member of a configuration is replaced, and are left out.
+        """
         if not isinstance(self.options, Mapping):
             raise ValueError(f"options: expected names and values, got {self.options!r}")
         known = {name: value for m in self.members().values() for name, value in m.options.items()}
         given = {n: tuple(v) if isinstance(v, list) else v for n, v in self.options.items()}
+        others = [(n, v) for axis in AXES for m in axis.all() for n, v in m.options.items()]
+        given = {n: v for n, v in given.items() if n in known or (n, v) not in others}
         for name, value in given.items():
             if name not in known:
                 chosen = ", ".join(sorted(known)) or "none, for these members have no options"
@@ -263,10 +271,14 @@ def _check_number(name: str, value: Any, high: float, closed: bool = False) -> N
 
 
 def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of version 0.1, where `method` chose between SLA2 and SLA."""
-    values = dict(values)
-    method = values.pop("method", None)
-    if method not in (None, "sla2", "sla"):
+    """Fields of version 0.1, where `method` chose between SLA2 and SLA, and what was not named had
+    its defaults.
+    """
+    if "method" not in values:
+        return dict(values)
+    values = {"token_order": "raster", "alpha": "position", **values}
+    method = values.pop("method")
+    if method not in ("sla2", "sla"):
         raise ValueError(f"method: expected 'sla2' or 'sla', got {method!r}")
     if method == "sla":
         # SLA's operator did not smooth K, whatever the configuration said.

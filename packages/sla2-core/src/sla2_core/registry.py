@@ -151,6 +151,10 @@ class Axis(Generic[M]):
         """The registered names, in the order of registration."""
         return tuple(self._members)
 
+    def all(self) -> tuple[type[M], ...]:
+        """The registered classes, in the order of registration."""
+        return tuple(self._members.values())
+
     def get(self, name: str) -> type[M]:
         """The class of that name. Raises ValueError naming the field and the known names."""
         if not isinstance(name, str) or name not in self._members:

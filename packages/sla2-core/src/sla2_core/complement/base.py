@@ -43,7 +43,7 @@ class Complement(Member):
 
     group: ClassVar[str] = "complement"
     kernel: ClassVar[str | None] = None
-    mixing: ClassVar[str] = "position"
+    mixing: ClassVar[str] = "mass"
     joins: ClassVar[bool] = False
     everywhere: ClassVar[bool] = False
     absent: ClassVar[bool] = False
