@@ -74,6 +74,17 @@ def test_another_geometry_is_refused(wan, sla2_config, tmp_path, changes, messag
         apply_sla2(wan(), sla2_config(**changes)).load(tmp_path)
 
 
+def test_a_file_that_names_no_token_order_is_of_raster_order(wan, sla2_config, tmp_path):
+    apply_sla2(wan(), sla2_config(token_order="raster")).save(tmp_path)
+    path = tmp_path / "sla2_config.json"
+    content = json.loads(path.read_text())
+    del content["sla2"]["token_order"]
+    path.write_text(json.dumps(content))
+    assert apply_adapter(wan(), tmp_path).config == sla2_config(token_order="raster")
+    with pytest.raises(ValueError, match="expected token_order='tiles' as applied, got 'raster'"):
+        apply_sla2(wan(), sla2_config()).load(tmp_path)
+
+
 def test_another_model_or_other_layers_are_refused(wan, sla2_config, tmp_path):
     apply_sla2(wan(), sla2_config(), base_model="one").save(tmp_path)
     with pytest.raises(ValueError, match="expected an adapter of a model with ffn_dim=48, got 32"):

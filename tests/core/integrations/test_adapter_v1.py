@@ -34,6 +34,7 @@ def test_an_old_adapter_gives_the_same_output(name, members):
     handle = apply_adapter(transformer, DATA / name)
     config = handle.config
     assert (config.router, config.complement, config.alpha) == members
+    assert config.token_order == "raster"
     torch.manual_seed(1)
     for tensor in handle.adapter_tensors().values():
         torch.randn_like(tensor)  # what the script that made the file drew

@@ -74,6 +74,37 @@ def test_a_model_ordered_once_is_one_ordered_in_every_layer(name, monkeypatch):
     assert len(seen) == 2 + 1 + 2  # the inverse in each of two layers
 
 
+@pytest.mark.parametrize("name", ["wan", "flux"])
+def test_layers_without_sla2_work_on_the_ordered_tokens(name, monkeypatch):
+    def run():
+        transformer, sample, _ = families.build(name)
+        family, batch = family_of(transformer), families.batch(sample)
+        apply_sla2(transformer, families.config(transformer, **TILES), skip_layers=[0])
+        with torch.no_grad():
+            return [family.predict(transformer, *batch)]
+
+    found = run()
+    in_processors(monkeypatch, name)
+    assert_same(run(), found)
+
+
+def test_arguments_keep_their_places_for_hooks_of_others():
+    handle, _ = applied("wan")
+    latents, timestep, text = tiny_wan.inputs().values()
+    seen = []
+    handle.transformer.register_forward_pre_hook(lambda model, args: seen.append(args))
+    with torch.no_grad():
+        outputs = [
+            handle.transformer(latents, timestep, encoder_hidden_states=text)[0],
+            handle.transformer(
+                hidden_states=latents, timestep=timestep, encoder_hidden_states=text
+            )[0],
+        ]
+    assert torch.equal(*outputs)
+    assert [len(args) for args in seen] == [2, 0]
+    assert seen[0][1] is timestep
+
+
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video", "cogvideox_2b", "flux", "ltx2"])
 def test_captured_tokens_stand_in_the_order(name):
     recorded = {}

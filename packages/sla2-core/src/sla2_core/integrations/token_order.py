@@ -75,8 +75,10 @@ class TokenOrder:
         if places is None:
             return None
         self.places = places
-        given = {**dict(zip(self.names, args)), **kwargs}
-        return (), self.flow.arguments(transformer, given, places)
+        first = self.names[: len(args)]
+        given = {**dict(zip(first, args)), **kwargs}
+        given = self.flow.arguments(transformer, given, places)
+        return tuple(given.pop(name) for name in first), given
 
     def _places(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -12,8 +12,10 @@ def moved(x: Any, dim: int, places: Tensor) -> Any:
     """A tensor, or a list or tuple of them, whose place i on `dim` holds what stood at places[i];
     None stays None.
     """
-    if isinstance(x, list | tuple):
+    if isinstance(x, list):
         return [moved(part, dim, places) for part in x]
+    if isinstance(x, tuple):
+        return tuple(moved(part, dim, places) for part in x)
     return None if x is None else x.index_select(dim, places)
 
 
