@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import families, pipelines
+from PIL import Image
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.training.stage2.train import Stage2Config, train_stage2
 from sla2_eval.videos.dataset import captioned_files, read_frames, write_folder
@@ -114,6 +115,43 @@ def test_every_family_trains_on_what_its_pipeline_encodes(
     assert np.isfinite(report.loss[0])
 
 
+@pytest.mark.parametrize("kind", ["2.1", "2.1 both frames", "2.2"])
+def test_image_to_video_gets_the_condition_that_its_pipeline_makes(folder, tmp_path, kind):
+    pipe = pipelines.wan_image(kind)
+    data = encode_folder(folder, pipe, tmp_path / "cache", **SIZE)
+    frames = read_frames(captioned_files(folder)[0][0], **SIZE)
+    seen = {}
+    own = pipe.transformer.forward
+
+    def forward(hidden_states, encoder_hidden_states_image=None, **given):
+        seen["x"], seen["image"] = hidden_states, encoder_hidden_states_image
+        return own(hidden_states, encoder_hidden_states_image=encoder_hidden_states_image, **given)
+
+    pipe.transformer.forward = forward
+    pipe.set_progress_bar_config(disable=True)
+    pipe(
+        image=Image.fromarray(frames[0]),
+        last_image=Image.fromarray(frames[-1]) if "both" in kind else None,
+        prompt=CAPTIONS[0],
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        output_type="latent",
+        **SIZE,
+    )
+    pipe.transformer.forward = own
+    sample = data[0]
+    torch.testing.assert_close(sample["image_latents"], seen["x"][0, 16:], atol=1e-4, rtol=1e-4)
+    if kind != "2.2":
+        embeds = seen["image"].flatten(0, 1)
+        torch.testing.assert_close(
+            sample["encoder_hidden_states_image"], embeds, atol=1e-4, rtol=1e-4
+        )
+    changes = {"topk": 0.5, "block_q": 4, "block_k": 2}
+    handle = apply_sla2(pipe.transformer, families.config(pipe.transformer, **changes))
+    report = train_stage2(handle, data, Stage2Config(steps=1, batch_size=2), tmp_path / "run")
+    assert np.isfinite(report.loss[0])
+
+
 @pytest.fixture
 def pipe():
     """A WanPipeline whose text encoder is a stand-in: embeddings that tell the caption's length."""
@@ -155,8 +193,8 @@ def named(name, **parts):
             ".*, got LTX2Pipeline, whose transformer also takes the latents of a sound track",
         ),
         (
-            named("WanImageToVideoPipeline"),
-            ".*, got WanImageToVideoPipeline, whose transformer also takes the first frame",
+            named("WanImageToVideoPipeline", transformer=None),
+            "expected a WanImageToVideoPipeline with its transformer, whose configuration says",
         ),
         (
             named("CogVideoXPipeline", transformer=None),

@@ -78,6 +78,43 @@ def _wan_video(pipe: Any, pixels: Tensor) -> Sample:
     return {"latents": (latents - mean) / std}
 
 
+@torch.no_grad()
+def _wan_image_video(pipe: Any, pixels: Tensor) -> Sample:
+    """(C, t, h, w), with the latents of the given frames and their mask as `image_latents`: the
+    first frame, and the last one too for a model that takes both; for Wan2.1 also their CLIP
+    embedding.
+    """
+    if pipe.config.expand_timesteps:
+        raise ValueError(
+            "pipe: expected an image to video pipeline that takes the first frame as channels, got"
+            " one with expand_timesteps"
+        )
+    sample, config = _wan_video(pipe, pixels), pipe.transformer.config
+    both = config.pos_embed_seq_len is not None
+    latents = sample["latents"]
+    frames = [pixels[:, :, i].to(latents) for i in ((0, -1) if both else (0,))]
+    _, given = pipe.prepare_latents(
+        frames[0],
+        1,
+        len(latents),
+        *pixels.shape[3:],
+        pixels.shape[2],
+        torch.float32,
+        latents.device,
+        None,
+        latents[None],
+        frames[1] if both else None,
+    )
+    sample["image_latents"] = given[0]
+    if config.image_dim is not None:
+        _part(pipe, "image_encoder")
+        images = [((frame[0] + 1) / 2).clamp(0, 1).cpu().numpy() for frame in frames]
+        pictures = [(image * 255).round().astype("uint8").transpose(1, 2, 0) for image in images]
+        embeds = pipe.encode_image(pictures, device=latents.device)
+        sample["encoder_hidden_states_image"] = embeds.float().flatten(0, 1)
+    return sample
+
+
 def _hunyuan_video15_video(pipe: Any, pixels: Tensor) -> Sample:
     """(C, t, h, w); no first frame is given: its latents, its mask and the image embeddings are 0,
     as in text to video.
@@ -164,6 +201,9 @@ _ENCODERS: Mapping[str, Encoder] = {
     "WanPipeline": Encoder(
         _wan_video, _text(("encoder_hidden_states", None), do_classifier_free_guidance=False)
     ),
+    "WanImageToVideoPipeline": Encoder(
+        _wan_image_video, _text(("encoder_hidden_states", None), do_classifier_free_guidance=False)
+    ),
     "HunyuanVideoPipeline": Encoder(
         lambda pipe, pixels: {"latents": _scaled(pipe, pixels)},
         _text(("encoder_hidden_states", "pooled_projections", "encoder_attention_mask")),
@@ -187,12 +227,10 @@ _ENCODERS: Mapping[str, Encoder] = {
 _NEEDS_TRANSFORMER = {
     "CogVideoXPipeline": "whose configuration gives the rotary embedding",
     "HunyuanVideo15Pipeline": "whose configuration gives the size of the image embeddings",
+    "WanImageToVideoPipeline": "whose configuration says which frames it takes",
 }
 _MISSING = {
     "LTX2Pipeline": (
         "whose transformer also takes the latents of a sound track, which is not read here"
-    ),
-    "WanImageToVideoPipeline": (
-        "whose transformer also takes the first frame, which is not encoded here"
     ),
 }

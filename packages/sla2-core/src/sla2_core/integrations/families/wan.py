@@ -102,15 +102,20 @@ def _heads(attn: Any) -> tuple[int, int]:
 
 
 def _predict(
-    transformer: nn.Module, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]
+    transformer: Any, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]
 ) -> Tensor:
     """`conditions`: encoder_hidden_states; for image to video also image_latents, concatenated on
-    the channels.
+    the channels, and in Wan2.1 encoder_hidden_states_image (B, n, C), of both images where the
+    model takes the first and the last frame.
     """
     conditions = dict(conditions)
     image = conditions.pop("image_latents", None)
     if image is not None:
         noisy = torch.cat([noisy, image.to(noisy.dtype)], dim=1)
+    embeds = conditions.get("encoder_hidden_states_image")
+    if embeds is not None and transformer.config.pos_embed_seq_len is not None:
+        # (B, 2 n, C) of two images each, which the model takes as (2 B, n, C).
+        conditions["encoder_hidden_states_image"] = embeds.unflatten(1, (2, -1)).flatten(0, 1)
     return transformer(hidden_states=noisy, timestep=sigma * 1000, **conditions, return_dict=False)[
         0
     ]
