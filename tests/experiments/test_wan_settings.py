@@ -35,6 +35,14 @@ def test_settings_are_valid_and_the_papers(name, heads, batch, shift, size):
     assert tuple(settings.video.model_dump().values()) == size
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("wan2.*/*.yaml")), ids=lambda p: p.parent.name)
+def test_every_settings_file_of_wan_is_valid(path):
+    settings = load_settings(path, TrainSettings)
+    assert settings.stage2.batch_size % settings.stage2.accumulate == 0
+    assert settings.expert == (path.stem if path.stem in ("high", "low") else None)
+    assert f"{settings.video.height} x {settings.video.width}" in path.read_text().splitlines()[0]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
