@@ -123,6 +123,26 @@ def test_totals_weigh_videos_as_vbench_does(folder, tmp_path, monkeypatch):
     assert as_vbench(listed)["temporal_flickering"][0] == found["b"]["vbench_mean"]
 
 
+def test_a_dimension_counts_its_own_prompts(folder, tmp_path):
+    """As the manifest of generated videos has them; metrics themselves are of all videos."""
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    for row, dimensions in zip(rows, (["scene"], ["scene"], ["temporal_flickering"])):
+        row["dimensions"] = dimensions
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ["temporal_flickering", "motion_smoothness_linear"]
+    found = score(folder, None, names, tmp_path / "out")
+    values = [row["scores"][names[0]] for row in found["videos"]]
+    about = found["metrics"][names[0]]
+    assert about["num_videos"] == 3
+    assert about["vbench_mean"] == values[2] != about["mean"]
+    mean, listed = json.loads((tmp_path / "out" / "vbench_eval_results.json").read_text())[names[0]]
+    assert mean == about["vbench_mean"]
+    assert [row["video_path"] for row in listed] == ["pattern 002-0.mp4"]
+    info = json.loads(export(folder, tmp_path / "vbench", ["temporal_flickering"]).read_text())
+    shown = {entry["prompt_en"]: entry["dimension"] for entry in info}
+    assert shown == {"a fox": [], "pattern 002": ["temporal_flickering"]}
+
+
 def test_vbenchs_imaging_quality_of_single_videos_is_in_percent(tmp_path):
     about = {"vbench": "imaging_quality", "vbench_mean": 0.625}
     rows = [{"file_name": n, "scores": {"iq": v}} for n, v in (("a.mp4", 0.5), ("b.mp4", 0.75))]

@@ -5,6 +5,7 @@ failures, versions.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
@@ -93,8 +94,14 @@ def _summary(
     }
     entry["num_videos"] = len(values)
     if spec.vbench:
-        entry["vbench_mean"] = _vbench_mean([r for r in results if "value" in r])
-        entry["normalised"] = spec.normalised(entry["vbench_mean"])
+        counted = [
+            result
+            for video, result in zip(videos, results, strict=True)
+            if "value" in result and counts_for(video.dimensions, spec.vbench)
+        ]
+        if counted:
+            entry["vbench_mean"] = _vbench_mean(counted)
+            entry["normalised"] = spec.normalised(entry["vbench_mean"])
     if spec.kind == "paired":
         pairs = [(video, other) for video, other in pair(videos, references or []) if other]
         lossless = [v for v, other in pairs if compared(v, other)[0] != v.path]
@@ -112,6 +119,13 @@ def _summary(
                 "within_noise": not differs(difference.p),
             }
     return entry
+
+
+def counts_for(dimensions: Sequence[str] | None, dimension: str) -> bool:
+    """Whether a video with these dimensions of its prompt counts in VBench's total of one; where
+    they are not known, every video does.
+    """
+    return dimensions is None or dimension in dimensions
 
 
 def _vbench_mean(results: list[dict]) -> float:
@@ -173,6 +187,8 @@ def document(
             "index": entry.index,
             "seed": entry.seed,
         }
+        if entry.dimensions is not None:
+            row["dimensions"] = list(entry.dimensions)
         row |= {"sha256": run.digests.get(entry.path), "scores": scores}
         if entry.file_name in theirs:
             row["reference"] = _reference(run, theirs[entry.file_name])

@@ -14,6 +14,7 @@ from pathlib import Path
 from sla2_eval.runs.store import write_atomic
 from sla2_eval.scoring import metrics
 from sla2_eval.scoring.metrics import MetricSpec
+from sla2_eval.scoring.summary import counts_for
 from sla2_eval.videos.manifest import read_manifest
 
 INFO, NAMES, VIDEOS = "VBench_full_info.json", "names.json", "videos"
@@ -34,7 +35,11 @@ def as_vbench(results: dict) -> dict[str, list]:
     """
     found, specs = {}, _by_dimension()
     for name, about in results["metrics"].items():
-        scored = [row for row in results["videos"] if name in row["scores"]]
+        scored = [
+            row
+            for row in results["videos"]
+            if name in row["scores"] and counts_for(row.get("dimensions"), about.get("vbench"))
+        ]
         if not about.get("vbench") or not scored:
             continue
         scale = specs[about["vbench"]].vbench_scale
@@ -52,8 +57,8 @@ def export(videos: str | Path, out: str | Path, chosen: list[str] | None = None)
     `out`/VBench_full_info.json.
 
     Files are linked where the file system can, else copied. `chosen`: dimensions, all known ones if
-    None. Raises ValueError for an unknown dimension, a prompt that cannot be part of a file name,
-    or a video that is not there.
+    None; where the manifest has a prompt's dimensions, of these its own. Raises ValueError for an
+    unknown dimension, a prompt that cannot be part of a file name, or a video that is not there.
     """
     known, out = dimensions(), Path(out)
     chosen = known if chosen is None else chosen
@@ -73,6 +78,7 @@ def export(videos: str | Path, out: str | Path, chosen: list[str] | None = None)
         )
     names: dict[str, str] = {}
     lists: dict[str, list[str]] = {}
+    of_prompt: dict[str, list[str]] = {}
     for entry in entries:
         if not entry.path.is_file():
             raise ValueError(f"{entry.path}: expected a video file, got nothing there")
@@ -84,6 +90,7 @@ def export(videos: str | Path, out: str | Path, chosen: list[str] | None = None)
                 f" {entry.prompt!r}"
             )
         names[name] = entry.file_name
+        of_prompt[entry.prompt] = [d for d in chosen if counts_for(entry.dimensions, d)]
         lists[entry.prompt].append(str((out / VIDEOS / name).resolve()))
     (out / VIDEOS).mkdir(parents=True, exist_ok=True)
     for name in _exported(out).keys() - names.keys():  # VBench would score them too
@@ -91,7 +98,7 @@ def export(videos: str | Path, out: str | Path, chosen: list[str] | None = None)
     for entry, name in zip(entries, names, strict=True):
         _link(entry.path, out / VIDEOS / name)
     info = [
-        {"prompt_en": prompt, "dimension": chosen, "video_list": paths}
+        {"prompt_en": prompt, "dimension": of_prompt[prompt], "video_list": paths}
         for prompt, paths in lists.items()
     ]
     write_atomic(out / NAMES, json.dumps(names, indent=1, ensure_ascii=False) + "\n")
