@@ -45,7 +45,8 @@ def measure(report: Callable[[str, int, int], None], quick: bool) -> dict:
     "settings", "rows", "stages"}.
 
     One head, batch 1. SLA2Attention with a learned router: smoothing, pooling, routing, both
-    branches and mixing count, compiling does not. Rows: median, low, high (ms, quartiles, wall
+    branches and mixing count, compiling does not; "pooled" is the same layer with the pooled
+    complement, at the highest sparsity. Rows: median, low, high (ms, quartiles, wall
     clock, cases interleaved), speedup over SDPA of the same direction by wall clock and by CPU time
     of the process (which other processes disturb less), roofline (ms: FLOPs of the cost model with
     the masked sum, three times that with the backward, over torch's measured GEMM rate in this
@@ -145,12 +146,11 @@ def _seconds(function: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def _module(d: int, sparsity: float) -> SLA2Attention:
+def _module(d: int, sparsity: float, complement: str = "linear") -> SLA2Attention:
     from sla2_core import SLA2Attention, SLA2Config
 
-    return SLA2Attention(
-        SLA2Config(head_dim=d, num_heads=1, topk=1 - sparsity, block_q=BLOCK_Q, block_k=BLOCK_K)
-    )
+    sizes = dict(head_dim=d, num_heads=1, block_q=BLOCK_Q, block_k=BLOCK_K)
+    return SLA2Attention(SLA2Config(**sizes, topk=1 - sparsity, complement=complement))
 
 
 def _cases(
@@ -177,6 +177,8 @@ def _cases(
             cases[f"SDPA {label}"] = partial(run, scaled_dot_product_attention)
         for sparsity in sparsities:
             cases[f"SLA2 {label} {sparsity:.0%}"] = partial(run, _module(d, sparsity))
+        most = max(sparsities)
+        cases[f"pooled {label} {most:.0%}"] = partial(run, _module(d, most, "pooled"))
     return cases
 
 
@@ -212,12 +214,12 @@ def _setting(
             **found[label],
         }
         row["cpu"] = 1e3 * sorted(cpu[id(case)][1:])[repetitions // 2]
-        if what == "SLA2":
+        if what != "SDPA":
             direction, share = direction.rsplit(" ", 1)
-            row |= {"sparsity": float(share.rstrip("%")) / 100, "case": f"SLA2 {direction}"}
-            row["roofline"] = (
-                1e3 * _flops(n, d, row["sparsity"], "backward" in direction) / rates[name]
-            )
+            row |= {"sparsity": float(share.rstrip("%")) / 100, "case": f"{what} {direction}"}
+            complement = "pooled" if what == "pooled" else "linear"
+            flops = _flops(n, d, row["sparsity"], "backward" in direction, complement)
+            row["roofline"] = 1e3 * flops / rates[name]
             base = next((r for r in rows if r["case"] == f"SDPA {direction}"), None)
             if base:
                 row |= {
@@ -232,14 +234,16 @@ def _setting(
     return rows
 
 
-def _flops(n: int, d: int, sparsity: float, backward: bool) -> float:
-    """The cost model and the masked sum over blocks; the backward counts twice the forward."""
+def _flops(n: int, d: int, sparsity: float, backward: bool, complement: str) -> float:
+    """The cost model and the linear branch's masked sum over blocks; the backward counts twice the
+    forward.
+    """
     from sla2_core.cost import sla2_cost
 
-    cost = sla2_cost(
-        n_q=n, n_k=n, num_heads=1, head_dim=d, topk=1 - sparsity, block_q=BLOCK_Q, block_k=BLOCK_K
-    )
+    sizes = dict(n_q=n, n_k=n, num_heads=1, head_dim=d, block_q=BLOCK_Q, block_k=BLOCK_K)
+    cost = sla2_cost(**sizes, topk=1 - sparsity, complement=complement)
     masked = 2.0 * -(-n // BLOCK_Q) * -(-n // BLOCK_K) * d * (d + 1)
+    masked = masked if complement == "linear" else 0.0
     return (cost.flops + masked) * (3 if backward else 1)
 
 
