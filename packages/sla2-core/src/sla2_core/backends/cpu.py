@@ -128,8 +128,9 @@ class CpuBackend(BlockedBackend):
         qk, pv = options.format.cpu or ("none", "none")
         low = _low(arrays, blocks, qk, pv, threads) if options.format.low else None
         alpha = None if call.alpha is None else heads_of(call.alpha.to(work))
-        how = (low, _ROUNDING[pv], threads, options.complement)
-        out, o_s, lse = forward(*arrays, blocks, alpha, *how)
+        out, o_s, lse = forward(
+            *arrays, blocks, alpha, low, _ROUNDING[pv], threads, options.complement
+        )
         found = [torch.from_numpy(out).view(q.shape).to(q.dtype)]
         found.append(torch.from_numpy(lse).view(q.shape[:3]))
         if save and alpha is not None and not _pooled(call, options):

@@ -13,7 +13,6 @@ from sla2_kernels.cpu.backward import d_key_blocks, d_query_blocks
 from sla2_kernels.cpu.build import Array, run
 from sla2_kernels.cpu.elementwise import LOG2_E
 from sla2_kernels.cpu.forward import query_blocks
-from sla2_kernels.cpu.pool import block_means
 from sla2_kernels.cpu.pooled import log_sizes
 from sla2_kernels.cpu.route import transposed_map
 from sla2_kernels.cpu.states import complement, key_blocks, masked_sum
@@ -78,7 +77,8 @@ def _groups(block_map: Map, wide: int, itemsize: int) -> Iterator[slice]:
 
 
 class _Blocks:
-    """K and V of some heads laid out by key block, and (h_j, z_j) of each in `panels` panels.
+    """K and V of some heads laid out by key block; (h_j, z_j) of each in `panels` panels; with
+    `means` the mean of each.
 
     What the backward alone needs, or the forward alone, has T_n = 0 in the other.
     """
@@ -90,6 +90,7 @@ class _Blocks:
         tokens: Array,
         block: int,
         panels: tuple[int, int],
+        means: bool,
         backward: bool,
         threads: int,
     ) -> None:
@@ -104,6 +105,8 @@ class _Blocks:
         self.kt, self.vt = layout(wide, width, True), layout(wide, width, backward)
         self.k_rows, self.v_rows = layout(width, wide, backward), layout(width, wide, not backward)
         self.states = np.empty((heads, panels[0], t_n, panels[1]), kind)
+        shape = (heads, t_n if means else 0, d)
+        self.means = np.empty(shape, kind), np.empty(shape, kind)
         run(
             key_blocks,
             heads * t_n,
@@ -118,37 +121,28 @@ class _Blocks:
             self.vt,
             self.v_rows,
             self.states,
+            *self.means,
         )
 
 
 class _Pooled(_Blocks):
     """The block means of K and V as keys and values of their own, laid out in tiles, and what is
-    added to their logits; all of it empty without `bias`.
+    added to their logits. All of it is empty without `bias`, (G, T_m), b of each query block.
     """
 
     def __init__(
-        self,
-        here: Map,
-        k: Array,
-        v: Array,
-        tokens: Array,
-        bias: Array | None,
-        backward: bool,
-        threads: int,
+        self, here: Map, keys: _Keys, bias: Array | None, backward: bool, threads: int
     ) -> None:
-        heads, t_n = tokens.shape if bias is not None else (len(tokens), 0)
+        means, tokens = keys.means, keys.tokens
+        heads, t_n, _ = means[0].shape
         width = min(_TILE, _up(max(1, t_n), PAD))
         tiles = np.clip(t_n - np.arange(0, t_n, width), 0, width)
-        means = (k[:, :0], v[:, :0])
-        if bias is not None:
-            means_k, means_v = (block_means(x, here.lengths, here.block_k, threads) for x in (k, v))
-            means = (means_k, means_v)
         inside = np.tile(tiles, (heads, 1)).astype(np.int64)
-        super().__init__(means, means, inside, width, (0, PAD), backward, threads)
+        super().__init__(means, means, inside, width, (0, PAD), False, backward, threads)
         rows = here.counts.shape[1] if bias is not None else 0
-        self.sizes = np.empty((heads, rows, len(tiles) * width), k.dtype)
+        self.sizes = np.empty((heads, rows, len(tiles) * width), means[0].dtype)
         # Query blocks that one work item of the backward takes.
-        self.step = 1 if bias is None else -(-rows // _PARTS)
+        self.step = max(1, -(-rows // _PARTS))
         if bias is not None:
             run(
                 log_sizes,
@@ -164,14 +158,14 @@ class _Pooled(_Blocks):
     def gradients(self) -> tuple[Array, Array]:
         """Empty sums of d_query_blocks, for keys and for values: (G, parts, tiles, W D)."""
         heads, tiles, wide, width = self.kt.shape
-        parts = -(-self.sizes.shape[1] // self.step)
-        k, v = (np.empty((heads, parts, tiles, width * wide), self.kt.dtype) for _ in range(2))
-        return k, v
+        shape = (heads, -(-self.sizes.shape[1] // self.step), tiles, width * wide)
+        return np.empty(shape, self.kt.dtype), np.empty(shape, self.kt.dtype)
 
-    def means(self, parts: Array) -> Array:
+    def total(self, parts: Array) -> Array:
         """Sums of d_query_blocks as the gradients of the means: (G, T_n padded, D)."""
         heads, tiles, wide, width = self.kt.shape
-        return parts.sum(1).reshape(heads, tiles * width, wide)
+        whole: Array = parts.sum(1)
+        return whole.reshape(heads, tiles * width, wide)
 
 
 class _Keys(_Blocks):
@@ -187,6 +181,7 @@ class _Keys(_Blocks):
         k: Array,
         v: Array,
         linear: bool,
+        pooled: bool,
         backward: bool,
         threads: int,
     ) -> None:
@@ -198,9 +193,8 @@ class _Keys(_Blocks):
         self.panel = next(size for size in (64, 32, 16) if self.wide % size == 0)
         self.panels = (self.wide + 1) * (self.wide // self.panel) if linear else 0
         panels = (self.panels, self.panel)
-        super().__init__(
-            (k_low, v_low), (k, v), self.tokens, here.block_k, panels, backward, threads
-        )
+        low, whole = (k_low, v_low), (k, v)
+        super().__init__(low, whole, self.tokens, here.block_k, panels, pooled, backward, threads)
         states = self.states
         self.rest = np.empty((heads, _up(t_m, 8) if linear else 0, _up(t_n, 8)), kind)
         self.share = np.empty((heads, t_m), np.int8)
@@ -261,9 +255,9 @@ def forward(
     group = longest if rounding != "none" else min(group, longest)
     for part in _groups(block_map, _up(d, PAD), kind.itemsize):
         here = block_map.heads(part)
-        keys = _Keys(here, k_low[part], v_low[part], k[part], v[part], linear, False, threads)
-        bias = alpha[part] if pooled else None
-        means = _Pooled(here, k[part], v[part], keys.tokens, bias, False, threads)
+        whole, kinds = (k[part], v[part]), (linear, pooled)
+        keys = _Keys(here, k_low[part], v_low[part], *whole, *kinds, False, threads)
+        means = _Pooled(here, keys, alpha[part] if pooled else None, False, threads)
         run(
             query_blocks,
             keys.share.size,
@@ -326,9 +320,9 @@ def backward(
     alpha = d_alpha if alpha is None else alpha
     for part in _groups(block_map, _up(d, PAD), kind.itemsize):
         here = block_map.heads(part)
-        keys = _Keys(here, k[part], v[part], k[part], v[part], linear, True, threads)
-        bias = alpha[part] if pooled else None
-        means = _Pooled(here, k[part], v[part], keys.tokens, bias, True, threads)
+        whole, kinds = (k[part], v[part]), (linear, pooled)
+        keys = _Keys(here, *whole, *whole, *kinds, True, threads)
+        means = _Pooled(here, keys, alpha[part] if pooled else None, True, threads)
         d_pooled_k, d_pooled_v = means.gradients()
         heads, t_n = keys.tokens.shape
         tall = _up(here.block_q, PAD)
@@ -394,8 +388,8 @@ def backward(
             g_rows,
             g_turned,
             d_states,
-            means.means(d_pooled_k),
-            means.means(d_pooled_v),
+            means.total(d_pooled_k),
+            means.total(d_pooled_v),
             d_k[part],
             d_v[part],
         )

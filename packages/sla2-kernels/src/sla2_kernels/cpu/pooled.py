@@ -130,7 +130,8 @@ def pooled_backward(
     """
     count, wide, width = kt.shape[1], kt.shape[2], kt.shape[3]
     height, kind = x.shape[0], x.dtype.type
-    scale, d_bias = kind(1.0 / np.sqrt(d)), kind(0)
+    scale = kind(1.0 / np.sqrt(d))
+    d_bias: float = kind(0)
     again = 0 if begins else 1
     for p in range(count):
         square = (bh * count + p) * wide * width

@@ -1,5 +1,5 @@
-"""Per key block: K and V laid out for the products, and the linear branch's states h_j, z_j; their
-masked sums.
+"""Per key block: K and V laid out for the products, their means, and the linear branch's states
+h_j, z_j; masked sums of those.
 """
 
 from __future__ import annotations
@@ -32,6 +32,19 @@ def to_panels(x: Array, bh: int, j: int, panels: Array) -> None:
                 panels[bh, r * parts + part, j, c] = x[r, part * width + c]
 
 
+@inner
+def mean_of(x: Array, bh: int, start: int, count: int, out: Array) -> None:
+    """out <- the mean of x[bh, start:start + count], 0 without a token."""
+    for c in range(x.shape[2]):
+        out[c] = 0
+    for r in range(start, start + count):
+        for c in range(x.shape[2]):
+            out[c] += x[bh, r, c]
+    one = x.dtype.type(1) / x.dtype.type(max(1, count))
+    for c in range(x.shape[2]):
+        out[c] *= one
+
+
 @kernel
 def key_blocks(
     k_low: Array,
@@ -46,16 +59,19 @@ def key_blocks(
     vt: Array,
     v_rows: Array,
     states: Array,
+    means_k: Array,
+    means_v: Array,
     lo: int,
     hi: int,
 ) -> None:
     """Lay out one head's key block per item: D and W are d and block_k padded. Outputs with T_n = 0
     are left out.
 
-    k_low, v_low; k, v: (G, N_k, d), what the sparse branch sees; what the linear branch sees.
+    k_low, v_low; k, v: (G, N_k, d), what the sparse branch sees; what the complement sees.
     tokens (G, T_n): valid ones. kt (G, T_n, D, W) <- scale K_low transposed; k_rows (G, T_n, W, D)
     <- K_low; vt, v_rows likewise, unscaled. states (G, P, T_n, S): (h_j, z_j), (D + 1) D numbers,
-    in P panels of S, so that a panel of all blocks is contiguous.
+    in P panels of S, so that a panel of all blocks is contiguous. means_k, means_v (G, T_n, d):
+    the means of k and v.
     """
     t_n, d = tokens.shape[1], k.shape[2]
     wide, width = kt.shape[2], kt.shape[3]
@@ -88,6 +104,9 @@ def key_blocks(
                 for c in range(wide):
                     state[wide, c] += rows[r, c]
             to_panels(state, bh, j, states)
+        if means_k.shape[1]:
+            mean_of(k, bh, start, count, means_k[bh, j])
+            mean_of(v, bh, start, count, means_v[bh, j])
 
 
 @kernel
