@@ -262,7 +262,7 @@ def test_bias_is_learned_or_absent_and_starts_at_zero():
     [
         ({"complement": "pooled", "alpha": "mass"}, "alpha: expected 'joint' for complement='pool"),
         ({"complement": "linear", "alpha": "joint"}, "alpha: expected a mixing of separate branc"),
-        ({"options": {"pooled_bias": False}}, "options: expected one of none"),
+        ({"options": {"pooled_bias": False}}, "options: expected one of tile, got 'pooled_bias'"),
     ],
 )
 def test_members_that_do_not_go_together_are_refused(changes, match):

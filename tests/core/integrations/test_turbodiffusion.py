@@ -176,7 +176,7 @@ def test_sla2_starts_from_sla_without_its_projection(tmp_path):
     handle = restart_as_sla2(sla, topk=0.5)
     assert all(torch.equal(v, weights[n]) for n, v in handle.model_tensors().items())
     groups = handle.parameters()
-    assert (len(groups["router"]), len(groups["alpha"]), len(groups["proj"])) == (4, 2, 0)
+    assert (len(groups["router"]), len(groups["alpha"]), len(groups["proj"])) == (4, 4, 0)
     assert handle.config.complement == "linear"
     assert handle.config.smooth_k
     before = {n: v.detach().clone() for n, v in handle.adapter_tensors().items()}

@@ -43,8 +43,8 @@ def test_json_holds_occupancy_and_the_cubin(one_kernel, capsys):
     assert row["problems"] == []
 
 
-def test_a_kernel_over_its_ceiling_ends_with_1(one_kernel, capsys):
-    one_kernel(max_registers=1)
+def test_a_kernel_over_its_ceiling_ends_with_1(one_kernel, monkeypatch, capsys):
+    monkeypatch.setattr(KernelSpec, "max_registers", 1)
     assert main(["compile", "--arch", "sm_90a"]) == 1
     assert "registers, expected at most 1" in capsys.readouterr().err
 

@@ -41,8 +41,8 @@ sla2_copy_columns(const half_bits* __restrict__ source, long long source_item,
 }
 
 // Per key block: the sum of K over its valid tokens and the largest |V| per channel
-// (v and value_max may be null). Grid (T_n, B H), 128 threads: groups of ROW_LANES threads take a token
-// each.
+// (v and value_max may be null). Grid (T_n, B H), 128 threads: groups of ROW_LANES threads take a
+// token each.
 extern "C" __global__ void __launch_bounds__(128)
 sla2_key_sums(const half_bits* __restrict__ k, long long k_item, long long k_head, int k_step,
               const half_bits* __restrict__ v, long long v_item, long long v_head, int v_step,
