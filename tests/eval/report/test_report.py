@@ -11,9 +11,9 @@ from sla2_eval.report.charts import chart, ticks
 from sla2_eval.report.data import gather
 from sla2_eval.report.findings import findings
 from sla2_eval.report.page import write_report
-from sla2_eval.report.paper import paper
+from sla2_eval.report.paper import MODELS, paper
 from sla2_eval.report.tables import as_markdown
-from sla2_eval.report.text import number, signed
+from sla2_eval.report.text import number, signed, unbroken
 from sla2_eval.scoring.score import score
 
 
@@ -84,7 +84,10 @@ def test_a_speedup_has_an_interval_and_is_of_one_machine(run_dir):
 
 def test_page_stands_alone_and_says_everything(run_dir):
     page = write_report(run_dir).read_text()
-    assert not re.findall(r"""(?:src|href)=["'](?!data:|#|results\.(?:csv|md|json)["'])""", page)
+    assert not re.findall(
+        r"""(?:src|href)=["'](?!data:|#|(?:results\.(?:csv|md|tex|json)|comparisons\.csv)["'])""",
+        page,
+    )
     assert not re.search(r"@import|url\(", page)
     for said in (
         "A run &amp; its &lt;title&gt;",
@@ -94,7 +97,6 @@ def test_page_stands_alone_and_says_everything(run_dir):
         "unavailable: run sla2 weights fetch alexnet",
         "Paired: against full attention",
         "Unpaired: each video by itself",
-        "The paper’s own points",
         "layer",
         "9.9",
         "two",
@@ -157,7 +159,7 @@ def test_what_the_tests_show_is_said_first(run_dir):
         " for SLA2 90 %. SLA2 90 % (0.8500) is better than SLA2 97 % (p ≤ 0.047)."
     )
     page = write_report(run_dir).read_text()
-    assert page.index(said["temporal_flickering"]) < page.index("Quality against sparsity")
+    assert page.index(unbroken(said["temporal_flickering"])) < page.index("Quality against")
     assert said["psnr"] in (run_dir / "report" / "results.md").read_text()
 
 
@@ -317,10 +319,68 @@ def test_bad_files_are_named(run_dir, name, content, message):
 
 
 def test_papers_points_are_the_papers():
-    small = paper()["models"]["wan2.1-1.3b-480p"]["metrics"]["IQ"]
-    assert small["full"] == 63.67
-    assert small["families"]["SLA2"][-1] == {"sparsity": 0.97, "value": 66.64}
-    assert small["families"]["SLA2, heuristic router"] == [{"sparsity": 0.97, "value": 63.66}]
+    small = paper()["models"]["wan2.1-1.3b-480p"]["metrics"]["imaging_quality"]
+    assert small["full"] == 0.6367
+    assert small["families"]["SLA2"][-1] == {"sparsity": 0.97, "value": 0.6664}
+    assert small["families"]["SLA2, heuristic router"] == [{"sparsity": 0.97, "value": 0.6366}]
+
+
+@pytest.mark.parametrize(
+    ("model", "titles"),
+    [
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", ["Wan2.1 1.3B, 480p"]),
+        ({"id": "Wan-AI/Wan2.1-T2V-14B-Diffusers"}, ["Wan2.1 14B, 720p"]),
+        (None, ["Wan2.1 1.3B, 480p", "Wan2.1 14B, 720p"]),
+        ("tiny", []),
+        ("THUDM/CogVideoX-2b", []),
+    ],
+)
+def test_the_papers_points_stand_where_they_belong(run_dir, model, titles):
+    """On the same models, in the metrics that both have, folded, and on the scale of ours."""
+    assert "the paper’s" not in write_report(run_dir).read_text()
+    run = json.loads((run_dir / "run.json").read_text())
+    settings = {} if model is None else {"model": model}
+    (run_dir / "run.json").write_text(json.dumps({**run, "settings": settings}))
+    for path in (run_dir / "scores").glob("*/results.json"):
+        path.write_text(path.read_text().replace("temporal_flickering", "imaging_quality"))
+    page = write_report(run_dir).read_text()
+    assert [title for title in MODELS.values() if title in page] == titles
+    if "Wan2.1 1.3B, 480p" in titles:
+        assert '<details class="paper">' in page
+        assert "SLA2 of the paper: 0.677 at sparsity 90 %" in page
+        assert "the paper’s full attention 0.6367" in page
+
+
+def test_flops_are_a_column_and_charts_of_their_own(run_dir):
+    assert 'id="by-flops"' not in write_report(run_dir).read_text()
+    run = json.loads((run_dir / "run.json").read_text())
+    shares = {"full": 1.0, "sla2-90": 0.12, "sla2-97-s0": 0.035, "sla2-97-s1": 0.037}
+    for variant in run["variants"]:
+        variant["flops"] = shares.get(variant["name"])
+    (run_dir / "run.json").write_text(json.dumps(run))
+    found = [group["flops"] for group in gather(run_dir)["groups"]]
+    assert found == [1.0, 0.12, pytest.approx(0.036), None]
+    charts = write_report(run_dir).read_text().split('id="by-flops"')[1].split("</section>")[0]
+    assert "SLA2 97 %: 23 [" in charts
+    assert "at flops 3.6 %" in charts
+    assert "| SLA2 97 % | 97 % | 3.6 % |" in (run_dir / "report" / "results.md").read_text()
+
+
+def test_latex_holds_any_label_and_marks_the_best(run_dir):
+    run = json.loads((run_dir / "run.json").read_text())
+    run["variants"][1]["label"] = "50 % & a_b \\"
+    (run_dir / "run.json").write_text(json.dumps(run))
+    write_report(run_dir)
+    text = (run_dir / "report" / "results.tex").read_text()
+    best = (
+        r"50\,\% \& a\_b \textbackslash{} & 90\,\% & \textbf{32.00} {\scriptsize[31.39, 32.61]} \\"
+    )
+    assert best in text
+    for table in text.split("\\begin{tabular}")[1:]:
+        columns = len(re.match(r"\{(\w+)\}", table)[1])
+        rows = [line for line in table.splitlines() if line.endswith("\\\\")]
+        assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {columns - 1}
+    assert text.count("\\begin{table}") == text.count("\\end{table}") == 2
 
 
 def test_chart_draws_every_point_inside_the_frame():
@@ -338,6 +398,15 @@ def test_chart_draws_every_point_inside_the_frame():
     assert len(circles) == 1
     assert all(0 <= value <= 320 for value in circles[0])
     assert circles[0][1] < circles[0][3]
+    assert "full attention 50" in svg.split("<svg")[0] + svg.split("</svg>")[1]
+    points = [
+        {"seconds": 2, "value": 1.0, "low": -900, "high": 900},
+        {"seconds": 3, "value": 2.0, "low": 1.5, "high": 2.5},
+    ]
+    svg = chart("T", "n", {"x": points}, {"x": 0}, axis="seconds")
+    assert "x: 1 [-900, 900] at seconds a video 2 s" in svg
+    first, second = re.search(r'points="[\d.]+,([\d.]+) [\d.]+,([\d.]+)"', svg).groups()
+    assert float(first) - float(second) > 25  # a long interval leaves the values their room
     assert ticks(0.0, 1.0) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert ticks(84.2, 97.9) == [85.0, 90.0, 95.0]
 
@@ -362,7 +431,7 @@ def test_results_of_score_have_a_report(tmp_path, make_folder):
     assert rows["a|b"]["sparsity"] is None
     page = (out / "report" / "index.html").read_text()
     assert "Paired: against the reference" in page
-    assert "The sparsity of these videos is not known." in page
+    assert "Neither the sparsity of these videos nor what they cost is known." in page
     player = json.loads(re.search(r'id="data-player">(.*?)</script>', page, re.S)[1])
     assert [variant["label"] for variant in player["variants"]] == ["full", "a|b"]
     assert len(player["prompts"]) == 3

@@ -122,6 +122,9 @@ class Browser:
 
 @pytest.fixture
 def page(run_dir, tmp_path):
+    for variant, seconds in (("full", 4), ("sla2-90", 2.5), ("sla2-97-s0", 2)):
+        line = json.dumps({"videos": 1, "seconds": seconds})
+        (run_dir / "videos" / variant / "speed.jsonl").write_text(line + "\n")
     browser = Browser(tmp_path / "profile")
     try:
         browser.call("Page.navigate", url=write_report(run_dir).as_uri())
@@ -144,8 +147,10 @@ def test_report_in_chromium(page):
     noise_is_marked(page)
     keyboard_works(page)
     everything_has_a_name(page)
+    points_are_read_out(page)
     focus_is_seen(page)
     light_and_dark(page)
+    words_are_whole_and_labels_apart(page)
     narrow_screens(page)
     asks_for_nothing(page)
     broken_videos_stop_no_other(page)
@@ -196,7 +201,10 @@ def plays_in_step(page):
 
 
 def table_sorts(page):
-    names = "[...document.querySelectorAll('#scores tbody th')].map(c => c.textContent)"
+    names = (
+        "[...document.querySelectorAll('#scores tbody th')].map(c =>"
+        " c.textContent.replaceAll('\\xa0', ' '))"
+    )
     head = "[...document.querySelectorAll('#scores thead tr:last-child th')]"
     page.js(f"{head}.find(h => h.textContent.startsWith('PSNR')).querySelector('button').click()")
     assert page.js(names)[:2] == ["SLA2 90 %", "SLA2 97 %"]
@@ -273,7 +281,7 @@ def noise_is_marked(page):
     )
     rows = "[...document.querySelectorAll('#scores tbody tr')]"
     cells = page.js(f"{rows}.map(r => [r.cells[0].textContent, r.cells[{column}].textContent])")
-    said = {name: cell for name, cell in cells}
+    said = {name.replace("\xa0", " "): cell for name, cell in cells}
     assert "≈ +0.0000" in said["SLA2 90 %"]
     assert "Δ -0.2000" in said["SLA2 97 %"]
     assert "≈" not in said["Full attention"] + said["SLA2 97 %"]
@@ -305,6 +313,17 @@ def everything_has_a_name(page):
         "document.querySelectorAll('[id]').length === new"
         " Set([...document.querySelectorAll('[id]')].map(e => e.id)).size"
     )
+
+
+def points_are_read_out(page):
+    """Both axes' charts: each point with its value, interval and place."""
+    page.js("document.querySelectorAll('[role=tabpanel]').forEach(panel => panel.hidden = false)")
+    nodes = page.call("Accessibility.getFullAXTree")["nodes"]
+    names = {node.get("name", {}).get("value", "") for node in nodes}
+    page.js("document.querySelector('[role=tab]').click()")
+    assert "SLA2 90 %: 32 [31.39, 32.61] at sparsity 90 %" in names
+    assert "SLA2 90 %: 32 [31.39, 32.61] at seconds a video 2.5 s" in names
+    assert "PSNR (dB) against sparsity" in names
 
 
 def focus_is_seen(page):
@@ -353,6 +372,43 @@ def light_and_dark(page):
     page.js("document.getElementById('theme').click()")
     assert page.js(background) == seen["light"]
     assert min(page.js(CONTRAST)) >= 4.5
+
+
+BROKEN = """(() => {
+  const found = [], main = document.querySelector('main');
+  const walk = document.createTreeWalker(main, NodeFilter.SHOW_TEXT);
+  for (let node; (node = walk.nextNode());) {
+    const parent = node.parentElement;
+    if (!parent.checkVisibility() || parent.closest('script, style, .sr')) continue;
+    for (const word of node.data.matchAll(/[A-Za-z]{2,}/g)) {
+      const range = document.createRange();
+      range.setStart(node, word.index);
+      range.setEnd(node, word.index + word[0].length);
+      const lines = new Set([...range.getClientRects()].map((r) => Math.round(r.top)));
+      if (lines.size > 1) found.push(word[0]);
+    }
+  }
+  return found;
+})()"""
+COLLIDING = """[...document.querySelectorAll('svg.chart')].flatMap((svg) => {
+  const texts = [...svg.querySelectorAll('text')].filter((t) => t.getBoundingClientRect().width);
+  const over = (a, b) => {
+    const [r, s] = [a.getBoundingClientRect(), b.getBoundingClientRect()];
+    const across = r.left < s.right && s.left < r.right;
+    return across && r.top < s.bottom - 1 && s.top < r.bottom - 1;
+  };
+  return texts.flatMap((a, i) => texts.slice(i + 1).filter((b) => over(a, b)).map(
+    (b) => `${a.textContent} and ${b.textContent}`));
+})"""
+
+
+def words_are_whole_and_labels_apart(page):
+    for width in (420, 1400):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        page.call("Emulation.setDeviceMetricsOverride", **size)
+        page.js("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+        assert page.js(BROKEN) == []
+        assert page.js(COLLIDING) == []
 
 
 def narrow_screens(page):

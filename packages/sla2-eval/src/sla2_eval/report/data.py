@@ -40,6 +40,8 @@ def describe(
     kinds = _kinds(results)
     rows = [_row(g, kinds) for g in ordered(groups)]
     comparisons = _compare(groups, kinds)
+    speed = speeds(ordered(groups))
+    _note_speed(rows, speed)
     _note_differences(rows, comparisons)
     _note_old_differences(rows, groups)
     prompts = [{row["prompt"] for s in g.seeds() for row in g.rows(s).values()} for g in groups]
@@ -63,7 +65,7 @@ def describe(
         "lost": {k: why for s in sources for k, why in s.about.get("lost", {}).items()},
         "unavailable": _unavailable(results, rows),
         "warnings": _warnings(results),
-        "speed": speeds(ordered(groups)),
+        "speed": speed,
         "runs": [_run(source) for source in sources],
         "notes": list(dict.fromkeys([*_notes(sources), *_of_other_references(groups, kinds)])),
     }
@@ -98,6 +100,7 @@ def _row(group: Group, kinds: dict[str, dict]) -> dict:
         "label": group.label,
         "family": group.family,
         "sparsity": group.sparsity,
+        "flops": group.flops,
         "reference": group.reference,
         "num_seeds": sum(seed is not None for seed in seeds),
         "metrics": cells,
@@ -182,6 +185,18 @@ def _compare(groups: list[Group], kinds: dict[str, dict]) -> list[dict]:
             for (first, second), difference in pairs.items()
         ]
     return found
+
+
+def _note_speed(rows: list[dict], speed: list[dict]) -> None:
+    """Write each variant's seconds a video into its row: those on the machine that most variants
+    ran on, as seconds of other machines cannot be compared with them.
+    """
+    devices = [timed["device"] for timed in speed]
+    machine = max(dict.fromkeys(devices), key=devices.count, default=None)
+    known = {timed["variant"]: timed for timed in speed if timed["device"] == machine}
+    for row in rows:
+        timed = known.get(row["label"], {})
+        row |= {key: timed.get(key) for key in ("seconds", "speedup", "device")}
 
 
 def _note_differences(rows: list[dict], comparisons: list[dict]) -> None:

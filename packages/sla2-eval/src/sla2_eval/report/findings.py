@@ -8,7 +8,6 @@ from sla2_eval.report.text import number
 from sla2_eval.scoring.comparisons import LEVEL, differs
 
 _NAMED = 4  # variants by name in one list; more are counted
-_CLAUSES = 3  # of which variant is better than which
 
 
 def findings(data: dict) -> list[dict]:
@@ -93,15 +92,17 @@ def _against_full(
             verb = "is" if len(labels) == 1 else "are"
             p = _p(better.largest(full, labels))
             said.append(f"{_names(labels, tested)} {verb} {word} than {theirs} ({p})")
-            theirs = "it"
+            theirs = "that"
+    if same and not said:
+        return f"No difference to {theirs} is shown."
     if same:
-        said.append(f"no difference to {theirs} is shown for {_names(same, tested)}")
+        said.append(f"no difference to it is shown for {_names(same, tested)}")
     text = "; ".join(said)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def _among(variants: list[str], value: dict[str, float], better: _Better) -> str:
-    """Which variants are better than which others, from the best on."""
+    """Which variants are better than which others, from the best on; of many the first alone."""
     clauses = []
     for label in variants:
         beaten = [other for other in variants if (label, other) in better.pairs]
@@ -110,9 +111,11 @@ def _among(variants: list[str], value: dict[str, float], better: _Better) -> str
             rest = [other for other in variants if other != label]
             shown = f"{label} ({number(value[label])}) is better than {_names(beaten, rest)} ({p})"
             clauses.append(shown)
+    if clauses and len(variants) > _NAMED:
+        more = "; the table of every two variants has the rest" if len(clauses) > 1 else ""
+        return f"{clauses[0]}{more}."
     if clauses:
-        text = "; ".join(clauses[:_CLAUSES])
-        return f"{text}{'; and so on' if len(clauses) > _CLAUSES else ''}."
+        return f"{'; '.join(clauses)}."
     found = (better.p.get((a, b)) for a in variants for b in variants)
     known = [value for value in found if value is not None]
     smallest = f" (smallest p {number(min(known))})" if known else ""
@@ -124,7 +127,7 @@ def _names(labels: list[str], of: list[str]) -> str:
     if len(labels) > 1 and len(labels) == len(of):
         return f"all {len(of)} others" if len(labels) > _NAMED else _listed(labels)
     if len(labels) > _NAMED:
-        return f"{len(labels)} of the {len(of)} others"
+        return f"{len(labels)} of {len(of)} others"
     return _listed(labels)
 
 

@@ -28,13 +28,19 @@ class Group:
     @property
     def sparsity(self) -> float | None:
         """The mean over its seeds; None where that of one is not known."""
-        means = []
-        for seed in self.seeds():
-            known = [m.sparsity for m in self.of_seed(seed) if m.sparsity is not None]
-            if not known:
-                return None
-            means.append(sum(known) / len(known))
-        return sum(means) / len(means)
+        return self._mean([[m.sparsity for m in self.of_seed(seed)] for seed in self.seeds()])
+
+    @property
+    def flops(self) -> float | None:
+        """As sparsity: those of attention, as a share of full attention's."""
+        return self._mean([[m.flops for m in self.of_seed(seed)] for seed in self.seeds()])
+
+    @staticmethod
+    def _mean(by_seed: list[list[float | None]]) -> float | None:
+        known = [[value for value in values if value is not None] for values in by_seed]
+        if not all(known):
+            return None
+        return sum(sum(values) / len(values) for values in known) / len(known)
 
     def seeds(self) -> list[int | None]:
         return list(dict.fromkeys(member.seed for _, member in self.members))

@@ -7,27 +7,47 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sla2_eval.report.charts import chart, legend
 from sla2_eval.report.data import describe, ordered
 from sla2_eval.report.findings import findings
 from sla2_eval.report.groups import Group, grouped
-from sla2_eval.report.paper import paper
+from sla2_eval.report.paper import FAMILIES, belonging, paper
 from sla2_eval.report.sources import read_json, read_source
-from sla2_eval.report.tables import as_csv, as_markdown, methods
-from sla2_eval.report.text import flat, number, percent, signed
+from sla2_eval.report.tables import (
+    as_csv,
+    as_latex,
+    as_markdown,
+    comparisons_csv,
+    facts,
+    kinds,
+    methods,
+)
+from sla2_eval.report.text import flat, number, percent, seconds, signed, unbroken
 from sla2_eval.runs.extras import needed_for
 from sla2_eval.runs.store import write_atomic
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 VIDEO_BYTES = (
     48 << 20
 )  # of videos in the page before base64; at least one prompt is shown whatever its size
 MAX_PROMPTS = 12
 SPRITE_HEIGHT = 128
+
+
+def _parted(text: str) -> Markup:
+    """Text whose long identifiers may end a line after a dot or an underscore, as HTML."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"(?<=\w[._/])(?=[A-Za-z])", "<wbr>", str(escape(text))))
 
 
 def _data_uri(path: Path, kind: str) -> str:
@@ -162,80 +182,137 @@ def _check_map(maps: dict, path: Path) -> None:
 
 
 def _glance(data: dict) -> list[dict]:
-    """Up to four groups for the top of the page, all of them or the sparsest of each family, with
-    three metrics each.
+    """Up to four variants for the top of the page, all of them or the sparsest of each family, with
+    three metrics each: {"label", "sparsity", "speedup", "cells"}.
     """
-    scored = [group for group in data["groups"] if group["metrics"] and not group["reference"]]
+    scored = [row for row in data["groups"] if row["metrics"] and not row["reference"]]
     if len(scored) > 4:
-        scored = list(
-            {g["family"]: g for g in sorted(scored, key=lambda g: g["sparsity"] or 0)}.values()
-        )
-        order = {id(group): i for i, group in enumerate(data["groups"])}
-        scored.sort(key=lambda group: order[id(group)])
+        by_sparsity = sorted(scored, key=lambda row: row["sparsity"] or 0)
+        chosen = [row["label"] for row in {row["family"]: row for row in by_sparsity}.values()]
+        scored = [row for row in scored if row["label"] in chosen]
     kinds = {name: about["kind"] for name, about in data["metrics"].items()}
     paired = [name for name, kind in kinds.items() if kind == "paired"][:2]
     others = sorted(
         (name for name in kinds if name not in paired), key=lambda name: name != "caption_accuracy"
     )
-    chosen = (paired + others)[:3]
+    names = (paired + others)[:3]
     return [
-        {**group, "metrics": {n: group["metrics"][n] for n in chosen if n in group["metrics"]}}
-        for group in scored[:4]
-    ]
-
-
-def _charts(data: dict) -> tuple[list[str], str]:
-    """A panel for each metric of this run, and their common legend."""
-    sparse = [
-        group
-        for group in data["groups"]
-        if not group["reference"] and group["sparsity"] is not None
-    ]
-    numbers = _numbers(dict.fromkeys(group["family"] for group in sparse))
-    panels = []
-    for metric, about in data["metrics"].items():
-        families: dict[str, list[dict]] = {}
-        for group in sparse:
-            if cell := group["metrics"].get(metric):
-                point = {
-                    "sparsity": group["sparsity"],
-                    "value": cell["mean"],
-                    "label": group["label"],
+        {
+            "label": row["label"],
+            "sparsity": row["sparsity"],
+            "speedup": row["speedup"],
+            "cells": [
+                {
+                    "title": data["metrics"][name]["title"],
+                    **row["metrics"][name],
+                    "full": _full(data, name),
                 }
-                point |= {"low": cell["low"], "high": cell["high"]}
-                families.setdefault(group["family"], []).append(point)
-        full = next(
-            (g["metrics"].get(metric, {}).get("mean") for g in data["groups"] if g["reference"]),
-            None,
-        )
-        if families:
-            better = "higher is better" if about["higher_is_better"] else "lower is better"
-            panels.append(
-                chart(about["title"], f"{about['kind']}, {better}", families, numbers, full)
+                for name in names
+                if name in row["metrics"]
+            ],
+        }
+        for row in scored[:4]
+    ]
+
+
+def _charts(data: dict) -> list[dict]:
+    """For each axis that is known of some variant, a panel for each metric: {"axis", "title",
+    "panels", "legend", "left_out"}, the last being the variants of which it is not known.
+    """
+    found = []
+    for axis, title in (
+        ("sparsity", "Sparsity"),
+        ("flops", "FLOPs"),
+        ("seconds", "Seconds a video"),
+    ):
+        scored = [row for row in data["groups"] if row["metrics"] and not row["reference"]]
+        dense = [row for row in scored if row["sparsity"] == 0]
+        known = [row for row in scored if row[axis] is not None and row not in dense]
+        numbers = _numbers(dict.fromkeys(row["family"] for row in scored))
+        panels = [
+            chart(
+                about["title"],
+                _note(about),
+                families,
+                numbers,
+                _full(data, metric),
+                axis=axis,
+                dense={
+                    row["label"]: (numbers[row["family"]], row["metrics"][metric]["mean"])
+                    for row in dense
+                    if metric in row["metrics"]
+                },
             )
-    return panels, legend(numbers)
+            for metric, about in data["metrics"].items()
+            if (families := _families(known, metric, axis))
+        ]
+        if panels:
+            left_out = [row["label"] for row in scored if row not in known + dense]
+            about = {"axis": axis, "title": title, "left_out": left_out}
+            drawn = {row["family"] for row in known}
+            key = legend({name: number for name, number in numbers.items() if name in drawn})
+            found.append({**about, "panels": panels, "legend": key})
+    return found
+
+
+def _families(rows: list[dict], metric: str, axis: str) -> dict[str, list[dict]]:
+    """The points of a metric by family."""
+    families: dict[str, list[dict]] = {}
+    for row in rows:
+        if cell := row["metrics"].get(metric):
+            point = {axis: row[axis], "value": cell["mean"], "label": row["label"]}
+            point |= {"low": cell["low"], "high": cell["high"]}
+            families.setdefault(row["family"], []).append(point)
+    return families
+
+
+def _note(about: dict) -> str:
+    better = "higher is better" if about["higher_is_better"] else "lower is better"
+    return f"{about['kind']}, {better}"
+
+
+def _full(data: dict, metric: str) -> float | None:
+    rows = (row for row in data["groups"] if row["reference"])
+    return next((row["metrics"].get(metric, {}).get("mean") for row in rows), None)
 
 
 def _numbers(families: Iterable[str]) -> dict[str, int]:
-    """A colour and glyph for each family; SLA2 and SLA have the same ones here and beside the
-    paper's points.
-    """
+    """A colour and glyph for each family; SLA2 and SLA have the same ones in every chart."""
     fixed = ("SLA2", "SLA")
     ordered = sorted(families, key=lambda name: fixed.index(name) if name in fixed else len(fixed))
     offset = 0 if "SLA2" in ordered else 1
     return {name: i + offset for i, name in enumerate(ordered)}
 
 
-def _paper_charts() -> list[dict]:
-    """The paper's panels, a list for each of its models."""
-    found = []
-    for model in paper()["models"].values():
-        numbers = _numbers(next(iter(model["metrics"].values()))["families"])
+def _paper_charts(data: dict) -> list[dict]:
+    """This report's points and the paper's in one panel a metric that both have, on one scale, for
+    each model of the paper that the runs may stand beside.
+    """
+    found, theirs = [], paper()["models"]
+    rows = [row for row in data["groups"] if not row["reference"] and row["sparsity"]]
+    for model in belonging(data["runs"]):
+        shared = [name for name in theirs[model]["metrics"] if name in data["metrics"]]
+        names = [*(row["family"] for row in rows), *FAMILIES.values()]
+        numbers = _numbers(dict.fromkeys(names))
         panels = [
-            chart(about["title"], "theirs", about["families"], numbers, about["full"], theirs=True)
-            for about in model["metrics"].values()
+            chart(
+                data["metrics"][name]["title"],
+                _note(data["metrics"][name]),
+                _families(rows, name, "sparsity"),
+                numbers,
+                _full(data, name),
+                theirs=theirs[model]["metrics"][name]["families"],
+                their_full=theirs[model]["metrics"][name]["full"],
+            )
+            for name in shared
         ]
-        found.append({"title": model["title"], "panels": panels, "legend": legend(numbers)})
+        if panels:
+            ours = {name: numbers[name] for name in numbers if name in names[: len(rows)]}
+            there = {
+                family for name in shared for family in theirs[model]["metrics"][name]["families"]
+            }
+            key = legend(ours, {name: numbers[name] for name in numbers if name in there})
+            found.append({"title": theirs[model]["title"], "panels": panels, "legend": key})
     return found
 
 
@@ -246,8 +323,8 @@ def write_report(
     out: str | Path | None = None,
     title: str | None = None,
 ) -> Path:
-    """Write index.html, results.json, results.csv and results.md of one folder or of several
-    together; returns the path of the page.
+    """Write index.html, results.json, .csv, .md and .tex, and comparisons.csv of one folder or of
+    several together; returns the path of the page.
 
     Reads what there is in each: of a run, of `sla2 score`, of `sla2 generate`, or another report's
     results.json. `reference`: one of the folders, or a variant's label, that the others are
@@ -265,7 +342,6 @@ def write_report(
     data = describe(sources, groups, title, chosen=reference is not None)
     shown = _shown(groups)
     rows, num_rows = _videos(shown)
-    panels, key = _charts(data)
     environment = Environment(
         loader=PackageLoader("sla2_eval.report"),
         autoescape=True,
@@ -279,15 +355,19 @@ def write_report(
         "percent": percent,
         "flat": flat,
         "methods": methods,
+        "seconds": seconds,
+        "unbroken": unbroken,
+        "parted": _parted,
     }
     templates = files("sla2_eval.report") / "templates"
     page = environment.get_template("report.html").render(
         data=data,
         findings=findings(data),
         glance=_glance(data),
-        panels=panels,
-        legend=key,
-        paper_charts=_paper_charts(),
+        charts=_charts(data),
+        kinds=kinds(data),
+        columns=[(title[:1].upper() + title[1:], key, say) for title, key, say in facts(data)],
+        paper_charts=_paper_charts(data),
         paper_source=paper()["source"],
         player={
             "variants": [{"label": v["label"], "sparsity": percent(v["sparsity"])} for v in shown],
@@ -303,7 +383,9 @@ def write_report(
         out / "results.json", json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     )
     write_atomic(out / "results.csv", as_csv(data))
+    write_atomic(out / "comparisons.csv", comparisons_csv(data))
     write_atomic(out / "results.md", as_markdown(data))
+    write_atomic(out / "results.tex", as_latex(data))
     write_atomic(out / "index.html", page)
     return out / "index.html"
 

@@ -1,20 +1,24 @@
-"""The paper's own points, to be shown beside a run's."""
+"""The paper's own points, to be shown beside those of a run that they belong to."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
+from typing import Any
 
-PAPER_METRICS = {
-    "IQ": "Imaging quality",
-    "OC": "Overall consistency",
-    "AQ": "Aesthetic quality",
-    "MS": "Motion smoothness",
-    "SC": "Subject consistency",
-    "VR": "VisionReward",
+# Our name of each of its metrics, and what ours is multiplied by there.
+METRICS = {
+    "IQ": ("imaging_quality", 100),
+    "OC": ("overall_consistency", 100),
+    "AQ": ("aesthetic_quality", 100),
+    "MS": ("motion_smoothness", 100),
+    "SC": ("subject_consistency", 100),
+    "VR": ("vision_reward", 1),
 }
-PAPER_MODELS = {"wan2.1-1.3b-480p": "Wan2.1 1.3B, 480p", "wan2.1-14b-720p": "Wan2.1 14B, 720p"}
-PAPER_FAMILIES = {
+MODELS = {"wan2.1-1.3b-480p": "Wan2.1 1.3B, 480p", "wan2.1-14b-720p": "Wan2.1 14B, 720p"}
+_SIZES = {"wan2.1-1.3b-480p": "1.3b", "wan2.1-14b-720p": "14b"}  # in the names of such models
+FAMILIES = {
     "sla2": "SLA2",
     "sla": "SLA",
     "vsa": "VSA",
@@ -25,28 +29,51 @@ PAPER_FAMILIES = {
 
 
 def paper() -> dict:
-    """The paper's own points by model, metric and family: [{"sparsity", "value"}], and full
-    attention's value.
+    """The paper's points by model, metric (in our names and on our scale) and family: [{"sparsity",
+    "value"}], and full attention's value.
     """
     tables = json.loads((files("sla2_eval.report") / "templates" / "paper_tables.json").read_text())
     columns = tables["columns"]
     models = {}
-    for model, title in PAPER_MODELS.items():
+    for model, title in MODELS.items():
         by_metric = {}
-        for code, name in PAPER_METRICS.items():
+        for code, (name, scale) in METRICS.items():
             column = columns.index(code)
             families = {
-                PAPER_FAMILIES[family]: [
-                    {"sparsity": row[columns.index("sparsity")], "value": row[column]}
+                FAMILIES[family]: [
+                    {
+                        "sparsity": row[columns.index("sparsity")],
+                        "value": round(row[column] / scale, 6),
+                    }
                     for row in points.values()
                 ]
-                for family in PAPER_FAMILIES
+                for family in FAMILIES
                 if (points := tables[model].get(family))
             }
-            by_metric[code] = {
-                "title": name,
-                "full": tables[model]["full"]["0"][column],
-                "families": families,
-            }
+            full = round(tables[model]["full"]["0"][column] / scale, 6)
+            by_metric[name] = {"full": full, "families": families}
         models[model] = {"title": title, "metrics": by_metric}
     return {"source": tables["source"], "models": models}
+
+
+def belonging(runs: Iterable[dict]) -> list[str]:
+    """The paper's models that these runs may stand beside: of the same size, by the name of the
+    runs' model; all where no run says what its model is.
+    """
+    names = [name.lower() for run in runs for name in _names(run["settings"])]
+    if not names:
+        return list(MODELS)
+    return [m for m in MODELS if any("wan2.1" in n and _SIZES[m] in n for n in names)]
+
+
+def _names(settings: Any) -> Iterator[str]:
+    """The hub ids and folders of models in the settings of a run."""
+    if not isinstance(settings, dict):
+        return
+    for key, value in settings.items():
+        if key == "model" and isinstance(value, str):
+            yield value
+        elif key == "model" and isinstance(value, dict):
+            yield from (value["id"],) if "id" in value else ()
+        else:
+            yield from _names(value)

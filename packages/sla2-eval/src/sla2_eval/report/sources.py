@@ -31,6 +31,7 @@ class Member:
     label: str
     family: str
     sparsity: float | None = None
+    flops: float | None = None  # of attention, as a share of full attention's
     seed: int | None = None
     reference: bool = False  # full attention, or what the others were scored against
     results: dict | None = None
@@ -125,13 +126,14 @@ def _grid(folder: Path) -> Source:
         name, label = variant["name"], variant.get("label", variant["name"])
         results = folder / "scores" / name / RESULTS
         maps = folder / "block_maps" / f"{name}.json"
-        sparsity = variant.get("sparsity")
+        sparsity, flops = variant.get("sparsity"), variant.get("flops")
         members.append(
             Member(
                 name=name,
                 label=label,
                 family=variant.get("family", label),
                 sparsity=None if sparsity is None else float(sparsity),
+                flops=None if flops is None else float(flops),
                 # Several trainings of a variant may say no seeds.
                 seed=variant.get("seed", seen.count(label) or None),
                 reference=name == run.get("reference", "full"),
@@ -230,6 +232,7 @@ def _generated(folder: Path) -> Source | None:
                 label=name,
                 family=name,
                 sparsity=0.0 if dense else None,
+                flops=1.0 if dense else None,
                 reference=dense,
                 videos=found,
                 settings=settings,
@@ -266,6 +269,7 @@ def _report(path: Path) -> Source:
             "label": group["label"],
             "family": group["family"],
             "sparsity": group["sparsity"],
+            "flops": group.get("flops"),
             "reference": group["reference"],
         }
         if data["format"] == 1:
@@ -310,6 +314,9 @@ def _about(data: dict) -> dict[str, Any]:
     kept = ("settings", "versions", "hardware")
     if len(data.get("runs", ())) > 1:
         return about | {key: {run["name"]: run[key] for run in data["runs"]} for key in kept}
+    if data["format"] == 1:
+        untested = "Of an earlier version, which kept no values of single videos to be tested."
+        about["notes"] = [*data.get("notes", ()), untested]
     run = data["runs"][0] if data.get("runs") else data  # in format 1 beside the groups
     return about | {key: run.get(key, {}) for key in kept}
 

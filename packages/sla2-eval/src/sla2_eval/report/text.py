@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 
 
@@ -15,6 +16,18 @@ def number(value: float | None) -> str:
     if 0 < abs(value) < 0.0001:
         return f"{value:.1e}"
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
+
+
+def seconds(value: float | None) -> str:
+    """Seconds to three digits, or "unknown"."""
+    if value is None:
+        return "unknown"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def unbroken(text: str) -> str:
+    """Text whose lines do not end before a percent sign or inside "p ≤ 0.01"."""
+    return re.sub(r" (?=%)|(?<=\bp) (?=[≤<0-9])|(?<=[≤<]) (?=\d)", "\u00a0", text)
 
 
 def signed(value: float) -> str:

@@ -11,22 +11,24 @@ $("theme").addEventListener("click", () => {
   document.dispatchEvent(new Event("themechange"));
 });
 
-// Tabs of the paper's models, by click and arrow keys.
-const tabs = [...document.querySelectorAll("[role=tab]")];
-const choose = (chosen) => tabs.forEach((tab) => {
-  const on = tab === chosen;
-  tab.setAttribute("aria-selected", on);
-  tab.tabIndex = on ? 0 : -1;
-  $(tab.getAttribute("aria-controls")).hidden = !on;
-});
-tabs.forEach((tab, i) => {
-  tab.addEventListener("click", () => choose(tab));
-  tab.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!step) return;
-    const next = tabs[(i + step + tabs.length) % tabs.length];
-    choose(next);
-    next.focus();
+// Tabs, by click and arrow keys.
+document.querySelectorAll("[role=tablist]").forEach((list) => {
+  const tabs = [...list.querySelectorAll("[role=tab]")];
+  const choose = (chosen) => tabs.forEach((tab) => {
+    const on = tab === chosen;
+    tab.setAttribute("aria-selected", on);
+    tab.tabIndex = on ? 0 : -1;
+    $(tab.getAttribute("aria-controls")).hidden = !on;
+  });
+  tabs.forEach((tab, i) => {
+    tab.addEventListener("click", () => choose(tab));
+    tab.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!step) return;
+      const next = tabs[(i + step + tabs.length) % tabs.length];
+      choose(next);
+      next.focus();
+    });
   });
 });
 
