@@ -19,8 +19,11 @@ q, k, v, g = rng.standard_normal((4, 1, 256, 32), dtype=np.float32)
 selected = np.sort(np.stack([rng.permutation(16)[:6] for _ in range(8)]))[None].astype(np.int32)
 block_map = Map(selected, np.full((1, 8), 6, np.int32), np.full(1, 256), 32, 16, 256)
 alpha = np.full((1, 8), 0.7, np.float32)
-out, o_s, lse = forward(q, k, v, block_map, alpha)
-found = (out, o_s, lse, *backward(g, q, k, v, block_map, alpha, o_s, lse))
+found = []
+for kind in ("linear", "pooled"):
+    out, o_s, lse = forward(q, k, v, block_map, alpha, complement=kind)
+    found += [out, o_s, lse]
+    found += backward(g, q, k, v, block_map, alpha, o_s, lse, complement=kind)
 print(*(x.view(np.uint32).sum(dtype=np.uint64) for x in found))
 """
 

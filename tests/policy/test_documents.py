@@ -19,7 +19,12 @@ def code_of(document: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("document", "count"),
-    [("docs/integrating.md", 7), ("docs/extending.md", 3), ("docs/training.md", 1)],
+    [
+        ("docs/integrating.md", 7),
+        ("docs/extending.md", 3),
+        ("docs/training.md", 1),
+        ("docs/complements.md", 1),
+    ],
 )
 def test_the_code_of_a_document_runs(document, count, tmp_path):
     blocks = code_of(document)
