@@ -2,9 +2,15 @@
 
 import pytest
 import torch
-from sla2_core import BlockMap, SLA2Attention, SLA2Config, block_sparse_attention, pooled_attention
+from sla2_core import (
+    BlockMap,
+    SLA2Attention,
+    SLA2Config,
+    backends,
+    block_sparse_attention,
+    pooled_attention,
+)
 from sla2_core.attend import Parts, soft_attend
-from sla2_core.backends import ops
 from sla2_core.options import make_options
 from sla2_core.reference import full_attention
 from sla2_core.registry import COMPLEMENTS, MIXINGS
@@ -195,7 +201,7 @@ def test_the_cpu_kernels_take_it_in_one_call_on_any_number_of_threads(precision,
     )
     bias = leaves[3].detach()[None, :, None].expand(block_map.shape[:3]).clone().requires_grad_()
     call = (*leaves[:3], block_map.indices, block_map.counts, bias, torch.tensor([301]))
-    torch.library.opcheck(ops.attention, (*call, options.text, "cpu", True))
+    torch.library.opcheck(backends.ops.attention, (*call, options.text, "cpu", True))
 
 
 def test_without_gradients_the_cuda_kernels_do_the_selected_part(monkeypatch):
@@ -210,6 +216,10 @@ def test_without_gradients_the_cuda_kernels_do_the_selected_part(monkeypatch):
     with torch.no_grad():
         out = pooled_attention(q, k, v, block_map, bias, backend="emulator", **how)
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=1e-2)
+    monkeypatch.undo()
+    backends._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="emulator has no gradient of the log-sum-exp"):
+        pooled_attention(q, k, v.requires_grad_(), block_map, bias, backend="emulator", **how)
 
 
 def soft(q, k, v, mask, bias):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sla2_core import reference
-from sla2_core.backends import BLOCKED, ops
+from sla2_core.backends import BLOCKED, ops, warn_fallback
 from sla2_core.backends.base import Backend, Inputs, to_work
 from sla2_core.backends.pooling import smooth_keys
 from sla2_core.block_map import BlockMap
@@ -74,6 +74,8 @@ def attend(
         return ops.run(Inputs(q, keys, v, *rows, given, lengths), options, backend)[0]
     learns = mixing.joins and torch.is_grad_enabled()
     chosen = BLOCKED if learns and not backend.log_sum_exp_gradient else backend
+    if chosen is not backend and not isinstance(backend, type(BLOCKED)):
+        warn_fallback(f"{backend.name} has no gradient of the log-sum-exp, for {mixing.name!r}")
     if chosen is not backend and options.smooth_k:
         keys, options = smooth_keys(to_work(k), lengths), options.unsmoothed
     sparse = sparse_branch(q, keys, v, block_map, lengths, options, chosen, mixing.joins)

@@ -24,6 +24,7 @@ __all__ = [
     "backend_for",
     "register_backend",
     "resolve",
+    "warn_fallback",
 ]
 
 BLOCKED = register_backend(BlockedBackend())
@@ -54,7 +55,7 @@ def resolve(name: str, problem: Problem) -> Backend:
             reason = kernels.missing() or kernels.unfit(problem)
         if kernels is not None and reason is None:
             return kernels
-        _warn_fallback(reason)
+        warn_fallback(reason)
         return BLOCKED
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {name!r}")
@@ -77,7 +78,8 @@ def backend_for(q: Tensor, options: Options, name: str) -> Backend:
 
 
 @constant
-def _warn_fallback(reason: str | None) -> None:
+def warn_fallback(reason: str | None) -> None:
+    """Warn, once for each reason, that plain torch runs where kernels were asked for."""
     _warn_once(reason)
 
 
