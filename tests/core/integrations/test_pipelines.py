@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import pipelines
+from PIL import Image
 from sla2_core import SLA2Config
 from sla2_core.integrations.card import NAME as CARD
 from sla2_core.integrations.diffusers import apply_sla2
@@ -47,11 +48,9 @@ def run(pipe, kind):
     size = dict(height=32, width=48, num_frames=5)
     given = dict(num_inference_steps=3, guidance_scale=1.0, output_type="latent")
     if "t2v" not in kind:
-        image = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(4))
-        given |= {"image": image[:1]} | ({"last_image": image[1:]} if kind == "flf2v" else {})
-        if "two" not in kind:
-            count = 2 if kind == "flf2v" else 1
-            given["image_embeds"] = torch.randn(count, 5, 6, generator=rng)
+        image = torch.rand(2, 32, 48, 3, generator=torch.Generator().manual_seed(4))
+        first, last = (Image.fromarray(x.mul(255).byte().numpy()) for x in image)
+        given |= {"image": first} | ({"last_image": last} if kind == "flf2v" else {})
     return pipe(prompt="a red circle", generator=rng, return_dict=False, **size, **given)[0]
 
 
