@@ -40,7 +40,7 @@ def register_attention_backends(**fields: Any) -> tuple[str, ...]:
 
 
 def register_attention_backend(
-    name: str, *, variant: str = "sparse_only", topk: float = 0.1, **fields: Any
+    name: str, *, variant: str = "sparse_only", topk: float | None = None, **fields: Any
 ) -> str:
     """Register a variant with diffusers, for `transformer.set_attention_backend(name)`.
 
@@ -55,7 +55,7 @@ def register_attention_backend(
     Args:
         name: begins with "sla2-", in lower case.
         variant: a name of variants.VARIANTS, of a variant without trained parameters.
-        topk: k% in (0, 1]. fields: others of SLA2Config that differ from the variant's.
+        topk: k% in (0, 1]; None takes the variant's own, or 0.1. fields: others of SLA2Config that differ from the variant's.
 
     Returns:
         The name.
@@ -69,6 +69,8 @@ def register_attention_backend(
         raise ValueError(f"name: expected one that begins with {PREFIX!r}, got {name!r}")
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
+    if topk is None:
+        topk = VARIANTS[variant].defaults.get("topk", 0.1)
     fields = {"topk": topk, **fields}
     reason = _refusal(_config(variant, 16, 2, fields))
     if reason is not None:
