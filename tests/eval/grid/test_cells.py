@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from helpers.tiny_model import save
 from helpers.toys import Constant
 from sla2_core.config import SLA2Config
 from sla2_core.formats import Scaled
@@ -33,11 +34,34 @@ def numbered(keys: list) -> list:
     return [None if key is None else seen.setdefault(key, len(seen)) for key in keys]
 
 
+def test_the_quickstart_shows_the_shipped_adapters_and_one_short_training(tmp_path):
+    settings = quickstart()
+    found = {cell.name: cell for cell in cells(settings)}
+    sparsity = {name: cell.sparsity for name, cell in found.items()}
+    assert sparsity == pytest.approx(
+        {"sla2-97": 0.97, "sla2-95": 0.95, "sla2-90": 0.9, "sla-97": 0.97, "sla2-97-here": 0.97}
+    )
+    live = found.pop("sla2-97-here")
+    assert live.router
+    assert live.tuned
+    for name, cell in found.items():
+        config = cell.attention.config()
+        assert (cell.router, cell.tuned) == (None, None)
+        assert (config.precision, config.token_order) == ("int8", "tiles")
+        assert config.complement == ("projected" if name == "sla-97" else "linear")
+        training = json.loads((cell.variant.adapter / "training.json").read_text())
+        assert training["settings"]["stage2"]["steps"] == 2000
+    assert live.attention.config() == found["sla2-97"].attention.config()
+    # A model without shipped adapters trains all of its variants.
+    save(tmp_path)
+    assert all(cell.tuned for cell in cells(quickstart(str(tmp_path))))
+
+
 @pytest.mark.parametrize("name", BEFORE)
 def test_the_committed_grids_have_the_cells_they_had(name):
     before = copy.deepcopy(BEFORE[name])
     path = ROOT / "experiments" / "tiny_wan" / f"{name}.yaml"
-    settings = load_settings(path, AblationSettings) if path.exists() else quickstart()
+    settings = load_settings(path, AblationSettings)
     found = cells(settings)
     rows = [dict(zip(before["columns"], row)) for row in before["cells"]]
     assert [(c.name, c.seed, c.sparsity) for c in found] == [

@@ -9,8 +9,17 @@ from sla2_eval.grid.ablation import GridResult, run_grid
 from sla2_eval.grid.settings import AblationSettings
 from sla2_eval.runs.progress import Report, silent
 from sla2_eval.runs.settings import validate
+from sla2_eval.tiny.model import NAMES, weights_of
 
-VARIANTS = (
+# Variants whose adapters are shipped beside the weights of a built-in model.
+SHIPPED = (
+    {"name": "sla2-97", "label": "SLA2 97 %", "family": "SLA2"},
+    {"name": "sla2-95", "label": "SLA2 95 %", "family": "SLA2"},
+    {"name": "sla2-90", "label": "SLA2 90 %", "family": "SLA2"},
+    {"name": "sla-97", "label": "SLA 97 %", "family": "SLA"},
+)
+# What is trained here, in a minute or two each: beside shipped adapters the first alone.
+LIVE = (
     {"name": "sla2-97", "label": "SLA2 97 %", "family": "SLA2", "attention": {"topk": 0.03}},
     {"name": "sla2-90", "label": "SLA2 90 %", "family": "SLA2", "attention": {"topk": 0.10}},
     {
@@ -22,10 +31,27 @@ VARIANTS = (
 )
 
 
-def settings(model: str = "tiny", workers: int = 2, **changes: Any) -> AblationSettings:
-    """The quickstart's settings: three variants in INT8, a few minutes of training each on one
-    core.
+def variants_of(model: str, steps: int) -> list[dict[str, Any]]:
+    """The quickstart's variants of a model: its shipped adapters and one short training of `steps`
+    steps; of a model without shipped adapters, short trainings alone.
     """
+    folder = weights_of(model) / "adapters" if model in NAMES else None
+    if folder is None or not folder.is_dir():
+        return [dict(variant) for variant in LIVE]
+    found = [{**variant, "adapter": folder / variant["name"]} for variant in SHIPPED]
+    live = {
+        "name": "sla2-97-here",
+        "label": f"SLA2 97 %, trained here ({steps} steps)",
+        "family": "SLA2, trained here",
+    }
+    return [*found, LIVE[0] | live]
+
+
+def settings(model: str = "tiny", workers: int = 2, **changes: Any) -> AblationSettings:
+    """The quickstart's settings, in INT8: shipped adapters where the model has them, and a few
+    minutes of training on one core.
+    """
+    steps = 200
     values = {
         "title": "SLA2 quickstart: the tiny Wan on this machine",
         "model": model,
@@ -35,15 +61,16 @@ def settings(model: str = "tiny", workers: int = 2, **changes: Any) -> AblationS
         "capture": {"samples": 8},
         "stage1": {"steps": 200, "topk": (0.03, 0.1), "max_scores": 1 << 22},
         "stage2": {
-            "steps": 200,
+            "steps": steps,
             "batch_size": 4,
             "learning_rate": 1e-3,
             "alpha_learning_rate": 1e-2,
+            "loss": "distill",
             "decay": "cosine",
             "autocast": "auto",
         },
         "generate": {"num_prompts": 16, "steps": 20},
-        "variants": VARIANTS,
+        "variants": variants_of(model, steps),
     }
     return validate(values | changes, AblationSettings, "quickstart")
 
@@ -54,11 +81,16 @@ def run_quickstart(
     """Run the pipeline into `out` and return where the report is; killed and started again, it goes
     on where it was.
     """
-    notes = (
+    notes = [
         (
             "Stage 2 ran with the low-bit forward on (quantisation-aware training), the published"
             " SLA too."
         ),
         "Every variant starts from the same noise as full attention, prompt by prompt.",
-    )
-    return run_grid(chosen, out, notes=notes, report=report)
+    ]
+    if any(variant.adapter is not None for variant in chosen.variants):
+        notes.append(
+            "Variants without 'trained here' in their name have adapters that are shipped with the"
+            " model; training.json beside each says how it was trained."
+        )
+    return run_grid(chosen, out, notes=tuple(notes), report=report)
