@@ -51,7 +51,7 @@ def ship(config: Path, run: Path) -> None:
         given = ("model", "data", "capture", "stage1", "stage2")
         values = settings.model_dump(mode="json")
         log = {
-            "command": f"sla2 ablate --config {config} --out {run.name}",
+            "command": f"sla2 ablate --config {config} --out {run}",
             "commit": commit,
             "torch": torch.__version__,
             "variant": cell.variant.model_dump(mode="json"),
