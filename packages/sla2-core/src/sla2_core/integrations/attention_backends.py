@@ -55,7 +55,8 @@ def register_attention_backend(
     Args:
         name: begins with "sla2-", in lower case.
         variant: a name of variants.VARIANTS, of a variant without trained parameters.
-        topk: k% in (0, 1]; None takes the variant's own, or 0.1. fields: others of SLA2Config that differ from the variant's.
+        topk: k% in (0, 1]; None takes the variant's own, or 0.1.
+        fields: others of SLA2Config that differ from the variant's.
 
     Returns:
         The name.
