@@ -6,6 +6,7 @@ import re
 import shutil
 
 import pytest
+from PIL import Image
 from sla2_eval.cli.main import main
 from sla2_eval.report.charts import chart, ticks
 from sla2_eval.report.data import gather
@@ -137,6 +138,18 @@ def test_videos_shown_are_those_that_can_be_compared(run_dir, make_folder):
         re.search(r'id="data-player">(.*?)</script>', write_report(run_dir).read_text(), re.S)[1]
     )
     assert len(player["prompts"]) == 4
+
+
+def test_images_are_shown_as_images(run_dir):
+    for variant in ("full", "sla2-90"):
+        folder = run_dir / "videos" / variant
+        Image.new("RGB", (6, 5), "red").save(folder / "a dot-0.png")
+        (folder / "manifest.jsonl").write_text('{"file_name": "a dot-0.png", "prompt": "a dot"}\n')
+    player = json.loads(
+        re.search(r'id="data-player">(.*?)</script>', write_report(run_dir).read_text(), re.S)[1]
+    )
+    kinds = [source and source.split(";")[0] for source in player["prompts"][0]["sources"]]
+    assert kinds == ["data:image/png", "data:image/png", None]
 
 
 def test_lead_counts_what_was_scored(run_dir):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import mimetypes
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -50,7 +51,9 @@ def _parted(text: str) -> Markup:
     return Markup(re.sub(r"(?<=\w[._/])(?=[A-Za-z])", "<wbr>", str(escape(text))))
 
 
-def _data_uri(path: Path, kind: str) -> str:
+def _data_uri(path: Path) -> str:
+    """A file of a video or an image as a URI that holds it."""
+    kind = mimetypes.guess_type(path.name)[0] or "video/mp4"
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
@@ -80,9 +83,7 @@ def _videos(shown: list[dict]) -> tuple[list[dict], int]:
         if rows and (used + size > VIDEO_BYTES or len(rows) == MAX_PROMPTS):
             break
         used += size
-        sources = [
-            _data_uri(entry.path, "video/mp4") if entry in present else None for entry in entries
-        ]
+        sources = [_data_uri(entry.path) if entry in present else None for entry in entries]
         about = {"prompt": present[0].prompt, "index": present[0].index}
         fps = max(frame_rate(entry.path) for entry in present) or 8.0
         rows.append({**about, "fps": fps, "sources": sources})

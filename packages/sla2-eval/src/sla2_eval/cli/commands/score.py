@@ -125,15 +125,21 @@ def _row(name: str, results: dict) -> dict:
     difference = found.get("difference")
     if difference:
         row["difference"] = difference["mean"]
-        row["note"] = (
-            "difference to the reference within noise" if difference["within_noise"] else ""
-        )
+        row["note"] = _tested(difference)
     encoded = found.get("num_videos", 0) - found.get("num_lossless", 0)
     if found["kind"] == "paired" and encoded:
         row["note"] = f"{encoded} of {found['num_videos']} as encoded, the codec's loss included"
     if found.get("warnings"):
         row["note"] = "; ".join(found["warnings"])
     return row
+
+
+def _tested(difference: dict) -> str:
+    """What the test of a difference to the reference says."""
+    if difference["p"] is None:
+        return "difference not tested: one prompt"
+    shown = "no difference to the reference is shown" if difference["within_noise"] else "differs"
+    return f"{shown} (p = {difference['p']:.2g})"
 
 
 def _list(as_json: bool) -> None:

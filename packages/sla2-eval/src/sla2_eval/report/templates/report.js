@@ -74,7 +74,9 @@ function player() {
     videos.forEach((v) => { v.playbackRate = Number($("rate").value); on ? v.play().catch(() => {}) : v.pause(); });
     if (!on && videos.length) seek(first().currentTime);
   };
-  const step = (by) => { // a little after the frame's time, so that rounding does not show the one before
+  const step = (by) => {
+    if (!videos.length) return;
+    // a little after the frame's time, so that rounding does not show the one before
     set(false);
     const fps = prompts[current].fps;
     seek((Math.floor(first().currentTime * fps + 0.02) + by + 0.05) / fps);
@@ -109,7 +111,10 @@ function player() {
       share.textContent = ["0 %", "unknown"].includes(variants[i].sparsity) ? "" : variants[i].sparsity;
       caption.append(name, share);
       let view;
-      if (source) {
+      if (source && source.startsWith("data:image/")) {
+        view = document.createElement("img");
+        Object.assign(view, { src: source, alt: `${variants[i].label}: ${prompts[current].prompt}` });
+      } else if (source) {
         view = document.createElement("video");
         Object.assign(view, { src: source, muted: true, playsInline: true, preload: "auto" });
         view.setAttribute("aria-label", `${variants[i].label}: ${prompts[current].prompt}`);
