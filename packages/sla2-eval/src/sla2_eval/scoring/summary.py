@@ -161,11 +161,9 @@ def _reduce(
 
 def _reference(run: Results, entry: Entry) -> dict:
     """What is known of a video's reference, for the comparisons of a report."""
-    scores = {
-        name: run.results["reference", entry.file_name, name]["value"]
-        for name, spec in run.specs.items()
-        if spec.kind == "unpaired" and ("reference", entry.file_name, name) in run.results
-    }
+    unpaired = [name for name, spec in run.specs.items() if spec.kind == "unpaired"]
+    found = {name: run.results.get(("reference", entry.file_name, name), {}) for name in unpaired}
+    scores = {name: result["value"] for name, result in found.items() if "value" in result}
     return {"sha256": run.digests.get(entry.path), "scores": scores}
 
 
