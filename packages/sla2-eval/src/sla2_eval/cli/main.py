@@ -36,7 +36,7 @@ COMMANDS = {
     ),
     "report": (
         "sla2_eval.cli.commands.report",
-        "Results to one HTML page, CSV and Markdown tables.",
+        "Results of one run or several to one HTML page and tables.",
     ),
     "vbench": (
         "sla2_eval.cli.commands.vbench",
