@@ -202,6 +202,8 @@ def test_what_is_not_known_says_so(run_dir):
     page = write_report(run_dir).read_text()
     assert "interval unknown" in page
     assert "1 of 7 videos" in page
+    assert "<small>15 of 21 videos</small>" in page
+    assert "<small>28 of 28 videos</small>" in page
     markdown = (run_dir / "report" / "results.md").read_text()
     assert "| SLA2 90 % | unknown | 31.00 (1 of 7) |" in markdown
     compared = gather(run_dir)["comparisons"][0]

@@ -39,6 +39,7 @@ def describe(
     results = [m.results for g in groups for _, m in g.members if m.results]
     kinds = _kinds(results)
     rows = [_row(g, kinds) for g in ordered(groups)]
+    _count(kinds, rows)
     comparisons = _compare(groups, kinds)
     speed = speeds(ordered(groups))
     _note_speed(rows, speed)
@@ -69,6 +70,14 @@ def describe(
         "runs": [_run(source) for source in sources],
         "notes": list(dict.fromkeys([*_notes(sources), *_of_other_references(groups, kinds)])),
     }
+
+
+def _count(kinds: dict[str, dict], rows: list[dict]) -> None:
+    """Write into each metric how many videos of all variants it is of, and how many there are."""
+    for metric, about in kinds.items():
+        cells = [row["metrics"][metric] for row in rows if metric in row["metrics"]]
+        for key in ("num_videos", "of_videos"):
+            about[key] = sum(cell.get(key) or 0 for cell in cells)
 
 
 def _title(sources: Sequence[Source]) -> str:

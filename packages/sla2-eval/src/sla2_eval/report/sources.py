@@ -294,8 +294,10 @@ def _report(path: Path) -> Source:
         for part in group["parts"]:
             results = {"unavailable": data["unavailable"]}
             results |= {key: part[key] for key in ("metrics", "videos", "failed", "versions")}
-            for metric, entry in part["metrics"].items():
-                entry |= data["metrics"][metric]
+            results["metrics"] = {
+                metric: {**data["metrics"][metric], **entry}
+                for metric, entry in part["metrics"].items()
+            }
             found = None if part["bare"] else results
             members.append(Member(name=part["name"], seed=part["seed"], results=found, **known))
     return Source(

@@ -149,6 +149,13 @@ def as_markdown(data: dict) -> str:
         f" ≈: no difference to {data['against']} is shown, over the videos that both have (Holm's"
         " correction over every two variants, 5 %).\n"
     )
+    counts = [
+        f"{about['title']} {about['num_videos']} of {about['of_videos']}"
+        for about in data["metrics"].values()
+        if about["of_videos"]
+    ]
+    if counts:
+        parts.append(f"Videos with a score: {'; '.join(counts)}.\n")
     parts += [
         f"{data['metrics'][name]['title']}: {'; '.join(texts)}.\n"
         for name, texts in data["warnings"].items()
