@@ -42,7 +42,13 @@ def files(suffix):
     return sorted(artifacts.folder().glob(f"*{suffix}"))
 
 
-@pytest.mark.parametrize("arch", list(ARCHITECTURES))
+# One architecture of each kind in every run; `make test-full` compiles for all of them.
+QUICK = ("sm_80", "sm_90a", "sm_120a")
+
+
+@pytest.mark.parametrize(
+    "arch", [a if a in QUICK else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES]
+)
 def test_every_kernel_compiles_within_its_limits(arch):
     specs = all_specs(arch)
     sources = {spec.path.name for spec in specs}
