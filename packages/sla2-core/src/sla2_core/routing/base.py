@@ -28,19 +28,22 @@ class Router(Member):
     """The k% best key blocks of every row, by scores of pooled Q and K.
 
     A member gives `scores`, or `weights` where its scores are a projection of each (then the CUDA
-    kernel computes them), and may choose blocks in another way by `select` and `soft`.
+    kernel computes them), and may choose blocks in another way by `hard` and `soft`.
 
     Attributes:
         projects: scores() is (q W_q)(k W_k)^T / sqrt(d) with W_q, W_k = weights(), and select() is
             the top-k of this class.
         by_row: select() and hard() choose for each query block by itself. Where they do not, hard()
             is given all query blocks of a head, and K's mean stays in the pooled K.
+        even: every row selects as many blocks, the best of it. Where it does not, select() is what
+            hard() says.
     """
 
     group: ClassVar[str] = "router"
     stages: ClassVar[tuple[str, ...]] = ("stage1",)
     projects: ClassVar[bool] = False
     by_row: ClassVar[bool] = True
+    even: ClassVar[bool] = True
 
     def __init__(self, config: SLA2Config):
         super().__init__()
@@ -80,13 +83,16 @@ class Router(Member):
     def select(
         self, scores: Tensor, topk: float, geometry: Geometry, kv_lengths: Tensor | None = None
     ) -> BlockMap:
-        """The hard block map of scores (B, H, T_m, T_n), by top_k_map.
+        """The hard block map of scores (B, H, T_m, T_n): by top_k_map, or by hard().
 
         Args:
             topk: k% in (0, 1]. geometry: sizes of the map.
             kv_lengths: int64 (B,), valid keys, or None.
         """
-        return top_k_map(scores, topk, **geometry._asdict(), kv_lengths=kv_lengths)
+        if self.even:
+            return top_k_map(scores, topk, **geometry._asdict(), kv_lengths=kv_lengths)
+        scores, count = choices(scores.detach(), topk, geometry.block_k, kv_lengths)
+        return BlockMap._of_mask(self.hard(scores, count), geometry)
 
     def hard(self, scores: Tensor, count: Tensor) -> Tensor:
         """select() as a mask, for stage 1: bool (B, H, rows, T_n).

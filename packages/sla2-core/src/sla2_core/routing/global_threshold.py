@@ -9,10 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sla2_core.block_map import BlockMap, Geometry
 from sla2_core.config import SLA2Config
 from sla2_core.registry import ROUTERS
-from sla2_core.routing.base import Router, choices
+from sla2_core.routing.base import Router
 
 
 @ROUTERS.register("global_threshold")
@@ -39,19 +38,13 @@ class GlobalThreshold(Router):
     options: ClassVar = {"own_block": True}
     adjustable = ("own_block",)
     by_row = False
+    even = False
 
     def configure(self, config: SLA2Config) -> None:
         """Take over the block sizes and `own_block`."""
         super().configure(config)
         self.block_q, self.block_k = config.block_q, config.block_k
         self.own_block = config.options["own_block"]
-
-    def select(
-        self, scores: Tensor, topk: float, geometry: Geometry, kv_lengths: Tensor | None = None
-    ) -> BlockMap:
-        """The hard block map, as Router.select; rows select different numbers of blocks."""
-        scores, count = choices(scores.detach(), topk, geometry.block_k, kv_lengths)
-        return BlockMap._of_mask(self.hard(scores, count), geometry)
 
     def hard(self, scores: Tensor, count: Tensor) -> Tensor:
         """As Router.hard, of all query blocks in order: bool (B, H, T_m, T_n)."""

@@ -7,10 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sla2_core.block_map import BlockMap, Geometry
 from sla2_core.config import SLA2Config
 from sla2_core.registry import ROUTERS
-from sla2_core.routing.base import Router, choices, ranks
+from sla2_core.routing.base import Router, ranks
 from sla2_core.routing.softtopk import soft_topk
 
 
@@ -29,6 +28,7 @@ class TopKTopP(Router):
 
     options: ClassVar = {"top_p": 0.2}
     adjustable = ("top_p",)
+    even = False
 
     def configure(self, config: SLA2Config) -> None:
         """Take over tau and `top_p`. Raises ValueError for a `top_p` outside [0, 1)."""
@@ -44,13 +44,6 @@ class TopKTopP(Router):
         before = share.cumsum(-1) - share
         needed = (before < self.top_p) & (best > -torch.inf)
         return torch.maximum(needed.sum(-1, keepdim=True), count)
-
-    def select(
-        self, scores: Tensor, topk: float, geometry: Geometry, kv_lengths: Tensor | None = None
-    ) -> BlockMap:
-        """The hard block map, as Router.select; rows select different numbers of blocks."""
-        scores, count = choices(scores.detach(), topk, geometry.block_k, kv_lengths)
-        return BlockMap._of_mask(self.hard(scores, count), geometry)
 
     def hard(self, scores: Tensor, count: Tensor) -> Tensor:
         """As Router.hard, `count` being the part of top-k."""
