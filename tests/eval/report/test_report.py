@@ -168,8 +168,8 @@ def test_what_the_tests_show_is_said_first(run_dir):
     said = {row["metric"]: row["text"] for row in findings(gather(run_dir))}
     assert said["psnr"].startswith("No two variants are shown to differ (smallest p ")
     assert said["temporal_flickering"] == (
-        "SLA2 97 % is worse than full attention’s 0.8500 (p ≤ 0.047); no difference to it is shown"
-        " for SLA2 90 %. SLA2 90 % (0.8500) is better than SLA2 97 % (p ≤ 0.047)."
+        "SLA2 97 % is worse than full attention’s 0.8500 (p ≤ 0.047); no difference to it is"
+        " shown for SLA2 90 %. SLA2 90 % (0.8500) is better than SLA2 97 % (p ≤ 0.047)."
     )
     page = write_report(run_dir).read_text()
     assert page.index(unbroken(said["temporal_flickering"])) < page.index("Quality against")
