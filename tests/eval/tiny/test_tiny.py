@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sla2_eval.tiny import model as tiny
+from sla2_eval.tiny import teacher
 from sla2_eval.tiny.detector import detect
 from sla2_eval.tiny.shapes import (
     COLOURS,
@@ -21,7 +22,7 @@ from sla2_eval.tiny.shapes import (
     render,
     sample,
 )
-from sla2_eval.tiny.teacher import TeacherConfig, per_video_attention, train_teacher
+from sla2_eval.tiny.teacher import TeacherConfig, cached_attention, train_teacher
 from sla2_eval.videos.dataset import read_folder, write_folder
 
 
@@ -106,17 +107,18 @@ def test_latents_round_trip_and_captions_encode_words_and_places():
         tiny.encode_captions(["a purple circle"])
 
 
-def test_per_video_attention_is_full_attention():
+def test_cached_attention_is_full_attention(monkeypatch):
     q, k, v = (torch.randn(2, 40, 3, 8) for _ in range(3))
     expected = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v))
     )
-    torch.testing.assert_close(per_video_attention(q, k, v), expected.transpose(1, 2))
+    monkeypatch.setattr(teacher, "CACHED_SCORES", 3 * 40 + 39)  # 3 rows at a time
+    torch.testing.assert_close(cached_attention(q, k, v), expected.transpose(1, 2))
 
 
 def test_a_model_of_larger_patches_is_a_start_for_smaller_ones(tmp_path):
     """On a video of constant colour a patch's size does not show: the first layer and the last give
-    the same, but for the rotary embedding, which no constant input meets.
+    the same.
     """
     large, small = tiny.build_transformer("tiny-1k"), tiny.build_transformer("tiny-4k")
     small.load_state_dict(tiny.with_smaller_patches(large.state_dict(), "tiny-4k"))
@@ -126,6 +128,24 @@ def test_a_model_of_larger_patches_is_a_start_for_smaller_ones(tmp_path):
     hidden = torch.randn(1, 5, 128)
     pixels = [m.proj_out(hidden).unflatten(-1, (-1, 3)).mean(2) for m in (large, small)]
     torch.testing.assert_close(*pixels)
+
+
+def test_rotary_positions_count_pixels_whatever_the_patch():
+    """Every second small patch begins where a large one does, so its angles are the same."""
+    x = torch.zeros(1, 3, 4, 16, 8)
+    large, small = (tiny.build_transformer(name).rope(x) for name in ("tiny-1k", "tiny-4k"))
+    for few, many in zip(large, small):
+        every_second = many.view(4, 8, 4, -1)[:, ::2, ::2]
+        torch.testing.assert_close(few.view(4, 4, 2, -1), every_second)
+    assert not torch.equal(small[0].view(4, 8, 4, -1)[:, 1], small[0].view(4, 8, 4, -1)[:, 0])
+
+
+def test_a_loaded_model_turns_by_the_angles_of_the_built_one(tmp_path):
+    built = tiny.build_transformer("tiny-4k")
+    built.save_pretrained(tmp_path / "transformer")
+    loaded = tiny.load_transformer(tmp_path / "transformer")
+    assert torch.equal(loaded.rope.freqs_cos, built.rope.freqs_cos)
+    assert torch.equal(loaded.rope.freqs_sin, built.rope.freqs_sin)
 
 
 def test_a_teacher_starts_from_another_model(tmp_path):

@@ -299,15 +299,11 @@ def hide_loading_bars() -> None:
 
 
 def _load_tiny(folder: Path) -> tuple[Any, Any]:
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from sla2_eval.tiny.model import TEXT_DIM
+    from sla2_eval.tiny.model import load_transformer
 
-    transformer = WanTransformer3DModel.from_pretrained(str(folder / "transformer"))
-    if transformer.config.text_dim != TEXT_DIM:
-        raise ValueError(
-            f"model: expected text_dim={TEXT_DIM} in {folder}, got {transformer.config.text_dim}"
-        )
+    transformer = load_transformer(folder / "transformer")
     return transformer, FlowMatchEulerDiscreteScheduler.from_pretrained(str(folder / "scheduler"))
 
 

@@ -21,6 +21,7 @@ LATENT_SHAPE = (3, NUM_FRAMES, SIZE, SIZE)
 # Pixels along the side of a patch, by the model's name: 1,024 tokens and 4,096.
 PATCHES = {"tiny-1k": 4, "tiny-4k": 2}
 DEFAULT = "tiny-1k"  # the one that is meant by "tiny"
+ROTARY_STEP = 4  # pixels of height and width to one step of the rotary positions
 NAMES = ("tiny", *PATCHES)
 
 
@@ -36,7 +37,7 @@ def build_transformer(name: str = DEFAULT) -> Any:
     from diffusers import WanTransformer3DModel
 
     side = PATCHES[name]
-    return WanTransformer3DModel(
+    transformer = WanTransformer3DModel(
         patch_size=(1, side, side),
         num_attention_heads=4,
         attention_head_dim=32,
@@ -50,6 +51,53 @@ def build_transformer(name: str = DEFAULT) -> Any:
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=64,
     )
+    _count_positions_in_pixels(transformer)
+    return transformer
+
+
+def load_transformer(folder: Path) -> Any:
+    """The transformer of a built-in model's folder, with the rotary positions that it was trained
+    with. diffusers alone counts them in patches, which for patches of 4 pixels is the same.
+
+    Raises ValueError for a transformer whose captions are not those of the built-in models.
+    """
+    from diffusers import WanTransformer3DModel
+
+    transformer = WanTransformer3DModel.from_pretrained(str(folder))
+    if transformer.config.text_dim != TEXT_DIM:
+        raise ValueError(
+            f"model: expected text_dim={TEXT_DIM} in {folder}, got {transformer.config.text_dim}"
+        )
+    _count_positions_in_pixels(transformer)
+    return transformer
+
+
+def _count_positions_in_pixels(transformer: Any) -> None:
+    """Let the rotary embedding turn by the same angle over the same pixels, whatever the patch:
+    ROTARY_STEP pixels of height or width to a step, one frame to a step.
+    """
+    from diffusers.models.embeddings import get_1d_rotary_pos_embed
+
+    rotary = transformer.rope
+    _, height, width = transformer.config.patch_size
+    axes = (
+        (rotary.t_dim, 1.0),
+        (rotary.h_dim, height / ROTARY_STEP),
+        (rotary.w_dim, width / ROTARY_STEP),
+    )
+    steps = torch.arange(rotary.max_seq_len)
+    parts = [
+        get_1d_rotary_pos_embed(
+            dim,
+            steps * step,
+            use_real=True,
+            repeat_interleave_real=True,
+            freqs_dtype=torch.float64,
+        )
+        for dim, step in axes
+    ]
+    rotary.freqs_cos.copy_(torch.cat([cos for cos, _ in parts], dim=1))
+    rotary.freqs_sin.copy_(torch.cat([sin for _, sin in parts], dim=1))
 
 
 def with_smaller_patches(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from sla2_eval.videos.dataset import read_folder, write_folder
 
 Optimizers = list[torch.optim.Optimizer]
 DTYPES = ("float32", "bfloat16", "float16")
+CACHED_SCORES = 2**21  # of a head: 512 rows of 4,096 keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +72,23 @@ class TeacherConfig:
                 )
 
 
-def per_video_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Full attention on (B, N, H, d), a video at a time, so that the N x N scores of one stay in
+def cached_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Full attention on (B, N, H, d), so many rows of a head at a time that their scores stay in
     the CPU's cache.
     """
+    batch, length, heads, _ = query.shape
+    rows = max(1, CACHED_SCORES // length)
+    query = query * query.shape[-1] ** -0.5
     out = []
-    for q, k, v in zip(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)):
-        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
-        out.append(torch.matmul(torch.softmax(scores, dim=-1), v))
-    return torch.stack(out).transpose(1, 2)
+    for video in range(batch):
+        for head in range(heads):
+            keys, values = key[video, :, head].transpose(0, 1), value[video, :, head]
+            parts = [
+                torch.matmul(torch.softmax(torch.matmul(part, keys), dim=-1), values)
+                for part in query[video, :, head].split(rows)
+            ]
+            out.append(torch.cat(parts))
+    return torch.stack(out).unflatten(0, (batch, heads)).transpose(1, 2)
 
 
 def _start(config: TeacherConfig) -> dict[str, Tensor]:
@@ -209,9 +218,8 @@ def train_teacher(
     transformer = tiny.build_transformer(config.model)
     if config.start is not None:
         transformer.load_state_dict(_start(config))
-    if config.model == "tiny-1k":  # of 4,096 tokens the scores fit no cache: torch's own is faster
-        for block in transformer.blocks:
-            block.attn1.set_processor(WanSelfAttnProcessor(per_video_attention))
+    for block in transformer.blocks:
+        block.attn1.set_processor(WanSelfAttnProcessor(cached_attention))
     ema = {k: v.detach().clone() for k, v in transformer.state_dict().items()}
     optimizers = _optimizers(transformer, config)
     checkpoint = out / "checkpoint.safetensors"
