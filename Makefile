@@ -5,15 +5,17 @@ PYTHON ?= python3
 # The uv that is installed and runs, else one that pip puts into .cache/uv (--target: allowed in externally managed Pythons).
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .cache/uv/bin/uv)
 READY := .venv/.synced
+# Two processes share the tests, file by file: most tests use one core.
+PYTEST := .venv/bin/python -m pytest -n 2 --dist loadfile
 
 quickstart: $(READY)
 	.venv/bin/sla2 quickstart
 
 test: $(READY)
-	.venv/bin/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-full: $(READY)
-	.venv/bin/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 lint: $(READY)
 	.venv/bin/ruff check .
