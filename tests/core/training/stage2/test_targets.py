@@ -64,3 +64,24 @@ def test_nothing_is_asked_where_the_loss_has_no_teacher(tmp_path):
     teacher = KeptTargets(handle.dense_copy(), tmp_path / "kept")
     train_stage2(handle, tiny_wan.pairs(), config, tmp_path / "run", teacher=teacher)
     assert not list((tmp_path / "kept").iterdir())
+
+
+def test_draws_come_again_and_the_teacher_is_asked_for_them_alone(tmp_path):
+    """With a learning rate that moves no weight, a step's loss tells its draw."""
+
+    def losses(draws):
+        handle = apply_sla2(tiny_wan.model(), tiny_wan.config())
+        teacher = KeptTargets(handle.dense_copy(), tmp_path / str(draws))
+        config = dataclasses.replace(
+            CONFIG, steps=5, draws=draws, learning_rate=1e-30, alpha_learning_rate=0
+        )
+        run = tmp_path / f"run-{draws}"
+        return train_stage2(handle, tiny_wan.pairs(), config, run, teacher=teacher).loss
+
+    again, anew = losses(2), losses(None)
+    assert again == [anew[0], anew[1], anew[0], anew[1], anew[0]]
+    assert len(set(anew)) == 5
+    assert len(list((tmp_path / "2").iterdir())) == 2
+    assert "draws" not in Stage2Config().to_dict()
+    with pytest.raises(ValueError, match="draws: expected an integer >= 1, got 0"):
+        Stage2Config(draws=0)

@@ -45,6 +45,9 @@ class Stage2Config:
             projection. 0 freezes.
         topk_steps: steps over which k% falls linearly from 1 to the layers' own, as VSA raises its
             sparsity; 0 trains at the layers' own throughout.
+        draws: steps whose samples, noise and noise levels differ; they then come again in the same
+            order. Where the predictions of the full-attention model are kept (targets.py), it is
+            asked in so many steps alone. None draws anew in every step.
         warmup: steps of linear warm-up. decay: "constant" or "cosine" (to 0) afterwards.
         weight_decay, beta2, grad_clip: of AdamW; alpha is not decayed.
         loss: "diffusion" (the family's objective) or "distill" (the velocity of the frozen
@@ -74,6 +77,7 @@ class Stage2Config:
     learning_rate: float = 1e-5
     alpha_learning_rate: float = 1e-3
     topk_steps: int = 0
+    draws: int | None = None
     warmup: int = 10
     decay: str = "constant"
     weight_decay: float = 0.0
@@ -107,6 +111,7 @@ class Stage2Config:
                     "checkpoint_every",
                     "keep",
                     "lora_rank",
+                    "draws",
                 ),
                 "an integer >= 0": ("topk_steps", "warmup", "seed"),
                 "a number >= 0": ("learning_rate", "alpha_learning_rate", "weight_decay"),
@@ -117,7 +122,7 @@ class Stage2Config:
                 "a list of names": ("lora_targets",),
                 "a range in [0, 1]": ("sigma_range",),
             },
-            optional=("lora_rank", "ema"),
+            optional=("lora_rank", "ema", "draws"),
         )
         if self.topk_steps >= self.steps:
             raise ValueError(
@@ -140,7 +145,12 @@ class Stage2Config:
         behaviour, so that a run in its folders goes on.
         """
         found = asdict(self)
-        ours = (("sigma_range", (0.0, 1.0)), ("lora_merge", True), ("topk_steps", 0))
+        ours = (
+            ("sigma_range", (0.0, 1.0)),
+            ("lora_merge", True),
+            ("topk_steps", 0),
+            ("draws", None),
+        )
         for name, before in ours:
             value = found[name]
             if (tuple(value) if isinstance(value, list) else value) == before:
@@ -248,7 +258,9 @@ def _check_settings(path: Path, settings: dict[str, Any], accelerator: Any) -> N
 
 
 class _Run:
-    """The training loop: everything random about a step follows from (seed, step)."""
+    """The training loop: everything random about a step follows from the seed and the step, or
+    from the step modulo `draws`.
+    """
 
     def __init__(
         self,
@@ -356,7 +368,8 @@ class _Run:
 
     def _one_step(self, step: int) -> tuple[float, float]:
         config, accelerator = self.config, self.accelerator
-        rng = np.random.default_rng([config.seed, 3, step])
+        draw = step if config.draws is None else step % config.draws
+        rng = np.random.default_rng([config.seed, 3, draw])
         index = rng.integers(len(self.data), size=config.batch_size)
         between = (config.sigma_range[0], config.sigma_range[1])
         sigma = draw_sigma(rng, config.batch_size, config.sigma, config.shift, between)
@@ -372,7 +385,7 @@ class _Run:
         for part in range(config.accumulate):
             first = (accelerator.process_index * config.accumulate + part) * size
             mine = slice(first, first + size)
-            batches.append(self._batch(step, index[mine], sigma[mine], dropped[mine], first))
+            batches.append(self._batch(draw, index[mine], sigma[mine], dropped[mine], first))
             with self._sync(part):
                 loss = self._loss(batches[-1]) / config.accumulate
                 total += loss.detach()
@@ -396,7 +409,7 @@ class _Run:
         )
 
     def _batch(
-        self, step: int, index: np.ndarray, sigma: Tensor, dropped: np.ndarray, first: int
+        self, draw: int, index: np.ndarray, sigma: Tensor, dropped: np.ndarray, first: int
     ) -> dict[str, Any]:
         """Clean and noisy latents, noise levels, target and conditions of a micro-batch, on the
         device.
@@ -412,7 +425,7 @@ class _Run:
         for place in range(
             len(index)
         ):  # by the sample's place in the whole batch: any number of processes draws the same
-            rng = np.random.default_rng([self.config.seed, 4, step, first + place])
+            rng = np.random.default_rng([self.config.seed, 4, draw, first + place])
             noise.append(torch.from_numpy(rng.standard_normal(clean.shape[1:], dtype=np.float32)))
         noisy, target = noisy_and_target(
             clean, torch.stack(noise).to(device), sigma.to(device), self.alphas_cumprod
