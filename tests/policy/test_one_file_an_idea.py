@@ -207,6 +207,7 @@ def test_toys_are_a_row_of_a_grid_and_a_toy_metric_is_a_column(tmp_path, monkeyp
     tiny_model.save(tmp_path / "model")
     toy = {"topk": 0.1, "router": "toy-router", "precision": "toy-int4", "token_order": "toy-order"}
     toy |= {"complement": "toy-means", "alpha": "toy-joint"}
+    own = {"router": "toy-router", "alpha": "toy-constant", "options": {"first": 0.25}}
     settings = {
         "model": str(tmp_path / "model"),
         "imports": ["helpers.toys"],
@@ -221,7 +222,7 @@ def test_toys_are_a_row_of_a_grid_and_a_toy_metric_is_a_column(tmp_path, monkeyp
         "metrics": ["psnr", "helpers.toys:toy-brightness"],
         "variants": [
             {"name": "toy", "label": "Toy", "family": "toy", "attention": toy},
-            {"name": "sla", "label": "SLA", "family": "SLA", "attention": {"variant": "sla"}},
+            {"name": "own", "label": "Own", "family": "own", "attention": own},
         ],
     }
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(settings))
@@ -229,9 +230,10 @@ def test_toys_are_a_row_of_a_grid_and_a_toy_metric_is_a_column(tmp_path, monkeyp
     assert main(["ablate", "--config", str(tmp_path / "grid.yaml"), "--out", str(out)]) == 0
     report = json.loads((out / "report" / "results.json").read_text())
     groups = {group["label"]: group["metrics"] for group in report["groups"]}
-    for label in ("Toy", "SLA"):
+    for label in ("Toy", "Own"):
         assert 0 < groups[label]["toy-brightness"]["mean"] < 1
-    assert groups["Toy"]["psnr"]["mean"] != groups["SLA"]["psnr"]["mean"]
+    assert groups["Toy"]["psnr"]["mean"] != groups["Own"]["psnr"]["mean"]
     maps = json.loads((out / "block_maps" / "toy.json").read_text())
     assert 0.85 < maps["sparsity"] < 0.95
+    assert len(list((out / "work" / "stage1").iterdir())) == 2
     assert "Brightness" in (out / "report" / "index.html").read_text()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import pipelines, tiny_model
+from helpers import pipelines
 from sla2_core.integrations.loading import apply_adapter
 from sla2_core.training.cache import CachedData
 from sla2_core.training.capture import Captures
@@ -90,30 +90,6 @@ def test_other_families_are_rows_too(family, wan_folder, wan_training, tmp_path)
     assert maps["grid"] == [2, 2, 3]
     page = (tmp_path / "out" / "report" / "index.html").read_text()
     assert 'id="maps"' in page
-
-
-def test_members_with_options_reach_the_workers_and_the_report(small_grid, tmp_path):
-    tiny_model.save(tmp_path / "model")
-    own = {"topk": 0.1, "router": "toy-router", "alpha": "toy-constant", "options": {"first": 0.25}}
-    settings = {
-        **small_grid,
-        "model": str(tmp_path / "model"),
-        "imports": ["helpers.toys"],
-        "workers": 2,
-        "stage2": {**small_grid["stage2"], "steps": 1},
-        "variants": [
-            {"name": "own", "label": "Own", "family": "own", "attention": own},
-            {"name": "sla2", "label": "SLA2", "family": "SLA2", "attention": {"topk": 0.1}},
-        ],
-    }
-    out = tmp_path / "out"
-    config = write(tmp_path / "grid.yaml", settings)
-    assert main(["ablate", "--config", config, "--out", str(out)]) == 0
-    report = json.loads((out / "report" / "results.json").read_text())
-    groups = {group["label"]: group["metrics"] for group in report["groups"]}
-    assert np.isfinite(groups["Own"]["psnr"]["mean"])
-    assert groups["Own"]["psnr"]["mean"] != groups["SLA2"]["psnr"]["mean"]
-    assert len(list((out / "work" / "stage1").iterdir())) == 2
 
 
 def settings_of(values: dict, **changes) -> TrainSettings:
