@@ -51,11 +51,11 @@ def test_a_finished_folder_is_kept_and_takes_no_other_settings(tmp_path, capsys)
     assert weights.stat().st_mtime_ns == written
     capsys.readouterr()
     for part, changes, message in (
-        ("finetune", {"data": {"num_videos": 4}}, "but data was"),
-        ("router", {"data": {"seed": 2}}, "but data was"),
-        ("router", {"capture": {"samples": 2}}, "but capture was"),
-        ("finetune", {"stage2": {"steps": 2}}, "but stage2 was"),
-        ("finetune", {"attention": {"precision": "full"}}, "but attention was"),
+        ("finetune", {"data": {"num_videos": 4}}, "but data.num_videos was"),
+        ("router", {"data": {"seed": 2}}, "but data.seed was"),
+        ("router", {"capture": {"samples": 2}}, "but capture.samples was"),
+        ("finetune", {"stage2": {"steps": 2}}, "but stage2.steps was"),
+        ("finetune", {"attention": {"precision": "full"}}, "but attention.precision was"),
     ):
         assert train(part, out, **changes) == 2, changes
         error = capsys.readouterr().err
@@ -133,10 +133,10 @@ def test_every_part_runs_on_a_pipeline(wan, wan_folder, tmp_path, capsys, monkey
     assert (out / "stage1" / "stage1.safetensors").stat().st_mtime_ns == written
     assert apply_adapter(models.wan(in_channels=16, out_channels=16), out / "stage2" / "adapter")
     for changes, message in (
-        ({"video": {"height": 64}}, "but video was"),
-        ({"capture": {"samples": 3}}, "but capture was"),
+        ({"video": {"height": 64}}, "but video.height was"),
+        ({"capture": {"samples": 3}}, "but capture.samples was"),
         ({"stage1": {"steps": 3}}, "stage1/stage1.json: expected steps=3 as given, got 2"),
-        ({"stage2": {"loss": "diffusion"}}, "but stage2 was"),
+        ({"stage2": {"loss": "diffusion"}}, "but stage2.loss was"),
         ({"stage2": {"loss": "distill", "shift": 5.0}}, "but shift was"),
     ):
         assert wan("finetune", *videos, **{**distill, **changes}) == 2
