@@ -27,12 +27,15 @@ def test_an_imported_checkpoint_generates_with_sla_and_rcm(tmp_path, monkeypatch
     size = ["--num-frames", "5", "--height", "32", "--width", "48", "--dtype", "float32"]
     videos = {}
     for name, adapter in (("sla", ["--adapter", "turbo"]), ("full", [])):
-        sampling = ["--steps", "4", "--guidance", "1", "--prompts", "p.txt", "--out", name]
+        sampling = ["--prompts", "p.txt", "--out", name]
         assert main(["generate", "--model", "turbo", *adapter, *sampling, *size]) == 0
+        used = json.loads((tmp_path / name / "generation.json").read_text())["sampling"]
+        assert (used["steps"], used["guidance"]) == (4, 1.0)  # as its scheduler says
         videos[name] = read_video(tmp_path / name / "a red circle-0.mp4").frames
     assert not np.array_equal(videos["sla"], videos["full"])
     capsys.readouterr()
-    assert main(["generate", "--model", "turbo", "--prompts", "p.txt", "--out", "x", *size]) == 2
+    sampling = ["--steps", "20", "--prompts", "p.txt", "--out", "x"]
+    assert main(["generate", "--model", "turbo", *sampling, *size]) == 2
     assert "num_inference_steps: expected 1 to 4 for rCM, got 20" in capsys.readouterr().err
 
 

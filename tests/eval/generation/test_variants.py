@@ -28,6 +28,8 @@ SIZE = [
     "48",
     "--steps",
     "2",
+    "--guidance",
+    "2",
     "--videos-per-prompt",
     "2",
 ]

@@ -9,12 +9,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from sla2_eval.generation.defaults import TINY_GUIDANCE, TINY_STEPS, defaults_of, shifted
 from sla2_eval.generation.prompts import Prompt, Request, plan
 from sla2_eval.runs.folders import note_settings
 from sla2_eval.runs.progress import Report, noted, silent
@@ -35,14 +36,17 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How videos are sampled. `dtype` is autocast's; "auto" takes bfloat16 where the processor
-    computes it natively.
+    computes it natively. None takes the model's own, as generation/defaults.py finds it.
 
-    `num_frames`, `height`, `width`: None takes the model's own. `lossless`: each video a second
-    time to the bit, for paired metrics.
+    `flow_shift`: of the scheduler's noise schedule. `fps`: of the files. `lossless`: each video a
+    second time to the bit, for paired metrics.
     """
 
-    steps: int = 20
-    guidance: float = 2.0
+    steps: int | None = None
+    guidance: float | None = None
+    flow_shift: float | None = None
+    negative_prompt: str | None = None
+    fps: float | None = None
     batch_size: int = 4
     seed: int = 0
     dtype: str = "auto"
@@ -55,27 +59,60 @@ class SamplingConfig:
         # Not above: commands that only score import this module, and torch takes seconds.
         from sla2_core.training.settings import check_fields
 
-        sizes = ("num_frames", "height", "width")
+        own = ("steps", "num_frames", "height", "width")
         check_fields(
             self,
             {
-                "an integer >= 1": ("steps", "batch_size", *sizes),
+                "an integer >= 1": ("batch_size", *own),
                 "an integer >= 0": ("seed",),
                 "a number >= 0": ("guidance",),
+                "a number > 0": ("flow_shift", "fps"),
                 "True or False": ("lossless",),
             },
-            optional=sizes,
+            optional=(*own, "guidance", "flow_shift", "fps"),
         )
+        if not isinstance(self.negative_prompt, str | None):
+            raise ValueError(f"negative_prompt: expected a text, got {self.negative_prompt!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+def resolved(model: str | Path, config: SamplingConfig) -> SamplingConfig:
+    """The same with the model's own values where it says them and `config` does not.
+
+    Raises ValueError naming the field for a negative prompt or a shift that the model does not
+    take, and for the frame rate of a video model that says none; OSError if a hub id cannot be
+    fetched.
+    """
+    own = defaults_of(find_model(model))
+    if config.negative_prompt is not None and not own.takes_negative:
+        raise ValueError(
+            f"negative_prompt: expected none for {own.name}, which takes none, got one"
+        )
+    if config.flow_shift is not None and own.flow_shift is None:
+        raise ValueError(
+            f"flow_shift: expected none for {own.name}, whose scheduler has no fixed shift, got"
+            f" {config.flow_shift}"
+        )
+    names = ("steps", "guidance", "flow_shift", "fps")
+    found = replace(
+        config,
+        **{name: getattr(own, name) for name in names if getattr(config, name) is None},
+    )
+    if found.fps is None and not own.images:
+        raise ValueError(f"fps: expected a number for {own.name}, which does not say its own")
+    return found
 
 
 class Generator(Protocol):
     """A model that turns requests into videos."""
 
     transformer: nn.Module
-    fps: float
     upscale: int  # each pixel is written this many times in both directions
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second of its videos, where `config.fps` says no other."""
 
     def sample(self, requests: Sequence[Request], config: SamplingConfig) -> np.ndarray:
         """uint8 (n, T, H, W, 3) RGB."""
@@ -122,7 +159,7 @@ class TinyGenerator:
 
         from sla2_eval.tiny.model import LATENT_SHAPE, encode_captions, to_frames
 
-        for name in ("num_frames", "height", "width"):
+        for name in ("num_frames", "height", "width", "negative_prompt"):
             if getattr(config, name) is not None:
                 raise ValueError(
                     f"{name}: expected none with the tiny model, got {getattr(config, name)}"
@@ -135,10 +172,12 @@ class TinyGenerator:
             for r in requests
         ]
         latents, text = torch.stack(noise), encode_captions([r.given for r in requests])
-        guided = config.guidance != 1.0
+        guidance = TINY_GUIDANCE if config.guidance is None else config.guidance
+        guided = guidance != 1.0
         text = torch.cat((text, torch.zeros_like(text))) if guided else text
         dtype = autocast_dtype(config.dtype)
-        self.scheduler.set_timesteps(config.steps)
+        self.scheduler = shifted(self.scheduler, config.flow_shift)
+        self.scheduler.set_timesteps(config.steps or TINY_STEPS)
         for t in self.scheduler.timesteps:
             both = torch.cat((latents, latents)) if guided else latents
             with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
@@ -147,7 +186,7 @@ class TinyGenerator:
                 ].float()
             if guided:
                 conditional, empty = velocity.chunk(2)
-                velocity = empty + config.guidance * (conditional - empty)
+                velocity = empty + guidance * (conditional - empty)
             latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
         _check_finite(bool(torch.isfinite(latents).all()), requests)
         return to_frames(latents)
@@ -158,7 +197,7 @@ class PipelineGenerator:
 
     upscale = 1
 
-    def __init__(self, pipe: Any, fps: float = 16.0):
+    def __init__(self, pipe: Any, fps: float | None = None):
         self.pipe, self.transformer, self.fps = pipe, pipe.transformer, fps
         if type(getattr(pipe, "scheduler", None)).__name__ == "RCMScheduler":
             from sla2_core.integrations.rcm import use_rcm
@@ -175,22 +214,27 @@ class PipelineGenerator:
         generators = [
             torch.Generator().manual_seed(noise_seed(r.prompt, r.index, r.seed)) for r in requests
         ]
-        given = {
-            n: v for n in ("num_frames", "height", "width") if (v := getattr(config, n)) is not None
+        given: dict[str, Any] = {
+            "num_inference_steps": config.steps,
+            "negative_prompt": config.negative_prompt and [config.negative_prompt] * len(requests),
+            "num_frames": config.num_frames,
+            "height": config.height,
+            "width": config.width,
         }
-        if hasattr(self.pipe, "guider"):
-            self.pipe.guider = self.pipe.guider.new(guidance_scale=config.guidance)
-        else:
+        if not hasattr(self.pipe, "guider"):
             given["guidance_scale"] = config.guidance
+        elif config.guidance is not None:
+            self.pipe.guider = self.pipe.guider.new(guidance_scale=config.guidance)
+        if config.flow_shift is not None:
+            self.pipe.scheduler = shifted(self.pipe.scheduler, config.flow_shift)
         device = self.pipe.device.type
         dtype = None if config.dtype == "auto" else autocast_dtype(config.dtype, device)
         with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype is not None):
             out = self.pipe(
                 prompt=[r.given for r in requests],
-                num_inference_steps=config.steps,
                 generator=generators,
                 output_type="np",
-                **given,
+                **{name: value for name, value in given.items() if value is not None},
             )
         frames = np.asarray(
             out.frames if hasattr(out, "frames") else np.asarray(out.images)[:, None]
@@ -282,9 +326,8 @@ def _load_model(model: str | Path) -> Generator:
     hide_loading_bars()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return PipelineGenerator(
-        DiffusionPipeline.from_pretrained(str(found), torch_dtype=dtype).to(device)
-    )
+    pipe = DiffusionPipeline.from_pretrained(str(found), torch_dtype=dtype).to(device)
+    return PipelineGenerator(pipe, defaults_of(found).fps)
 
 
 def hide_loading_bars() -> None:
@@ -360,6 +403,11 @@ def write_videos(
     missing = {request for request in requests if not (folder / request.file_name).exists()}
     done = len(requests) - len(missing)
     report(stage, done, len(requests))
+    if not missing:
+        return
+    fps = config.fps or generator.fps
+    if fps is None:
+        raise ValueError("fps: expected a number for a model that does not say its own, got none")
     for start in range(0, len(requests), config.batch_size):
         batch = requests[start : start + config.batch_size]
         if missing.isdisjoint(batch):
@@ -373,11 +421,11 @@ def write_videos(
                         write_video(
                             folder / LOSSLESS / request.file_name,
                             enlarged,
-                            generator.fps,
+                            fps,
                             lossless=True,
                         )
                     # Last, because it says that the request is done.
-                    write_video(folder / request.file_name, enlarged, generator.fps)
+                    write_video(folder / request.file_name, enlarged, fps)
                     done += 1
         report(stage, done, len(requests))
 

@@ -14,6 +14,7 @@ from sla2_eval.generation.sampling import (
     load_generator,
     model_fingerprint,
     open_folder,
+    resolved,
     write_manifest,
     write_videos,
 )
@@ -86,17 +87,19 @@ def generate_variants(
         The manifests, in the order of `variants`.
 
     Raises:
-        ValueError: as generate; an adapter that is no folder, an address of no cluster. OSError: a
-            folder that cannot be written. RuntimeError: Ray cannot be started or joined, or workers
-            died over some videos every time.
+        ValueError: as generate and resolved; an adapter that is no folder, an address of no
+            cluster. OSError: a folder that cannot be written, a hub id that cannot be fetched.
+            RuntimeError: Ray cannot be started or joined, or workers died over some videos every
+            time.
     """
     if ray_address is not None:
         check_address(ray_address)
     requests = plan(prompts, indices, config.seed)
-    weights = model_fingerprint(model)
-    for folder, adapter in variants.items():
+    for adapter in variants.values():
         if adapter is not None and not Path(adapter).is_dir():
             raise ValueError(f"adapter: expected a folder with sla2_config.json, got {adapter}")
+    weights, config = model_fingerprint(model), resolved(model, config)
+    for folder, adapter in variants.items():
         trained = None if adapter is None else folder_digest(Path(adapter))
         open_folder(folder, config, {"model": weights, "adapter": trained})
     with open_pool(workers if workers > 1 else 0, ray_address, report=report) as pool:

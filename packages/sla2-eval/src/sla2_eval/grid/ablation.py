@@ -135,8 +135,9 @@ def _captures_key(settings: AblationSettings, attention: Attention) -> str:
 
 
 def sampling(settings: AblationSettings) -> generation.SamplingConfig:
-    """How every video of the grid is sampled."""
-    return settings.generate.config(settings.video)
+    """How every video of the grid is sampled, the model's own values written out."""
+    config = settings.generate.config(settings.video)
+    return generation.resolved(settings.model, config)
 
 
 def prompts_of(settings: AblationSettings, source: TrainSource) -> list[Prompt]:

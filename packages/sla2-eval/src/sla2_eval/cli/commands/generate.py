@@ -60,12 +60,11 @@ def _number_or_benchmark(ctx: click.Context, _: click.Parameter, value: str) -> 
     callback=_number_or_benchmark,
     help="A number, or 'benchmark': as many as VBench asks for, by the JSON.",
 )
-@click.option(
-    "--steps", default=20, show_default=True, type=click.IntRange(1), help="Denoising steps."
-)
-@click.option(
-    "--guidance", default=2.0, show_default=True, type=click.FloatRange(0), help="Guidance scale."
-)
+@click.option("--steps", type=click.IntRange(1), help="Denoising steps; the pipeline's own if not.")
+@click.option("--guidance", type=click.FloatRange(0), help="Guidance scale; the pipeline's own.")
+@click.option("--flow-shift", type=float, help="Shift of the noise schedule; the scheduler's own.")
+@click.option("--negative-prompt", help="For every prompt; the pipeline's own if not given.")
+@click.option("--fps", type=float, help="Frames a second of the files; the model's own.")
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the initial noise."
 )
