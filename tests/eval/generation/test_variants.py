@@ -133,6 +133,32 @@ def test_both_transformers_of_wan22_have_their_adapter(files, tmp_path, capsys):
         assert hasattr(transformer.blocks[0].attn1.processor, "attention")
 
 
+def test_image_models_write_pictures_that_are_scored(files, tmp_path, capsys):
+    pipelines.flux().save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--prompts", str(files / "prompts.txt")]
+    options += ["--steps", "1", "--height", "32", "--width", "48", "--out"]
+    for seed in "01":
+        assert main(["generate", *options, str(tmp_path / seed), "--seed", seed]) == 0
+    written = {path.name for path in (tmp_path / "0").rglob("*.*") if path.suffix != ".json"}
+    assert written - {"manifest.jsonl", "speed.jsonl"} == {f"{text}-0.png" for text in PROMPTS}
+    capsys.readouterr()
+    scored = ["score", "--metrics", "psnr", "--json", "--out", str(tmp_path / "scores")]
+    scored += ["--reference", str(tmp_path / "1")]
+    assert main([*scored, "--videos", str(tmp_path / "0")]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    (tmp_path / "0" / "manifest.jsonl").unlink()  # a folder of pictures by itself
+    assert main([*scored, "--videos", str(tmp_path / "0")]) == 0
+    assert json.loads(capsys.readouterr().out) == [row]
+    pixels = [
+        read_video(tmp_path / seed / f"{PROMPTS[0]}-0.png").frames.astype(float) for seed in "01"
+    ]
+    assert pixels[0].shape == (1, 32, 48, 3)
+    results = json.loads((tmp_path / "scores" / "results.json").read_text())
+    found = {v["file_name"]: v["scores"]["psnr"] for v in results["videos"]}
+    error = ((pixels[0] - pixels[1]) ** 2).mean() / 255**2
+    assert found[f"{PROMPTS[0]}-0.png"] == pytest.approx(-10 * np.log10(error), abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -49,6 +49,11 @@ class Request:
             object.__setattr__(self, "file_name", video_name(self.prompt, self.index))
 
     @property
+    def is_image(self) -> bool:
+        """Whether the model makes images, by the name of the file."""
+        return not self.file_name.endswith(".mp4")
+
+    @property
     def given(self) -> str:
         """What the model is given."""
         return self.prompt if self.text is None else self.text
@@ -175,6 +180,7 @@ def plan(
     suffix: str = ".mp4",
 ) -> list[Request]:
     """A request for each prompt and index; `indices` None: as many as the benchmark asks for.
+    `suffix`: of the files, sampling.suffix_of(model).
 
     Different prompts have different file names: where two would have the same, because their first
     characters are alike or only characters differ that no file name may have, the later ones carry

@@ -1,5 +1,5 @@
-"""Videos from prompts: the same noise for every variant of a model, one mp4 file each,
-resumable.
+"""Videos from prompts: the same noise for every variant of a model, one mp4 file each (png of an
+image model), resumable.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sla2_eval.generation.prompts import Prompt, Request, plan
 from sla2_eval.runs.folders import note_settings
 from sla2_eval.runs.progress import Report, noted, silent
 from sla2_eval.runs.store import digest, file_digest, write_atomic
+from sla2_eval.videos.image import write_image
 from sla2_eval.videos.manifest import read_manifest
 from sla2_eval.videos.video import write_video
 
@@ -288,6 +289,11 @@ def _adapted(generator: Generator, adapter: Path) -> list[tuple[nn.Module, Path]
     return found
 
 
+def suffix_of(model: str | Path) -> str:
+    """Of the files of a model: ".png" for one that makes images."""
+    return defaults_of(find_model(model)).suffix
+
+
 def find_model(model: str | Path) -> Path | str:
     """The folder of a built-in model or of another, or the hub id. Raises ValueError naming the
     model if it is none of these.
@@ -374,14 +380,12 @@ def open_folder(folder: Path, config: SamplingConfig, fingerprint: dict) -> None
     """Make `folder` and note what it is generated with. Raises ValueError if it holds videos made
     with something else.
     """
-    path, videos = (
-        folder / SETTINGS,
-        [p for p in folder.glob("*.mp4") if not p.name.startswith(".")],
-    )
+    path, found = folder / SETTINGS, [*folder.glob("*.mp4"), *folder.glob("*.png")]
+    videos = [file for file in found if not file.name.startswith(".")]
     if videos and not path.exists():
         raise ValueError(
-            f"{folder}: expected a new folder or one of generated videos, got mp4 files without"
-            f" {SETTINGS}"
+            f"{folder}: expected a new folder or one of generated videos, got"
+            f" {videos[0].suffix[1:]} files without {SETTINGS}"
         )
     note_settings(path, {**fingerprint, "sampling": asdict(config)}, replace=not videos)
 
@@ -406,7 +410,7 @@ def write_videos(
     if not missing:
         return
     fps = config.fps or generator.fps
-    if fps is None:
+    if fps is None and any(not request.is_image for request in missing):
         raise ValueError("fps: expected a number for a model that does not say its own, got none")
     for start in range(0, len(requests), config.batch_size):
         batch = requests[start : start + config.batch_size]
@@ -416,18 +420,28 @@ def write_videos(
             for video, request in zip(generator.sample(batch, config), batch):
                 if request in missing:
                     enlarged = video.repeat(generator.upscale, 1).repeat(generator.upscale, 2)
-                    if config.lossless:
-                        (folder / LOSSLESS).mkdir(exist_ok=True)
-                        write_video(
-                            folder / LOSSLESS / request.file_name,
-                            enlarged,
-                            fps,
-                            lossless=True,
-                        )
-                    # Last, because it says that the request is done.
-                    write_video(folder / request.file_name, enlarged, fps)
+                    _write(enlarged, request, folder, fps, lossless=config.lossless)
                     done += 1
         report(stage, done, len(requests))
+
+
+def _write(
+    frames: np.ndarray, request: Request, folder: Path, fps: float | None, *, lossless: bool
+) -> None:
+    """The file of a request; last, because it says that the request is done."""
+    if request.is_image:
+        if len(frames) != 1:
+            raise ValueError(
+                f"{request.file_name}: expected one picture of an image model, got {len(frames)}"
+                " frames"
+            )
+        write_image(folder / request.file_name, frames[0])
+        return
+    assert fps is not None  # checked before anything was sampled
+    if lossless:
+        (folder / LOSSLESS).mkdir(exist_ok=True)
+        write_video(folder / LOSSLESS / request.file_name, frames, fps, lossless=True)
+    write_video(folder / request.file_name, frames, fps)
 
 
 def is_complete(requests: Sequence[Request], folder: Path) -> bool:
@@ -450,7 +464,7 @@ def write_manifest(requests: Sequence[Request], folder: Path, config: SamplingCo
             row["text"] = request.text
         if request.dimensions:
             row["dimensions"] = list(request.dimensions)
-        if config.lossless:
+        if config.lossless and not request.is_image:
             row["lossless"] = f"{LOSSLESS}/{request.file_name}"
         rows.append(row)
     write_atomic(
@@ -466,6 +480,7 @@ def generate(
     *,
     config: SamplingConfig | None = None,
     indices: Sequence[int] | None = (0,),
+    suffix: str = ".mp4",
     fingerprint: dict | None = None,
     stage: str = "generate",
     report: Report = silent,
@@ -478,6 +493,7 @@ def generate(
 
     Args:
         indices: numbers of the videos of each prompt; None: as many as its benchmark asks for.
+        suffix: of the files, as suffix_of finds it.
         fingerprint: JSON-able description of model and variant; a folder takes one fingerprint and
             one `config` only.
 
@@ -486,7 +502,7 @@ def generate(
         OSError: the folder cannot be written.
     """
     config, folder = config or SamplingConfig(), Path(folder)
-    requests = plan(prompts, indices, config.seed)
+    requests = plan(prompts, indices, config.seed, suffix=suffix)
     open_folder(folder, config, fingerprint or {})
     write_videos(generator, requests, folder, config, stage=stage, report=report)
     return write_manifest(requests, folder, config)

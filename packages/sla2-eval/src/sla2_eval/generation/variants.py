@@ -15,6 +15,7 @@ from sla2_eval.generation.sampling import (
     model_fingerprint,
     open_folder,
     resolved,
+    suffix_of,
     write_manifest,
     write_videos,
 )
@@ -94,11 +95,11 @@ def generate_variants(
     """
     if ray_address is not None:
         check_address(ray_address)
-    requests = plan(prompts, indices, config.seed)
     for adapter in variants.values():
         if adapter is not None and not Path(adapter).is_dir():
             raise ValueError(f"adapter: expected a folder with sla2_config.json, got {adapter}")
-    weights, config = model_fingerprint(model), resolved(model, config)
+    requests = plan(prompts, indices, config.seed, suffix=suffix_of(model))
+    config, weights = resolved(model, config), model_fingerprint(model)
     for folder, adapter in variants.items():
         trained = None if adapter is None else folder_digest(Path(adapter))
         open_folder(folder, config, {"model": weights, "adapter": trained})

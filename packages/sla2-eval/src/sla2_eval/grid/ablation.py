@@ -163,7 +163,8 @@ def requests_of(
     settings: AblationSettings, source: TrainSource, seeds: Sequence[int]
 ) -> list[Request]:
     """A video of every prompt for each of the seeds."""
-    return plan(prompts_of(settings, source), seeds, settings.generate.seed)
+    suffix = generation.suffix_of(settings.model)
+    return plan(prompts_of(settings, source), seeds, settings.generate.seed, suffix=suffix)
 
 
 def metrics_of(settings: AblationSettings, source: TrainSource) -> list[str]:

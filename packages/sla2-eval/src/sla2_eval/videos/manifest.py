@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sla2_eval.videos.image import SUFFIXES
+
 MANIFESTS = ("manifest.jsonl", "metadata.jsonl")
 MAX_PROMPT = 180  # characters of a long prompt in a file name, as in VBench-2.0
 _MAX_BYTES = 240  # of a file name without number and suffix; file systems take 255
@@ -133,8 +135,8 @@ def _read_lines(manifest: Path, root: Path) -> list[Entry]:
 
 
 def read_manifest(videos: str | Path) -> list[Entry]:
-    """The videos of a folder (its manifest.jsonl, else every *.mp4 in it) or of a JSONL manifest
-    file, sorted by name.
+    """The videos of a folder (its manifest.jsonl, else every *.mp4 in it, else every picture) or of
+    a JSONL manifest file, sorted by name.
 
     Raises ValueError naming the file and line for a manifest of another form or a path that leaves
     the folder, and where there is no video at all. Whether each file exists and decodes is found
@@ -148,21 +150,21 @@ def read_manifest(videos: str | Path) -> list[Entry]:
         if manifest:
             entries = _read_lines(manifest, videos)
         else:
-            names = sorted(
-                n
-                for n in os.listdir(videos)
-                if n.lower().endswith(".mp4") and not n.startswith(".")
-            )
+            here = sorted(n for n in os.listdir(videos) if not n.startswith("."))
+            names = [n for n in here if n.lower().endswith(".mp4")]
+            names = names or [n for n in here if n.lower().endswith(SUFFIXES)]
             entries = [
                 Entry(n, resolve_inside(videos, n, str(videos)), *parse_name(n)) for n in names
             ]
     else:
         raise ValueError(
-            f"{videos}: expected a folder of mp4 files or a JSONL manifest, got nothing there"
+            f"{videos}: expected a folder of mp4 files or pictures, or a JSONL manifest, got"
+            " nothing there"
         )
     if not entries:
         raise ValueError(
-            f"{videos}: expected mp4 files named {{prompt}}-{{index}}.mp4 or a manifest, got none"
+            f"{videos}: expected mp4 files or pictures named {{prompt}}-{{index}}, or a manifest,"
+            " got none"
         )
     return sorted(entries, key=lambda entry: entry.file_name)
 

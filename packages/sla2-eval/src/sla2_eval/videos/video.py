@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from sla2_eval.runs.extras import how_to_get
+from sla2_eval.videos import image
 
 
 class VideoError(ValueError):
@@ -65,7 +66,7 @@ def check_decoder(name: str) -> None:
 def read_video(path: str | Path, decoder: str = "pyav") -> Video:
     """Decode every frame of `path`, turned upright as its header says. Raises VideoError if the
     file is missing, empty, not a video, truncated, mirrored, or of high dynamic range, whose light
-    8 bits of RGB do not hold.
+    8 bits of RGB do not hold. A picture is a video of one frame, and of no frame rate.
 
     `decoder`: one of DECODERS. torchcodec uses the system's FFmpeg and gives the same frames as
     PyAV on its version; rotated videos it refuses.
@@ -77,6 +78,11 @@ def read_video(path: str | Path, decoder: str = "pyav") -> Video:
         )
     if path.stat().st_size == 0:
         raise VideoError(f"{path}: expected a video file, got an empty file")
+    if path.suffix.lower() in image.SUFFIXES:
+        try:
+            return Video(frames=image.read_image(path), fps=0.0)
+        except ValueError as error:
+            raise VideoError(str(error)) from error
     # Whole paths, as FFmpeg takes what stands before a colon for a protocol.
     frames, fps, declared = (_pyav if decoder == "pyav" else _torchcodec)(
         path, os.path.abspath(path)
@@ -253,8 +259,8 @@ def write_video(
             if not lossless:
                 quality = {"crf": str(crf), "preset": "veryfast"}
             stream.options = {**quality, "threads": "1"}
-            for image in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
         os.replace(partial, path)
     finally:

@@ -51,7 +51,10 @@ def _number_or_benchmark(ctx: click.Context, _: click.Parameter, value: str) -> 
 @click.option("--info", type=click.Path(), help="VBench's full-info JSON of a text file's prompts.")
 @click.option("--dimensions", help="Comma-separated: only prompts of these, by the JSON.")
 @click.option(
-    "--out", required=True, type=click.Path(), help="Folder for the mp4 files and their manifest."
+    "--out",
+    required=True,
+    type=click.Path(),
+    help="Folder for the mp4 files, png of an image model, and their manifest.",
 )
 @click.option(
     "--videos-per-prompt",

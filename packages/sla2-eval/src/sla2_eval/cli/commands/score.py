@@ -8,7 +8,9 @@ from sla2_eval.cli.commands.tables import show
 
 
 @click.command("score")
-@click.option("--videos", type=click.Path(), help="Folder of mp4 files, or a JSONL manifest.")
+@click.option(
+    "--videos", type=click.Path(), help="Folder of mp4 files or of pictures, or a JSONL manifest."
+)
 @click.option(
     "--reference",
     type=click.Path(),
