@@ -365,22 +365,8 @@ def _chosen(
     device: str,
 ) -> dict[str, MetricSpec]:
     """The metrics asked for; raises ValueError for a bad argument of `score`."""
-    chosen = metrics.select(names)
-    for name, given in settings.items():
-        if name not in chosen:
-            raise ValueError(f"settings: expected names among {', '.join(chosen)}, got {name!r}")
-        for key in given:
-            known = [*chosen[name].settings, "files"]
-            if key not in (*known, "digests"):
-                raise ValueError(
-                    f"settings: expected {', '.join(known)} or digests for {name}, got {key!r}"
-                )
-            choices = chosen[name].choices.get(key)
-            if choices and given[key] not in choices:
-                raise ValueError(
-                    f"settings: expected {key} of {name} to be {' or '.join(map(repr, choices))},"
-                    f" got {given[key]!r}"
-                )
+    chosen = metrics.select(names, reference=reference is not None)
+    metrics.check_settings(settings, chosen)
     if reference is None:
         paired = [name for name, spec in chosen.items() if spec.kind != "unpaired"]
         if paired:
@@ -411,20 +397,19 @@ def score(
 
     The VBench dimensions among them are also in `out`/vbench_eval_results.json, in VBench's form.
 
-    `videos`, `reference`: folders or JSONL manifests, paired by file name. `metrics`: names of
-    `metrics.specs()`. `num_workers`: 1 is a child process, more are Ray actors, of the cluster at
-    `ray_address` if given ("auto" finds one). `progress(metric, done, total)` is called as videos
-    finish. `settings`: by metric, over the metric's defaults. `decoder`: "pyav", or "torchcodec"
-    where it is installed and finds an FFmpeg. `store`: where results are kept for reruns,
-    `out`/store if not given; several runs may share one.
+    `videos`, `reference`: folders or JSONL manifests, paired by file name. `metrics`: names and
+    groups as `metrics.select` takes them. `num_workers`: 1 is a child process, more are Ray actors,
+    of the cluster at `ray_address` if given ("auto" finds one). `progress(metric, done, total)` is
+    called as videos finish. `settings`: by metric, over the metric's defaults. `decoder`: "pyav",
+    or "torchcodec" where it is installed and finds an FFmpeg. `store`: where results are kept for
+    reruns, `out`/store if not given; several runs may share one.
 
     Raises ValueError for bad arguments and manifests, OSError if results cannot be written, and
     ScoringError, after results.json is written, if any video failed and `allow_failures` is not
     set.
     """
     started = time.time()
-    names = list(metrics)
-    chosen = _chosen(names, settings or {}, reference, num_workers, device)
+    chosen = _chosen(metrics, settings or {}, reference, num_workers, device)
     check_decoder(decoder)
     if ray_address is not None:
         check_address(ray_address)
@@ -436,7 +421,7 @@ def score(
     tasks = _plan(run, entries, references)
     counter = _Counter(progress, run.specs, len(entries), tasks)
     deaths = _execute(run, tasks, counter, device, num_workers, ray_address) if tasks else 0
-    results = document(run, entries, references, names)
+    results = document(run, entries, references, list(chosen))
     inputs = {"videos": videos} | ({} if reference is None else {"reference": reference})
     write_atomic(
         out / INPUTS,

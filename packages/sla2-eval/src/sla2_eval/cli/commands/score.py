@@ -16,7 +16,19 @@ from sla2_eval.cli.commands.tables import show
     type=click.Path(),
     help="Folder of the same file names, for paired and set metrics.",
 )
-@click.option("--metrics", "names", help="Comma-separated names; see --list.")
+@click.option(
+    "--metrics",
+    "names",
+    help="Comma-separated names (see --list), MODULE:NAME of your own, or groups: paired, unpaired,"
+    " set, vbench, all.",
+)
+@click.option(
+    "--set",
+    "given",
+    multiple=True,
+    metavar="METRIC.KEY=VALUE",
+    help="A setting of a metric, such as fvd.clips=all or lpips.files.alexnet=PATH; any number.",
+)
 @click.option(
     "--out", type=click.Path(), help="Folder for results.json and the store of per-video results."
 )
@@ -51,6 +63,7 @@ def command(
     videos: str | None,
     reference: str | None,
     names: str | None,
+    given: tuple[str, ...],
     out: str | None,
     num_workers: int,
     ray_address: str | None,
@@ -73,11 +86,16 @@ def command(
         return None
     videos, names = _needed("--videos", videos), _needed("--metrics", names)
     out = _needed("--out", out)
-    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    asked = [name.strip() for name in names.split(",") if name.strip()]
     try:
-        metrics.select(chosen)
+        chosen = metrics.select(asked, reference=reference is not None)
     except ValueError as error:
         raise click.UsageError(f"--metrics: {error}") from None
+    settings = _settings(given)
+    try:
+        metrics.check_settings(settings, chosen)
+    except ValueError as error:
+        raise click.UsageError(f"--set: {error}") from None
     from sla2_eval.generation.sampling import can_write
     from sla2_eval.runs.progress import ProgressDisplay
     from sla2_eval.scoring.score import ScoringError, score
@@ -89,13 +107,14 @@ def command(
             results = score(
                 videos,
                 reference,
-                chosen,
+                asked,
                 out,
                 num_workers,
                 ray_address,
                 progress=lambda name, done, total: report(f"score {name}", done, total),
                 device=device,
                 decoder=decoder,
+                settings=settings,
             )
         except ScoringError as error:
             results, failed = error.results, 0 if allow_failures else 1
@@ -110,6 +129,28 @@ def _needed(option: str, value: str | None) -> str:
     if not value:
         raise click.UsageError(f"{option}: expected a value, got none")
     return value
+
+
+def _settings(given: tuple[str, ...]) -> dict[str, dict]:
+    """{metric: {key: value}} of METRIC.KEY=VALUE, values as YAML has them."""
+    import yaml
+
+    found: dict[str, dict] = {}
+    for text in given:
+        path, equals, value = text.partition("=")
+        *parts, last = path.split(".")
+        if not equals or not parts or not all((*parts, last)):
+            raise click.UsageError(f"--set: expected METRIC.KEY=VALUE, got {text!r}")
+        at = found
+        for part in parts:
+            at = at.setdefault(part, {})
+            if not isinstance(at, dict):
+                raise click.UsageError(f"--set: expected {part} once, got it twice in {text!r}")
+        try:
+            at[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise click.UsageError(f"--set: expected a value in YAML, got {value!r}") from error
+    return found
 
 
 def _row(name: str, results: dict) -> dict:

@@ -1,11 +1,15 @@
-"""The registry of metrics. Importing it imports no torch, no metric library and no model; `load`
-does.
+"""The registry of metrics: those of this folder, of installed packages that have an entry point for
+theirs, and of modules that are named. Importing it imports no torch, no metric library and no
+model; `load` does.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import importlib.metadata
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterable
 from types import ModuleType
 
@@ -33,6 +37,19 @@ _MODULES = [
 ]
 
 
+ENTRY_POINTS = "sla2_eval.metrics"  # their group; each names a module, as register takes one
+# What a name may stand for beside a metric: all of a kind, all of VBench's, or all that there are,
+# less those that know the built-in data set alone.
+GROUPS: dict[str, Callable[[MetricSpec], bool]] = {
+    "paired": lambda spec: spec.kind == "paired",
+    "unpaired": lambda spec: spec.kind == "unpaired",
+    "set": lambda spec: spec.kind == "set",
+    "vbench": lambda spec: spec.vbench is not None,
+    "all": lambda spec: True,
+}
+_looked = False  # whether the entry points were registered
+
+
 def register(module: str) -> None:
     """Make the metrics of a module known in this process: one that has SPECS and load, as those of
     this folder. Workers of scoring register what their driver has registered.
@@ -54,19 +71,40 @@ def register(module: str) -> None:
     _MODULES.append(module)
 
 
+def _register_installed() -> None:
+    """Register the modules of the entry points, once. One that cannot be is left out with a
+    warning: a package that has nothing to do with a run must not end it.
+    """
+    global _looked
+    if _looked:
+        return
+    _looked = True
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            register(point.value)
+        except ValueError as error:
+            package = point.dist.name if point.dist else "an unknown package"
+            warnings.warn(f"{ENTRY_POINTS}: {point.name} of {package}: {error}", stacklevel=2)
+
+
 def registered() -> tuple[str, ...]:
     """The modules outside this folder that are registered."""
+    _register_installed()
     return tuple(module for module in _MODULES if not module.startswith(f"{_HERE}."))
 
 
 def specs() -> dict[str, MetricSpec]:
     """Every metric by name, in the order of the tables."""
+    _register_installed()
     return {spec.name: spec for m in _MODULES for spec in importlib.import_module(m).SPECS}
 
 
-def select(names: Iterable[str]) -> dict[str, MetricSpec]:
+def select(names: Iterable[str], *, reference: bool = True) -> dict[str, MetricSpec]:
     """The metrics called `names`, in the registry's order; `module:name` registers the module
-    first. Raises ValueError for an unknown or repeated one.
+    first, and a name of GROUPS stands for all of the group: without a `reference` for those that
+    need none.
+
+    Raises ValueError for an unknown or repeated name, and for a group without any metric.
     """
     parts = [name.rpartition(":") for name in names]
     for module, _, _ in parts:
@@ -75,14 +113,89 @@ def select(names: Iterable[str]) -> dict[str, MetricSpec]:
     known, names = specs(), [name for _, _, name in parts]
     if not names:
         raise ValueError("metrics: expected at least one name, got none")
+    chosen: set[str] = set()
     for name in names:
-        if name not in known:
-            raise ValueError(f"metrics: expected names among {', '.join(known)}, got {name!r}")
         if names.count(name) > 1:
             raise ValueError(
                 f"metrics: expected each name once, got {name!r} {names.count(name)} times"
             )
-    return {name: spec for name, spec in known.items() if name in names}
+        chosen |= _of_group(name, known, reference) if name in GROUPS else {name}
+        if name not in GROUPS and name not in known:
+            raise ValueError(
+                f"metrics: expected names among {', '.join([*known, *GROUPS])}, got {name!r}"
+                f"{_meant(name, [*known, *GROUPS])}"
+            )
+    return {name: spec for name, spec in known.items() if name in chosen}
+
+
+def _of_group(group: str, known: dict[str, MetricSpec], reference: bool) -> set[str]:
+    found = {
+        name
+        for name, spec in known.items()
+        if GROUPS[group](spec) and not spec.tiny_only and (reference or spec.kind == "unpaired")
+    }
+    if not found:
+        raise ValueError(f"reference: expected a folder for the metrics {group!r}, got none")
+    return found
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """A question after the name that is most like a wrong one, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check_settings(settings: dict[str, dict], chosen: dict[str, MetricSpec]) -> None:
+    """Raise ValueError, in one line, for settings of a metric that is not among the `chosen`, that
+    it does not have, or of another kind than its default.
+    """
+    for name, given in settings.items():
+        if name not in chosen:
+            known = ", ".join(chosen)
+            raise ValueError(
+                f"settings: expected names among {known}, got {name!r}{_meant(name, chosen)}"
+            )
+        for key, value in given.items():
+            _check_setting(chosen[name], key, value)
+
+
+def _check_setting(spec: MetricSpec, key: str, value: object) -> None:
+    if key in ("files", "digests"):
+        names = list(value) if isinstance(value, dict) else [value]
+        if wrong := next((name for name in names if name not in spec.weights), None):
+            known = ", ".join(spec.weights) or "none"
+            raise ValueError(
+                f"settings: expected weights among {known} in {key} of {spec.name}, got {wrong!r}"
+            )
+        return
+    if key not in spec.settings:
+        names = [*spec.settings, "files"]
+        raise ValueError(
+            f"settings: expected {', '.join(names)} or digests for {spec.name}, got {key!r}"
+            f"{_meant(key, names)}"
+        )
+    if choices := spec.choices.get(key):
+        if value not in choices:
+            raise ValueError(
+                f"settings: expected {key} of {spec.name} to be"
+                f" {' or '.join(map(repr, choices))}, got {value!r}"
+            )
+    elif not _is_like(value, spec.settings[key]):
+        raise ValueError(
+            f"settings: expected {key} of {spec.name} to be like {spec.settings[key]!r}, got"
+            f" {value!r}"
+        )
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Whether a value is of the kind of a default. Models have names, or their configuration."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        return type(value) is type(default)
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    if isinstance(default, str | dict):
+        return isinstance(value, str | dict)
+    return isinstance(value, list | tuple if isinstance(default, list) else type(default))
 
 
 def why_unavailable(spec: MetricSpec, settings: dict | None = None) -> str | None:
