@@ -368,3 +368,16 @@ def test_modules_of_metrics_are_registered_once_and_bad_ones_are_named(tmp_path,
     (tmp_path / "hook" / "again.py").write_text(toy_metric.SPECS)
     with pytest.raises(ValueError, match="metrics: expected new names in again, got 'toy'"):
         metrics.register("again")
+
+
+def test_two_files_are_a_pair_whatever_they_are_called(make_folder, tmp_path):
+    videos, reference = make_folder("a", 2, noise=9.0), make_folder("b", 2)
+    whole = score(videos, reference, CHEAP[:1], tmp_path / "whole")
+    one = score(
+        videos / "pattern 001-0.mp4",
+        (reference / "pattern 001-0.mp4").rename(tmp_path / "another.mp4"),
+        CHEAP[:1],
+        tmp_path / "one",
+    )
+    assert one["videos"][0]["scores"] == whole["videos"][1]["scores"]
+    assert one["metrics"][CHEAP[0]]["difference"]["n"] == 1

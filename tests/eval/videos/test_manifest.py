@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from sla2_eval.videos.manifest import pair, parse_name, read_manifest, video_name
+from sla2_eval.videos.manifest import left_out, pair, parse_name, read_manifest, video_name
 from sla2_eval.videos.video import write_video
 
 
@@ -38,6 +38,24 @@ def test_long_prompt_of_wide_characters_fits_a_file_name(tmp_path):
     assert len(name.encode()) <= 255
     write_video(tmp_path / name, np.zeros((1, 16, 16, 3), dtype=np.uint8), 8)
     assert [entry.file_name for entry in read_manifest(tmp_path)] == [name]
+
+
+def test_a_folder_of_videos_of_any_kind_says_what_it_left_out(tmp_path):
+    for name in ("a-0.webm", "b-1.MKV", "c-0.mov", "d-0.mp4", "poster.png", "e.gif", "notes.txt"):
+        (tmp_path / name).touch()
+    entries = read_manifest(tmp_path)
+    assert [e.file_name for e in entries] == ["a-0.webm", "b-1.MKV", "c-0.mov", "d-0.mp4"]
+    assert left_out(tmp_path, entries) == {".gif": 1, ".png": 1}
+    (tmp_path / "manifest.jsonl").write_text('{"file_name": "a-0.webm"}\n')
+    listed = read_manifest(tmp_path)
+    assert left_out(tmp_path, listed) == {".gif": 1, ".mkv": 1, ".mov": 1, ".mp4": 1, ".png": 1}
+    assert left_out(tmp_path / "manifest.jsonl", listed) == {}
+
+
+def test_one_file_is_a_manifest_of_itself(tmp_path):
+    (tmp_path / "a fox-3.webm").touch()
+    (entry,) = read_manifest(tmp_path / "a fox-3.webm")
+    assert (entry.file_name, entry.prompt, entry.index) == ("a fox-3.webm", "a fox", 3)
 
 
 def test_name_without_an_index_is_all_prompt():
@@ -108,8 +126,10 @@ def test_links_out_of_the_folder_are_refused(tmp_path):
     inside.mkdir()
     outside.touch()
     (inside / "a-0.mp4").symlink_to(outside)
-    with pytest.raises(ValueError, match="links out of it"):
+    with pytest.raises(ValueError, match=f"links out of it; --root allows what lies in {tmp_path}"):
         read_manifest(inside)
+    (entry,) = read_manifest(inside, roots=[tmp_path / "elsewhere", tmp_path])
+    assert entry.path == inside / "a-0.mp4"
 
 
 @pytest.mark.parametrize(

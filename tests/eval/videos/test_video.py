@@ -54,6 +54,27 @@ def test_what_is_written_is_read_back(tmp_path, decoder):
     assert np.argmin([np.abs(found.frames[3].astype(int) - frame).mean() for frame in frames]) == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels"),
+    [
+        ("a.webm", "libvpx-vp9", "yuv420p"),
+        ("a.mkv", "ffv1", "bgr0"),
+        ("a.mov", "mjpeg", "yuvj444p"),
+    ],
+)
+def test_other_containers_are_read(tmp_path, name, codec, pixels):
+    frames = moving(3, 34, 52)
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=12)
+        stream.height, stream.width, stream.pix_fmt = 34, 52, pixels
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    found = read_video(tmp_path / name)
+    assert (found.fps, found.frames.shape) == (12, frames.shape)
+    assert np.abs(found.frames.astype(int) - frames).mean() < (0.01 if codec == "ffv1" else 12)
+
+
 @pytest.mark.parametrize("decoder", BOTH)
 def test_lossless_files_give_every_frame_back(tmp_path, decoder):
     frames = np.random.default_rng(0).integers(0, 256, (5, 33, 47, 3), dtype=np.uint8)

@@ -150,7 +150,7 @@ class TinyGenerator:
         from sla2_eval.tiny.shapes import FPS
 
         self.transformer, self.scheduler = transformer.eval(), scheduler
-        self.fps: float = FPS
+        self.fps: float | None = FPS
 
     def sample(self, requests: Sequence[Request], config: SamplingConfig) -> np.ndarray:
         """As Generator.sample; the noise of a request does not depend on the others. Raises

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sla2_eval.parallel.cluster import check_address
@@ -26,7 +26,7 @@ from sla2_eval.scoring.metrics import MetricSpec
 from sla2_eval.scoring.summary import document
 from sla2_eval.scoring.vbench import as_vbench
 from sla2_eval.scoring.worker import one_line
-from sla2_eval.videos.manifest import Entry, compared, pair, read_manifest
+from sla2_eval.videos.manifest import Entry, compared, left_out, pair, read_manifest
 from sla2_eval.videos.video import check_decoder
 
 ATTEMPTS = 3  # of a video whose worker dies or whose file or metric fails
@@ -392,6 +392,7 @@ def score(
     device: str = "auto",
     decoder: str = "pyav",
     store: str | Path | None = None,
+    roots: Sequence[str | Path] = (),
 ) -> dict:
     """Score every video of a folder and return what `out`/results.json then holds.
 
@@ -402,7 +403,8 @@ def score(
     of the cluster at `ray_address` if given ("auto" finds one). `progress(metric, done, total)` is
     called as videos finish. `settings`: by metric, over the metric's defaults. `decoder`: "pyav",
     or "torchcodec" where it is installed and finds an FFmpeg. `store`: where results are kept for
-    reruns, `out`/store if not given; several runs may share one.
+    reruns, `out`/store if not given; several runs may share one. `roots`: folders that symbolic
+    links of the videos may lead into.
 
     Raises ValueError for bad arguments and manifests, OSError if results cannot be written, and
     ScoringError, after results.json is written, if any video failed and `allow_failures` is not
@@ -413,8 +415,11 @@ def score(
     check_decoder(decoder)
     if ray_address is not None:
         check_address(ray_address)
-    entries = read_manifest(videos)
-    references = read_manifest(reference) if reference is not None else None
+    entries = read_manifest(videos, roots)
+    references = read_manifest(reference, roots) if reference is not None else None
+    if references and Path(videos).is_file() and [len(entries), len(references)] == [1, 1]:
+        # Two single files are a pair, whatever they are called.
+        references = [replace(references[0], file_name=entries[0].file_name)]
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(chosen, settings or {}, decoder, ResultStore(store or out / "store"))
@@ -422,6 +427,12 @@ def score(
     counter = _Counter(progress, run.specs, len(entries), tasks)
     deaths = _execute(run, tasks, counter, device, num_workers, ray_address) if tasks else 0
     results = document(run, entries, references, list(chosen))
+    sides = {"videos": (videos, entries), "reference": (reference, references)}
+    results["left_out"] = {
+        side: found
+        for side, (place, listed) in sides.items()
+        if place is not None and listed is not None and (found := left_out(place, listed))
+    }
     inputs = {"videos": videos} | ({} if reference is None else {"reference": reference})
     write_atomic(
         out / INPUTS,

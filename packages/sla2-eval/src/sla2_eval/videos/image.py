@@ -26,8 +26,8 @@ def read_image(path: Path) -> np.ndarray:
 
     try:
         with Image.open(path, formats=_FORMATS) as file:
-            if getattr(file, "n_frames", 1) > 1:
-                raise ValueError(f"{path}: expected one picture, got {file.n_frames}")
+            if (count := getattr(file, "n_frames", 1)) > 1:
+                raise ValueError(f"{path}: expected one picture, got {count}")
             if file.mode not in _MODES:
                 raise ValueError(
                     f"{path}: expected a picture of 8 bits a channel in RGB, got {file.mode}"
@@ -35,7 +35,7 @@ def read_image(path: Path) -> np.ndarray:
             image = ImageOps.exif_transpose(file)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
-                if image.getextrema()[3][0] < 255:
+                if np.asarray(image.getchannel("A")).min() < 255:
                     raise ValueError(f"{path}: expected an opaque picture, got a transparent one")
             return np.asarray(image.convert("RGB"))[None]
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

@@ -7,12 +7,15 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sla2_eval.videos.image import SUFFIXES
+from sla2_eval.videos.image import SUFFIXES as PICTURES
 
 MANIFESTS = ("manifest.jsonl", "metadata.jsonl")
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")  # that a folder is looked through for
 MAX_PROMPT = 180  # characters of a long prompt in a file name, as in VBench-2.0
 _MAX_BYTES = 240  # of a file name without number and suffix; file systems take 255
 _NAME = re.compile(r"^(?P<prompt>.+)-(?P<index>\d+)$", re.DOTALL)
@@ -54,9 +57,9 @@ def parse_name(file_name: str) -> tuple[str, int]:
     return (match["prompt"], int(match["index"])) if match else (stem, 0)
 
 
-def resolve_inside(root: Path, name: object, where: str) -> Path:
+def resolve_inside(root: Path, name: object, where: str, roots: Sequence[Path] = ()) -> Path:
     """`root`/`name`, refused with a ValueError that begins with `where` if it is absolute, climbs,
-    or links out of the root.
+    or links out of the root, unless into one of `roots`.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise ValueError(f"{where}: expected a file name, got {name!r}")
@@ -65,9 +68,11 @@ def resolve_inside(root: Path, name: object, where: str) -> Path:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{where}: expected a path inside {root}, got {name!r}")
     path = root / name
-    if not Path(os.path.realpath(path)).is_relative_to(root.resolve()):
+    real = Path(os.path.realpath(path))
+    if not any(real.is_relative_to(allowed.resolve()) for allowed in (root, *roots)):
         raise ValueError(
-            f"{where}: expected a path inside {root}, got {name!r}, which links out of it"
+            f"{where}: expected a path inside {root}, got {name!r}, which links out of it; --root"
+            f" allows what lies in {real.parent}"
         )
     return path
 
@@ -83,7 +88,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _read_lines(manifest: Path, root: Path) -> list[Entry]:
+def _read_lines(manifest: Path, root: Path, roots: Sequence[Path]) -> list[Entry]:
     entries, seen = [], set()
     try:
         lines = manifest.read_text(encoding="utf-8-sig").split(
@@ -105,7 +110,7 @@ def _read_lines(manifest: Path, root: Path) -> list[Entry]:
             raise ValueError(
                 f'{where}: expected {{"file_name": ..., "prompt": ...}}, got {line[:80]!r}'
             )
-        path = resolve_inside(root, row["file_name"], where)
+        path = resolve_inside(root, row["file_name"], where, roots)
         name = path.relative_to(root).as_posix()
         if name in seen:
             raise ValueError(f"{where}: expected each file once, got {name!r} again")
@@ -129,44 +134,70 @@ def _read_lines(manifest: Path, root: Path) -> list[Entry]:
             dimensions = tuple(dimensions)
         lossless = row.get("lossless")
         if lossless is not None:
-            lossless = resolve_inside(root, lossless, where)
+            lossless = resolve_inside(root, lossless, where, roots)
         entries.append(Entry(name, path, prompt, index, seed, dimensions, lossless))
     return entries
 
 
-def read_manifest(videos: str | Path) -> list[Entry]:
-    """The videos of a folder (its manifest.jsonl, else every *.mp4 in it, else every picture) or of
-    a JSONL manifest file, sorted by name.
+def read_manifest(videos: str | Path, roots: Sequence[str | Path] = ()) -> list[Entry]:
+    """The videos of a folder (its manifest.jsonl, else every video in it, else every picture), of a
+    JSONL manifest file, or one video or picture, sorted by name. Symbolic links may lead out of the
+    folder into `roots`.
 
     Raises ValueError naming the file and line for a manifest of another form or a path that leaves
     the folder, and where there is no video at all. Whether each file exists and decodes is found
     out when it is scored.
     """
-    videos = Path(videos)
-    if videos.is_file():
-        entries = _read_lines(videos, videos.parent)
+    videos, allowed = Path(videos), [Path(root) for root in roots]
+    if videos.is_file() and videos.suffix.lower() in (*VIDEOS, *PICTURES):
+        entries = [Entry(videos.name, videos, *parse_name(videos.name))]
+    elif videos.is_file():
+        entries = _read_lines(videos, videos.parent, allowed)
     elif videos.is_dir():
-        manifest = next((videos / name for name in MANIFESTS if (videos / name).is_file()), None)
-        if manifest:
-            entries = _read_lines(manifest, videos)
+        if manifest := _manifest_in(videos):
+            entries = _read_lines(manifest, videos, allowed)
         else:
-            here = sorted(n for n in os.listdir(videos) if not n.startswith("."))
-            names = [n for n in here if n.lower().endswith(".mp4")]
-            names = names or [n for n in here if n.lower().endswith(SUFFIXES)]
             entries = [
-                Entry(n, resolve_inside(videos, n, str(videos)), *parse_name(n)) for n in names
+                Entry(n, resolve_inside(videos, n, str(videos), allowed), *parse_name(n))
+                for n in _media(videos)[0]
             ]
     else:
         raise ValueError(
-            f"{videos}: expected a folder of mp4 files or pictures, or a JSONL manifest, got"
-            " nothing there"
+            f"{videos}: expected a folder of videos or pictures, a JSONL manifest, or one video,"
+            " got nothing there"
         )
     if not entries:
         raise ValueError(
-            f"{videos}: expected mp4 files or pictures named {{prompt}}-{{index}}, or a manifest,"
-            " got none"
+            f"{videos}: expected videos ({', '.join(VIDEOS)}) or pictures ({', '.join(PICTURES)})"
+            " named {prompt}-{index}, or a manifest, got none"
         )
     return sorted(entries, key=lambda entry: entry.file_name)
+
+
+def _manifest_in(folder: Path) -> Path | None:
+    return next((folder / name for name in MANIFESTS if (folder / name).is_file()), None)
+
+
+def _media(folder: Path) -> tuple[list[str], list[str]]:
+    """The files that a folder without a manifest stands for, and the other videos and pictures."""
+    here = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    videos = [name for name in here if name.lower().endswith(VIDEOS)]
+    pictures = [name for name in here if name.lower().endswith(PICTURES)]
+    others = [name for name in here if name.lower().endswith((".gif", ".flv", ".wmv", ".ts"))]
+    return (videos, pictures + others) if videos else (pictures, others)
+
+
+def left_out(videos: str | Path, entries: Sequence[Entry]) -> dict[str, int]:
+    """How many videos and pictures of a folder are not among its `entries`, by their suffix: those
+    that its manifest does not list, pictures beside videos, and kinds that are not read.
+    """
+    folder = Path(videos)
+    if not folder.is_dir():
+        return {}
+    chosen, others = _media(folder)
+    known = {entry.file_name for entry in entries}
+    names = [name for name in chosen if name not in known] + others
+    return dict(sorted(Counter(Path(name).suffix.lower() for name in names).items()))
 
 
 def pair(videos: list[Entry], references: list[Entry]) -> list[tuple[Entry, Entry | None]]:

@@ -9,12 +9,21 @@ from sla2_eval.cli.commands.tables import show
 
 @click.command("score")
 @click.option(
-    "--videos", type=click.Path(), help="Folder of mp4 files or of pictures, or a JSONL manifest."
+    "--videos",
+    type=click.Path(),
+    help="Folder of videos or of pictures, a JSONL manifest, or one file.",
 )
 @click.option(
     "--reference",
     type=click.Path(),
     help="Folder of the same file names, for paired and set metrics.",
+)
+@click.option(
+    "--root",
+    "roots",
+    multiple=True,
+    type=click.Path(),
+    help="Folder that symbolic links of the videos may lead into; any number.",
 )
 @click.option(
     "--metrics",
@@ -62,6 +71,7 @@ from sla2_eval.cli.commands.tables import show
 def command(
     videos: str | None,
     reference: str | None,
+    roots: tuple[str, ...],
     names: str | None,
     given: tuple[str, ...],
     out: str | None,
@@ -115,11 +125,16 @@ def command(
                 device=device,
                 decoder=decoder,
                 settings=settings,
+                roots=roots,
             )
         except ScoringError as error:
             results, failed = error.results, 0 if allow_failures else 1
     rows = [_row(name, results) for name in chosen]
     show(rows, ("metric", "mean", "low", "high", "videos", "difference", "note"), as_json=as_json)
+    for side, found in results["left_out"].items():
+        kinds = ", ".join(f"{number} {suffix}" for suffix, number in found.items())
+        place = reference if side == "reference" else videos
+        click.echo(f"sla2: warning: {place}: left out {kinds}", err=True)
     for row in results["failed"]:
         click.echo(f"sla2: error: {row['error']}", err=True)
     return failed or int(not results["metrics"])  # nothing that was asked for could be computed

@@ -161,8 +161,8 @@ def check_settings(settings: dict[str, dict], chosen: dict[str, MetricSpec]) -> 
 
 def _check_setting(spec: MetricSpec, key: str, value: object) -> None:
     if key in ("files", "digests"):
-        names = list(value) if isinstance(value, dict) else [value]
-        if wrong := next((name for name in names if name not in spec.weights), None):
+        given = list(value) if isinstance(value, dict) else [value]
+        if wrong := next((name for name in given if name not in spec.weights), None):
             known = ", ".join(spec.weights) or "none"
             raise ValueError(
                 f"settings: expected weights among {known} in {key} of {spec.name}, got {wrong!r}"
