@@ -308,7 +308,15 @@ def test_score_that_could_compute_nothing_did_not_go_well(tmp_path, monkeypatch,
     ]
     assert main([*arguments, "--metrics", "lpips"]) == 1
     assert "unavailable: run sla2 weights fetch alexnet" in capsys.readouterr().out
-    assert main([*arguments, "--metrics", "lpips,temporal_flickering"]) == 0
+    both = [*arguments, "--metrics", "lpips,temporal_flickering"]
+    assert main(both) == 1
+    error = "sla2: error: lpips: unavailable: run sla2 weights fetch alexnet"
+    assert error in capsys.readouterr().err.splitlines()
+    (tmp_path / "poster.png").touch()
+    assert main([*both, "--allow-missing"]) == 0
+    err = capsys.readouterr().err.splitlines()
+    assert error not in err
+    assert f"sla2: warning: {tmp_path}: left out 1 .png" in err
 
 
 def test_an_unexpected_error_is_one_line(monkeypatch, capsys):

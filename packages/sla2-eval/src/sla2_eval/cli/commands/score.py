@@ -65,6 +65,11 @@ from sla2_eval.cli.commands.tables import show
     help="Exit code 0 even if some videos failed; they are listed all the same.",
 )
 @click.option(
+    "--allow-missing",
+    is_flag=True,
+    help="Exit code 0 even if a metric lacks its weights or package; it is listed all the same.",
+)
+@click.option(
     "--list", "list_metrics", is_flag=True, help="List the metrics and whether they can run here."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -80,6 +85,7 @@ def command(
     device: str,
     decoder: str,
     allow_failures: bool,
+    allow_missing: bool,
     list_metrics: bool,
     as_json: bool,
 ) -> int | None:
@@ -137,7 +143,11 @@ def command(
         click.echo(f"sla2: warning: {place}: left out {kinds}", err=True)
     for row in results["failed"]:
         click.echo(f"sla2: error: {row['error']}", err=True)
-    return failed or int(not results["metrics"])  # nothing that was asked for could be computed
+    for name, reason in results["unavailable"].items():
+        if not allow_missing:
+            click.echo(f"sla2: error: {name}: {reason}", err=True)
+    missing = bool(results["unavailable"]) and not allow_missing
+    return int(failed or missing or not results["metrics"])
 
 
 def _needed(option: str, value: str | None) -> str:
