@@ -5,6 +5,7 @@ refused in one line.
 import io
 import struct
 import sys
+import tempfile
 import types
 
 import av
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from helpers import mp4
 from PIL import Image
+from sla2_eval.scoring import metrics
+from sla2_eval.scoring.metrics.base import Sample
 from sla2_eval.scoring.score import score
 from sla2_eval.videos import video
 from sla2_eval.videos.video import VideoError, check_decoder, read_video, write_video
@@ -127,6 +130,22 @@ def _audio_with_cover(path) -> None:
     path.write_bytes(data[:start] + struct.pack(">I", size) + data[start + 4 :] + about)
     with av.open(str(path)) as container:
         assert len(container.streams.video) == 1
+
+
+def test_a_large_video_lies_in_a_file_without_a_name(tmp_path, monkeypatch):
+    """Its frames are those of one in memory, and metrics may take pieces of it as of any array."""
+    frames = moving(7, 32, 48)
+    write_video(tmp_path / "a.mp4", frames, 8)
+    held = read_video(tmp_path / "a.mp4").frames
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(video, "_IN_MEMORY", 3 * frames[0].size)
+    found = read_video(tmp_path / "a.mp4").frames
+    assert isinstance(found, np.memmap)
+    np.testing.assert_array_equal(found, held)
+    assert list((tmp_path / "tmp").iterdir()) == []
+    score = metrics.load("temporal_flickering", {})
+    assert score(Sample(found, 8)) == score(Sample(held, 8))
 
 
 def _between_frames(path) -> None:

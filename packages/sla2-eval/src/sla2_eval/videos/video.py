@@ -7,7 +7,9 @@ from __future__ import annotations
 import itertools
 import os
 import struct
+import tempfile
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +34,7 @@ class Video:
 
 
 DECODERS = ("pyav", "torchcodec")
+_IN_MEMORY = 1 << 30  # bytes of one decoded video
 # FFmpeg's numbers of the transfer functions of high dynamic range
 _HDR = {16: "PQ (SMPTE 2084)", 18: "HLG (ARIB STD-B67)"}
 # Of FFmpeg's formats those that hold a video: a playlist would open other files, and a picture is
@@ -142,10 +145,13 @@ def _pyav(path: Path, whole: str) -> tuple[np.ndarray, float, int]:
             decoded = container.decode(stream)
             first = next(decoded, None)
             turns = 0 if first is None else _turns(path, stream, first)
-            frames = [
-                np.rot90(frame.to_ndarray(format="rgb24"), turns)
-                for frame in ([] if first is None else itertools.chain([first], decoded))
-            ]
+            frames = _collected(
+                path,
+                (
+                    np.rot90(frame.to_ndarray(format="rgb24"), turns)
+                    for frame in ([] if first is None else itertools.chain([first], decoded))
+                ),
+            )
     except (av.FFmpegError, UnicodeDecodeError) as error:
         reason = (
             "another kind of file"
@@ -153,12 +159,37 @@ def _pyav(path: Path, whole: str) -> tuple[np.ndarray, float, int]:
             else f"a decoding error: {error}"
         )
         raise VideoError(f"{path}: expected a readable video, got {reason}") from error
-    if len({frame.shape for frame in frames}) > 1:
-        raise VideoError(
-            f"{path}: expected frames of one size, got"
-            f" {sorted({frame.shape[:2] for frame in frames})}"
-        )
-    return np.stack(frames) if frames else np.empty((0, 0, 0, 3), np.uint8), fps, declared
+    return frames, fps, declared
+
+
+def _collected(path: Path, frames: Iterator[np.ndarray]) -> np.ndarray:
+    """The frames of one size as one array (T, H, W, 3).
+
+    Beyond _IN_MEMORY bytes they lie in a temporary file that is mapped, of which the system keeps
+    in memory what is in use, so that a pair of long 4K videos needs no tens of gigabytes. The file
+    has no name and ends with the array.
+    """
+    held: list[np.ndarray] = []
+    file, count, shape = None, 0, None
+    for frame in frames:
+        shape = shape or frame.shape
+        if frame.shape != shape:
+            sizes = sorted({shape[:2], frame.shape[:2]})
+            raise VideoError(f"{path}: expected frames of one size, got {sizes}")
+        count += 1
+        held.append(frame)
+        if file is None and count * frame.size > _IN_MEMORY:
+            file = tempfile.TemporaryFile()
+        if file is not None:
+            for one in held:
+                file.write(one.tobytes())
+            held.clear()
+    if shape is None:
+        return np.empty((0, 0, 0, 3), np.uint8)
+    if file is None:
+        return np.stack(held)
+    file.flush()
+    return np.memmap(file, np.uint8, mode="c", shape=(count, *shape))
 
 
 def _turns(path: Path, stream: Any, first: Any) -> int:
