@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from helpers import toy_metric
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from sla2_eval.parallel.processes import ProcessPool
+from sla2_eval.parallel.ray_pool import RayPool
 from sla2_eval.scoring import metrics
 from sla2_eval.scoring.score import ScoringError, score
 from sla2_eval.scoring.summary import document
@@ -381,3 +383,27 @@ def test_two_files_are_a_pair_whatever_they_are_called(make_folder, tmp_path):
     )
     assert one["videos"][0]["scores"] == whole["videos"][1]["scores"]
     assert one["metrics"][CHEAP[0]]["difference"]["n"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gpus", "expected"),
+    [
+        (("auto", None, None), 0, (ProcessPool, {})),
+        (("auto", None, None), 1, (ProcessPool, {})),
+        (("auto", None, None), 3, (RayPool, {"workers": None, "gpus": 3})),
+        (("cpu", None, None), 3, (ProcessPool, {})),
+        (("auto", 2, None), 3, (RayPool, {"workers": 2, "gpus": None})),
+        (("auto", 1, None), 3, (ProcessPool, {})),
+        (("auto", None, "auto"), 0, (RayPool, {"workers": None, "gpus": None})),
+        (("cpu", None, "auto"), 0, (RayPool, {"workers": None, "gpus": 0})),
+    ],
+)
+def test_all_gpus_of_a_machine_or_cluster_score_by_default(monkeypatch, arguments, gpus, expected):
+    from sla2_eval.scoring import score as scoring
+
+    monkeypatch.setattr(scoring, "local_gpus", lambda: gpus)
+    found = scoring._open_pool(*arguments)
+    kind, asked = expected
+    assert type(found) is kind
+    if kind is RayPool:
+        assert {"workers": found._asked, "gpus": found._asked_gpus} == asked

@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sla2_eval.parallel.cluster import check_address
+from sla2_eval.parallel.cluster import check_address, local_gpus
 from sla2_eval.parallel.processes import ProcessPool
 from sla2_eval.parallel.ray_pool import RayPool
 from sla2_eval.parallel.tasks import Pool, Task, WorkerDied
@@ -310,11 +310,11 @@ def _execute(
     tasks: list[_Task],
     counter: _Counter,
     device: str,
-    num_workers: int,
+    num_workers: int | None,
     address: str | None,
-) -> int:
-    """Run the tasks; returns how many workers died. Failing ones go to the end of the queue until
-    their last attempt.
+) -> tuple[int, int]:
+    """Run the tasks; returns how many workers there were at most, and how many died. Failing ones
+    go to the end of the queue until their last attempt.
     """
     deaths = 0
     waiting = deque(tasks)
@@ -345,23 +345,29 @@ def _execute(
                 waiting.append(task)
             if task.side == "video":
                 counter.count(name for name in before if not again or name not in task.wanted)
-    return deaths
+        return pool.places, deaths
 
 
-def _open_pool(device: str, num_workers: int, address: str | None) -> Pool:
+def _open_pool(device: str, num_workers: int | None, address: str | None) -> Pool:
     """One process for one worker, because a local Ray takes seconds to start and gives nothing to
     it; Ray for two or more, or on a cluster. All give the same bytes.
+
+    `num_workers` None: a worker for each GPU of the cluster, or of this machine where it has
+    several; else one for each CPU of a cluster, and one here.
     """
-    if num_workers == 1 and address is None:
+    gpus = 0 if device == "cpu" else None
+    if address is None and num_workers is None and gpus is None and (here := local_gpus()) > 1:
+        return RayPool(None, gpus=here)
+    if address is None and num_workers in (None, 1):
         return ProcessPool(1)
-    return RayPool(address, workers=num_workers, gpus=0 if device == "cpu" else None)
+    return RayPool(address, workers=num_workers, gpus=gpus)
 
 
 def _chosen(
     names: Iterable[str],
     settings: dict,
     reference: str | Path | None,
-    num_workers: int,
+    num_workers: int | None,
     device: str,
 ) -> dict[str, MetricSpec]:
     """The metrics asked for; raises ValueError for a bad argument of `score`."""
@@ -371,7 +377,8 @@ def _chosen(
         paired = [name for name, spec in chosen.items() if spec.kind != "unpaired"]
         if paired:
             raise ValueError(f"reference: expected a folder for {', '.join(paired)}, got none")
-    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1:
+    whole = isinstance(num_workers, int | None) and not isinstance(num_workers, bool)
+    if not whole or (num_workers is not None and num_workers < 1):
         raise ValueError(f"num_workers: expected a whole number of at least 1, got {num_workers!r}")
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {device!r}")
@@ -383,7 +390,7 @@ def score(
     reference: str | Path | None = None,
     metrics: Iterable[str] = ("psnr", "ssim", "temporal_flickering"),
     out: str | Path = "scores",
-    num_workers: int = 1,
+    num_workers: int | None = None,
     ray_address: str | None = None,
     allow_failures: bool = False,
     progress: Progress | None = None,
@@ -400,11 +407,12 @@ def score(
 
     `videos`, `reference`: folders or JSONL manifests, paired by file name. `metrics`: names and
     groups as `metrics.select` takes them. `num_workers`: 1 is a child process, more are Ray actors,
-    of the cluster at `ray_address` if given ("auto" finds one). `progress(metric, done, total)` is
-    called as videos finish. `settings`: by metric, over the metric's defaults. `decoder`: "pyav",
-    or "torchcodec" where it is installed and finds an FFmpeg. `store`: where results are kept for
-    reruns, `out`/store if not given; several runs may share one. `roots`: folders that symbolic
-    links of the videos may lead into.
+    of the cluster at `ray_address` if given ("auto" finds one); None is one for each GPU of the
+    cluster or of this machine, or for each CPU of a cluster without any. `progress(metric, done,
+    total)` is called as videos finish. `settings`: by metric, over the metric's defaults.
+    `decoder`: "pyav", or "torchcodec" where it is installed and finds an FFmpeg. `store`: where
+    results are kept for reruns, `out`/store if not given; several runs may share one.
+    `roots`: folders that symbolic links of the videos may lead into.
 
     Raises ValueError for bad arguments and manifests, OSError if results cannot be written, and
     ScoringError, after results.json is written, if any video failed and `allow_failures` is not
@@ -425,7 +433,9 @@ def score(
     run = _Run(chosen, settings or {}, decoder, ResultStore(store or out / "store"))
     tasks = _plan(run, entries, references)
     counter = _Counter(progress, run.specs, len(entries), tasks)
-    deaths = _execute(run, tasks, counter, device, num_workers, ray_address) if tasks else 0
+    workers = deaths = 0
+    if tasks:
+        workers, deaths = _execute(run, tasks, counter, device, num_workers, ray_address)
     results = document(run, entries, references, list(chosen))
     sides = {"videos": (videos, entries), "reference": (reference, references)}
     results["left_out"] = {
@@ -452,7 +462,7 @@ def score(
     timing = {
         "seconds": round(time.time() - started, 3),
         "tasks": len(tasks),
-        "workers": num_workers,
+        "workers": workers,
         "deaths": deaths,
     }
     write_atomic(out / "timing.json", json.dumps(timing) + "\n")

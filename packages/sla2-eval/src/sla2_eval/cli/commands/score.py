@@ -43,10 +43,8 @@ from sla2_eval.cli.commands.tables import show
 )
 @click.option(
     "--num-workers",
-    default=1,
-    show_default=True,
     type=click.IntRange(1),
-    help="Processes that decode and score.",
+    help="Processes that decode and score; one for each GPU if not given, or one.",
 )
 @click.option("--ray-address", help="Join this Ray cluster; 'auto' finds one.")
 @click.option(
@@ -80,7 +78,7 @@ def command(
     names: str | None,
     given: tuple[str, ...],
     out: str | None,
-    num_workers: int,
+    num_workers: int | None,
     ray_address: str | None,
     device: str,
     decoder: str,
