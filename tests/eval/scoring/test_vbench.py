@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+from sla2_eval.cli.main import main
 from sla2_eval.scoring import metrics, vbench
 from sla2_eval.scoring.score import score
 from sla2_eval.scoring.summary import document
@@ -202,3 +203,17 @@ def test_an_export_never_touches_the_videos_themselves(make_folder, tmp_path):
 
 def test_dimensions_are_vbenchs():
     assert len(vbench.dimensions()) == 8
+
+
+def test_the_command_prints_json_whatever_it_does(folder, tmp_path, capsys):
+    options = ["--dimensions", "temporal_flickering", "--out", str(tmp_path / "out"), "--json"]
+    assert main(["vbench", "--videos", str(folder), *options]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {"info": str(tmp_path / "out" / "VBench_full_info.json")}
+    ]
+    rows = [{"video_path": "a fox-0.mp4", "video_results": 0.9}]
+    results = json.dumps({"temporal_flickering": [0.9, rows]})
+    (tmp_path / "out" / "x_eval_results.json").write_text(results)
+    assert main(["vbench", *options]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["dimension"], row["mean"]) == ("temporal_flickering", 0.9)

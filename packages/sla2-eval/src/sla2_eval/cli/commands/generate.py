@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from sla2_eval.cli.commands.tables import show
+
 
 def _number_or_benchmark(ctx: click.Context, _: click.Parameter, value: str) -> int | None:
     """None is the benchmark's number."""
@@ -99,6 +101,7 @@ def _number_or_benchmark(ctx: click.Context, _: click.Parameter, value: str) -> 
 @click.option(
     "--ray-address", help="Share the videos by the GPUs of this Ray cluster; 'auto' finds one."
 )
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
 def command(
     model: str,
     adapter: str | None,
@@ -111,6 +114,7 @@ def command(
     videos_per_prompt: int | None,
     workers: int,
     ray_address: str | None,
+    as_json: bool,
     **sampling: Any,
 ) -> None:
     """Write {prompt}-{index}.mp4 for every prompt; run again, finished files are not done twice.
@@ -149,5 +153,9 @@ def command(
             ray_address=ray_address,
             report=report,
         )
+    if as_json:
+        rows = [{"manifest": str(manifest)} for manifest in manifests]
+        show(rows, ("manifest",), as_json=True)
+        return
     for manifest in manifests:
         click.echo(manifest)

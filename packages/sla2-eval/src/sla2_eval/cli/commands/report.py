@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from sla2_eval.cli.commands.tables import show
+
 
 @click.command("report")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(), metavar="FOLDER...")
@@ -17,8 +19,13 @@ import click
     help="Folder of the report; FOLDER/report if there is one FOLDER, else ./report.",
 )
 @click.option("--title", help="Of the page; the runs' own if not given.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the path.")
 def command(
-    folders: tuple[str, ...], reference: str | None, out: str | None, title: str | None
+    folders: tuple[str, ...],
+    reference: str | None,
+    out: str | None,
+    title: str | None,
+    as_json: bool,
 ) -> None:
     """Write one HTML page, results.json, CSV and Markdown tables over any number of folders.
 
@@ -33,4 +40,8 @@ def command(
     """
     from sla2_eval.report.page import write_report
 
-    click.echo(write_report(folders, reference=reference, out=out, title=title))
+    page = write_report(folders, reference=reference, out=out, title=title)
+    if as_json:
+        show([{"report": str(page)}], ("report",), as_json=True)
+    else:
+        click.echo(page)

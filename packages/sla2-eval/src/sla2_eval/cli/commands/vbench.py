@@ -33,13 +33,15 @@ def command(videos: str | None, out: str, dimensions: str | None, run: bool, as_
         if dimensions
         else vbench.dimensions()
     )
-    if videos:
-        click.echo(vbench.export(videos, out, chosen), err=as_json)
-    if run:
-        found = vbench.run(out, chosen)
-    elif not videos:
-        found = vbench.read(out)
-    else:
+    info = vbench.export(videos, out, chosen) if videos else None
+    if info and not run:
+        if as_json:
+            show([{"info": str(info)}], ("info",), as_json=True)
+        else:
+            click.echo(info)
         return
+    if info:
+        click.echo(info, err=as_json)
+    found = vbench.run(out, chosen) if run else vbench.read(out)
     rows = [{"dimension": name, **values} for name, values in found.items()]
     show(rows, ("dimension", "mean", "normalised"), as_json=as_json)

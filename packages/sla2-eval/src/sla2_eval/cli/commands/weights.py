@@ -35,7 +35,8 @@ def list_(as_json: bool) -> None:
 
 @command.command("fetch")
 @click.argument("names", nargs=-1, required=True)
-def fetch(names: tuple[str, ...]) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of paths.")
+def fetch(names: tuple[str, ...], as_json: bool) -> None:
     """Download files by name and check their sha256.
 
     \b
@@ -48,10 +49,16 @@ def fetch(names: tuple[str, ...]) -> None:
     for name in names:
         if name not in FILES:
             raise click.UsageError(f"NAME: expected one of {', '.join(FILES)}, got {name!r}")
+    found: list[dict[str, str]] = []
     with ProgressDisplay() as report:
         for name in names:
 
-            def show(got: int, expected: int | None, name: str = name) -> None:
+            def progress(got: int, expected: int | None, name: str = name) -> None:
                 report(name, got, expected or got + 1)
 
-            click.echo(weights_fetch(name, show))
+            path = weights_fetch(name, progress)
+            found.append({"name": name, "path": str(path)})
+            if not as_json:
+                click.echo(path)
+    if as_json:
+        show(found, ("name", "path"), as_json=True)
