@@ -119,6 +119,38 @@ def test_ray_tasks_have_a_gpu_each_and_survive_their_workers(jobs, tmp_path, mon
             pool.run({"failing": Task(f"{jobs}:fail", {})})
 
 
+LOSING = """
+import os, signal, sys, threading
+import ray
+from sla2_eval.parallel.ray_pool import RayPool
+from sla2_eval.parallel.tasks import ClusterLost, Task
+with RayPool(None, workers=1) as pool:
+    node = ray._private.worker._global_node
+    found = [p.process.pid for k, v in node.all_processes.items() for p in v if k in sys.argv[1:]]
+    assert found
+    pool.submit("first", Task("sla2_ray_jobs:free", {}))
+    print(pool.wait())
+    pool.submit("second", Task("sla2_ray_jobs:meet", dict(folder="/", name="tmp", other="none")))
+    threading.Timer(2, lambda: [os.kill(pid, signal.SIGKILL) for pid in found]).start()
+    try:
+        pool.wait()
+    except ClusterLost as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(PATIENCE)
+@pytest.mark.parametrize("what", [("gcs_server",), ("gcs_server", "raylet"), ("raylet",)])
+def test_a_lost_head_node_ends_in_one_line(jobs, tmp_path, what):
+    command = [sys.executable, "-c", LOSING, *what]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    first, *_, last = done.stdout.splitlines()  # Ray itself tells of a raylet's end
+    assert first == "('first', 'ran')"
+    assert last.startswith("ray: expected the cluster at this machine to go on, got no answer")
+    assert done.returncode == 0, done.stderr
+
+
 DRIVER = """
 import sys
 from sla2_eval.grid import ablation

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 from sla2_eval.parallel.cluster import Cluster, enter, place
 from sla2_eval.parallel.tasks import (
+    ClusterLost,
     Pool,
     Task,
     WorkerDied,
@@ -20,6 +22,9 @@ from sla2_eval.parallel.tasks import (
 from sla2_eval.runs.progress import Report, silent
 
 _LOOK = 0.5  # seconds between two looks at the reports of the running tasks
+# Seconds between two looks at the cluster, and for one. Together less than the minute after which
+# Ray ends a driver that has lost its head node, in many lines.
+_CHECK, _ANSWER = 15.0, 20.0
 
 
 class _Reports:
@@ -85,6 +90,7 @@ class RayPool(Pool):
         self._address, self._asked, self._asked_gpus = address, workers, gpus
         self._idle: list = []
         self._running: dict[Any, tuple[str, Any]] = {}  # object reference -> task, actor
+        self._lost = False
 
     def __enter__(self) -> RayPool:
         local: dict = {}
@@ -104,7 +110,7 @@ class RayPool(Pool):
         kind = "GPU" if gpus else "CPU"
         self.about = f"Ray tasks of one {kind} each, {self.places} at a time"
         self._remote = self._ray.remote(max_restarts=0, max_task_retries=0, **share)(TaskWorker)
-        self._reports = None
+        self._reports: Any = None
         if self._report is not silent:
             self._reports = self._ray.remote(num_cpus=0)(_Reports).remote()
         return self
@@ -116,9 +122,13 @@ class RayPool(Pool):
         trace: TracebackType | None,
     ) -> None:
         actors = [*self._idle, *(actor for _, actor in self._running.values())]
-        for actor in [*actors, *([self._reports] if self._reports else [])]:
-            self._ray.kill(actor)
+        actors += [self._reports] if self._reports else []
         self._idle, self._running = [], {}
+        if self._lost:  # nobody answers: what this process leaves behind ends with it
+            _within(_ANSWER, self._cluster.close)
+            return
+        for actor in actors:
+            self._ray.kill(actor)
         self._cluster.close()
 
     @property
@@ -137,12 +147,16 @@ class RayPool(Pool):
 
     def wait(self) -> tuple[str, Any]:
         done: list = []
+        step = _LOOK if self._reports else _CHECK
+        looks = 0
         while not done:
-            timeout = _LOOK if self._reports else None
-            done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout)
+            done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=step)
+            looks += 1
+            if not done and looks * step >= _CHECK:
+                self._check()
+                looks = 0
             if self._reports:
-                for event in self._ray.get(self._reports.take.remote()):
-                    self._report(*event)
+                self._take_reports()
         name, actor = self._running.pop(done[0])
         try:
             outcome = self._ray.get(done[0])
@@ -150,7 +164,42 @@ class RayPool(Pool):
             self._idle.append(actor)
             raise error.cause from None
         except self._ray.exceptions.RayError as error:
+            self._check()  # or did all of them die?
             self._ray.kill(actor)
             return name, WorkerDied(type(error).__name__)
         self._idle.append(actor)
         return name, outcome
+
+    def _take_reports(self) -> None:
+        try:
+            for event in self._ray.get(self._reports.take.remote(), timeout=_ANSWER):
+                self._report(*event)
+        except self._ray.exceptions.RayError:
+            self._check()
+            raise
+
+    def _check(self) -> None:
+        """Raise ClusterLost if the cluster does not say in time that a node of it is alive."""
+        nodes = _within(_ANSWER, self._ray.nodes)
+        if not any(node["Alive"] for node in nodes or ()):
+            self._lost = True
+            raise ClusterLost(
+                f"ray: expected the cluster at {self._address or 'this machine'} to go on, got no"
+                " answer of its head node; what is done is kept, run again to go on"
+            )
+
+
+def _within(seconds: float, function: Callable[[], Any]) -> Any:
+    """What the function returns, or None if it fails or takes longer."""
+    found: list = []
+
+    def call() -> None:
+        try:
+            found.append(function())
+        except Exception:
+            found.append(None)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None

@@ -42,6 +42,10 @@ class WorkerDied(RuntimeError):
     """A worker ended in the middle of a task; the message says how."""
 
 
+class ClusterLost(RuntimeError):
+    """The cluster of the workers is gone, in one line; what tasks have written is there."""
+
+
 class TasksLost(RuntimeError):
     """Workers died over some tasks every time; `results` holds what the others returned, `lost` a
     reason by name.

@@ -18,7 +18,7 @@ from pathlib import Path
 from sla2_eval.parallel.cluster import check_address, local_gpus
 from sla2_eval.parallel.processes import ProcessPool
 from sla2_eval.parallel.ray_pool import RayPool
-from sla2_eval.parallel.tasks import Pool, Task, WorkerDied
+from sla2_eval.parallel.tasks import ClusterLost, Pool, Task, WorkerDied
 from sla2_eval.runs.folders import INPUTS
 from sla2_eval.runs.store import ResultStore, digest, file_digest, write_atomic
 from sla2_eval.scoring import metrics
@@ -336,7 +336,11 @@ def _execute(
                     pool.submit(task.name, Task("sla2_eval.scoring.worker:score_video", arguments))
             if not started:
                 break
-            name, outcome = pool.wait()
+            try:
+                name, outcome = pool.wait()
+            except ClusterLost as error:
+                kept = f"{len(run.results)} results are in {run.store.root}"
+                raise ClusterLost(f"{error}; {kept}") from error
             task = started.pop(name)
             deaths += isinstance(outcome, WorkerDied)
             before = list(task.wanted)
