@@ -4,7 +4,10 @@ Gaussians, normalisation.
 
 import subprocess
 import sys
+from fractions import Fraction
 
+import av
+import av.filter
 import numpy as np
 import pytest
 from sla2_eval.scoring import metrics
@@ -209,6 +212,41 @@ def test_ms_ssim_by_its_definition():
 
 def gaussian(count, dimension, seed, scale=1.0, shift=0.0):
     return np.random.default_rng(seed).normal(shift, scale, (count, dimension))
+
+
+def ffmpegs(name: str, video, reference) -> list[dict[str, str]]:
+    """What ffmpeg's filter of two videos says of each frame, in RGB."""
+    height, width = video.shape[1:3]
+    graph = av.filter.Graph()
+    about = f"video_size={width}x{height}:pix_fmt=rgb24:time_base=1/25:pixel_aspect=1/1"
+    both, end = graph.add(name), graph.add("buffersink")
+    sources = [graph.add("buffer", about, name=str(number)) for number in range(2)]
+    for number, source in enumerate(sources):
+        planes = graph.add("format", "pix_fmts=gbrp")
+        source.link_to(planes)
+        planes.link_to(both, 0, number)
+    both.link_to(end)
+    graph.configure()
+    for number, pair in enumerate(zip(video, reference)):
+        for source, pixels in zip(sources, pair):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            source.push(frame)
+    for source in sources:
+        source.push(None)
+    return [dict(end.pull().metadata) for _ in video]
+
+
+def test_psnr_is_ffmpegs_mean_over_frames():
+    y, x = np.mgrid[:45, :63]
+    still = np.stack([127 + 90 * np.sin((x + c) / 9) * np.cos(y / 7) for c in range(3)], axis=-1)
+    reference = np.stack([still] * 3).astype(np.uint8)
+    noise = np.random.default_rng(0).normal(size=reference.shape) * [[[[1]]], [[[4]]], [[[20]]]]
+    frames = np.clip(reference + noise, 0, 255).astype(np.uint8)
+    theirs = [float(said["lavfi.psnr.psnr_avg"]) for said in ffmpegs("psnr", frames, reference)]
+    assert max(theirs) - min(theirs) > 10
+    found = metrics.load("psnr", {})(video(frames, reference=reference))
+    assert found == pytest.approx(np.mean(theirs), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["ssim", "ms_ssim"])
