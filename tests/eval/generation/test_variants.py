@@ -133,6 +133,38 @@ def test_both_transformers_of_wan22_have_their_adapter(files, tmp_path, capsys):
         assert hasattr(transformer.blocks[0].attn1.processor, "attention")
 
 
+def test_vbenchs_files_through_generate_score_and_report(files, tmp_path, capsys):
+    """A file with a repeated prompt, its longer version and the full-info JSON: files are named and
+    scored by the original, each dimension by its own prompts.
+    """
+    short = ["a red circle", "a blue square", "a red circle"]
+    (tmp_path / "short.txt").write_text("\n".join(short))
+    (tmp_path / "longer.txt").write_text("a red red circle moving\na blue blue square\na circle\n")
+    dimensions = ["temporal_flickering"], ["scene", "color"], ["scene"]
+    info = [{"prompt_en": p, "dimension": names} for p, names in zip(short, dimensions)]
+    (tmp_path / "info.json").write_text(json.dumps(info))
+    options = ["--model", str(files / "model"), *SIZE, "--out", str(tmp_path / "out")]
+    options += ["--prompts", str(tmp_path / "longer.txt"), "--names", str(tmp_path / "short.txt")]
+    assert main(["generate", *options, "--info", str(tmp_path / "info.json")]) == 0
+    rows = [json.loads(r) for r in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
+    assert [(row["file_name"], row["text"]) for row in rows] == [
+        ("a red circle-0.mp4", "a red red circle moving"),
+        ("a red circle-1.mp4", "a red red circle moving"),
+        ("a blue square-0.mp4", "a blue blue square"),
+        ("a blue square-1.mp4", "a blue blue square"),
+    ]
+    score = ["score", "--videos", str(tmp_path / "out"), "--metrics", "temporal_flickering"]
+    assert main([*score, "--out", str(tmp_path / "scores")]) == 0
+    results = json.loads((tmp_path / "scores" / "results.json").read_text())
+    values = [row["scores"]["temporal_flickering"] for row in results["videos"]]
+    about = results["metrics"]["temporal_flickering"]
+    assert about["mean"] == pytest.approx(np.mean(values))
+    assert about["vbench_mean"] == pytest.approx(np.mean(values[2:]))  # of the red circle
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "scores"), "--out", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "index.html").is_file()
+
+
 def test_image_models_write_pictures_that_are_scored(files, tmp_path, capsys):
     pipelines.flux().save_pretrained(tmp_path / "model")
     options = ["--model", str(tmp_path / "model"), "--prompts", str(files / "prompts.txt")]
