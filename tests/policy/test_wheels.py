@@ -28,6 +28,7 @@ DATA = {
     "sla2-eval": (
         "report/templates/report.html",
         "tiny/weights/tiny-1k/transformer/diffusion_pytorch_model.safetensors",
+        "tiny/weights/tiny-4k/transformer/diffusion_pytorch_model.safetensors",
     ),
 }
 
