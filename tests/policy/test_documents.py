@@ -1,43 +1,67 @@
-"""The code of the documents runs as printed, each document in a process of its own."""
+"""The code of the documents and the notebook runs as printed."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
-from helpers import processes
+from helpers import processes, worker_documents
 
 ROOT = Path(__file__).parents[2]
-
-
-def code_of(document: str) -> list[str]:
-    """Its Python blocks, in order."""
-    text = (ROOT / document).read_text()
-    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-
-
-@pytest.mark.parametrize(
-    ("document", "count"),
-    [
-        ("docs/integrating.md", 7),
-        ("docs/extending.md", 3),
-        ("docs/training.md", 1),
-        ("docs/complements.md", 1),
-    ],
+NOTEBOOK = ROOT / "docs/notebook.ipynb"
+# tests/kernels/test_readme.py runs its code and checks what that gives.
+OTHERS = {"packages/sla2-kernels/README.md"}
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for part in ("*.md", "docs/*.md", "experiments/*/*.md", "packages/**/*.md")
+    for path in ROOT.glob(part)
 )
-def test_the_code_of_a_document_runs(document, count, tmp_path):
-    blocks = code_of(document)
-    assert len(blocks) == count
-    script = tmp_path / "document.py"
-    script.write_text("\n".join(blocks))
-    command = [sys.executable, str(script)]
+WITH_CODE = [page for page in PAGES if "\n```python\n" in (ROOT / page).read_text()]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """{document: traceback or None}, all run in one process of their own."""
+    out = tmp_path_factory.mktemp("documents") / "outcomes.json"
+    documents = [page for page in WITH_CODE if page not in OTHERS]
+    command = [sys.executable, worker_documents.__file__, str(out), *documents]
     env = processes.environment()
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, f"{document}: {done.stderr[-2000:]}"
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(out.read_text())
 
 
-def test_the_readme_s_lines_on_one_s_own_model_run():
-    names: dict = {}
-    exec(compile(code_of("README.md")[0].replace("4096", "400"), "README.md", "exec"), names)
-    assert names["out"].shape == (1, 12, 400, 128)
+@pytest.mark.parametrize("document", [page for page in WITH_CODE if page not in OTHERS])
+def test_the_code_of_a_document_runs(document, outcomes):
+    assert outcomes[document] is None, outcomes[document]
+
+
+def test_python_stands_in_fenced_blocks():
+    """What is only indented would not be run."""
+    found = [
+        f"{page}:{number}"
+        for page in PAGES
+        for number, line in enumerate((ROOT / page).read_text().splitlines(), 1)
+        if re.match(r" {4}(from \w[\w.]* import|import \w+)", line)
+    ]
+    assert found == []
+
+
+def test_the_notebook_is_kept_without_what_it_printed():
+    cells = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"]
+    assert len(cells) > 5
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in cells)
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    notebook = nbformat.read(NOTEBOOK, 4)
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=300, resources=where).execute()
+    printed = notebook.cells[-1].outputs[-1].text.strip()
+    assert "A random pipeline" in Path(printed).read_text()
