@@ -1,5 +1,5 @@
 # The workspace's commands. Each sets up .venv from uv.lock first, and does nothing twice.
-.PHONY: quickstart test test-full lint gpu-check
+.PHONY: quickstart test test-full lint docs gpu-check
 
 PYTHON ?= python3
 # The uv that is installed and runs, else one that pip puts into .cache/uv (--target: allowed in externally managed Pythons).
@@ -22,6 +22,10 @@ lint: $(READY)
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports --no-cache
 	.venv/bin/mypy
+
+# The documentation as a site, in site/. Its notice about mkdocs' future is not about this project.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 # Needs a GPU and a python3 with torch, numpy, click and CuPy; installs nothing.
 gpu-check:

@@ -1,4 +1,4 @@
-"""The code of the documents and the notebook runs as printed."""
+"""The code of the documents and the notebook runs as printed, and every page is on the site."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from helpers import processes, worker_documents
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,16 @@ def test_python_stands_in_fenced_blocks():
         if re.match(r" {4}(from \w[\w.]* import|import \w+)", line)
     ]
     assert found == []
+
+
+def test_every_page_is_in_the_nav_of_the_site():
+    from tools.docs_site import documents
+
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    left_out = {page for page in PAGES if page.startswith("packages/sla2-core/")}  # as the README
+    left_out |= {page for page in PAGES if "/results/" in page}
+    pages = {page.removeprefix("docs/") for page in PAGES}
+    assert set(documents(nav)) == pages - left_out
 
 
 def test_the_notebook_is_kept_without_what_it_printed():
