@@ -140,6 +140,25 @@ def test_rotary_positions_count_pixels_whatever_the_patch():
     assert not torch.equal(small[0].view(4, 8, 4, -1)[:, 1], small[0].view(4, 8, 4, -1)[:, 0])
 
 
+def test_small_patches_start_near_the_trained_model_since_positions_count_pixels():
+    path = tiny.weights_of("tiny-1k") / "transformer" / "diffusion_pytorch_model.safetensors"
+    model = tiny.build_transformer("tiny-4k")
+    model.load_state_dict(tiny.with_smaller_patches(load_file(path), "tiny-4k"))
+    video, caption = sample(0, 3)
+    clean = tiny.to_latents((video * 255).round().astype(np.uint8)[None])
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    given = (torch.lerp(clean, noise, 0.5), torch.tensor([500.0]), tiny.encode_captions([caption]))
+
+    def loss():
+        with torch.no_grad():
+            velocity = model(*given, return_dict=False)[0]
+        return torch.nn.functional.mse_loss(velocity, noise - clean).item()
+
+    in_pixels = loss()
+    model.rope = type(model.rope)(32, (1, 2, 2), 64)  # as diffusers makes it: positions in patches
+    assert 2 * in_pixels < loss()
+
+
 def test_a_loaded_model_turns_by_the_angles_of_the_built_one(tmp_path):
     built = tiny.build_transformer("tiny-4k")
     built.save_pretrained(tmp_path / "transformer")
