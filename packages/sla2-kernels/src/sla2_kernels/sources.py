@@ -13,7 +13,8 @@ _ENTRY = re.compile(
     r"(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\("
 )
 
-EMULATED = ("emulated_ptx.h",)  # the emulator's own headers: only reached under SLA2_EMULATOR
+# The emulator's own headers: only reached under SLA2_EMULATOR.
+EMULATED = ("emulated_ptx.h", "emulated_sm90.h")
 
 
 def gather(path: Path) -> dict[str, str]:

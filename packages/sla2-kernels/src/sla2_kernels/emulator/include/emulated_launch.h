@@ -47,7 +47,7 @@ inline void run_block(Launch& launch, uint3 index) {
     block.launch = &launch;
     const int count = int(launch.block.x * launch.block.y * launch.block.z);
     void* raw = nullptr;  // allocated to the byte, so that AddressSanitizer sees one past the end
-    if (posix_memalign(&raw, 128, launch.shared_bytes ? launch.shared_bytes : 1)) std::abort();
+    if (posix_memalign(&raw, 1024, launch.shared_bytes ? launch.shared_bytes : 1)) std::abort();
     block.shared = static_cast<unsigned char*>(raw);
     std::memset(block.shared, 0xff, launch.shared_bytes);
     block.threads.resize(count);

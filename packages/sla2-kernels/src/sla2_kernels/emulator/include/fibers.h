@@ -97,7 +97,7 @@ inline void fiber_main() {
     Thread& t = self();
     Launch& launch = *t.block->launch;
     launch.call(launch.kernel, launch.arguments);
-    check_copies(t);
+    check_returning(t);
     t.done = true;
     to_home(true);
     std::abort();
@@ -148,6 +148,18 @@ template <class Last> void arrive(Barrier& b, int needed, const Operation& opera
     b.arrived = 0;
     b.generation++;
 }
+
+// Fibers of a block never run at the same time: nothing to guard, no order of memory to tell of.
+struct Guard { explicit Guard(Block&) {} };
+struct Unguarded {};
+inline void memory_released(void*) {}
+inline void memory_acquired(void*) {}
+
+template <class Ready> void wait_until(Barrier& b, const Operation& operation, Ready ready) {
+    while (!ready()) wait_until_released(b, operation);
+}
+
+inline void release(Barrier& b) { b.generation++; }
 
 inline void wait_for_block(const Operation& operation) {
     Block& block = *self().block;
@@ -223,15 +235,18 @@ inline void run_threads(Block& block) {
     poison_static_shared();
     for (Thread& t : block.threads) prepare(t);
     // Rounds: each runs every thread that can run, in the chosen order (drawn anew in each round if
-    // random). A round in which none can is a deadlock.
+    // random). Copies in flight land when none can (if random, also at times before); a round in
+    // which nothing happens is a deadlock.
     std::vector<int> order(count);
     const int kind = block.launch->settings.order;
     for (int i = 0; i < count; i++) order[i] = kind == 1 ? count - 1 - i : i;
     for (int left = count; left && !block.failed;) {
         bool moved = false;
-        if (kind == 2)
+        if (kind == 2) {
             for (int i = count - 1; i > 0; i--)
                 std::swap(order[i], order[next_random(s) % unsigned(i + 1)]);
+            if (block.engine && next_random(s) % 4 == 0) block.engine->advance();
+        }
         for (int i : order) {
             Thread& t = block.threads[i];
             // done, or at a barrier that not all have reached
@@ -241,8 +256,9 @@ inline void run_threads(Block& block) {
             left -= t.done;
             if (block.failed) break;
         }
-        if (!moved) report_stuck(block);
+        if (!moved && !(block.engine && block.engine->advance())) report_stuck(block);
     }
+    if (block.engine && !block.failed) block.engine->block_ends();
 }
 
 struct Carrier {  // what one worker needs for its blocks

@@ -50,11 +50,70 @@ struct Locked {  // the block's bookkeeping
         while (__atomic_exchange_n(&block.lock, 1, __ATOMIC_ACQUIRE)) sched_yield();
     }
     ~Locked() { __atomic_store_n(&block.lock, 0, __ATOMIC_RELEASE); }
-    void check() {  // who sleeps now can be woken only by a thread that still runs
-        if (block.asleep && block.asleep + block.returned == int(block.threads.size()))
-            report_stuck(block);
+    void check() {  // who sleeps now can be woken by a thread that still runs, or by a copy
+        while (block.asleep && block.asleep + block.returned == int(block.threads.size()))
+            if (!(block.engine && block.engine->advance())) return report_stuck(block);
     }
 };
+
+// What is shared beside barriers: one thread at a time, unseen by the sanitizer.
+struct Guard {
+    Hidden hidden;
+    Locked locked;
+    explicit Guard(Block& block) : locked(block) {}
+};
+
+struct Unguarded {  // inside a Guard: memory that the sanitizer shall see again
+    Unguarded() {
+        AnnotateIgnoreWritesEnd("", 0);
+        AnnotateIgnoreSyncEnd("", 0);
+    }
+    ~Unguarded() {
+        AnnotateIgnoreSyncBegin("", 0);
+        AnnotateIgnoreWritesBegin("", 0);
+    }
+};
+inline void memory_released(void* at) { __tsan_release(at); }
+inline void memory_acquired(void* at) { __tsan_acquire(at); }
+
+inline void wake(Barrier& b) {
+    __atomic_fetch_add(&b.generation, 1, __ATOMIC_ACQ_REL);
+    syscall(SYS_futex, &b.generation, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
+}
+
+inline void release(Barrier& b) {
+    self().block->asleep -= b.sleeping;
+    b.sleeping = 0;
+    wake(b);
+}
+
+inline void sleep_until_moved(Barrier& b, unsigned generation) {
+    timespec patience = {0, 100000000};
+    while (__atomic_load_n(&b.generation, __ATOMIC_ACQUIRE) == generation) {
+        if (__atomic_load_n(&self().block->launch->failed, __ATOMIC_ACQUIRE)) abandon();
+        syscall(SYS_futex, &b.generation, FUTEX_WAIT_PRIVATE, generation, &patience, nullptr, 0);
+    }
+}
+
+template <class Ready> void wait_until(Barrier& b, const Operation& operation, Ready ready) {
+    Hidden hidden;
+    Thread& t = self();
+    for (;;) {
+        unsigned generation;
+        {
+            Locked locked(*t.block);
+            if (ready()) return;
+            generation = __atomic_load_n(&b.generation, __ATOMIC_ACQUIRE);
+            t.waits_at = &b;
+            t.operation = operation;
+            t.block->asleep++;
+            b.sleeping++;
+            locked.check();
+        }
+        sleep_until_moved(b, generation);
+        t.waits_at = nullptr;
+    }
+}
 
 template <class Last> void arrive(Barrier& b, int needed, const Operation& operation, Last last) {
     Hidden hidden;
@@ -66,8 +125,7 @@ template <class Last> void arrive(Barrier& b, int needed, const Operation& opera
             last();
             b.arrived = 0;
             t.block->asleep -= needed - 1;
-            __atomic_fetch_add(&b.generation, 1, __ATOMIC_ACQ_REL);
-            syscall(SYS_futex, &b.generation, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
+            wake(b);
             return;
         }
         t.waits_at = &b;
@@ -75,11 +133,7 @@ template <class Last> void arrive(Barrier& b, int needed, const Operation& opera
         t.block->asleep++;
         locked.check();
     }
-    timespec patience = {0, 100000000};
-    while (__atomic_load_n(&b.generation, __ATOMIC_ACQUIRE) == generation) {
-        if (__atomic_load_n(&t.block->launch->failed, __ATOMIC_ACQUIRE)) abandon();
-        syscall(SYS_futex, &b.generation, FUTEX_WAIT_PRIVATE, generation, &patience, nullptr, 0);
-    }
+    sleep_until_moved(b, generation);
     t.waits_at = nullptr;
 }
 
@@ -112,7 +166,7 @@ inline void run_thread(Thread& t) {
     running = &t;
     try {
         t.block->launch->call(t.block->launch->kernel, t.block->launch->arguments);
-        check_copies(t);
+        check_returning(t);
     } catch (const Abandoned&) {
     }
     Hidden hidden;
@@ -190,6 +244,7 @@ struct Pool {
 inline void run_threads(Block& block) {
     static Pool pool;
     pool.run(block);
+    if (block.engine && !block.failed) block.engine->block_ends();
 }
 
 struct Carrier { explicit Carrier(unsigned) {} };

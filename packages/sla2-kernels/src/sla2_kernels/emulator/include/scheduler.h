@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 struct uint3 { unsigned x, y, z; };
@@ -38,6 +39,7 @@ struct Barrier {
     int arrived = 0;
     unsigned generation = 0;
     int first = 0;  // thread that arrived first
+    int sleeping = 0;  // threads in wait_until(), of os_threads.h
     Operation operation;
 };
 
@@ -51,6 +53,18 @@ struct Warp {
 struct Copy { unsigned char* to; const unsigned char* from; int bytes; };
 
 struct Block;
+struct Thread;
+
+// What a block has beside its threads on newer GPUs: copies and products in flight (sm90.h).
+struct Engine {
+    virtual ~Engine() = default;
+    virtual bool advance() = 0;  // something lands; false if nothing is in flight
+    virtual bool in_flight() const = 0;
+    virtual void explain(const Thread& thread, char* text, size_t size) = 0;  // why it waits
+    virtual void thread_returns(const Thread& thread) = 0;
+    virtual void block_ends() = 0;
+};
+
 struct Thread {
     uint3 index = {};
     int linear = 0, lane = 0;
@@ -89,6 +103,7 @@ struct Block {
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     Launch* launch = nullptr;
+    std::unique_ptr<Engine> engine;
     bool failed = false;
     int lock = 0, asleep = 0, returned = 0;  // of os_threads.h
 };
@@ -166,21 +181,29 @@ inline void report_stuck(Block& block) {
         else
             append(text, sizeof text, " at %s (%s:%d)", first.operation.name,
                    first.operation.place.name(), first.operation.place.line);
+        if (block.engine && !first.done) block.engine->explain(first, text, sizeof text);
     }
     report(block, "%s", text);
 }
 
-inline void check_copies(const Thread& t) {
+inline void check_returning(const Thread& t) {
     bool waited = t.pending.empty();
     for (const auto& group : t.groups) waited &= group.empty();
     if (!waited)
         report(*t.block, "thread %d returned before its cp.async copies were waited for", t.linear);
+    if (t.block->engine) t.block->engine->thread_returns(t);
 }
 
 void wait_for_block(const Operation& operation);  // a barrier of the block
 
 // A barrier of the warp. Each lane deposits before it; `last` computes warp.out from warp.in.
 template <class Last> void wait_for_warp(const Operation& operation, Last last);
+
+// Waits at a barrier that others release() until `ready`, which runs guarded.
+template <class Ready> void wait_until(Barrier& b, const Operation& operation, Ready ready);
+
+// Lets those who wait_until() at a barrier look again; guarded.
+void release(Barrier& b);
 
 // A warp collective: deposits `bytes` of the lane's operands, computes once for all lanes, collects
 // `out_bytes`.
