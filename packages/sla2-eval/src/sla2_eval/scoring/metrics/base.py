@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sla2_eval.scoring.vbench_dimensions import DIMENSIONS
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -51,7 +53,6 @@ class MetricSpec:
     binary: bool = False  # 0 or 1 a video, so that its mean is a proportion
     tiny_only: bool = False  # understands the captions of the built-in data set alone
     vbench: str | None = None  # the VBench dimension this is
-    vbench_range: tuple[float, float] = (0.0, 1.0)
     # what VBench's total of the dimension is a mean over: every video counts alike, or every pair
     # of neighbouring frames, so that long videos count more
     vbench_mean_over: str = "videos"  # or "frame pairs"
@@ -66,10 +67,7 @@ class MetricSpec:
         """VBench's normalisation, (value - min) / (max - min), unclipped; None for metrics that
         VBench does not have.
         """
-        if self.vbench is None:
-            return None
-        low, high = self.vbench_range
-        return (value - low) / (high - low)
+        return None if self.vbench is None else DIMENSIONS[self.vbench].normalised(value)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ SPECS = (
         weights=("amt_s",),
         packages=("vbench",),
         vbench="motion_smoothness",
-        vbench_range=(0.706, 0.9975),
         settings={"model": {"corr_radius": 3, "corr_lvls": 4, "num_flows": 3}},
     ),
     MetricSpec(

@@ -22,7 +22,6 @@ SPECS = (
         packages=("vbench",),
         needs_prompt=True,
         vbench="overall_consistency",
-        vbench_range=(0.0, 0.364),
         settings={"frames": 8},
         revision=2,
     ),

@@ -23,7 +23,6 @@ SPECS = (
         value_range=(0.0, 1.0),
         higher_is_better=True,
         vbench="temporal_flickering",
-        vbench_range=(0.6293, 1.0),
     ),
     MetricSpec(
         name="temporal_flickering_static",
@@ -41,7 +40,6 @@ SPECS = (
         weights=("raft",),
         packages=("torchvision",),
         vbench="temporal_flickering",
-        vbench_range=(0.6293, 1.0),
         settings={"model": "raft_large", "iterations": 20},
     ),
 )
