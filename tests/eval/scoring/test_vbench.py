@@ -8,6 +8,7 @@ import types
 
 import pytest
 from sla2_eval.cli.main import main
+from sla2_eval.report.data import gather
 from sla2_eval.scoring import metrics, vbench
 from sla2_eval.scoring.score import score
 from sla2_eval.scoring.summary import document
@@ -17,23 +18,39 @@ from sla2_eval.videos.manifest import read_manifest
 EVALUATE = """#!{python}
 import json, sys
 from pathlib import Path
-options = dict(zip(sys.argv[2::2], sys.argv[3::2]))
-assert sys.argv[1] == "evaluate"
-if options["--dimension"] == "imaging_quality":
-    sys.exit("no GPU")
-info = json.loads(Path(options["--full_json_dir"]).read_text())
+assert sys.argv[1:3] == ["-m", "torch.distributed.run"]
+given = sys.argv[sys.argv.index("vbench.launch.evaluate") + 1:]
+options = dict(zip(given[::2], given[1::2]))
+dimension, out = options["--dimension"], Path(options["--output_path"])
+assert Path.cwd() == out
+if dimension == "imaging_quality":
+    print("[rank0]: RuntimeError: no GPU", file=sys.stderr)
+    print("torch.distributed.elastic...ChildFailedError:", file=sys.stderr)
+    sys.exit(1)
 rows = []
-for entry in info:
-    assert options["--dimension"] in entry["dimension"]
+for entry in json.loads(Path(options["--full_json_dir"]).read_text()):
+    if dimension not in entry["dimension"]:
+        continue
     for i, path in enumerate(entry["video_list"]):
-        assert Path(path).parent == Path(options["--videos_path"]).resolve()
+        assert Path(path).parent == Path(options["--videos_path"])
         assert Path(path).name == f"{{entry['prompt_en']}}-{{i}}.mp4"
         assert Path(path).stat().st_size
         rows.append({{"video_path": path, "video_results": 0.5 + len(rows)}})
-out = Path(options["--output_path"]) / (options["--dimension"] + "_eval_results.json")
+if dimension == "scene":
+    rows.pop()
 mean = sum(r["video_results"] for r in rows) / len(rows)
-out.write_text(json.dumps({{options["--dimension"]: [mean, rows]}}))
+if dimension != "human_action":
+    (out / "results_1_eval_results.json").write_text(json.dumps({{dimension: [mean, rows]}}))
 """
+
+
+@pytest.fixture
+def python(tmp_path):
+    """What an environment's Python does when VBench is run in it."""
+    command = tmp_path / "python"
+    command.write_text(EVALUATE.format(python=sys.executable))
+    command.chmod(0o755)
+    return command
 
 
 @pytest.fixture
@@ -47,7 +64,7 @@ def folder(make_folder):
     return folder
 
 
-def test_export_run_and_read_back(folder, tmp_path, monkeypatch):
+def test_export_run_and_read_back(folder, python, tmp_path):
     out = tmp_path / "vbench"
     info = json.loads(export(folder, out, ["temporal_flickering", "imaging_quality"]).read_text())
     assert [entry["prompt_en"] for entry in info] == ["a fox", "pattern 002"]
@@ -56,12 +73,7 @@ def test_export_run_and_read_back(folder, tmp_path, monkeypatch):
         folder / "pattern 001-0.mp4"
     ).read_bytes()
 
-    (tmp_path / "bin").mkdir()
-    command = tmp_path / "bin" / "vbench"
-    command.write_text(EVALUATE.format(python=sys.executable))
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    found = run(out, ["temporal_flickering"])
+    found = run(out, ["temporal_flickering"], python=python)
     assert found == {
         "temporal_flickering": {
             "mean": 1.5,
@@ -74,8 +86,78 @@ def test_export_run_and_read_back(folder, tmp_path, monkeypatch):
         }
     }
     assert read(out) == found
-    with pytest.raises(RuntimeError, match="--dimension imaging_quality: exit code 1: no GPU"):
-        run(out, ["imaging_quality"])
+    failure = "--dimension imaging_quality: exit code 1: RuntimeError: no GPU"
+    with pytest.raises(RuntimeError, match=failure):
+        run(out, ["imaging_quality"], python=python)
+    # The folder is one of a report's: VBench's own mean, and each video's value.
+    assert main(["vbench", "--videos", str(folder), "--out", str(out)]) == 0
+    data = gather(out)
+    assert data["metrics"]["vbench_temporal_flickering"]["title"] == "temporal flickering (VBench)"
+    (group,) = data["groups"]
+    assert group["metrics"]["vbench_temporal_flickering"]["num_videos"] == 3
+
+
+def test_old_results_are_never_read_as_new(folder, python, tmp_path):
+    out = tmp_path / "vbench"
+    chosen = ["temporal_flickering", "human_action"]
+    export(folder, out, chosen)
+    old = [0.9, [{"video_path": "a fox-0.mp4", "video_results": 0.9}]]
+    (out / "human_action_eval_results.json").write_text(json.dumps({"human_action": old}))
+    with pytest.raises(RuntimeError, match="human_action: expected one result, got 0"):
+        run(out, ["human_action"], python=python)
+    assert not (out / "human_action_eval_results.json").exists()
+    run(out, ["temporal_flickering"], python=python)
+    export(folder, out, chosen)  # the same videos
+    assert vbench.has_results(out)
+    (out / "x_eval_results.json").write_text(json.dumps({"temporal_flickering": old}))
+    with pytest.raises(ValueError, match="expected temporal_flickering in one file, got it in "):
+        read(out)
+    (out / "x_eval_results.json").unlink()
+    (folder / "pattern 002-0.mp4").write_bytes((folder / "pattern 000-0.mp4").read_bytes())
+    export(folder, out, chosen)
+    assert not vbench.has_results(out)
+    (out / "videos" / "mine.txt").touch()
+    with pytest.raises(ValueError, match=r"expected the exported videos alone, got mine\.txt"):
+        run(out, chosen, python=python)
+
+
+def test_prompts_have_what_the_full_info_says(folder, python, tmp_path):
+    rows = [
+        {"prompt_en": "a fox", "dimension": ["scene"], "auxiliary_info": {"scene": {"scene": "x"}}},
+        {"prompt_en": "a fox", "dimension": ["human_action"]},
+        {"prompt_en": "pattern 002", "dimension": ["color"], "auxiliary_info": {"color": {}}},
+    ]
+    info, out = tmp_path / "info.json", tmp_path / "vbench"
+    info.write_text(json.dumps(rows))
+    found = json.loads(export(folder, out, info=info).read_text())
+    assert found[0]["dimension"] == ["human_action", "scene"]
+    assert found[0]["auxiliary_info"] == {"scene": {"scene": "x"}}
+    assert vbench.exported_dimensions(out) == ["human_action", "color", "scene"]
+    with pytest.raises(RuntimeError, match="scene: expected results of 2 videos, got 1 of them"):
+        run(out, ["scene"], python=python)
+    assert not vbench.has_results(out)
+    with pytest.raises(ValueError, match=r"info: expected VBench_full_info\.json .* for scene"):
+        export(folder, out, ["scene"])
+    info.write_text(json.dumps(rows[:1]))
+    with pytest.raises(ValueError, match=r"info: expected every prompt .* like 'pattern 002'"):
+        export(folder, out, info=info)
+
+
+def test_the_table_takes_scores_of_the_same_videos(folder, python, tmp_path, capsys):
+    out, scored = tmp_path / "vbench", tmp_path / "scores"
+    score(folder, None, ["temporal_flickering"], scored)
+    options = ["--out", str(out), "--scores", str(scored), "--json"]
+    command = ["vbench", "--videos", str(folder), "--dimensions", "aesthetic_quality", *options]
+    assert main([*command, "--run", "--python", str(python)]) == 0
+    rows = {row["dimension"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows)[:2] == ["temporal_flickering", "aesthetic_quality"]  # in VBench's order
+    assert rows["aesthetic_quality"]["mean"] == 1.5
+    assert rows["Quality score"]["normalised"] is None
+    assert "needs subject_consistency" in rows["Quality score"]["note"]
+    (folder / "pattern 002-0.mp4").write_bytes((folder / "pattern 000-0.mp4").read_bytes())
+    export(folder, out, ["aesthetic_quality"])
+    assert main(["vbench", *options]) == 2
+    assert "expected scores of the videos exported to" in capsys.readouterr().err
 
 
 def test_results_are_written_in_vbenchs_form(folder, tmp_path):
@@ -169,8 +251,8 @@ def test_what_vbench_cannot_take_is_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"absent\.mp4: expected a video file"):
         export(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match="expected the vbench command"):
+    monkeypatch.setenv("SLA2_CACHE", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"expected its environment in .* --setup\), got none"):
         run(tmp_path, ["temporal_flickering"])
     with pytest.raises(ValueError, match="got none"):
         read(tmp_path)
@@ -201,10 +283,6 @@ def test_an_export_never_touches_the_videos_themselves(make_folder, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_dimensions_are_vbenchs():
-    assert len(vbench.dimensions()) == 8
-
-
 def test_the_command_prints_json_whatever_it_does(folder, tmp_path, capsys):
     options = ["--dimensions", "temporal_flickering", "--out", str(tmp_path / "out"), "--json"]
     assert main(["vbench", "--videos", str(folder), *options]) == 0
@@ -215,5 +293,6 @@ def test_the_command_prints_json_whatever_it_does(folder, tmp_path, capsys):
     results = json.dumps({"temporal_flickering": [0.9, rows]})
     (tmp_path / "out" / "x_eval_results.json").write_text(results)
     assert main(["vbench", *options]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
+    row, *scores = json.loads(capsys.readouterr().out)
     assert (row["dimension"], row["mean"]) == ("temporal_flickering", 0.9)
+    assert [one["normalised"] for one in scores] == [None] * 3
