@@ -11,6 +11,7 @@ from pathlib import Path
 from sla2_eval.report.groups import Group, grouped
 from sla2_eval.report.sources import FORMAT, Source, read_source
 from sla2_eval.report.speed import speeds
+from sla2_eval.report.vbench import part_means, vbench_rows
 from sla2_eval.scoring import metrics
 from sla2_eval.scoring.comparisons import Values, compare, differs, holm
 from sla2_eval.scoring.intervals import over_seeds, over_seeds_and_prompts
@@ -56,6 +57,7 @@ def describe(
         "metrics": kinds,
         "groups": rows,
         "comparisons": comparisons,
+        "vbench": vbench_rows(ordered(groups)),
         "not_scored": [part["name"] for row in rows for part in row["parts"] if part["bare"]],
         "failed": [
             {"variant": part["name"], **failure}
@@ -131,7 +133,11 @@ def _part(group: Group, seed: int | None, kinds: dict[str, dict]) -> dict:
         "seed": seed,
         "sources": [source.name for source, member in group.members if member.seed == seed],
         "bare": not results,
-        "metrics": {**{m: {} for r in results for m in r["metrics"]}, **sets},
+        "metrics": {
+            **{m: {} for r in results for m in r["metrics"]},
+            **part_means(group, seed),
+            **sets,
+        },
         "videos": list(group.rows(seed).values()),
         "failed": [failure for found in results for failure in found["failed"]],
         "versions": {k: v for found in results for k, v in found.get("versions", {}).items()},

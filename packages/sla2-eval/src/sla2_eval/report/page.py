@@ -33,6 +33,7 @@ from sla2_eval.report.tables import (
 from sla2_eval.report.text import flat, number, percent, seconds, signed, unbroken
 from sla2_eval.runs.extras import needed_for
 from sla2_eval.runs.store import write_atomic
+from sla2_eval.scoring.vbench_dimensions import DIMENSIONS
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -367,6 +368,7 @@ def write_report(
         glance=_glance(data),
         charts=_charts(data),
         kinds=kinds(data),
+        dimensions=DIMENSIONS,
         columns=[(title[:1].upper() + title[1:], key, say) for title, key, say in facts(data)],
         paper_charts=_paper_charts(data),
         paper_source=paper()["source"],

@@ -185,7 +185,11 @@ def _scores(folder: Path) -> Source:
             for name, about in results["metrics"].items()
             if about.get("reference_mean") is not None
         }
-        described = {n: about for n, about in results["metrics"].items() if n in means}
+        described = {
+            name: {**about, "vbench_mean": None}  # which is of the videos alone
+            for name, about in results["metrics"].items()
+            if name in means
+        }
         reference = Member(
             name="reference",
             label=other,

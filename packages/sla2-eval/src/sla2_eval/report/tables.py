@@ -11,6 +11,7 @@ from typing import Any
 
 from sla2_eval.report.findings import findings
 from sla2_eval.report.text import number, percent, seconds
+from sla2_eval.scoring.vbench_dimensions import DIMENSIONS
 
 
 def _rows(data: dict) -> list[dict]:
@@ -144,6 +145,7 @@ def as_markdown(data: dict) -> str:
             costs = [say(group) for _, _, say in columns]
             lines.append(_line(_markdown_cell(group["label"]), *costs, *cells))
         parts.append(f"## {heading}\n\n" + "\n".join(lines) + "\n")
+    parts += _vbench(data)
     parts.append(
         f"Intervals are 95 %: {'; '.join(methods(data))}. (n of N): videos that have a score."
         f" ≈: no difference to {data['against']} is shown, over the videos that both have (Holm's"
@@ -168,6 +170,26 @@ def as_markdown(data: dict) -> str:
     if missing:
         parts.append("## Unavailable or failed\n\n" + "\n".join(missing) + "\n")
     return "\n".join(parts)
+
+
+def _vbench(data: dict) -> list[str]:
+    """VBench's dimensions, a row each, with its scores."""
+    rows = data["vbench"]
+    if not rows:
+        return []
+    lines = [
+        _line("dimension", *(_markdown_cell(row["label"]) for row in rows)),
+        "|---" * (1 + len(rows)) + "|",
+    ]
+    for name in DIMENSIONS:
+        if any(name in row["dimensions"] for row in rows):
+            means = [row["dimensions"].get(name, {}).get("mean") for row in rows]
+            lines.append(_line(name.replace("_", " "), *map(number, means)))
+    lines += [
+        _line(f"**{title}**", *(number(row["scores"][title]) for row in rows))
+        for title in rows[0]["scores"]
+    ]
+    return ["## VBench\n\n" + "\n".join(lines) + "\n"]
 
 
 _LATEX = {
