@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
@@ -41,6 +42,20 @@ class Results(Protocol):
     digests: dict
 
     def used_settings(self, spec: MetricSpec) -> dict: ...
+
+
+@dataclass(kw_only=True)
+class Elsewhere:
+    """Results that were not computed here, for `document`."""
+
+    specs: dict[str, MetricSpec]
+    results: dict[tuple[str, str, str], dict]
+    digests: dict
+    failures: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    def used_settings(self, spec: MetricSpec) -> dict:
+        return {}
 
 
 def _keyed(run: Results, side: str, videos: list[Entry], name: str) -> dict[tuple[str, str], float]:

@@ -17,7 +17,7 @@ from sla2_eval.runs.folders import INPUTS
 from sla2_eval.runs.store import file_digest, write_atomic
 from sla2_eval.scoring import metrics
 from sla2_eval.scoring.metrics import MetricSpec
-from sla2_eval.scoring.summary import counts_for, document
+from sla2_eval.scoring.summary import Elsewhere, counts_for, document
 from sla2_eval.scoring.vbench_dimensions import DIMENSIONS, VERSION, check_names, scores
 from sla2_eval.scoring.vbench_environment import evaluate, ready_for
 from sla2_eval.videos.manifest import Entry, read_manifest
@@ -313,25 +313,6 @@ def read(out: str | Path) -> dict[str, dict]:
     return found
 
 
-class _Theirs:
-    """VBench's results as those of metrics."""
-
-    failures: dict[tuple[str, str, str], str] = {}  # noqa: RUF012
-    unavailable: dict[str, str] = {}  # noqa: RUF012
-
-    def __init__(self, found: Mapping[str, dict], digests: dict[Path, str]):
-        self.digests = digests
-        self.specs = {spec.name: spec for spec in map(_spec, found)}
-        self.results = {
-            ("video", file_name, f"vbench_{dimension}"): {"value": value}
-            for dimension, about in found.items()
-            for file_name, value in about["videos"].items()
-        }
-
-    def used_settings(self, spec: MetricSpec) -> dict:
-        return {}
-
-
 def _spec(dimension: str) -> MetricSpec:
     """A dimension by VBench's own code, as a metric."""
     return MetricSpec(
@@ -354,7 +335,14 @@ def write_results(out: str | Path, videos: str | Path, found: Mapping[str, dict]
     out, entries = Path(out), read_manifest(videos)
     digests = {about["file_name"]: about["sha256"] for about in _exported(out).values()}
     known = {e.path: digests[e.file_name] for e in entries if e.file_name in digests}
-    results = document(_Theirs(found, known), entries, None, [f"vbench_{name}" for name in found])
+    specs = {spec.name: spec for spec in map(_spec, found)}
+    values = {
+        ("video", file_name, f"vbench_{dimension}"): {"value": value}
+        for dimension, about in found.items()
+        for file_name, value in about["videos"].items()
+    }
+    run = Elsewhere(specs=specs, results=values, digests=known)
+    results = document(run, entries, None, list(specs))
     for dimension, about in found.items():
         entry = results["metrics"][f"vbench_{dimension}"]
         entry |= {"vbench_mean": about["mean"], "normalised": about["normalised"]}
