@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 from sla2_eval.report.page import write_report
+from sla2_eval.report.preference import count, export
 
 CHROMIUM = next(
     (
@@ -439,3 +440,34 @@ def narrow_screens(page):
         mobile=False,
     )
     assert page.js("document.documentElement.scrollWidth") <= 340
+
+
+def test_the_blind_page_takes_votes(make_folder, tmp_path):
+    full, sla2 = (make_folder(name, 3, frames=5) for name in ("full", "sla2"))
+    written = export([full, sla2], "sla2", tmp_path / "out", reference=full)
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.call("Page.navigate", url=written.as_uri())
+        browser.until("document.readyState === 'complete'")
+        assert browser.js("document.getElementById('pair').hidden")
+        browser.js("document.getElementById('rater').value = 'Anna B.'")
+        browser.js("document.querySelector('#who button').click()")
+        browser.until("[...document.querySelectorAll('video')].every((v) => v.currentTime > 0)")
+        browser.press("ArrowRight")
+        browser.js("document.getElementById('back').click()")
+        assert browser.js("document.getElementById('right').getAttribute('aria-pressed')") == "true"
+        for choice in ("left", "same"):
+            browser.js(f"document.getElementById('{choice}').click()")
+        browser.call("Page.reload")  # the votes are kept, and the third pair is next
+        browser.until("performance.getEntriesByType('navigation')[0]?.type === 'reload'")
+        browser.until("document.getElementById('said')?.textContent === '2 of 3'")
+        browser.press("ArrowDown")
+        assert not browser.js("document.getElementById('end').hidden")
+        assert browser.js("document.getElementById('save').download") == "votes-Anna-B-.json"
+        saved = browser.js("fetch(document.getElementById('save').href).then((r) => r.text())")
+    finally:
+        browser.close()
+    assert json.loads(saved)["votes"] == {"001": "left", "002": "same", "003": "same"}
+    (tmp_path / "votes.json").write_text(saved)
+    found = count(tmp_path / "out", [tmp_path / "votes.json"])
+    assert (found["num_videos"], found["num_left_out"], found["votes"]["same"]) == (1, 2, 2)

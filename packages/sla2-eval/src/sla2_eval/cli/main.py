@@ -38,6 +38,10 @@ COMMANDS = {
         "sla2_eval.cli.commands.report",
         "Results of one run or several to one HTML page and tables.",
     ),
+    "preference": (
+        "sla2_eval.cli.commands.preference",
+        "A blind page of two variants side by side, and the count of its votes.",
+    ),
     "vbench": (
         "sla2_eval.cli.commands.vbench",
         "The same videos through the original VBench, and its results back.",

@@ -169,10 +169,17 @@ def _scores(folder: Path) -> Source:
     results = _checked(path)
     videos = Path(inputs["videos"])
     theirs = Path(inputs["reference"]) if "reference" in inputs else None
-    label, other = videos.stem, theirs.stem if theirs else None
+    label, other = inputs.get("label", videos.stem), theirs.stem if theirs else None
     if theirs and label == other:
         label, other = (f"{path.parent.name}/{path.stem}" for path in (videos, theirs))
-    scored = Member(name="videos", label=label, family=label, results=results, videos=videos)
+    scored = Member(
+        name="videos",
+        label=label,
+        family=label,
+        seed=inputs.get("seed"),
+        results=results,
+        videos=videos,
+    )
     members = [scored]
     if theirs and other:
         rows = [
