@@ -23,6 +23,7 @@ _MODULES = [
         "psnr",
         "ssim",
         "lpips",
+        "vmaf",
         "clip",
         "fvd",
         "consistency",
@@ -207,6 +208,9 @@ def why_unavailable(spec: MetricSpec, settings: dict | None = None) -> str | Non
         if importlib.util.find_spec(name) is None:
             about = about or f"({how_to_get(name)})"
             return f"unavailable: needs the Python package {name} {about}"
+    lacks: Callable[[], str | None] = getattr(module_of(spec.name), "lacks", lambda: None)
+    if reason := lacks():
+        return f"unavailable: {reason}"
     missing = [
         name
         for name in spec.weights

@@ -29,7 +29,8 @@ class LeftOut(Exception):
 class MetricSpec:
     """The description of a metric, which `sla2 score --list` prints and every result refers to.
 
-    A module of this package describes its metrics in `SPECS` and offers `load(name, settings,
+    A module of this package describes its metrics in `SPECS`, may say in `lacks()` what they need
+    that is neither package nor weights (None: it is there), and offers `load(name, settings,
     device)`, which returns a function of one Sample: a float, or for `kind="set"` float features
     (n, d), which `reduce(name, features, reference_features, settings)` of the same module turns
     into {"value": float, "warnings": [str, ...]}. The function raises LeftOut for a video that
