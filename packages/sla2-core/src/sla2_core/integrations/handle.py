@@ -20,6 +20,7 @@ from sla2_core.integrations import lora
 from sla2_core.integrations.card import write_card
 from sla2_core.integrations.family import Family, class_name
 from sla2_core.integrations.processor import SLA2Processor, Switch
+from sla2_core.integrations.quantized import check_plain
 from sla2_core.integrations.token_order import TokenOrder
 
 
@@ -229,9 +230,12 @@ class SLA2Handle:
                 None takes the handle's own.
 
         Raises:
-            OSError: a file cannot be written; the message names it.
+            OSError: a file cannot be written; the message names it. ValueError: the model's weights
+                are quantised, with include_model.
         """
-        tensors = self.adapter_tensors() | (self.model_tensors() if include_model else {})
+        model = self.model_tensors() if include_model else {}
+        check_plain("include_model", model)
+        tensors = self.adapter_tensors() | model
         if state is not None:
             prefixes = {
                 f"layers.{i}.": f"{name}.processor.attention." for i, name in self.names.items()
@@ -268,8 +272,8 @@ class SLA2Handle:
 
         Raises:
             FileNotFoundError, ValueError: no such file, another geometry, other layers, another
-                model, or a key, shape or dtype that does not fit. The message names the file;
-                nothing is changed then.
+                model, weights of the model for one that is quantised, or a key, shape or dtype that
+                does not fit. The message names the file; nothing is changed then.
         """
         found = files.load_adapter(folder)
         source = str(Path(folder) / files.CONFIG_NAME)
@@ -284,6 +288,7 @@ class SLA2Handle:
         model = (
             self.model_tensors() if any(name.startswith("model.") for name in found.tensors) else {}
         )
+        check_plain(f"{source}, which holds the model's weights too", model)
         weights = {
             name: _in_dtype_of(found.tensors.get(name), value) for name, value in model.items()
         }

@@ -15,6 +15,7 @@ from sla2_core.integrations import lora
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.family import family_of, known_classes
 from sla2_core.integrations.handle import SLA2Handle
+from sla2_core.integrations.quantized import check_plain
 
 
 def local_folder(source: str | Path, patterns: list[str], revision: str | None = None) -> Path:
@@ -100,13 +101,14 @@ def save_pretrained(handle: SLA2Handle, folder: str | Path, **options: Any) -> P
 
     Raises:
         ValueError: a LoRA is loaded, whose layers diffusers would save under names that it does not
-            load.
+            load; or its weights are quantised.
     """
     if found := lora.active(handle.transformer):
         raise ValueError(
             f"transformer: expected no LoRA in save_pretrained, got {found[0]!r}; fuse and unload"
             " it, or keep it apart and use handle.save"
         )
+    check_plain("transformer", handle.model_tensors())
     handle.transformer.save_pretrained(folder, **options)
     return handle.save(folder)
 

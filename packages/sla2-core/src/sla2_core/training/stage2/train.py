@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sla2_core.adapter import write_json
 from sla2_core.integrations.handle import SLA2Handle
 from sla2_core.integrations.lora import freeze_others as freeze_loras
+from sla2_core.integrations.quantized import check_plain
 from sla2_core.training.data import as_dataset, collate
 from sla2_core.training.settings import check_fields, check_same
 from sla2_core.training.stage2 import lora, state
@@ -202,14 +203,15 @@ def train_stage2(
             process.
 
     Raises:
-        TrainingStopped: loss or gradients are not finite. ValueError: a disabled handle, batch_size
-            that the processes and `accumulate` do not divide, a folder of a run with other
-            settings, data of the wrong form, FSDP settings that cannot work here.
-            ModuleNotFoundError: no accelerate.
+        TrainingStopped: loss or gradients are not finite. ValueError: a disabled handle, a model
+            with quantised weights, batch_size that the processes and `accumulate` do not divide, a
+            folder of a run with other settings, data of the wrong form, FSDP settings that cannot
+            work here. ModuleNotFoundError: no accelerate.
     """
     folder = Path(folder)
     if not handle.enabled:
         raise ValueError("handle: expected SLA2 enabled, got it disabled; call handle.enable()")
+    check_plain("handle", handle.model_tensors())
     if accelerator is None:
         accelerator = _accelerator()
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
