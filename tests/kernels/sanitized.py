@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from sla2_kernels import hopper
 from sla2_kernels.backward import backward, transpose_map
 from sla2_kernels.emulator.emulate import EmulatorError, poisoned
 from sla2_kernels.forward import (
@@ -191,6 +192,20 @@ def run_matched():
     )
 
 
+def run_hopper():
+    n, t_m, t_n = 140, 2, 3
+    problem = Problem(batch=1, heads=1, n_q=n, n_k=n, head_dim=WIDTH)
+    q, k, v, out = (Strided.of(halves(1, n, WIDTH), 1, n, WIDTH) for _ in range(4))
+    out_sparse, lse = allocate((1, n, WIDTH), "bfloat16"), allocate((1, n), "float32")
+    state, norm = halves(1, t_m, WIDTH, WIDTH), floats(1, t_m, WIDTH)
+    tiles = hopper.pack(DEVICE, problem, k, v)
+    assert tiles[0].owner.shape == (1, t_n, 64, WIDTH)
+    hopper.sparse_forward(
+        DEVICE, problem, q, *tiles, block_map(), state, norm, ALPHA, out, out_sparse, lse, blocks=1
+    )
+    written(*tiles, out, out_sparse, lse)
+
+
 KERNELS = {
     "prologue": run_prologue,
     "route": run_route,
@@ -199,6 +214,7 @@ KERNELS = {
     "low_bit": run_low_bit,
     "backward": run_backward,
     "matched": run_matched,
+    "hopper": run_hopper,
 }
 
 

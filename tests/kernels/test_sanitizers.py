@@ -16,7 +16,7 @@ import pytest
 from sla2_kernels.emulator.build import sanitizer_library
 
 SCRIPT = Path(__file__).with_name("sanitized.py")
-KERNELS = ("forward", "low_bit", "backward", "matched", "prologue", "route", "states")
+KERNELS = ("forward", "low_bit", "backward", "matched", "prologue", "route", "states", "hopper")
 QUICK = ("forward", "low_bit")
 
 

@@ -91,6 +91,13 @@ SLA2_PTX void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
+// 2^x to about 2 ulp, 0 below 2^-126: one instruction, where subnormals would take three.
+SLA2_PTX float exp2_flushed(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
 // A tile in shared memory whose rows of SWIZZLE bytes (0: of 16) are swizzled. K major: `stride`
 // bytes lie between groups of 8 rows. MN major: `stride` between groups of 8 along the depth,
 // `leading` between groups of SWIZZLE bytes along M or N.

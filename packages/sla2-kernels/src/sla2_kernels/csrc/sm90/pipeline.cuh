@@ -1,0 +1,44 @@
+// What producer and consumers of a persistent block share: whose turn a stage is, and which query
+// block comes next.
+#pragma once
+
+#include "common.cuh"
+
+// A stage of a ring and the parity of the phase in which it is used. The consumer waits for the
+// parity at the stage's "full", the producer for the other one at its "empty".
+template <int STAGES>
+struct Turn {
+    int stage = 0;
+    unsigned parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+};
+
+// One query block of one head, as producer and consumers see it alike.
+struct Work {
+    long long bh;
+    int row_block, item, head, first_row;
+    int rows;         // of the block, those before n_q
+    int length;       // valid keys of the item
+    const int* list;  // its key blocks
+    int steps;        // how many of them hold a key that counts
+    bool rest;        // whether any block with keys is not selected
+};
+
+// Query blocks are numbered head by head, so that blocks of threads that run at the same time share
+// a head's K and V in L2.
+SLA2_INLINE Work work_of(int number, const int* indices, const int* counts, int max_selected,
+                         const int* kv_lengths, int num_heads, int t_m, int n_q, int n_k) {
+    Work w;
+    const int pair = number / t_m;
+    w.bh = pair, w.row_block = number % t_m;
+    w.item = pair / num_heads, w.head = pair % num_heads;
+    w.first_row = w.row_block * BLOCK_Q;
+    w.rows = n_q - w.first_row < BLOCK_Q ? n_q - w.first_row : BLOCK_Q;
+    w.length = valid_keys(kv_lengths, w.item, n_k);
+    w.list = indices + static_cast<long long>(number) * max_selected;
+    w.steps = blocks_with_keys(w.list, counts[number], w.length);
+    w.rest = w.steps < ceil_div(w.length, BLOCK_K);
+    return w;
+}

@@ -1,0 +1,130 @@
+// What a warp of a consumer warpgroup does with its 16 rows: softmax of scores whose product with V
+// is still running, phi(Q) from the fragments of Q, stores. Accumulators are flat: element e of
+// column tile n is x[4 n + e], in row g + 8 (e / 2), g = lane / 4 (../README.md, "Fragments").
+#pragma once
+
+#include "softmax.cuh"
+#include "sm90/panels.cuh"
+
+constexpr int PITCH = HALF_ROW + 16;  // bytes of a row that ldmatrix reads without conflicts
+
+// Turns raw scores into P as OnlineSoftmax::update does, but tells in `keep` by what the caller has
+// to multiply its sums of P V, which may be in flight; false: by nothing.
+SLA2_INLINE bool next_weights(OnlineSoftmax<1>& softmax, float (&s)[32], float (&keep)[2],
+                              float scale, float slack) {
+    float top[2];
+    bool moved = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float t = softmax.maximum[0][r];
+#pragma unroll
+        for (int n = 0; n < 8; ++n) t = fmaxf(t, fmaxf(s[4 * n + 2 * r], s[4 * n + 2 * r + 1]));
+        top[r] = quad_max(t);
+        moved = moved || (top[r] - softmax.maximum[0][r]) * scale > slack;
+        keep[r] = 1.0f;
+    }
+    moved = __any_sync(0xffffffffu, moved);
+    if (moved) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            // Equal maxima, -inf included, keep what is there.
+            if (top[r] != softmax.maximum[0][r])
+                keep[r] = exp2_approx((softmax.maximum[0][r] - top[r]) * scale);
+            softmax.maximum[0][r] = top[r];
+            softmax.sum[0][r] *= keep[r];
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float shift = softmax.maximum[0][r] * scale;
+        float total = 0.0f;
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+            for (int e = 4 * n + 2 * r; e < 4 * n + 2 * r + 2; ++e) {
+                s[e] = exp2_flushed(s[e] * scale - shift);
+                total += s[e];
+            }
+        softmax.sum[0][r] += total;
+    }
+    return moved;
+}
+
+// Row r of each lane's two times by[r].
+template <int WORDS>
+SLA2_INLINE void scale_rows(float (&x)[WORDS], float by0, float by1) {
+#pragma unroll
+    for (int n = 0; n < WORDS / 4; ++n)
+        x[4 * n] *= by0, x[4 * n + 1] *= by0, x[4 * n + 2] *= by1, x[4 * n + 3] *= by1;
+}
+
+// Scores of keys at or past `valid`, counted from the tile's first, become -inf.
+SLA2_INLINE void mask_keys(float (&s)[32], int valid) {
+    const int column = (threadIdx.x & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            if (8 * n + column + (e & 1) >= valid) s[4 * n + e] = MINUS_INFINITY;
+}
+
+// The A operand of Q becomes share phi(q) / (phi(q) . Z), with phi the softmax over the first
+// `channels` channels, whose own sum cancels. Rows without a denominator become zeros.
+SLA2_INLINE void linear_weights(unsigned (&a)[HEAD_DIM / 16][4], const float* norm, int channels,
+                                float share) {
+    const int column = (threadIdx.x & 3) * 2;
+    float top[2] = {MINUS_INFINITY, MINUS_INFINITY}, below[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int c = 0; c < HEAD_DIM / 16; ++c)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {  // register r: row g + 8 (r & 1), half r >> 1 of 16 channels
+            const int channel = 16 * c + 8 * (r >> 1) + column;
+            if (channel < channels) top[r & 1] = fmaxf(top[r & 1], low_half(a[c][r]));
+            if (channel + 1 < channels) top[r & 1] = fmaxf(top[r & 1], high_half(a[c][r]));
+        }
+    top[0] = quad_max(top[0]), top[1] = quad_max(top[1]);
+#pragma unroll
+    for (int c = 0; c < HEAD_DIM / 16; ++c)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const int channel = 16 * c + 8 * (r >> 1) + column;
+            const float2 z = *reinterpret_cast<const float2*>(norm + channel);
+            const float x = exp2_approx((low_half(a[c][r]) - top[r & 1]) * LOG2_E);
+            const float y = exp2_approx((high_half(a[c][r]) - top[r & 1]) * LOG2_E);
+            a[c][r] = pack_half(channel < channels ? x : 0.0f, channel + 1 < channels ? y : 0.0f);
+            below[r & 1] += low_half(a[c][r]) * z.x + high_half(a[c][r]) * z.y;
+        }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        below[r] = quad_sum(below[r]);
+        below[r] = below[r] == 0.0f ? 0.0f : share / below[r];
+    }
+#pragma unroll
+    for (int c = 0; c < HEAD_DIM / 16; ++c)
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+            a[c][r] =
+                pack_half(low_half(a[c][r]) * below[r & 1], high_half(a[c][r]) * below[r & 1]);
+}
+
+// The warp's rows, from row0 of the query block, in 16 bit: through its own rows of `staging` to
+// `target` (rows, D), rows step apart, 16 bytes a lane.
+SLA2_INLINE void store_warp_rows(const float (&o)[HEAD_DIM / 2], unsigned char* staging,
+                                 half_bits* target, int step, int row0, int rows) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, column = (lane & 3) * 2;
+    __syncwarp();  // the warp has read what it stored here before
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int n = 0; n < HEAD_DIM / 8; ++n)
+            *reinterpret_cast<unsigned*>(staging + (row0 + 8 * r + g) * PITCH + 16 * n +
+                                         2 * column) =
+                pack_half(o[4 * n + 2 * r], o[4 * n + 2 * r + 1]);
+    __syncwarp();
+    for (int i = lane; i < 16 * HALF_CHUNKS; i += 32) {
+        const int row = row0 + i / HALF_CHUNKS, chunk = i % HALF_CHUNKS;
+        if (row < rows)
+            reinterpret_cast<uint4*>(target + static_cast<long long>(row) * step)[chunk] =
+                *reinterpret_cast<const uint4*>(staging + row * PITCH + 16 * chunk);
+    }
+}
