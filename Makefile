@@ -25,7 +25,7 @@ lint: $(READY)
 
 # The documentation as a site, in site/. Its notice about mkdocs' future is not about this project.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 # Needs a GPU and a python3 with torch, numpy, click and CuPy; installs nothing.
 gpu-check:
