@@ -116,3 +116,8 @@ def test_the_tiny_model_has_its_own_and_takes_another_shift(tmp_path):
         for config in (plain, SamplingConfig(steps=2, dtype="float32", flow_shift=9.0))
     ]
     assert (frames[0] != frames[1]).any()
+
+
+@pytest.mark.parametrize("name", ["SanaVideoPipeline", "LattePipeline"])
+def test_a_video_pipeline_may_call_its_frames_otherwise(tmp_path, name):
+    assert not defaults_of(folder(tmp_path, name, EULER)).images

@@ -44,6 +44,7 @@ def test_wrong_names_are_told_what_is_near():
         ({"fvd": {"clip_frames": 16.5}}, "expected clip_frames of fvd to be like 16, got 16.5"),
         ({"fvd": {"clips": "two"}}, "expected clips of fvd to be 'first' or 'all', got 'two'"),
         ({"fvd": {"files": {"i3": "x"}}}, "expected weights among i3d in files of fvd, got 'i3'"),
+        ({"fvd": {"files": {"i3d": 3}}}, "expected texts in files of fvd, got 3"),
         ({"fdv": {}}, r"expected names among ssim, fvd, got 'fdv'; did you mean 'fvd'\?"),
     ],
 )
@@ -97,3 +98,13 @@ def test_the_command_takes_modules_and_settings(make_folder, tmp_path, monkeypat
     ]:
         assert main([*command, "--set", text]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_whatever_a_module_raises_is_told_and_a_name_is_the_modules_own(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(metrics, "_MODULES", list(metrics._MODULES))
+    (tmp_path / "without_cuda.py").write_text("raise OSError('libcudart.so: not found')\n")
+    with pytest.raises(ValueError, match=r"SPECS, got 'without_cuda': libcudart\.so: not found"):
+        metrics.register("without_cuda")
+    with pytest.raises(ValueError, match=r"expected a metric of helpers\.toys, got 'psnr'"):
+        metrics.select(["helpers.toys:psnr"])

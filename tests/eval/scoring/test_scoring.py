@@ -212,6 +212,19 @@ def test_changed_settings_score_again(make_folder, tmp_path):
     assert free["metrics"]["psnr"]["mean"] > 10.0 == cut["metrics"]["psnr"]["mean"]
 
 
+def test_a_module_that_was_edited_scores_again(make_folder, tmp_path, monkeypatch):
+    videos, out = make_folder("a", 1), tmp_path / "out"
+
+    def mean(name: str, value: float) -> float:
+        """Of the metric as its module now is."""
+        load = f"\n\ndef load(name, settings, device):\n    return lambda sample: {value}\n"
+        toy_metric.register(tmp_path / name, load, monkeypatch)
+        return score(videos, None, [toy_metric.NAME], out)["metrics"]["toy"]["mean"]
+
+    assert mean("before", 0.25) == 0.25
+    assert mean("after", 0.5) == 0.5
+
+
 def test_failures_are_listed_with_their_reasons(make_folder, tmp_path):
     videos, reference = make_folder("a", 4), make_folder("b", 4)
     names = [f"pattern {i:03d}-0.mp4" for i in range(4)]

@@ -36,7 +36,7 @@ for entry in json.loads(Path(options["--full_json_dir"]).read_text()):
         assert Path(path).name == f"{{entry['prompt_en']}}-{{i}}.mp4"
         assert Path(path).stat().st_size
         rows.append({{"video_path": path, "video_results": 0.5 + len(rows)}})
-if dimension == "scene":
+if dimension in ("scene", "color"):  # of color VBench leaves out what it does not find
     rows.pop()
 mean = sum(r["video_results"] for r in rows) / len(rows)
 if dimension != "human_action":
@@ -124,18 +124,34 @@ def test_old_results_are_never_read_as_new(folder, python, tmp_path):
 def test_prompts_have_what_the_full_info_says(folder, python, tmp_path):
     rows = [
         {"prompt_en": "a fox", "dimension": ["scene"], "auxiliary_info": {"scene": {"scene": "x"}}},
-        {"prompt_en": "a fox", "dimension": ["human_action"]},
+        {"prompt_en": "a fox", "dimension": ["human_action", "color"]},
         {"prompt_en": "pattern 002", "dimension": ["color"], "auxiliary_info": {"color": {}}},
     ]
     info, out = tmp_path / "info.json", tmp_path / "vbench"
     info.write_text(json.dumps(rows))
     found = json.loads(export(folder, out, info=info).read_text())
-    assert found[0]["dimension"] == ["human_action", "scene"]
+    assert found[0]["dimension"] == ["human_action", "color", "scene"]
     assert found[0]["auxiliary_info"] == {"scene": {"scene": "x"}}
     assert vbench.exported_dimensions(out) == ["human_action", "color", "scene"]
     with pytest.raises(RuntimeError, match="scene: expected results of 2 videos, got 1 of them"):
         run(out, ["scene"], python=python)
     assert not vbench.has_results(out)
+    assert list(run(out, ["color"], python=python)["color"]["videos"].values()) == [0.5, 1.5]
+    assert main(["vbench", "--out", str(out)]) == 0
+    written = json.loads((out / "results.json").read_text())
+    color = written["metrics"]["vbench_color"]
+    assert (color["num_videos"], color["num_left_out"]) == (2, 1)
+    rows[1]["dimension"].remove("human_action")
+    info.write_text(json.dumps(rows))
+    export(folder, out, info=info)  # color is asked of the same videos as before
+    assert vbench.has_results(out)
+    assert not (out / "results.json").exists()
+    rows[1]["dimension"].remove("color")
+    info.write_text(json.dumps(rows))
+    export(folder, out, info=info)
+    assert not vbench.has_results(out)
+    with pytest.raises(ValueError, match="python: expected the Python of an environment"):
+        run(out, ["scene"], python="none/python")
     with pytest.raises(ValueError, match=r"info: expected VBench_full_info\.json .* for scene"):
         export(folder, out, ["scene"])
     info.write_text(json.dumps(rows[:1]))

@@ -77,7 +77,7 @@ def defaults_of(model: Path | str) -> ModelDefaults:
         guidance=given.get("guidance_scale"),
         flow_shift=_shift(scheduler),
         fps=fps_of(name, given, index, _config(model, "transformer")),
-        images=kind is not None and "num_frames" not in given,
+        images=kind is not None and not given.keys() & {"num_frames", "frames", "video_length"},
         takes_negative=kind is None or "negative_prompt" in given,
     )
 
@@ -94,7 +94,7 @@ def fps_of(
     """Frames a second of a pipeline: of its class's name, the defaults of its call, and the
     configurations of itself and its transformer.
     """
-    if isinstance(rate := call.get("frame_rate"), int | float):
+    if isinstance(rate := call.get("frame_rate", call.get("fps")), int | float):
         return float(rate)
     if index.get("expand_timesteps"):
         return 24.0

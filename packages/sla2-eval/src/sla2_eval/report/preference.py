@@ -170,8 +170,10 @@ def count(out: str | Path, votes: Iterable[str | Path]) -> dict[str, Any]:
         ]
         for side in found:
             totals[side] += 1
-        lead = found.count("variant") - found.count("reference")
-        value = {"value": float(lead > 0)} if lead else {"left_out": "no majority"}
+        most = next((s for s in ("variant", "reference") if 2 * found.count(s) > len(found)), None)
+        value: dict[str, Any] = {"left_out": "no majority"}
+        if most is not None:
+            value = {"value": float(most == "variant")}
         if found:
             results["video", name, SPEC.name] = value
     entries.sort(key=lambda entry: entry.file_name)

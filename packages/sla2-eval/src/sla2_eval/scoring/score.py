@@ -93,12 +93,16 @@ class _Run:
         self.unavailable: dict[str, str] = {}
         self.specs: dict[str, MetricSpec] = {}
         self.weights: dict[str, dict] = {}
+        self.sources: dict[str, str] = {}  # sha256 of the modules of metrics from outside
         for name, spec in chosen.items():
             if reason := metrics.why_unavailable(spec, settings.get(name)):
                 self.unavailable[name] = reason
                 continue
             self.specs[name] = spec
             self.weights[name] = _weight_digests(spec, settings.get(name, {}))
+            module = metrics.module_of(name)
+            if module.__name__ in metrics.registered() and module.__file__:
+                self.sources[name] = file_digest(Path(module.__file__))
         self.digests: dict[Path, str] = {}
         self.failures: dict[
             tuple[str, str, str], str
@@ -133,6 +137,8 @@ class _Run:
             used["reference"] = self.digests[other]
         if spec.needs_prompt:
             used["prompt"] = entry.prompt
+        if spec.name in self.sources:  # edited, it scores anew
+            used["source"] = self.sources[spec.name]
         return self.digests[path], spec.name, digest(used)
 
     def read_digest(
@@ -320,7 +326,8 @@ def _execute(
     waiting = deque(tasks)
     started: dict[str, _Task] = {}
     held = {"settings": run.settings, "device": device, "decoder": run.decoder}
-    held["modules"] = metrics.registered()
+    needed = {metrics.module_of(name).__name__ for name in run.specs}
+    held["modules"] = tuple(name for name in metrics.registered() if name in needed)
     with _open_pool(device, num_workers, address) as pool:
         if device == "cuda" and not pool.gpus:
             raise ValueError("device: expected a GPU that torch can use for 'cuda', got none")

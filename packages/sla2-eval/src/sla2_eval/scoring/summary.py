@@ -119,7 +119,12 @@ def _summary(
             entry["normalised"] = spec.normalised(entry["vbench_mean"])
     if spec.kind == "paired":
         pairs = [(video, other) for video, other in pair(videos, references or []) if other]
-        lossless = [v for v, other in pairs if compared(v, other)[0] != v.path]
+        lossless = [
+            video
+            for video, other in pairs
+            if compared(video, other)[0] != video.path
+            or {video.path.suffix.lower(), other.path.suffix.lower()} == {".png"}
+        ]
         entry["num_lossless"] = sum((v.prompt, v.file_name) in values for v in lossless)
     if spec.kind == "unpaired" and references:
         base = {

@@ -23,6 +23,8 @@ from sla2_eval.scoring.vbench_environment import evaluate, ready_for
 from sla2_eval.videos.manifest import Entry, read_manifest
 
 INFO, NAMES, VIDEOS = "VBench_full_info.json", "names.json", "videos"
+SOURCE = "source.json"  # the folder that was exported
+WRITTEN = "results.json"  # of write_results
 RESULTS = "_eval_results.json"  # how the names of VBench's results end
 MOST = 5  # videos of a prompt that VBench looks at
 
@@ -116,13 +118,39 @@ def export(
         (out / VIDEOS / name).unlink(missing_ok=True)
     for entry, name in zip(entries, names, strict=True):
         _link(entry.path, out / VIDEOS / name)
-    if before != names:
-        for path in out.glob(f"*{RESULTS}"):
+    old, new = _rows_by_dimension(_info_rows(out)), _rows_by_dimension(list(rows.values()))
+    for path in out.glob(f"*{RESULTS}"):
+        of = json.loads(path.read_text(encoding="utf-8"))
+        if before != names or any(old.get(name) != new.get(name) for name in of):
             path.unlink()
+    _forget_written(out)
     write_atomic(out / NAMES, json.dumps(names, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(out / SOURCE, json.dumps({"videos": str(Path(videos).resolve())}) + "\n")
     written = json.dumps(list(rows.values()), indent=1, ensure_ascii=False)
     write_atomic(out / INFO, written + "\n")
     return out / INFO
+
+
+def _forget_written(out: Path) -> None:
+    """Delete what write_results wrote into an export: it is of results that no longer hold."""
+    for name in (WRITTEN, INPUTS) if (out / SOURCE).is_file() else ():
+        (out / name).unlink(missing_ok=True)
+
+
+def _info_rows(out: Path) -> list[dict[str, Any]]:
+    """The rows of an export's info file, none before the first export."""
+    path = out / INFO
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def _rows_by_dimension(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:
+    """What VBench is given for each dimension: the prompts, what it knows of them, their videos."""
+    found: dict[str, list] = {}
+    for row in rows:
+        for name in row["dimension"]:
+            about = row.get("auxiliary_info")
+            found.setdefault(name, []).append([row["prompt_en"], about, row["video_list"]])
+    return found
 
 
 def _vbench_name(entry: Entry, index: int) -> str:
@@ -200,18 +228,26 @@ def run(
     """
     out = Path(out).resolve()
     check_names(chosen)
-    interpreter = Path(python) if python is not None else ready_for(chosen)
+    # Absolute, since VBench runs in a folder of its own; links stay, which lead to an environment.
+    interpreter = Path(python).absolute() if python is not None else ready_for(chosen)
+    if not interpreter.is_file():
+        raise ValueError(
+            f"python: expected the Python of an environment with VBench, got none at {interpreter}"
+        )
     expected = {dimension: _expected(out, dimension) for dimension in chosen}
     for dimension in chosen:
         path = out / f"{dimension}{RESULTS}"
         path.unlink(missing_ok=True)
+        _forget_written(out)
         folder = out / "runs" / f"{dimension}-{uuid.uuid4().hex[:8]}"
         found = evaluate(interpreter, dimension, out / VIDEOS, out / INFO, folder)
         _, values = _parsed(found, dimension, folder)
-        if values.keys() != expected[dimension]:
+        wanted = expected[dimension]
+        whole = bool(values) if DIMENSIONS[dimension].partial else values.keys() == wanted
+        if not whole or not values.keys() <= wanted:
             raise RuntimeError(
-                f"vbench --dimension {dimension}: expected results of {len(expected[dimension])}"
-                f" videos, got {len(values.keys() & expected[dimension])} of them ({folder})"
+                f"vbench --dimension {dimension}: expected results of {len(wanted)} videos, got"
+                f" {len(values.keys() & wanted)} of them ({folder})"
             )
         write_atomic(path, json.dumps({dimension: found[dimension]}, indent=1) + "\n")
     return read(out)
@@ -222,8 +258,14 @@ def exported_dimensions(out: str | Path) -> list[str]:
     path = Path(out) / INFO
     if not path.is_file():
         raise ValueError(f"{path}: expected an export (sla2 vbench --videos), got none")
-    found = {d for row in json.loads(path.read_text(encoding="utf-8")) for d in row["dimension"]}
+    found = _rows_by_dimension(_info_rows(Path(out)))
     return [name for name in DIMENSIONS if name in found]
+
+
+def exported_from(out: str | Path) -> Path | None:
+    """The folder of videos that the last export was made of; None without one."""
+    path = Path(out) / SOURCE
+    return Path(json.loads(path.read_text(encoding="utf-8"))["videos"]) if path.is_file() else None
 
 
 def has_results(out: str | Path) -> bool:
@@ -237,7 +279,7 @@ def _expected(out: Path, dimension: str) -> set[str]:
     if other := sorted(p.name for p in (out / VIDEOS).iterdir() if p.name not in exported):
         raise ValueError(f"{out / VIDEOS}: expected the exported videos alone, got {other[0]}")
     found = set[str]()
-    for row in json.loads((out / INFO).read_text(encoding="utf-8")):
+    for row in _info_rows(out):
         if dimension not in row["dimension"]:
             continue
         if len(row["video_list"]) > MOST:
@@ -336,18 +378,25 @@ def write_results(out: str | Path, videos: str | Path, found: Mapping[str, dict]
     digests = {about["file_name"]: about["sha256"] for about in _exported(out).values()}
     known = {e.path: digests[e.file_name] for e in entries if e.file_name in digests}
     specs = {spec.name: spec for spec in map(_spec, found)}
-    values = {
+    values: dict[tuple[str, str, str], dict] = {
         ("video", file_name, f"vbench_{dimension}"): {"value": value}
         for dimension, about in found.items()
         for file_name, value in about["videos"].items()
     }
+    given = _rows_by_dimension(_info_rows(out))
+    names = {name: about["file_name"] for name, about in _exported(out).items()}
+    for dimension in found:
+        for _, _, paths in given.get(dimension, []) if DIMENSIONS[dimension].partial else []:
+            for file_name in (names[Path(path).name] for path in paths):
+                left_out = {"left_out": "VBench found no such object in it"}
+                values.setdefault(("video", file_name, f"vbench_{dimension}"), left_out)
     run = Elsewhere(specs=specs, results=values, digests=known)
     results = document(run, entries, None, list(specs))
     for dimension, about in found.items():
         entry = results["metrics"][f"vbench_{dimension}"]
         entry |= {"vbench_mean": about["mean"], "normalised": about["normalised"]}
     write_atomic(out / INPUTS, json.dumps({"videos": str(Path(videos).resolve())}) + "\n")
-    path = out / "results.json"
+    path = out / WRITTEN
     written = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     write_atomic(path, written + "\n")
     return path

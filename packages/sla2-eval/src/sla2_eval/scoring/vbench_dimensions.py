@@ -15,6 +15,7 @@ VERSION = "0.1.5"  # of VBench, whose numbers these are
 class Dimension:
     """`low`, `high`: what VBench normalises with. `info`: whether VBench needs to know more of a
     prompt than its text, which its full-info JSON says. `detectron2`: whether its code needs that.
+    `partial`: whether it leaves out videos, those in which it does not find the object.
     """
 
     quality: bool = False  # of the Quality score; else of the Semantic score
@@ -24,6 +25,7 @@ class Dimension:
     binary: bool = False  # 0 or 1 a video
     info: bool = False
     detectron2: bool = False
+    partial: bool = False
 
     def normalised(self, mean: float) -> float:
         """(mean - low) / (high - low), unclipped."""
@@ -41,7 +43,7 @@ DIMENSIONS = {
     "object_class": Dimension(info=True, detectron2=True),
     "multiple_objects": Dimension(info=True, detectron2=True),
     "human_action": Dimension(binary=True),
-    "color": Dimension(info=True, detectron2=True),
+    "color": Dimension(info=True, detectron2=True, partial=True),
     "spatial_relationship": Dimension(info=True, detectron2=True),
     "scene": Dimension(high=0.8222, info=True),
     "appearance_style": Dimension(low=0.0009, high=0.2855, info=True),

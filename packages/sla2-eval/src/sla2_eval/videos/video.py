@@ -178,17 +178,23 @@ def _collected(path: Path, frames: Iterator[np.ndarray]) -> np.ndarray:
             raise VideoError(f"{path}: expected frames of one size, got {sizes}")
         count += 1
         held.append(frame)
-        if file is None and count * frame.size > _IN_MEMORY:
-            file = tempfile.TemporaryFile()
-        if file is not None:
-            for one in held:
-                file.write(one.tobytes())
-            held.clear()
+        try:
+            if file is None and count * frame.size > _IN_MEMORY:
+                file = tempfile.TemporaryFile()
+            if file is not None:
+                for one in held:
+                    file.write(one.tobytes())
+                held.clear()
+                file.flush()
+        except OSError as error:
+            raise VideoError(
+                f"{path}: expected room for its frames in {tempfile.gettempdir()} (TMPDIR), got"
+                f" {error.strerror}"
+            ) from error
     if shape is None:
         return np.empty((0, 0, 0, 3), np.uint8)
     if file is None:
         return np.stack(held)
-    file.flush()
     return np.memmap(file, np.uint8, mode="c", shape=(count, *shape))
 
 

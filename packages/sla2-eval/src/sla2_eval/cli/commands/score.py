@@ -169,6 +169,8 @@ def _settings(given: tuple[str, ...]) -> dict[str, dict]:
             at = at.setdefault(part, {})
             if not isinstance(at, dict):
                 raise click.UsageError(f"--set: expected {part} once, got it twice in {text!r}")
+        if last in at:
+            raise click.UsageError(f"--set: expected {path} once, got it twice")
         try:
             at[last] = yaml.safe_load(value)
         except yaml.YAMLError as error:

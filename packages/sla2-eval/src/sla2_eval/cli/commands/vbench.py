@@ -76,8 +76,8 @@ def command(
             found = vbench.run(out, chosen, python=python)
         elif vbench.has_results(out) or not (videos or folders or setup):
             found = vbench.read(out)
-        if videos and found:
-            vbench.write_results(out, videos, found)
+        if found and (source := videos or vbench.exported_from(out)):
+            vbench.write_results(out, source, found)
         for folder in folders:
             found = vbench.with_scores(found, out, folder)
     if found:

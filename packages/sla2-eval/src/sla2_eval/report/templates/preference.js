@@ -70,7 +70,7 @@ document.addEventListener("keydown", (event) => {
   const choice = { ArrowLeft: "left", ArrowDown: "same", ArrowRight: "right" }[event.key];
   if (!choice || $("pair").hidden || event.altKey || event.ctrlKey || event.metaKey) return;
   event.preventDefault();
-  vote(choice);
+  if (!event.repeat) vote(choice); // a key that is held votes once
 });
 $("who").addEventListener("submit", (event) => {
   event.preventDefault();

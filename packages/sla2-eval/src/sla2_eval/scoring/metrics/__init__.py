@@ -9,6 +9,7 @@ import difflib
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from types import ModuleType
@@ -62,10 +63,11 @@ def register(module: str) -> None:
         return
     try:
         found = importlib.import_module(module).SPECS
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a module of others does when it is imported
+        what = error if str(error) else type(error).__name__
         raise ValueError(
-            f"metrics: expected a module with SPECS, got {module!r}: {error}"
-        ) from None
+            f"metrics: expected a module with SPECS, got {module!r}: {what}"
+        ) from error
     known = specs()
     if taken := next((spec.name for spec in found if spec.name in known), None):
         raise ValueError(f"metrics: expected new names in {module}, got {taken!r}, which is known")
@@ -108,9 +110,11 @@ def select(names: Iterable[str], *, reference: bool = True) -> dict[str, MetricS
     Raises ValueError for an unknown or repeated name, and for a group without any metric.
     """
     parts = [name.rpartition(":") for name in names]
-    for module, _, _ in parts:
+    for module, _, name in parts:
         if module:
             register(module)
+            if name not in {spec.name for spec in importlib.import_module(module).SPECS}:
+                raise ValueError(f"metrics: expected a metric of {module}, got {name!r}")
     known, names = specs(), [name for _, _, name in parts]
     if not names:
         raise ValueError("metrics: expected at least one name, got none")
@@ -168,6 +172,9 @@ def _check_setting(spec: MetricSpec, key: str, value: object) -> None:
             raise ValueError(
                 f"settings: expected weights among {known} in {key} of {spec.name}, got {wrong!r}"
             )
+        texts = value.values() if isinstance(value, dict) else [value]
+        if wrong := [text for text in texts if not isinstance(text, str | os.PathLike)]:
+            raise ValueError(f"settings: expected texts in {key} of {spec.name}, got {wrong[0]!r}")
         return
     if key not in spec.settings:
         names = [*spec.settings, "files"]
