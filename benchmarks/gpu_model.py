@@ -146,7 +146,7 @@ def work_of(entry: str, p: Problem, selected: int, blocks: int) -> Work:
         parts = p.block_q / min(64, p.block_q)
         return Work(selected * p.t_m / p.t_n * parts, half=4 * tile, looped=4 * tile)
     if entry == "sla2_states":
-        return Work(half=2.0 * p.pairs * p.n_k * d * d)
+        return Work(d / 32, half=2.0 * p.pairs * p.n_k * d * d)
     if entry == "sla2_masked_sum":
         depth = p.t_n if blocks == _sum_blocks(p, p.t_m) else p.t_m
         flops = 2.0 * p.pairs * p.t_m * p.t_n * d * (d + 1)

@@ -1,11 +1,13 @@
 """What each kernel's code consists of, written to benchmarks/results/sass.json:
-`python -m benchmarks.sass_figures`. The compile gate holds kernels to it, the model of times counts
-with it, and its change belongs into the commit that changes a kernel.
+`python -m benchmarks.sass_figures`, or with parts of kernels' names for those alone. The compile
+gate holds kernels to it, the model of times counts with it, and its change belongs into the commit
+that changes a kernel.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +48,22 @@ def read() -> dict[str, Any]:
     return json.loads(FILE.read_text())
 
 
-def main() -> None:
-    """Write the file, a kernel a line."""
+def main(parts: list[str]) -> None:
+    """Write the file, a kernel a line; those whose names hold none of `parts` stay as they are."""
     from sla2_kernels.compile import find_nvrtc, nvrtc_version
 
+    old = read()["figures"] if parts else {}
     lines = []
     for arch in ARCHS:
-        rows = [
-            f"   {json.dumps(name_of(spec))}: {json.dumps(figures_of(spec))}"
+        found = {
+            name_of(spec): figures_of(spec)
             for spec in specs_of(arch)
+            if not parts or any(part in spec.entry for part in parts)
+        }
+        kept = old.get(arch, {})
+        rows = [
+            f"   {json.dumps(name)}: {json.dumps(found.get(name) or kept[name])}"
+            for name in map(name_of, specs_of(arch))
         ]
         lines.append(f'  "{arch}": {{\n' + ",\n".join(rows) + "\n  }")
     head = f'{{\n "nvrtc": "{nvrtc_version(find_nvrtc())}",\n "figures": {{\n'
@@ -62,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

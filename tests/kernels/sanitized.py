@@ -99,7 +99,6 @@ def run_prologue():
     made = prologue(DEVICE, problem("int8", 48), *inputs, pool=True)
     written(
         made.k,
-        made.phi_q,
         made.phi_k,
         made.pooled_q,
         made.pooled_k,
@@ -121,7 +120,7 @@ def run_route():
     )
     written(scores)
     assert found.indices.owner.tolist() == [[[[0, 1, 2], [0, 1, 2]]]]
-    bits = Pointer.of(np.array([[[5], [2]]], np.uint32))
+    bits = Pointer.of(np.array([[[3], [1 << 16]]], np.uint32))
     columns = transpose_map(DEVICE, problem(), bits, 2)
     assert columns.offsets.owner.tolist() == [[0, 1, 2, 3]]
     assert columns.rows.owner[0, :3].tolist() == [0, 1, 0]
@@ -135,22 +134,21 @@ def run_states():
 
 def states():
     rest = Pointer.of(np.array([[1.0, 0.5]], np.float32))
-    bits = Pointer.of(np.array([[[5], [2]]], np.uint32))
+    bits = Pointer.of(np.array([[[3], [1 << 16]]], np.uint32))
     state, norm = halves(1, T_M, WIDTH, WIDTH), floats(1, T_M, WIDTH)
     return Linear(bits=bits, rest_inverse=rest, state=state, norm=norm)
 
 
 def run_forward():
-    made = Prologue(q=rows(), k=rows(), v=rows(), phi_q=halves(1, N, WIDTH))
+    made = Prologue(q=rows(), k=rows(), v=rows())
     written(*sparse_forward(DEVICE, problem(), made, block_map(), states(), ALPHA, True))
 
 
 def run_low_bit():
     made = Prologue(
-        q=NULL,
+        q=rows(),
         k=NULL,
         v=NULL,
-        phi_q=halves(1, N, WIDTH),
         q_bytes=octets(1, N, WIDTH),
         k_bytes=octets(1, N, WIDTH),
         v_bytes=octets(1, T_N, WIDTH, BLOCK_K),
@@ -163,14 +161,14 @@ def run_low_bit():
 
 def run_backward(precision="full", **low_bit):
     q, k, v, out, out_sparse, grad = (rows() for _ in range(6))
-    phi_q, phi_k = (halves(1, N, WIDTH) for _ in range(2))
+    phi_k = halves(1, N, WIDTH)
     saved = Forward(
         out=out,
         lse=Pointer.of(np.full((1, 1, N), 40.0, np.float32)),
         block_map=block_map(),
         alpha=ALPHA,
         linear=states(),
-        prologue=Prologue(q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, **low_bit),
+        prologue=Prologue(q=q, k=k, v=v, phi_k=phi_k, **low_bit),
         out_sparse=out_sparse,
         smooth_k=True,
     )

@@ -13,7 +13,7 @@ from sla2_kernels.sass import Loop, code_of, parse
 from benchmarks import sass_figures
 
 # A kernel of two nested loops, as nvdisasm writes it. The branch to .L_x_3 jumps over 16 FMULs, the
-# inner loop is .L_x_4 with two products, and what follows EXIT fills the end.
+# inner loop is .L_x_4 with two products; what follows EXIT comes back, or fills the end.
 FMUL = "        /*{:04x}*/                   FMUL R0, R0, R1 ;"
 SASS = f"""
 //--------------------- .text.nested     --------------------------
@@ -31,6 +31,8 @@ SASS = f"""
         /*0160*/                   IMMA.16832.S8.S8 R4, R8, R12, R4 ;
         /*0170*/               @P2 BRA `(.L_x_1) ;
         /*0180*/                   EXIT ;
+        /*0184*/                   FADD R0, R0, R1 ;
+        /*0188*/                   BRA `(.L_x_1) ;
 .L_x_5:
         /*0190*/                   BRA `(.L_x_5);
         /*01a0*/                   NOP;
@@ -39,7 +41,7 @@ SASS = f"""
 
 def test_code_is_counted_by_hand():
     code = parse(SASS)["nested"]
-    assert code.instructions == 1 + 2 + 16 + 5 + 1
+    assert code.instructions == 1 + 2 + 16 + 5 + 1 + 2
     assert code.loop == Loop(instructions=7, rare=16, tensor=3, inner=(3, 2))
     assert (code.count("HMMA"), code.count("LDG.E.128"), code.count("NOP")) == (2, 1, 0)
 

@@ -18,7 +18,7 @@ class Columns:
     """The block map by columns: which row blocks selected each key block.
 
     Attributes:
-        bits: uint32 (B H, T_n, ceil(T_m / 32)); row block i is bit i mod 32.
+        bits: uint32 (B H, T_n, ceil(T_m / 32)), row blocks in the order of `Linear.bits`.
         counts: int32 (B H, T_n).
         offsets: int32 (B H, T_n + 1).
         rows: int32 (B H, capacity); rows[offsets[j] : offsets[j + 1]] are those of column j, and
@@ -52,7 +52,7 @@ def transpose_map(device: Device, problem: Problem, bits: Pointer, width: int) -
     """The map by columns: count, scan, scatter.
 
     Args:
-        bits: uint32 (B H, T_m, ceil(T_n / 32)).
+        bits: uint32 (B H, T_m, ceil(T_n / 32)), as in `Linear`.
         width: how many blocks a row selects at most.
     """
     p, new = problem, device.allocate
@@ -224,7 +224,7 @@ def backward(
             p,
             "sla2_linear_bwd_q",
             (p.t_m, p.pairs),
-            made.phi_q,
+            q,
             d_out,
             linear.state,
             linear.norm,
@@ -237,6 +237,7 @@ def backward(
             d_alpha,
             heads,
             n_q,
+            np.int32(p.head_dim),
         )
         d_state, d_norm = masked_sum(device, p, columns.bits, d_states, NULL, p.t_n, p.t_m)
         run_kernel(

@@ -25,7 +25,7 @@ class Prologue:
 
     Attributes:
         q, k, v: 16 bit (B, H, N, width), K minus its mean over tokens if it was smoothed.
-        phi_q, phi_k: softmax over the channels of q and of k, 16 bit (B H, N, width).
+        phi_k: softmax over the channels of k, 16 bit (B H, N, width).
         pooled_q, pooled_k: block means, fp32 (B H, T_m, width) and (B H, T_n, width).
         q_bytes, k_bytes: 8-bit copies (B H, N, width), for a low-bit precision.
         v_bytes: 8-bit copy of V, transposed in each block: (B H, T_n, width, block_k).
@@ -36,7 +36,6 @@ class Prologue:
     q: Strided
     k: Strided
     v: Strided
-    phi_q: Pointer = NULL
     phi_k: Pointer = NULL
     pooled_q: Pointer = NULL
     pooled_k: Pointer = NULL
@@ -53,7 +52,8 @@ class Linear:
     """What the linear branch knows of every row block.
 
     Attributes:
-        bits: the block map, uint32 (B H, T_m, ceil(T_n / 32)); key block j is bit j mod 32.
+        bits: the block map, uint32 (B H, T_m, ceil(T_n / 32)); of 32 key blocks, block 2 i is bit i
+            and block 2 i + 1 bit 16 + i.
         rest_inverse: 1 / number of valid key blocks that are not selected, 0 if none is left; fp32
             (B H, T_m).
         state: H, the mean of phi(K_j)^T V_j / block_k over those blocks, 16 bit
@@ -163,26 +163,26 @@ def prologue(
     smooth_k: bool = True,
     linear: bool = True,
     pool: bool = False,
+    keep_k: bool = True,
 ) -> Prologue:
     """Make what the later steps need of Q, K and V, and no more (Alg. 2).
 
     Args:
         q: 16 bit (B, H, n_q, d). k, v: 16 bit (B, H, n_k, d).
         smooth_k: subtract K's mean over its valid tokens.
-        linear: make phi_q and phi_k.
+        linear: make phi_k.
         pool: make pooled_q and pooled_k.
+        keep_k: also write the smoothed K in low bit, where backward() alone reads it; else the
+            result's k is NULL.
 
     8-bit copies and their scales are made if the problem's precision is a low-bit one.
     """
     p, new, dtype = problem, device.allocate, problem.dtype
     q = widened(device, p, q, p.n_q)
     k, v = (widened(device, p, x, p.n_k) for x in (k, v))
-    if not (smooth_k or linear or pool or p.low):
-        return Prologue(q=q, k=k, v=v)
     made: dict[str, Pointer] = {}
     mean = smooth = NULL
     heads, n_q, n_k, t_n = map(np.int32, (p.heads, p.n_q, p.n_k, p.t_n))
-    channels = np.int32(p.head_dim)
     rows_q, rows_k, per_key = (p.pairs, p.n_q, p.width), (p.pairs, p.n_k, p.width), (p.t_n, p.pairs)
     if smooth_k or p.low:
         sums = new((p.pairs, p.t_n, p.width), "float32")
@@ -207,12 +207,12 @@ def prologue(
             n_k,
             t_n,
         )
-    if smooth_k:
+    if smooth_k and (keep_k or not p.low):
         smooth = new(rows_k, dtype)
-    else:
+    if not smooth_k:
         mean = NULL
     if linear:
-        made["phi_q"], made["phi_k"] = new(rows_q, dtype), new(rows_k, dtype)
+        made["phi_k"] = new(rows_k, dtype)
     if pool:
         made["pooled_q"] = new((p.pairs, p.t_m, p.width), "float32")
         made["pooled_k"] = new((p.pairs, p.t_n, p.width), "float32")
@@ -227,38 +227,28 @@ def prologue(
     def get(name: str) -> Pointer:
         return made.get(name, NULL)
 
-    run_kernel(
-        device,
-        p,
-        "sla2_prologue_k",
-        per_key,
-        *k.arguments,
-        mean,
-        p.kv_lengths,
-        smooth,
-        get("phi_k"),
-        get("pooled_k"),
-        get("k_bytes"),
-        get("k_scale"),
-        heads,
-        n_k,
-        channels,
-    )
-    if linear or pool or p.low:
+    if smooth_k or linear or pool or p.low:
         run_kernel(
             device,
             p,
-            "sla2_prologue_q",
-            (p.t_m, p.pairs),
-            *q.arguments,
-            get("phi_q"),
-            get("pooled_q"),
-            get("q_bytes"),
-            get("q_scale"),
+            "sla2_prologue_k",
+            per_key,
+            *k.arguments,
+            mean,
+            p.kv_lengths,
+            smooth,
+            get("phi_k"),
+            get("pooled_k"),
+            get("k_bytes"),
+            get("k_scale"),
             heads,
-            n_q,
-            channels,
+            n_k,
+            np.int32(p.head_dim),
         )
+    if pool or p.low:
+        outputs = map(get, ("pooled_q", "q_bytes", "q_scale"))
+        args = *q.arguments, *outputs, heads, n_q
+        run_kernel(device, p, "sla2_prologue_q", (p.t_m, p.pairs), *args)
     if p.low:
         args = *v.arguments, made["v_scale"], p.kv_lengths, made["v_bytes"], heads, n_k
         run_kernel(device, p, "sla2_prologue_v", per_key, *args)
@@ -436,7 +426,7 @@ def sparse_forward(
     """Softmax over the selected blocks, the linear branch and their mixture, in one kernel.
 
     Args:
-        made: q, k and v, or their 8-bit copies and scales; with `linear` also phi_q.
+        made: k and v, or the 8-bit copies and scales of q, k and v; q if 16 bit or `linear`.
         alpha: of every row block; read only with `linear`.
         save: keep O_s where a linear branch is mixed in.
         out: where to write O, 16 bit (B, H, n_q, width); None: new contiguous memory.
@@ -451,13 +441,16 @@ def sparse_forward(
     lse = new((p.batch, p.heads, p.n_q), "float32")
     out_sparse = new(rows, p.dtype) if save and linear else NULL
     inputs: tuple[Argument, ...]
+    mixed: tuple[Argument, ...]
     if p.low:
         name = "sla2_sparse_fwd_low"
         inputs = made.q_bytes, made.k_bytes, made.v_bytes, made.q_scale, made.k_scale, made.v_scale
+        q = made.q if linear else Strided(NULL, (0, 0, 0))
     else:
         k = contiguous(device, p, made.k, p.n_k)  # it already is where K was smoothed
         name, inputs = "sla2_sparse_fwd", (*made.q.arguments, k, *made.v.arguments)
-    mixed = (made.phi_q, linear.state, linear.norm) if linear else (NULL, NULL, NULL)
+    mixed = (linear.state, linear.norm) if linear else (NULL, NULL)
+    mixed = (*q.arguments, *mixed) if p.low else mixed
     run_kernel(
         device,
         p,
@@ -477,6 +470,7 @@ def sparse_forward(
         np.int32(p.heads),
         np.int32(p.n_q),
         np.int32(p.n_k),
+        np.int32(p.head_dim),
         p.softmax_scale,
     )
     return out, lse, Strided.of(out_sparse, p.heads, p.n_q, p.width) if linear else out
@@ -512,7 +506,9 @@ def forward(
         RuntimeError: what is needed to compile or run a kernel is missing, or one does not compile.
     """
     p = problem
-    made = made or prologue(device, p, q, k, v, smooth_k=smooth_k, linear=alpha is not None)
+    made = made or prologue(
+        device, p, q, k, v, smooth_k=smooth_k, linear=alpha is not None, keep_k=save
+    )
     linear = None if alpha is None else linear_states(device, p, made, block_map)
     alpha = alpha or ONE
     out, lse, out_sparse = sparse_forward(device, p, made, block_map, linear, alpha, save, out)

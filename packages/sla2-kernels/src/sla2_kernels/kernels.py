@@ -163,15 +163,10 @@ _KERNELS = {
     "sla2_key_sums": _Kernel("prologue.cu", _fixed(128), _none),
     "sla2_key_mean": _Kernel("prologue.cu", _fixed(512), _none, ("full", *_LOW)),
     "sla2_prologue_q": _Kernel(
-        "prologue.cu", lambda g, _: 2 * g.block_q, _none, ("full", *_LOW), opcodes=_WIDE
+        "prologue.cu", lambda g, _: 2 * g.block_q, _none, ("full", *_LOW), opcodes=_WIDE[:1]
     ),
     "sla2_prologue_k": _Kernel(
-        "prologue.cu",
-        lambda g, _: 2 * g.block_k,
-        _none,
-        ("full", *_LOW),
-        blocks=_fixed(3),
-        opcodes=_WIDE,
+        "prologue.cu", lambda g, _: 2 * g.block_k, _none, ("full", *_LOW), opcodes=_WIDE
     ),
     "sla2_prologue_v": _Kernel("prologue.cu", _fixed(128), _none, _LOW),
     "sla2_project": _Kernel("route.cu", lambda g, _: g.head_dim, _none),

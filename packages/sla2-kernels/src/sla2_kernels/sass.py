@@ -20,7 +20,7 @@ from typing import Any
 from sla2_kernels.artifacts import get, key_of
 from sla2_kernels.compile import Compiled
 
-SCHEMA = "sass 1"
+SCHEMA = "sass 2"
 TENSOR = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "OMMA")
 _MEMORY = ("LD", "ST", "RED", "ATOM", "UBLKCP", "BAR", "SYNCS")
 _LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P[T\d]+)\s+)?([A-Z][\w.]*)([^;]*);")
@@ -30,7 +30,9 @@ _TARGET = re.compile(r"`\((\.L_\w+)\)")
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop, as lies between a backward branch and what it goes back to.
+    """A loop: what lies between a backward branch and the place that it goes back to.
+
+    Code behind the kernel's end that returns to its place is none.
 
     Attributes:
         instructions: of one trip that takes no rare branch, inner loops counted once.
@@ -165,6 +167,11 @@ def _hot_loop(code: list[_Instruction]) -> Loop | None:
         [line for line in code if end.target <= line.address <= end.address]
         for end in ends
         if end.target is not None
+    ]
+    bodies = [
+        lines
+        for lines in bodies
+        if not any(line.opcode == "EXIT" and not line.predicated for line in lines)
     ]
     if not bodies:
         return None

@@ -396,7 +396,7 @@ class CudaBackend(Backend):
         """As Backend.forward. Without `save`, FP8 runs in 16 bit on GPUs that would emulate it:
         see `_precision_to_run`.
 
-        Saved: the smoothed K if K is smoothed; with alpha also O_s, phi(Q),
+        Saved: the smoothed K if K is smoothed; with alpha also O_s,
         phi(K), the map as bits, 1 / unselected blocks, H and Z (see sla2_kernels.forward.Linear).
         """
         from sla2_kernels.forward import forward
@@ -422,8 +422,8 @@ class CudaBackend(Backend):
         if save and smooth_k:
             found.append(made.prologue.k.owner)
         if save and made.linear:
-            phi, linear = made.prologue, made.linear
-            kept = (made.out_sparse, phi.phi_q, phi.phi_k, linear.bits, linear.rest_inverse)
+            phi_k, linear = made.prologue.phi_k, made.linear
+            kept = (made.out_sparse, phi_k, linear.bits, linear.rest_inverse)
             found += [x.owner for x in (*kept, linear.state, linear.norm)]
         return found
 
@@ -437,7 +437,7 @@ class CudaBackend(Backend):
         if options.smooth_k:
             found.append(q.new_empty((pairs, n_k, width)))
         if call.alpha is not None:
-            found += [q.new_empty((pairs, n, width)) for n in (n_q, n_q, n_k)]
+            found += [q.new_empty((pairs, n, width)) for n in (n_q, n_k)]
             found.append(indices.new_empty((pairs, t_m, num_blocks(t_n, 32))))
             found.append(q.new_empty((pairs, t_m), dtype=torch.float32))
             found.append(q.new_empty((pairs, t_m, width, width)))
@@ -479,9 +479,9 @@ class CudaBackend(Backend):
         if alpha is None:
             out_sparse = wide(out)
         else:
-            own, phi_q, phi_k, bits, rest_inverse, state, norm = map(_pointer, kept)
+            own, phi_k, bits, rest_inverse, state, norm = map(_pointer, kept)
             out_sparse = Strided.of(own, problem.heads, problem.n_q, problem.width)
-            made = replace(made, phi_q=phi_q, phi_k=phi_k)
+            made = replace(made, phi_k=phi_k)
             linear = Linear(bits=bits, rest_inverse=rest_inverse, state=state, norm=norm)
         saved = Forward(
             out=_strided(out),

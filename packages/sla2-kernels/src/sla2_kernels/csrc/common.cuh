@@ -53,8 +53,20 @@ SLA2_INLINE float low_half(unsigned x) {
 
 SLA2_INLINE float high_half(unsigned x) { return half_to_float(static_cast<half_bits>(x >> 16)); }
 
-// The larger of two floats, NaN if either is (fmaxf would hide it).
-SLA2_INLINE float max_nan(float a, float b) { return a > b || a != a ? a : b; }
+// Eight 16-bit values, as a 16-byte access moves them.
+SLA2_INLINE void unpack_chunk(float (&x)[8], const uint4& raw) {
+    x[0] = low_half(raw.x), x[1] = high_half(raw.x);
+    x[2] = low_half(raw.y), x[3] = high_half(raw.y);
+    x[4] = low_half(raw.z), x[5] = high_half(raw.z);
+    x[6] = low_half(raw.w), x[7] = high_half(raw.w);
+}
+
+SLA2_INLINE uint4 pack_chunk(const float (&x)[8]) {
+    uint4 raw;
+    raw.x = pack_half(x[0], x[1]), raw.y = pack_half(x[2], x[3]);
+    raw.z = pack_half(x[4], x[5]), raw.w = pack_half(x[6], x[7]);
+    return raw;
+}
 
 SLA2_INLINE float warp_max_nan(float v) {
     for (int mask = 16; mask > 0; mask >>= 1) v = max_nan(v, shfl_xor(v, mask));
@@ -89,3 +101,31 @@ SLA2_INLINE float quad_max(float v) {
     v = fmaxf(v, shfl_xor(v, 1));
     return fmaxf(v, shfl_xor(v, 2));
 }
+
+// The softmax over the channels of a row that D / 8 neighbouring lanes share, 8 channels each, of
+// which the lane has `inside` (any number from 8 on: all); the others become 0.
+SLA2_INLINE void softmax_of_lanes(float (&x)[8], int inside) {
+    if (inside < 8)
+#pragma unroll
+        for (int e = 0; e < 8; ++e) x[e] = e < inside ? x[e] : MINUS_INFINITY;
+    float largest = x[0], below = 0.0f;
+#pragma unroll
+    for (int e = 1; e < 8; ++e) largest = fmaxf(largest, x[e]);
+#pragma unroll
+    for (int mask = 1; mask < HEAD_DIM / 8; mask <<= 1)
+        largest = fmaxf(largest, shfl_xor(largest, mask));
+    largest *= LOG2_E;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] = exp2_approx(x[e] * LOG2_E - largest), below += x[e];
+#pragma unroll
+    for (int mask = 1; mask < HEAD_DIM / 8; mask <<= 1) below += shfl_xor(below, mask);
+    const float inverse = inverse_approx(below);  // of 1 to D
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] *= inverse;
+}
+
+// A block map is kept as bits, 32 columns a word. Column 2 i of a word is bit i and column 2 i + 1
+// bit 16 + i: so lie the two columns that a register of an MMA's A operand takes, each in its half
+// of the register (linear.cu). bit_of is a column's bit, column_of a bit's column.
+SLA2_INLINE int bit_of(int column) { return (column >> 1) + ((column & 1) << 4); }
+SLA2_INLINE int column_of(int bit) { return ((bit & 15) << 1) + (bit >> 4); }

@@ -8,17 +8,34 @@ constexpr bool QK_FP8 = SLA2_PRECISION == 3;
 constexpr bool PV_FP8 = SLA2_PRECISION == 1 || SLA2_PRECISION == 3;
 constexpr float QK_LIMIT = QK_FP8 ? 448.0f : 127.0f;
 constexpr float PV_LIMIT = PV_FP8 ? 448.0f : 127.0f;
+constexpr float LOG2_PV_LIMIT = PV_FP8 ? 8.807354922057604f : 6.988684686772166f;
 
 // NaN and inf maxima give NaN and inf scales, so that they show in everything the scale touches.
 SLA2_INLINE float scale_of(float maximum, float limit) {
     return maximum == 0.0f ? 1.0f : maximum / limit;
 }
 
-SLA2_INLINE unsigned round_int8(float x) {
-    // A NaN comes out as -127, and is not lost: the block's scale or, for P, the row sum has it.
-    const int rounded = __float2int_rn(fminf(fmaxf(x, -127.0f), 127.0f));
-    return static_cast<unsigned>(clamp_int(rounded, -127, 127)) & 0xffu;
-}
+// x / divisor for many x: as exact as a division once the quotient is rounded to 8 bits, in four
+// instructions. x (1 / divisor) alone may fall on the wrong side of a tie; its remainder corrects
+// it. A small divisor and x are lifted, so that neither 1 / divisor nor the remainder leaves fp32.
+struct Divisor {
+    float inverse, divisor, lift;
+    __device__ __forceinline__ explicit Divisor(float by) {
+        lift = by < 0x1p-64f ? 0x1p64f : 1.0f;
+        inverse = 1.0f / (by * lift);
+        divisor = inverse == 0.0f ? 0.0f : by * lift;  // x / inf = 0, where the remainder is NaN
+    }
+    __device__ __forceinline__ float divide(float x) const {
+        x *= lift;
+        const float quotient = x * inverse;
+        return __fmaf_rn(__fmaf_rn(-quotient, divisor, x), inverse, quotient);
+    }
+};
+
+// The nearest integer of x in bits 0-7, for |x| < 128: an fp32 number of this size has its lowest
+// bit at 1. A NaN comes out as some integer, and is not lost: the block's scale or, for P, the row
+// sum has it.
+SLA2_INLINE unsigned round_int8(float x) { return __float_as_uint(x + 12582912.0f); }
 
 // Four values, already divided by their scales, as four bytes; the first in bits 0-7.
 template <bool FP8>
@@ -26,7 +43,8 @@ SLA2_INLINE unsigned pack_bytes(float a, float b, float c, float d) {
 #if SLA2_ARCH >= 89
     if (FP8) return cvt_e4m3x2(a, b) | static_cast<unsigned>(cvt_e4m3x2(c, d)) << 16;
 #endif
-    return round_int8(a) | round_int8(b) << 8 | round_int8(c) << 16 | round_int8(d) << 24;
+    const unsigned low = __byte_perm(round_int8(a), round_int8(b), 0x0040);
+    return __byte_perm(low, __byte_perm(round_int8(c), round_int8(d), 0x0040), 0x5410);
 }
 
 // x, already divided by its scale, as the nearest value of the format; NaN stays NaN.

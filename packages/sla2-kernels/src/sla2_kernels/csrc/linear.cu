@@ -26,45 +26,58 @@ sla2_states(const half_bits* __restrict__ phi_k, const half_bits* __restrict__ v
     cp_async_wait<0>();
     __syncthreads();
 
-    const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * 16, g = lane >> 2;
-    const int column = (lane & 3) * 2;
-    // Rows of acc are channels of phi, columns channels of V, the depth is tokens: both tiles are
-    // stored [token][channel], so both operands are read transposed.
-    float acc[D_TILES][4];
-    clear(acc);
-#pragma unroll
-    for (int c = 0; c < BLOCK_K / 16; ++c) {
-        unsigned a[4];
-        load_a_trans<HALF_ROW>(a, phi_tile, 16 * c, row0);
-#pragma unroll
-        for (int n = 0; n < D_TILES; n += 2) {
-            unsigned b[4];
-            load_b_trans<HALF_ROW>(b, v_tile, 16 * c, 8 * n);
-            mma_half(acc[n], a, &b[0]);
-            mma_half(acc[n + 1], a, &b[2]);
-        }
-    }
+    const int row0 = threadIdx.x / 32 * 16;
     constexpr float SHARE = 1.0f / BLOCK_K;
     half_bits* target = states + (bh * gridDim.x + blockIdx.x) * STATE;
+    // z_j: a warp adds its 16 channels over the tokens, eight of them (16 bytes) in each of two
+    // lanes that take every 16th token; chunks of a row lie where tile_offset says.
+    const int lane = threadIdx.x & 31, half = lane & 1;
+    float sums[8];
 #pragma unroll
-    for (int n = 0; n < D_TILES; ++n)
+    for (int e = 0; e < 8; ++e) sums[e] = 0.0f;
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
-            *reinterpret_cast<unsigned*>(target + (row0 + 8 * r + g) * HEAD_DIM + 8 * n + column) =
-                pack_half(acc[n][2 * r] * SHARE, acc[n][2 * r + 1] * SHARE);
-    // z_j: a thread adds one channel over the tokens, where the swizzle has put it.
-    for (int c = threadIdx.x; c < HEAD_DIM; c += STATE_THREADS) {
-        float sum = 0.0f;
-        for (int row = 0; row < BLOCK_K; ++row)
-            sum += half_to_float(*reinterpret_cast<const half_bits*>(
-                phi_tile + tile_offset<HALF_ROW>(row, c / 8) + c % 8 * 2));
-        target[HEAD_DIM * HEAD_DIM + c] = float_to_half(sum * SHARE);
+    for (int row = lane >> 1; row < BLOCK_K; row += 16) {
+        float x[8];
+        unpack_chunk(x, *reinterpret_cast<const uint4*>(
+                            phi_tile + tile_offset<HALF_ROW>(row, row0 / 8 + half)));
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sums[e] += x[e];
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+        for (int mask = 2; mask < 32; mask <<= 1) sums[e] += shfl_xor(sums[e], mask);
+        sums[e] *= SHARE;
+    }
+    if (lane < 2)
+        *reinterpret_cast<uint4*>(target + HEAD_DIM * HEAD_DIM + row0 + 8 * half) =
+            pack_chunk(sums);
+    // Rows of acc are channels of phi, columns channels of V, the depth is tokens: both tiles are
+    // stored [token][channel], so both operands are read transposed. 32 columns at a time: few
+    // registers, so that many blocks wait for memory at once.
+    unsigned a[BLOCK_K / 16][4];
+#pragma unroll
+    for (int c = 0; c < BLOCK_K / 16; ++c) load_a_trans<HALF_ROW>(a[c], phi_tile, 16 * c, row0);
+#pragma unroll 1
+    for (int n = 0; n < D_TILES; n += 4) {
+        float acc[4][4];
+        clear(acc);
+#pragma unroll
+        for (int c = 0; c < BLOCK_K / 16; ++c)
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                unsigned b[4];
+                load_b_trans<HALF_ROW>(b, v_tile, 16 * c, 8 * (n + i));
+                mma_half(acc[i], a[c], &b[0]);
+                mma_half(acc[i + 1], a[c], &b[2]);
+            }
+        store_fragments(acc, SHARE, SHARE, target + row0 * HEAD_DIM + 8 * n, HEAD_DIM, 16);
     }
 }
 
 constexpr int SUM_ROWS = 128, SUM_COLUMNS = 128, SUM_DEPTH = 32, SUM_STAGES = 4, SUM_THREADS = 256;
 constexpr int SUM_ROW_BYTES = SUM_COLUMNS * 2;
 constexpr int SUM_STAGE_BYTES = SUM_DEPTH * SUM_ROW_BYTES;
+static_assert(HEAD_DIM * HEAD_DIM % SUM_COLUMNS == 0, "no tile holds both matrices and vectors");
 
 // sums_i = row_scale_i * sum over j with bit (i, j) clear of x_j: the dense product (1 - M) x, M
 // expanded from bits in registers. x (B H, depth, D (D + 1)) in 16 bit; matrix (B H, rows, D D) in
@@ -89,6 +102,7 @@ sla2_masked_sum(const unsigned* __restrict__ bits, const half_bits* __restrict__
 
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int warp_row = warp / 2 * 32, warp_column = warp % 2 * 64, g = lane >> 2, q = lane & 3;
+    const unsigned* line_bits = bits + static_cast<long long>(row0 + warp_row + g) * words;
     float acc[2][8][4];
 #pragma unroll
     for (int m = 0; m < 2; ++m)
@@ -122,7 +136,7 @@ sla2_masked_sum(const unsigned* __restrict__ bits, const half_bits* __restrict__
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const int row = row0 + warp_row + 16 * m + 8 * r + g;
-                word[m][r] = row < rows ? ~bits[static_cast<long long>(row) * words + step] : 0u;
+                word[m][r] = row < rows ? ~line_bits[(16 * m + 8 * r) * words + step] >> q : 0u;
             }
         // The two newest groups may travel: this stage is here. After the barrier nobody reads the
         // stage before, whose slot the load three steps ahead takes.
@@ -137,11 +151,12 @@ sla2_masked_sum(const unsigned* __restrict__ bits, const half_bits* __restrict__
 #pragma unroll
             for (int m = 0; m < 2; ++m)
                 // Register r of the A operand: row g + 8 (r & 1), depths 2 q and 2 q + 1 of the
-                // left (r < 2) or right eight: two neighbouring bits, each made a 16-bit 0 or 1.
+                // left (r < 2) or right eight. Their bits are q + 4 r' and 16 more, each of which
+                // becomes a 16-bit 0 or 1 by one AND and one multiplication.
 #pragma unroll
                 for (int r = 0; r < 4; ++r) {
-                    const unsigned pair = word[m][r & 1] >> (16 * c + 8 * (r >> 1) + 2 * q);
-                    a[m][r] = (pair & 1u) * ONE_BITS | (pair >> 1 & 1u) * (ONE_BITS << 16);
+                    const int bit = 4 * (r >> 1);
+                    a[m][r] = (word[m][r & 1] >> 8 * c & 0x10001u << bit) * (ONE_BITS >> bit);
                 }
 #pragma unroll
             for (int n = 0; n < 8; n += 2) {
@@ -155,25 +170,38 @@ sla2_masked_sum(const unsigned* __restrict__ bits, const half_bits* __restrict__
             }
         }
     }
+    float scale[2][2];
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = row0 + warp_row + 16 * m + 8 * r + g;
-            if (row >= rows) continue;
-            const long long line = bh * rows + row;
-            const float scale = row_scale == nullptr ? 1.0f : row_scale[line];
+            scale[m][r] = row_scale == nullptr || row >= rows ? 1.0f : row_scale[bh * rows + row];
+        }
+    if (column0 < HEAD_DIM * HEAD_DIM) {  // a tile of 128 columns holds matrices, or vectors
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+            const long long first = row0 + warp_row + 16 * m;
+            store_fragments(acc[m], scale[m][0], scale[m][1],
+                            matrix + (bh * rows + first) * HEAD_DIM * HEAD_DIM + column0 +
+                                warp_column,
+                            HEAD_DIM * HEAD_DIM, rows - static_cast<int>(first));
+        }
+        return;
+    }
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = row0 + warp_row + 16 * m + 8 * r + g;
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
-                const int column = column0 + warp_column + 8 * n + 2 * q;
-                const float a = acc[m][n][2 * r] * scale, b = acc[m][n][2 * r + 1] * scale;
-                if (column < HEAD_DIM * HEAD_DIM) {
-                    *reinterpret_cast<unsigned*>(matrix + line * HEAD_DIM * HEAD_DIM + column) =
-                        pack_half(a, b);
-                } else if (column < STATE) {
-                    vector[line * HEAD_DIM + column - HEAD_DIM * HEAD_DIM] = a;
-                    vector[line * HEAD_DIM + column - HEAD_DIM * HEAD_DIM + 1] = b;
-                }
+                const int column = column0 - HEAD_DIM * HEAD_DIM + warp_column + 8 * n + 2 * q;
+                if (row >= rows || column >= HEAD_DIM) continue;
+                float2 pair;
+                pair.x = acc[m][n][2 * r] * scale[m][r];
+                pair.y = acc[m][n][2 * r + 1] * scale[m][r];
+                *reinterpret_cast<float2*>(vector + (bh * rows + row) * HEAD_DIM + column) = pair;
             }
         }
 }

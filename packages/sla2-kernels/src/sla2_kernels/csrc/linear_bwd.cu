@@ -49,14 +49,14 @@ SLA2_INLINE void softmax_backward(float (&acc)[D_TILES][4], const unsigned char*
 // dO . (O_s - O_l), from row_dot = dO . O_s. With A = dO H^T, which d phi needs anyway, dO . O_l is
 // phi . A / (phi . Z): O_l is not kept by the forward. Grid (T_m, B H). Shared memory:
 // phi(Q) | dO | H | RowFactors.
-extern "C" __global__ void __launch_bounds__(Q_THREADS)
-sla2_linear_bwd_q(const half_bits* __restrict__ phi_q, const half_bits* __restrict__ grad,
+extern "C" __global__ void __launch_bounds__(Q_THREADS, 2)
+sla2_linear_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__ grad,
                   const half_bits* __restrict__ state, const float* __restrict__ norm,
                   const float* __restrict__ row_dot, const float* __restrict__ lse,
                   const float* __restrict__ rest_inverse, const float* __restrict__ alpha,
                   int alpha_stride_b, int alpha_stride_h, int alpha_stride_row,
                   float* __restrict__ d_q, half_bits* __restrict__ d_states,
-                  float* __restrict__ d_alpha, int num_heads, int n_q) {
+                  float* __restrict__ d_alpha, int num_heads, int n_q, int channels) {
     SLA2_DYNAMIC_SHARED(shared);
     unsigned char* phi_tile = shared;
     unsigned char* grad_tile = phi_tile + BLOCK_Q * HALF_ROW;
@@ -74,7 +74,7 @@ sla2_linear_bwd_q(const half_bits* __restrict__ phi_q, const half_bits* __restri
         if (threadIdx.x == 0) d_alpha[block] = 0.0f;
         return;
     }
-    load_tile<BLOCK_Q, HALF_ROW, Q_THREADS>(phi_tile, phi_q + line * HEAD_DIM, HALF_ROW, rows);
+    load_tile<BLOCK_Q, HALF_ROW, Q_THREADS>(phi_tile, q + line * HEAD_DIM, HALF_ROW, rows);
     load_tile<BLOCK_Q, HALF_ROW, Q_THREADS>(grad_tile, grad + line * HEAD_DIM, HALF_ROW, rows);
     load_tile<HEAD_DIM, HALF_ROW, Q_THREADS>(state_tile, state + block * HEAD_DIM * HEAD_DIM,
                                              HALF_ROW, HEAD_DIM);
@@ -91,6 +91,7 @@ sla2_linear_bwd_q(const half_bits* __restrict__ phi_q, const half_bits* __restri
 
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, row0 = warp * 16, g = lane >> 2;
     const int column = (lane & 3) * 2;
+    softmax_rows<16>(phi_tile, row0, channels);
     float acc[D_TILES][4];
     clear(acc);
     // A = dO H^T. Unrolled whole, it takes registers that a second block needs.
@@ -157,28 +158,28 @@ sla2_linear_bwd_q(const half_bits* __restrict__ phi_q, const half_bits* __restri
         *at = pack_half(low_half(*at) * factor, high_half(*at) * factor);
     }
     __syncthreads();
-    // dH, 16 channels of phi at a time: as many tiles as D / 16, whatever the number of warps.
+    // dH, 16 channels of phi at a time: as many tiles as D / 16, whatever the number of warps; 32
+    // columns at a time, as `states` does.
     for (int tile = warp; tile < HEAD_DIM / 16; tile += Q_THREADS / 32) {
-        clear(acc);
+#pragma unroll 1
+        for (int n = 0; n < D_TILES; n += 4) {
+            float sums[4][4];
+            clear(sums);
 #pragma unroll
-        for (int c = 0; c < BLOCK_Q / 16; ++c) {
-            unsigned a[4];
-            load_a_trans<HALF_ROW>(a, phi_tile, 16 * c, 16 * tile);
+            for (int c = 0; c < BLOCK_Q / 16; ++c) {
+                unsigned a[4];
+                load_a_trans<HALF_ROW>(a, phi_tile, 16 * c, 16 * tile);
 #pragma unroll
-            for (int n = 0; n < D_TILES; n += 2) {
-                unsigned b[4];
-                load_b_trans<HALF_ROW>(b, grad_tile, 16 * c, 8 * n);
-                mma_half(acc[n], a, &b[0]);
-                mma_half(acc[n + 1], a, &b[2]);
+                for (int i = 0; i < 4; i += 2) {
+                    unsigned b[4];
+                    load_b_trans<HALF_ROW>(b, grad_tile, 16 * c, 8 * (n + i));
+                    mma_half(sums[i], a, &b[0]);
+                    mma_half(sums[i + 1], a, &b[2]);
+                }
             }
+            store_fragments(sums, share, share, target + 16 * tile * HEAD_DIM + 8 * n, HEAD_DIM,
+                            16);
         }
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-#pragma unroll
-            for (int n = 0; n < D_TILES; ++n)
-                *reinterpret_cast<unsigned*>(
-                    target + (16 * tile + 8 * r + g) * HEAD_DIM + 8 * n + column) =
-                    pack_half(acc[n][2 * r] * share, acc[n][2 * r + 1] * share);
     }
 }
 
@@ -217,11 +218,12 @@ sla2_linear_bwd_kv(const half_bits* __restrict__ phi_k, const half_bits* __restr
             const int row = row0 + 8 * r + g;
             if (row >= rows) continue;
 #pragma unroll
-            for (int n = 0; n < D_TILES; ++n)
-#pragma unroll
-                for (int e = 0; e < 2; ++e)
-                    target[at + row * HEAD_DIM + 8 * n + column + e] =
-                        row < valid ? acc[n][2 * r + e] * SHARE : 0.0f;
+            for (int n = 0; n < D_TILES; ++n) {
+                float2 pair;
+                pair.x = row < valid ? acc[n][2 * r] * SHARE : 0.0f;
+                pair.y = row < valid ? acc[n][2 * r + 1] * SHARE : 0.0f;
+                *reinterpret_cast<float2*>(target + at + row * HEAD_DIM + 8 * n + column) = pair;
+            }
         }
     };
     // d phi = V dh^T + dz, through the softmax.

@@ -22,8 +22,11 @@ SLA2_INLINE void clear(float (&acc)[FWD_M_TILES][D_TILES][4]) {
 // What the epilogue reads and writes, already advanced to the block's (batch, head), as `out` is to
 // mix_arguments; null pointers switch parts off.
 struct MixArguments {
-    const half_bits* phi_q;  // (n_q, D), or null: no linear branch, O = O_s
-    const half_bits* state;  // H of this row block (D, D): [channel of phi][channel of V]
+    const half_bits* q;  // (n_q, D), rows q_step apart
+    int q_step;
+    int channels;            // of D, those that a head has; the others are padding
+    const half_bits* state;  // H of this row block (D, D): [channel of phi][channel of V], or null:
+                             // no linear branch, O = O_s
     const float* norm;       // Z of this row block (D,)
     float alpha;
     half_bits* out;         // (n_q, D), rows out_step apart
@@ -32,17 +35,17 @@ struct MixArguments {
     float* lse;             // (n_q,) natural log-sum-exp of the selected scores
 };
 
-SLA2_INLINE MixArguments mix_arguments(const half_bits* phi_q, const half_bits* state,
-                                       const float* norm, const float* alpha, int alpha_at,
-                                       half_bits* out, int out_step, half_bits* out_sparse,
-                                       float* lse, int n_q) {
+SLA2_INLINE MixArguments mix_arguments(const half_bits* q, int q_step, int channels,
+                                       const half_bits* state, const float* norm,
+                                       const float* alpha, int alpha_at, half_bits* out,
+                                       int out_step, half_bits* out_sparse, float* lse, int n_q) {
     const long long rows_at = static_cast<long long>(blockIdx.y) * n_q;
     const long long block_at = static_cast<long long>(blockIdx.y) * gridDim.x + blockIdx.x;
     MixArguments args;
-    args.phi_q = phi_q == nullptr ? nullptr : phi_q + rows_at * HEAD_DIM;
-    args.state = phi_q == nullptr ? nullptr : state + block_at * HEAD_DIM * HEAD_DIM;
-    args.norm = phi_q == nullptr ? nullptr : norm + block_at * HEAD_DIM;
-    args.alpha = phi_q == nullptr ? 1.0f : alpha[alpha_at];
+    args.q = q, args.q_step = q_step, args.channels = channels;
+    args.state = state == nullptr ? nullptr : state + block_at * HEAD_DIM * HEAD_DIM;
+    args.norm = state == nullptr ? nullptr : norm + block_at * HEAD_DIM;
+    args.alpha = state == nullptr ? 1.0f : alpha[alpha_at];
     args.out = out;
     args.out_step = out_step;
     args.out_sparse = out_sparse == nullptr ? nullptr : out_sparse + rows_at * HEAD_DIM;
@@ -127,23 +130,27 @@ SLA2_INLINE void store_rows(float (&o)[FWD_M_TILES][D_TILES][4], unsigned char* 
     }
 }
 
-// Ends a row block. All threads call it after the main loop; `phi_tile` (BLOCK_Q x D halves) and
-// `scratch` ((D + BLOCK_Q) x D halves) are shared memory that no thread reads any more once the
-// barrier below is passed, and no cp.async may be in flight. `some` and `rest` say whether the row
-// selects any block and whether any is left over.
+// Ends a row block. All threads call it after the main loop; `phi_tile` (BLOCK_Q x D halves), which
+// holds the block's 16-bit Q if `q_loaded` and becomes phi(Q), and `scratch` ((D + BLOCK_Q) x D
+// halves) are shared memory that no thread reads any more once the barrier below is passed, and no
+// cp.async may be in flight. `log_unit` is the natural logarithm of the unit in which the softmax
+// sums count. `some` and `rest` say whether the row selects any block and whether any is left over.
 SLA2_INLINE void mix_and_store(const MixArguments& args, float (&o)[FWD_M_TILES][D_TILES][4],
-                               OnlineSoftmax<FWD_M_TILES>& softmax, float softmax_scale, bool some,
-                               bool rest, int first_row, int n_q, unsigned char* phi_tile,
-                               unsigned char* scratch) {
+                               OnlineSoftmax<FWD_M_TILES>& softmax, float softmax_scale,
+                               float log_unit, bool some, bool rest, int first_row, int n_q,
+                               bool q_loaded, unsigned char* phi_tile, unsigned char* scratch) {
     const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * FWD_WARP_ROWS, g = lane >> 2;
     const int rows = n_q - first_row < BLOCK_Q ? n_q - first_row : BLOCK_Q;
     const long long first_at = static_cast<long long>(first_row) * HEAD_DIM;
-    const bool linear = args.phi_q != nullptr && rest;
+    const bool linear = args.state != nullptr && rest;
     unsigned char* state_tile = scratch;
     unsigned char* out_tile = scratch + HEAD_DIM * HALF_ROW;
-    __syncthreads();  // phi(Q) and H overwrite what the main loop of other warps may still read
+    __syncthreads();  // Q and H overwrite what the main loop of other warps may still read
     if (linear) {
-        load_tile<BLOCK_Q, HALF_ROW, FWD_THREADS>(phi_tile, args.phi_q + first_at, HALF_ROW, rows);
+        if (!q_loaded)
+            load_tile<BLOCK_Q, HALF_ROW, FWD_THREADS>(
+                phi_tile, args.q + static_cast<long long>(first_row) * args.q_step,
+                2 * args.q_step, rows);
         load_tile<HEAD_DIM, HALF_ROW, FWD_THREADS>(state_tile, args.state, HALF_ROW, HEAD_DIM);
         cp_async_commit();
     }
@@ -159,7 +166,8 @@ SLA2_INLINE void mix_and_store(const MixArguments& args, float (&o)[FWD_M_TILES]
             const int row = row0 + 16 * m + 8 * r + g;
             if (row < rows && (lane & 3) == 0)
                 args.lse[first_row + row] =
-                    some ? softmax.maximum[m][r] * softmax_scale + logf(softmax.sum[m][r])
+                    some ? softmax.maximum[m][r] * softmax_scale + logf(softmax.sum[m][r]) -
+                               log_unit
                          : MINUS_INFINITY;
         }
     if (args.out_sparse != nullptr)
@@ -174,6 +182,7 @@ SLA2_INLINE void mix_and_store(const MixArguments& args, float (&o)[FWD_M_TILES]
                 for (int e = 0; e < 4; ++e) o[m][n][e] *= weight;
         cp_async_wait<0>();
         __syncthreads();
+        softmax_rows<FWD_WARP_ROWS>(phi_tile, row0, args.channels);
         add_linear(o, phi_tile, state_tile, args.norm, 1.0f - weight, row0);
     }
     store_rows(o, out_tile, args.out + static_cast<long long>(first_row) * args.out_step,

@@ -7,20 +7,7 @@
 #include "formats.cuh"
 
 constexpr int ROW_LANES = HEAD_DIM / 8;  // lanes of a row, 8 channels (16 bytes) each
-
-SLA2_INLINE void unpack_chunk(float (&x)[8], const uint4& raw) {
-    x[0] = low_half(raw.x), x[1] = high_half(raw.x);
-    x[2] = low_half(raw.y), x[3] = high_half(raw.y);
-    x[4] = low_half(raw.z), x[5] = high_half(raw.z);
-    x[6] = low_half(raw.w), x[7] = high_half(raw.w);
-}
-
-SLA2_INLINE uint4 pack_chunk(const float (&x)[8]) {
-    uint4 raw;
-    raw.x = pack_half(x[0], x[1]), raw.y = pack_half(x[2], x[3]);
-    raw.z = pack_half(x[4], x[5]), raw.w = pack_half(x[6], x[7]);
-    return raw;
-}
+constexpr int RESIDENT_THREADS = 512;    // of a multiprocessor: leaves 128 registers for a thread
 
 // Copies source_columns 16-bit values of every token into rows of target_columns,
 // (B H, tokens, target_columns); columns without a source are 0. Strides may be any. Grid
@@ -60,15 +47,14 @@ sla2_key_sums(const half_bits* __restrict__ k, long long k_item, long long k_hea
     float total[8], top[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) total[e] = 0.0f, top[e] = 0.0f;
+#pragma unroll 2  // ptxas spills on sm_90a (d = 64) if it unrolls more
     for (int token = block * BLOCK_K + group; token < end; token += GROUPS) {
         float x[8];
-        unpack_chunk(
-            x, *reinterpret_cast<const uint4*>(k + static_cast<long long>(token) * k_step));
+        unpack_chunk(x, load_16(k + static_cast<long long>(token) * k_step));
 #pragma unroll
         for (int e = 0; e < 8; ++e) total[e] += x[e];
         if (value_max != nullptr) {
-            unpack_chunk(
-                x, *reinterpret_cast<const uint4*>(v + static_cast<long long>(token) * v_step));
+            unpack_chunk(x, load_16(v + static_cast<long long>(token) * v_step));
 #pragma unroll
             for (int e = 0; e < 8; ++e) top[e] = max_nan(top[e], fabsf(x[e]));
         }
@@ -115,8 +101,8 @@ sla2_key_mean(const float* __restrict__ key_sum, const float* __restrict__ value
 
 // One block of ROWS tokens, x_step elements apart: x - mean rounded to 16 bit (smooth), its softmax
 // over the first `channels` channels (phi), its mean over the valid tokens (pooled), and an 8-bit
-// copy with one scale. Null outputs are skipped. Tokens past `valid` but below `rows` come out as
-// zeros. The 16-bit x - mean is what everything else is made from.
+// copy with one scale. Null outputs are skipped. Tokens past `valid` but below `rows`, which is at
+// least 1, come out as zeros. The 16-bit x - mean is what everything else is made from.
 template <int ROWS, int THREADS>
 SLA2_INLINE void prepare_block(const half_bits* x, int x_step, const float* mean, int channels,
                                int rows, int valid, half_bits* smooth, half_bits* phi,
@@ -127,52 +113,40 @@ SLA2_INLINE void prepare_block(const half_bits* x, int x_step, const float* mean
     __shared__ float tops[THREADS / 32];
     const int lane = threadIdx.x % ROW_LANES, group = threadIdx.x / ROW_LANES;
     // The block stays in registers, 8 channels a lane in each pass: the 8-bit copy at the end needs
-    // the largest value of all of it, and x is read from memory once.
+    // the largest value of all of it, and x is read from memory once. All loads are under way
+    // before the first value is used; those of rows past the end read the last row.
     uint4 kept[PASSES];
+#pragma unroll
+    for (int pass = 0; pass < PASSES; ++pass) {
+        const int row = pass * GROUPS + group;
+        kept[pass] = load_16(x + (row < rows ? row : rows - 1) * x_step + 8 * lane);
+    }
     float shift[8], total[8], top = 0.0f;
 #pragma unroll
     for (int e = 0; e < 8; ++e)
         shift[e] = mean == nullptr ? 0.0f : mean[8 * lane + e], total[e] = 0.0f;
+    const int inside = channels - 8 * lane;  // at least 8 but where heads are padded
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass) {
         const int row = pass * GROUPS + group;
-        float y[8], p[8];
-        kept[pass].x = kept[pass].y = kept[pass].z = kept[pass].w = 0u;
-        if (row < valid) {
-            kept[pass] = *reinterpret_cast<const uint4*>(x + row * x_step + 8 * lane);
-            if (mean != nullptr) {
-                unpack_chunk(y, kept[pass]);
+        float y[8];
+        if (mean != nullptr) {
+            unpack_chunk(y, kept[pass]);
 #pragma unroll
-                for (int e = 0; e < 8; ++e) y[e] -= shift[e];
-                kept[pass] = pack_chunk(y);
-            }
+            for (int e = 0; e < 8; ++e) y[e] -= shift[e];
+            kept[pass] = pack_chunk(y);
         }
+        if (row >= valid) kept[pass].x = kept[pass].y = kept[pass].z = kept[pass].w = 0u;
         unpack_chunk(y, kept[pass]);
-        // phi: the softmax over a row, which ROW_LANES neighbouring lanes share.
-        float largest = MINUS_INFINITY, below = 0.0f;
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-            total[e] += y[e];
-            top = max_nan(top, fabsf(y[e]));
-            if (8 * lane + e < channels) largest = fmaxf(largest, y[e]);
-        }
-        for (int mask = 1; mask < ROW_LANES; mask <<= 1)
-            largest = fmaxf(largest, shfl_xor(largest, mask));
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-            p[e] = 8 * lane + e < channels ? exp2_approx((y[e] - largest) * LOG2_E) : 0.0f;
-            below += p[e];
-        }
-        for (int mask = 1; mask < ROW_LANES; mask <<= 1) below += shfl_xor(below, mask);
-        if (row < rows) {
-            const float inverse = row < valid ? 1.0f / below : 0.0f;
-#pragma unroll
-            for (int e = 0; e < 8; ++e) p[e] *= inverse;
-            if (smooth != nullptr)
-                *reinterpret_cast<uint4*>(smooth + row * HEAD_DIM + 8 * lane) = kept[pass];
-            if (phi != nullptr)
-                *reinterpret_cast<uint4*>(phi + row * HEAD_DIM + 8 * lane) = pack_chunk(p);
-        }
+        for (int e = 0; e < 8; ++e) total[e] += y[e], top = max_nan(top, fabsf(y[e]));
+        if (smooth != nullptr && row < rows)
+            *reinterpret_cast<uint4*>(smooth + row * HEAD_DIM + 8 * lane) = kept[pass];
+        if (phi == nullptr) continue;
+        softmax_of_lanes(y, inside);
+        uint4 chunk = pack_chunk(y);
+        if (row >= valid) chunk.x = chunk.y = chunk.z = chunk.w = 0u;
+        if (row < rows) *reinterpret_cast<uint4*>(phi + row * HEAD_DIM + 8 * lane) = chunk;
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e) sums[group][8 * lane + e] = total[e];
@@ -180,32 +154,35 @@ SLA2_INLINE void prepare_block(const half_bits* x, int x_step, const float* mean
     if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
     __syncthreads();
     if (pooled != nullptr) {
-        const float count = static_cast<float>(valid > 0 ? valid : 1);
+        const float share = 1.0f / static_cast<float>(valid > 0 ? valid : 1);
         for (int c = threadIdx.x; c < HEAD_DIM; c += THREADS) {
             float sum = 0.0f;
             for (int g = 0; g < GROUPS; ++g) sum += sums[g][c];
-            pooled[c] = sum / count;
+            pooled[c] = sum * share;
         }
     }
     if (bytes == nullptr) return;
     for (int w = 0; w < THREADS / 32; ++w) top = max_nan(top, tops[w]);
     const float step = scale_of(top, QK_LIMIT);
     if (threadIdx.x == 0) *scale = step;
+    const Divisor by(step);
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass) {
         const int row = pass * GROUPS + group;
         float y[8];
         unpack_chunk(y, kept[pass]);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) y[e] = by.divide(y[e]);
         uint2 packed;
-        packed.x = pack_bytes<QK_FP8>(y[0] / step, y[1] / step, y[2] / step, y[3] / step);
-        packed.y = pack_bytes<QK_FP8>(y[4] / step, y[5] / step, y[6] / step, y[7] / step);
+        packed.x = pack_bytes<QK_FP8>(y[0], y[1], y[2], y[3]);
+        packed.y = pack_bytes<QK_FP8>(y[4], y[5], y[6], y[7]);
         if (row < rows) *reinterpret_cast<uint2*>(bytes + row * HEAD_DIM + 8 * lane) = packed;
     }
 }
 
 // Grid (T_n, B H). mean (B H, D) or null; smooth, phi (B H, n_k, D); pooled (B H, T_n, D); bytes
 // (B H, n_k, D) and scale (B H, T_n), or null.
-extern "C" __global__ void __launch_bounds__(2 * BLOCK_K, 1)
+extern "C" __global__ void __launch_bounds__(2 * BLOCK_K, RESIDENT_THREADS / (2 * BLOCK_K))
 sla2_prologue_k(const half_bits* __restrict__ k, long long k_item, long long k_head, int k_step,
                 const float* __restrict__ mean, const int* __restrict__ kv_lengths,
                 half_bits* smooth, half_bits* phi, float* pooled, unsigned char* bytes,
@@ -223,20 +200,18 @@ sla2_prologue_k(const half_bits* __restrict__ k, long long k_item, long long k_h
         bytes == nullptr ? nullptr : bytes + at, scale + block);
 }
 
-// Grid (T_m, B H). phi (B H, n_q, D); pooled (B H, T_m, D); bytes (B H, n_q, D) and scale
-// (B H, T_m), or null.
-extern "C" __global__ void __launch_bounds__(2 * BLOCK_Q, 1)
+// Grid (T_m, B H). pooled (B H, T_m, D); bytes (B H, n_q, D) and scale (B H, T_m), or null.
+extern "C" __global__ void __launch_bounds__(2 * BLOCK_Q, RESIDENT_THREADS / (2 * BLOCK_Q))
 sla2_prologue_q(const half_bits* __restrict__ q, long long q_item, long long q_head, int q_step,
-                half_bits* phi, float* pooled, unsigned char* bytes, float* scale,
-                int num_heads, int n_q, int channels) {
+                float* pooled, unsigned char* bytes, float* scale, int num_heads, int n_q) {
     const long long bh = blockIdx.y, block = bh * gridDim.x + blockIdx.x;
     const int first = blockIdx.x * BLOCK_Q, item = blockIdx.y / num_heads;
     const int head = blockIdx.y % num_heads;
     const long long at = (bh * n_q + first) * HEAD_DIM;
     prepare_block<BLOCK_Q, 2 * BLOCK_Q>(
         q + item * q_item + head * q_head + static_cast<long long>(first) * q_step, q_step,
-        nullptr, channels, n_q - first, n_q - first < BLOCK_Q ? n_q - first : BLOCK_Q,
-        nullptr, phi == nullptr ? nullptr : phi + at,
+        nullptr, HEAD_DIM, n_q - first, n_q - first < BLOCK_Q ? n_q - first : BLOCK_Q,
+        nullptr, nullptr,
         pooled == nullptr ? nullptr : pooled + block * HEAD_DIM,
         bytes == nullptr ? nullptr : bytes + at, scale + block);
 }
@@ -247,27 +222,52 @@ extern "C" __global__ void __launch_bounds__(128)
 sla2_prologue_v(const half_bits* __restrict__ v, long long v_item, long long v_head, int v_step,
                 const float* __restrict__ value_scale, const int* __restrict__ kv_lengths,
                 unsigned char* __restrict__ bytes, int num_heads, int n_k) {
-    __shared__ half_bits tile[BLOCK_K][HEAD_DIM + 2];  // + 2: columns fall into different banks
+    constexpr int PASSES = BLOCK_K * ROW_LANES / 128;  // of 16 bytes a thread
+    constexpr int SHARES = 128 / HEAD_DIM, GROUPS = BLOCK_K / 16 / SHARES;
+    // [token][pair of channels]; + 1: rows begin in different banks.
+    __shared__ unsigned tile[BLOCK_K][HEAD_DIM / 2 + 1];
     const long long bh = blockIdx.y;
-    const int first = blockIdx.x * BLOCK_K;
+    const int first = blockIdx.x * BLOCK_K, rows = n_k - first;
     const int item = blockIdx.y / num_heads, head = blockIdx.y % num_heads;
     const int valid = valid_keys(kv_lengths, item, n_k) - first;
     v += item * v_item + head * v_head + static_cast<long long>(first) * v_step;
-    for (int i = threadIdx.x; i < BLOCK_K * HEAD_DIM; i += 128) {
-        const int row = i / HEAD_DIM, c = i % HEAD_DIM;
-        tile[row][c] = row < valid ? v[row * v_step + c] : static_cast<half_bits>(0);
+    uint4 kept[PASSES];
+#pragma unroll
+    for (int pass = 0; pass < PASSES; ++pass) {
+        const int i = pass * 128 + threadIdx.x, row = i / ROW_LANES;
+        kept[pass] = load_16(v + (row < rows ? row : rows - 1) * v_step + 8 * (i % ROW_LANES));
+    }
+#pragma unroll
+    for (int pass = 0; pass < PASSES; ++pass) {
+        const int i = pass * 128 + threadIdx.x, row = i / ROW_LANES;
+        unsigned* pairs = &tile[row][4 * (i % ROW_LANES)];
+        const bool inside = row < valid;
+        pairs[0] = inside ? kept[pass].x : 0u, pairs[1] = inside ? kept[pass].y : 0u;
+        pairs[2] = inside ? kept[pass].z : 0u, pairs[3] = inside ? kept[pass].w : 0u;
     }
     __syncthreads();
-    unsigned* target =
-        reinterpret_cast<unsigned*>(bytes + (bh * gridDim.x + blockIdx.x) * HEAD_DIM * BLOCK_K);
-    for (int i = threadIdx.x; i < HEAD_DIM * BLOCK_K / 4; i += 128) {
-        // Four bytes of channel c, from place p of the block; `base` is p's group of 16 keys.
-        const int c = i / (BLOCK_K / 4), p = i % (BLOCK_K / 4) * 4, base = p & ~15;
-        const float step = value_scale[bh * HEAD_DIM + c];
-        float x[4];
+    // A thread makes one channel's bytes, 16 keys at a time; of 64 channels it shares each with
+    // another thread. (In low bit a block holds 32 or 64 keys, so shares are whole.)
+    const int c = threadIdx.x % HEAD_DIM, share = threadIdx.x / HEAD_DIM;
+    const Divisor by(value_scale[bh * HEAD_DIM + c]);
+    unsigned char* target =
+        bytes + ((bh * gridDim.x + blockIdx.x) * HEAD_DIM + c) * BLOCK_K + share * GROUPS * 16;
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-            x[e] = half_to_float(tile[base + permuted_key((p & 15) + e)][c]) / step;
-        target[i] = pack_bytes<PV_FP8>(x[0], x[1], x[2], x[3]);
+    for (int group = 0; group < GROUPS; ++group) {
+        unsigned words[4];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            float x[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int key = (share * GROUPS + group) * 16 + permuted_key(4 * w + e);
+                const unsigned pair = tile[key][c / 2];
+                x[e] = by.divide(c % 2 ? high_half(pair) : low_half(pair));
+            }
+            words[w] = pack_bytes<PV_FP8>(x[0], x[1], x[2], x[3]);
+        }
+        uint4 packed;
+        packed.x = words[0], packed.y = words[1], packed.z = words[2], packed.w = words[3];
+        *reinterpret_cast<uint4*>(target + 16 * group) = packed;
     }
 }

@@ -25,6 +25,15 @@ SLA2_PTX void cp_async_16(void* smem, const void* gmem, int valid_bytes) {
                  : "memory");
 }
 
+// 16 bytes from global memory that no kernel writes meanwhile, in one load.
+SLA2_PTX uint4 load_16(const void* gmem) {
+    uint4 r;
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+        : "l"(gmem));
+    return r;
+}
+
 SLA2_PTX void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most N of this thread's most recent groups are still in flight.
@@ -120,10 +129,32 @@ SLA2_PTX float bf16_to_f32(unsigned short x) {
     return __uint_as_float(static_cast<unsigned>(x) << 16);
 }
 
-// 2^x to about 2 ulp; 2^-inf = 0.
+// 2^x to about 2 ulp; 0 where it is below 2^-126, the smallest normal number. Keeping subnormals
+// would cost three more instructions each time.
 SLA2_PTX float exp2_approx(float x) {
     float r;
-    asm("ex2.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+// 1 / x to about 1 ulp, for normal x whose inverse is normal.
+SLA2_PTX float inverse_approx(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+// The larger of two floats, NaN if either is (fmaxf would hide it).
+SLA2_PTX float max_nan(float a, float b) {
+    float r;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
+
+// The warp's sum of an integer, in one instruction.
+SLA2_PTX int warp_total(int x) {
+    int r;
+    asm volatile("redux.sync.add.s32 %0, %1, 0xffffffff;" : "=r"(r) : "r"(x));
     return r;
 }
 

@@ -96,6 +96,7 @@ SLA2_INLINE int lanes_below(unsigned votes) {
 }
 
 constexpr int WARPS_OF_ROWS = 4;
+constexpr int KEPT = 48;  // keys of a row that a lane holds: rows of up to 1,536 blocks
 
 // The map of every row: of the item's valid key blocks among the first `routable` the
 // K = max(1, round(topk * number)) best, and every valid block from `routable` on (forced: those
@@ -123,13 +124,25 @@ sla2_topk(const float* __restrict__ scores, const int* __restrict__ kv_lengths,
     // The largest threshold that `wanted` keys reach, from the highest bit down: a bit stays if
     // enough keys reach the threshold with it. The last trial that failed was threshold + 1 (its
     // bits below are 0 where all later trials set theirs), so its count is that of the keys above.
+    // The first KEPT keys of a lane wait in registers, so that short rows are read twice in all.
+    unsigned kept[KEPT];
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+        const int j = 32 * i + lane;
+        kept[i] = j < blocks ? order_key(line[j]) : 0u;  // 0 reaches no threshold
+    }
     unsigned threshold = 0u;
     int above = 0;
     for (int bit = 31; bit >= 0; --bit) {
         const unsigned trial = threshold | (1u << bit);
         int reach = 0;
-        for (int j = lane; j < blocks; j += 32) reach += order_key(line[j]) >= trial;
-        reach = warp_sum(reach);
+#pragma unroll
+        for (int first = 0; first < KEPT; first += 16)
+            if (32 * first < blocks)
+#pragma unroll
+                for (int i = first; i < first + 16; ++i) reach += kept[i] >= trial;
+        for (int j = 32 * KEPT + lane; j < blocks; j += 32) reach += order_key(line[j]) >= trial;
+        reach = warp_total(reach);
         if (reach >= wanted) threshold = trial;
         else above = reach;
     }
@@ -153,8 +166,8 @@ sla2_topk(const float* __restrict__ scores, const int* __restrict__ kv_lengths,
     if (lane == 0) counts[at] = wanted + forced;
 }
 
-// The map as bits, (B H, T_m, ceil(T_n / 32)), and 1 / (number of valid blocks left over), 0 if
-// none is, per row. A warp per row: grid (ceil(T_m / 4), B H), 128 threads.
+// The map as bits (bit_of), (B H, T_m, ceil(T_n / 32)), and 1 / (number of valid blocks left over),
+// 0 if none is, per row. A warp per row: grid (ceil(T_m / 4), B H), 128 threads.
 extern "C" __global__ void __launch_bounds__(32 * WARPS_OF_ROWS)
 sla2_row_bits(const int* __restrict__ indices, const int* __restrict__ counts,
               const int* __restrict__ kv_lengths, unsigned* __restrict__ bits,
@@ -176,7 +189,7 @@ sla2_row_bits(const int* __restrict__ indices, const int* __restrict__ counts,
         }
         unsigned word = 0u;
         for (; low < count && list[low] < 32 * w + 32; ++low) {
-            word |= 1u << (list[low] - 32 * w);
+            word |= 1u << bit_of(list[low] - 32 * w);
             selected += list[low] < blocks;
         }
         bits[at * words + w] = word;
@@ -197,9 +210,9 @@ sla2_column_bits(const unsigned* __restrict__ bits, unsigned* __restrict__ colum
     const int words = ceil_div(t_n, 32), column_words = ceil_div(t_m, 32);
     int count = 0;
     for (int w = 0; w < column_words; ++w) {
-        const int row = 32 * w + lane;
-        const bool chosen =
-            row < t_m && (bits[(bh * t_m + row) * words + column / 32] >> (column % 32) & 1u);
+        const int row = 32 * w + column_of(lane);  // which becomes bit `lane`
+        const bool chosen = row < t_m && (bits[(bh * t_m + row) * words + column / 32] >>
+                                              bit_of(column % 32) & 1u);
         const unsigned word = __ballot_sync(0xffffffffu, chosen);
         if (lane == 0) column_bits[(bh * t_n + column) * column_words + w] = word;
         count += __popc(word);
@@ -249,7 +262,9 @@ sla2_column_rows(const unsigned* __restrict__ column_bits, const int* __restrict
     int* list = rows + bh * capacity + offsets[bh * (t_n + 1) + column];
     for (int w = 0; w < column_words; ++w) {
         const unsigned word = column_bits[(bh * t_n + column) * column_words + w];
-        if (word >> lane & 1u) list[lanes_below(word)] = 32 * w + lane;
+        const bool chosen = word >> bit_of(lane) & 1u;
+        const unsigned votes = __ballot_sync(0xffffffffu, chosen);
+        if (chosen) list[lanes_below(votes)] = 32 * w + lane;
         list += __popc(word);
     }
 }

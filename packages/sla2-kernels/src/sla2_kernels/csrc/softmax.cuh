@@ -19,14 +19,14 @@ struct OnlineSoftmax {
             for (int r = 0; r < 2; ++r) maximum[m][r] = MINUS_INFINITY, sum[m][r] = 0.0f;
     }
 
-    // Turns raw scores s into P = 2^(scale (s - maximum)), adds their row sums, and rescales `out`
-    // and the sums if the maximum of any row of the warp moves up by more than `slack` in log2
-    // (then P <= 2^slack; 0 keeps P in [0, 1]). The result after normalisation does not depend on
-    // it. NaN scores give NaN weights: fmaxf skips them, exp2 does not.
+    // Turns raw scores s into P = 2^(scale (s - maximum) + unit), adds their row sums, and rescales
+    // `out` and the sums if the maximum of any row of the warp moves up by more than `slack` in
+    // log2 (then P <= 2^(unit + slack)). The result after normalisation depends on neither. NaN
+    // scores give NaN weights: fmaxf skips them, exp2 does not.
     template <int N_TILES, int OUT_TILES>
     __device__ __forceinline__ void update(float (&s)[M_TILES][N_TILES][4],
                                            float (&out)[M_TILES][OUT_TILES][4], float scale,
-                                           float slack) {
+                                           float slack, float unit = 0.0f) {
         float top[M_TILES][2];
         bool moved = false;
 #pragma unroll
@@ -61,7 +61,7 @@ struct OnlineSoftmax {
         for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const float shift = maximum[m][r] * scale;
+                const float shift = maximum[m][r] * scale - unit;
                 float total = 0.0f;
 #pragma unroll
                 for (int n = 0; n < N_TILES; ++n)

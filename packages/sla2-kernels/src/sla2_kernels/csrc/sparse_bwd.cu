@@ -6,7 +6,7 @@
 constexpr int ROW_VALUES = MATCHED ? 4 : 2;
 // What keeps ptxas from spilling: it holds fewer operands at once.
 constexpr int DQ_UNROLL = SLA2_ARCH == 100 ? 2 : HEAD_DIM / 16;
-constexpr int DKV_UNROLL = MATCHED || SLA2_ARCH == 120 ? 1 : HEAD_DIM / 16;
+constexpr int DKV_UNROLL = SLA2_ARCH == 120 ? (MATCHED ? 2 : 1) : (MATCHED ? 1 : HEAD_DIM / 16);
 
 // row_dot (B H, n_q) = dO . O_s, fp32: D of the softmax backward is this times the weight of O_s.
 // Grid (T_m, B H).
@@ -19,15 +19,13 @@ sla2_bwd_row_dot(const half_bits* __restrict__ grad, const half_bits* __restrict
         const int row = blockIdx.x * BLOCK_Q + i;
         const long long line = static_cast<long long>(blockIdx.y) * n_q + row;
         float x = 0.0f;
-        if (row < n_q)
+        if (row < n_q) {
+            float d[8], s[8];
+            unpack_chunk(d, load_16(grad + line * HEAD_DIM + 8 * lane));
+            unpack_chunk(s, load_16(out_sparse + line * HEAD_DIM + 8 * lane));
 #pragma unroll
-            for (int e = 0; e < 8; e += 2) {
-                const unsigned d =
-                    *reinterpret_cast<const unsigned*>(grad + line * HEAD_DIM + 8 * lane + e);
-                const unsigned s =
-                    *reinterpret_cast<const unsigned*>(out_sparse + line * HEAD_DIM + 8 * lane + e);
-                x += low_half(d) * low_half(s) + high_half(d) * high_half(s);
-            }
+            for (int e = 0; e < 8; ++e) x += d[e] * s[e];
+        }
         for (int mask = 1; mask < ROW_LANES; mask <<= 1) x += shfl_xor(x, mask);
         if (lane == 0 && row < n_q) row_dot[line] = x;
     }
@@ -123,9 +121,13 @@ sla2_sparse_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
 #pragma unroll
         for (int n = 0; n < D_TILES; ++n) {
             const long long at = (bh * n_q + row) * HEAD_DIM + 8 * n + column;
-            float x = acc[n][2 * r] * OUT_FACTOR, y = acc[n][2 * r + 1] * OUT_FACTOR;
-            if (d_linear != nullptr) x += d_linear[at], y += d_linear[at + 1];
-            *reinterpret_cast<unsigned*>(d_q + at) = pack_half(x, y);
+            float2 x;
+            x.x = acc[n][2 * r] * OUT_FACTOR, x.y = acc[n][2 * r + 1] * OUT_FACTOR;
+            if (d_linear != nullptr) {
+                const float2 rest = *reinterpret_cast<const float2*>(d_linear + at);
+                x.x += rest.x, x.y += rest.y;
+            }
+            *reinterpret_cast<unsigned*>(d_q + at) = pack_half(x.x, x.y);
         }
     }
 }

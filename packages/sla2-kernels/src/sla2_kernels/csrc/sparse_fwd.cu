@@ -19,12 +19,12 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
                 const half_bits* __restrict__ k, const half_bits* __restrict__ v,
                 long long v_item, long long v_head, int v_step, const int* __restrict__ indices,
                 const int* __restrict__ counts, int max_selected,
-                const int* __restrict__ kv_lengths, const half_bits* __restrict__ phi_q,
-                const half_bits* __restrict__ state, const float* __restrict__ norm,
-                const float* __restrict__ alpha, int alpha_stride_b, int alpha_stride_h,
-                int alpha_stride_row, half_bits* out, long long out_item, long long out_head,
-                int out_step, half_bits* out_sparse, float* lse, int num_heads, int n_q,
-                int n_k, float softmax_scale) {
+                const int* __restrict__ kv_lengths, const half_bits* __restrict__ state,
+                const float* __restrict__ norm, const float* __restrict__ alpha,
+                int alpha_stride_b, int alpha_stride_h, int alpha_stride_row, half_bits* out,
+                long long out_item, long long out_head, int out_step, half_bits* out_sparse,
+                float* lse, int num_heads, int n_q, int n_k, int channels,
+                float softmax_scale) {
     SLA2_DYNAMIC_SHARED(shared);
     unsigned char* q_tile = shared;
     unsigned char* k_ring = shared + BLOCK_Q * HALF_ROW;
@@ -143,8 +143,9 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
     cp_async_wait<0>();  // nothing may travel when the epilogue reuses the ring
 
     const MixArguments args =
-        mix_arguments(phi_q, state, norm, alpha,
+        mix_arguments(q, q_step, channels, state, norm, alpha,
                       item * alpha_stride_b + head * alpha_stride_h + row_block * alpha_stride_row,
                       out + item * out_item + head * out_head, out_step, out_sparse, lse, n_q);
-    mix_and_store(args, o, softmax, softmax_scale, some, rest, first_row, n_q, q_tile, k_ring);
+    mix_and_store(args, o, softmax, softmax_scale, 0.0f, some, rest, first_row, n_q, some,
+                  q_tile, k_ring);
 }

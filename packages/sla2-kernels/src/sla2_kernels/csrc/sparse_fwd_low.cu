@@ -39,8 +39,9 @@ struct Sums<true> {
 #endif
 
 // Grid (T_m, B H). q_bytes (B H, n_q, D), k_bytes (B H, n_k, D), v_bytes (B H, T_n, D, BLOCK_K)
-// transposed and permuted, scales (B H, T_m), (B H, T_n), (B H, D). Shared memory:
-// Q | two K tiles | two V^T tiles, and at the end phi(Q) | H | O. Copies travel as in sparse_fwd.
+// transposed and permuted, scales (B H, T_m), (B H, T_n), (B H, D); q, in 16 bit, is read for the
+// linear branch alone. Shared memory: Q | two K tiles | two V^T tiles, and at the end
+// phi(Q) | H | O. Copies travel as in sparse_fwd.
 extern "C" __global__ void __launch_bounds__(FWD_THREADS, 1)
 sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
                     const unsigned char* __restrict__ k_bytes,
@@ -48,11 +49,13 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
                     const float* __restrict__ k_scale, const float* __restrict__ v_scale,
                     const int* __restrict__ indices, const int* __restrict__ counts,
                     int max_selected, const int* __restrict__ kv_lengths,
-                    const half_bits* __restrict__ phi_q, const half_bits* __restrict__ state,
+                    const half_bits* __restrict__ q, long long q_item, long long q_head,
+                    int q_step, const half_bits* __restrict__ state,
                     const float* __restrict__ norm, const float* __restrict__ alpha,
                     int alpha_stride_b, int alpha_stride_h, int alpha_stride_row, half_bits* out,
                     long long out_item, long long out_head, int out_step, half_bits* out_sparse,
-                    float* lse, int num_heads, int n_q, int n_k, float softmax_scale) {
+                    float* lse, int num_heads, int n_q, int n_k, int channels,
+                    float softmax_scale) {
     SLA2_DYNAMIC_SHARED(shared);
     unsigned char* q_tile = shared;
     unsigned char* k_ring = q_tile + BLOCK_Q * HEAD_DIM;
@@ -141,8 +144,9 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
                     for (int e = 0; e < 4; ++e) s[m][n][e] = sums[m][n].value(e) * key_scale;
         }
         if (!more && tail < BLOCK_K) mask_tail(s, tail);
-        // No slack: P stays in [0, 1], the range of the 8-bit format.
-        softmax.update(s, o, row_scale * LOG2_E, 0.0f);
+        // No slack: P stays in [0, PV_LIMIT], the range of the 8-bit format. The row sums count in
+        // the same unit, so it leaves O with the normalisation, and L below.
+        softmax.update(s, o, row_scale * LOG2_E, 0.0f, LOG2_PV_LIMIT);
 
         cp_async_wait<1>();  // V of this step is here
         __syncthreads();
@@ -163,8 +167,7 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
                 for (int r = 0; r < 4; ++r) {
                     const float* left = &s[m][4 * c + 2 * (r >> 1)][2 * (r & 1)];
                     const float* right = &s[m][4 * c + 2 * (r >> 1) + 1][2 * (r & 1)];
-                    p[c][m][r] = pack_bytes<PV_FP8>(left[0] * PV_LIMIT, left[1] * PV_LIMIT,
-                                                    right[0] * PV_LIMIT, right[1] * PV_LIMIT);
+                    p[c][m][r] = pack_bytes<PV_FP8>(left[0], left[1], right[0], right[1]);
                 }
         // Each block's product has its own sums and is added in fp32: FP8 tensor cores keep fewer
         // bits than fp32.
@@ -202,12 +205,12 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
         for (int m = 0; m < FWD_M_TILES; ++m)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                o[m][n][e] *= channel_scale[8 * n + (e & 1)] * (1.0f / PV_LIMIT);
+                o[m][n][e] *= channel_scale[8 * n + (e & 1)];
 
     const MixArguments args =
-        mix_arguments(phi_q, state, norm, alpha,
+        mix_arguments(q + item * q_item + head * q_head, q_step, channels, state, norm, alpha,
                       item * alpha_stride_b + head * alpha_stride_h + row_block * alpha_stride_row,
                       out + item * out_item + head * out_head, out_step, out_sparse, lse, n_q);
-    mix_and_store(args, o, softmax, row_scale, some, rest, first_row, n_q, shared,
-                  shared + BLOCK_Q * HALF_ROW);
+    mix_and_store(args, o, softmax, row_scale, LOG2_PV_LIMIT * LN_2, some, rest, first_row, n_q,
+                  false, shared, shared + BLOCK_Q * HALF_ROW);
 }

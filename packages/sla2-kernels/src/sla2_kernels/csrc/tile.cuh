@@ -81,6 +81,63 @@ SLA2_INLINE void load_b_trans(unsigned (&b)[4], const unsigned char* tile, int k
     ldmatrix_x4_trans(b, tile + lane_offset<ROW_BYTES>(lane & 15, lane >> 4, k0, n0 / 8));
 }
 
+// phi: rows row0 .. row0 + ROWS - 1 of a 16-bit tile become their softmax over the first `channels`
+// channels, and 0 in the others. The warp's own rows, which it alone has read since the barrier
+// before, and which it alone reads next.
+template <int ROWS>
+SLA2_INLINE void softmax_rows(unsigned char* tile, int row0, int channels) {
+    constexpr int LANES = HEAD_DIM / 8, ROWS_A_PASS = 32 / LANES;  // a lane has 8 channels
+    const int lane = threadIdx.x & 31, chunk = lane % LANES, inside = channels - 8 * chunk;
+    __syncwarp();
+#pragma unroll 2
+    for (int row = row0 + lane / LANES; row < row0 + ROWS; row += ROWS_A_PASS) {
+        uint4* at = reinterpret_cast<uint4*>(tile + tile_offset<HALF_ROW>(row, chunk));
+        float x[8];
+        unpack_chunk(x, *at);
+        softmax_of_lanes(x, inside);
+        *at = pack_chunk(x);
+    }
+    __syncwarp();
+}
+
+// Lane q of a quad gives word i for lane i and gets the word that lane i had for it.
+SLA2_INLINE void quad_transpose(unsigned (&w)[4]) {
+#pragma unroll
+    for (int step = 1; step < 4; step <<= 1) {
+        const bool upper = threadIdx.x & step;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i & step) continue;
+            const unsigned got = shfl_xor(upper ? w[i] : w[i + step], step);
+            w[i] = upper ? got : w[i], w[i + step] = upper ? w[i + step] : got;
+        }
+    }
+}
+
+// A warp's 16 accumulator rows of TILES tiles, times the factor of each lane's two rows, in 16 bit
+// to rows 0 .. 15 of `target`, those below `rows`; rows lie `step` elements apart. Of four tiles,
+// lane q gets the eight columns of tile q, so that it stores 16 bytes and a quad 64.
+template <int TILES>
+SLA2_INLINE void store_fragments(const float (&acc)[TILES][4], float factor0, float factor1,
+                                 half_bits* target, long long step, int rows) {
+    const int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+#pragma unroll
+    for (int n = 0; n < TILES; n += 4)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float factor = r ? factor1 : factor0;
+            unsigned w[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                w[i] = pack_half(acc[n + i][2 * r] * factor, acc[n + i][2 * r + 1] * factor);
+            quad_transpose(w);
+            uint4 chunk;
+            chunk.x = w[0], chunk.y = w[1], chunk.z = w[2], chunk.w = w[3];
+            if (g + 8 * r < rows)
+                *reinterpret_cast<uint4*>(target + (g + 8 * r) * step + 8 * (n + q)) = chunk;
+        }
+}
+
 template <int TILES>
 SLA2_INLINE void clear(float (&acc)[TILES][4]) {
 #pragma unroll

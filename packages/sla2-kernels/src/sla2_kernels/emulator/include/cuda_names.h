@@ -154,6 +154,14 @@ inline unsigned __brev(unsigned x) {
     for (int i = 0; i < 32; i++) r |= (x >> i & 1u) << (31 - i);
     return r;
 }
+// Byte i of the result is byte (selector >> 4 i & 7) of the eight of x, then y.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const unsigned long long bytes = static_cast<unsigned long long>(y) << 32 | x;
+    unsigned r = 0;
+    for (int i = 0; i < 4; i++)
+        r |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return r;
+}
 template <class T> T __ldg(const T* p) { return *p; }
 
 inline int min(int a, int b) { return a < b ? a : b; }

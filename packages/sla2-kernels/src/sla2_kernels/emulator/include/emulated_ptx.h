@@ -26,6 +26,11 @@ inline void cp_async_16(void* smem, const void* gmem, int valid_bytes,
     sla2::self().pending.push_back(
         {static_cast<unsigned char*>(smem), static_cast<const unsigned char*>(gmem), valid_bytes});
 }
+inline uint4 load_16(const void* gmem, sla2::Place p = sla2::Place::here()) {
+    if (reinterpret_cast<uintptr_t>(gmem) & 15)
+        sla2::misuse("a load of 16 bytes: address is not a multiple of 16", {"ld.global.v4", p});
+    return *static_cast<const uint4*>(gmem);
+}
 inline void cp_async_commit() {
     sla2::Thread& t = sla2::self();
     t.groups.push_back(std::move(t.pending));
@@ -139,7 +144,12 @@ inline void mma_m16n8k32_e4m3(float* c, const unsigned* a, const unsigned* b,
     sla2::mma<32, 4, unsigned char>("mma e4m3", c, a, b, p, e4m3_to_f32);
 }
 
-inline float exp2_approx(float x) { return std::exp2(x); }
+inline float exp2_approx(float x) {
+    const float y = std::exp2(x);
+    return y < 0x1p-126f ? 0.0f : y;
+}
+inline float inverse_approx(float x) { return 1.0f / x; }
+inline float max_nan(float a, float b) { return a > b || a != a ? a : b; }
 inline float log2_approx(float x) { return std::log2(x); }
 inline unsigned short cvt_e4m3x2(float low, float high) {
     return static_cast<unsigned short>(f32_to_e4m3(low) | f32_to_e4m3(high) << 8);
@@ -170,6 +180,7 @@ template <class T> T warp_sum(T v, sla2::Place p = sla2::Place::here()) {
     for (int m = 16; m; m >>= 1) v += shfl_xor(v, m, p);
     return v;
 }
+inline int warp_total(int x, sla2::Place p = sla2::Place::here()) { return warp_sum(x, p); }
 template <class T> T warp_max(T v, sla2::Place p = sla2::Place::here()) {
     for (int m = 16; m; m >>= 1) v = max(v, shfl_xor(v, m, p));
     return v;
