@@ -204,6 +204,20 @@ def run_hopper():
     written(*tiles, out, out_sparse, lse)
 
 
+def run_hopper_low():
+    n, t_m, t_n = 140, 2, 3
+    problem = Problem(batch=1, heads=1, n_q=n, n_k=n, head_dim=WIDTH, precision="int8")
+    q, out = (Strided.of(halves(1, n, WIDTH), 1, n, WIDTH) for _ in range(2))
+    out_sparse, lse = allocate((1, n, WIDTH), "bfloat16"), allocate((1, n), "float32")
+    state, norm = halves(1, t_m, WIDTH, WIDTH), floats(1, t_m, WIDTH)
+    tiles = hopper.pack_low(DEVICE, problem, octets(1, n, WIDTH), octets(1, t_n, WIDTH, 64))
+    scales = floats(1, t_m), floats(1, t_n), floats(1, WIDTH)
+    low = hopper.LowBit(octets(1, n, WIDTH), *scales)
+    rest = state, norm, ALPHA, out, out_sparse, lse
+    hopper.sparse_forward(DEVICE, problem, q, *tiles, block_map(), *rest, low=low, blocks=1)
+    written(out, out_sparse, lse)
+
+
 KERNELS = {
     "prologue": run_prologue,
     "route": run_route,
@@ -213,6 +227,7 @@ KERNELS = {
     "backward": run_backward,
     "matched": run_matched,
     "hopper": run_hopper,
+    "hopper_low": run_hopper_low,
 }
 
 

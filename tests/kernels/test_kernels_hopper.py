@@ -28,11 +28,17 @@ def make(n_q, n_k, **options):
     return case, (state, torch.rand(p.pairs, p.t_m, p.width) + 0.5)
 
 
-def run(case, states=None, *, save=False, blocks=3):
+def run(case, states=None, *, low=None, save=False, blocks=3):
     """O, L and, with `save`, O_s of the kernels of csrc/sm90, as (B, H, n_q, ...)."""
     p, device = case.problem, problems.DEVICE
     q = operator.widened(device, p, problems.strided(case.q), p.n_q)
-    k, v = (operator.widened(device, p, problems.strided(x), p.n_k) for x in (case.k, case.v))
+    if low:
+        q_bytes, k_bytes, v_bytes, *scales = map(problems.pointer, low)
+        low = hopper.LowBit(q_bytes, *scales)
+        tiles = hopper.pack_low(device, p, k_bytes, v_bytes)
+    else:
+        k, v = (operator.widened(device, p, problems.strided(x), p.n_k) for x in (case.k, case.v))
+        tiles = hopper.pack(device, p, k, v)
     rows = (p.batch, p.heads, p.n_q, p.width)
     out, sparse = (problems.allocate(rows, p.dtype) for _ in range(2))
     lse = problems.allocate(rows[:3], "float32")
@@ -40,23 +46,38 @@ def run(case, states=None, *, save=False, blocks=3):
         device,
         p,
         q,
-        *hopper.pack(device, p, k, v),
+        *tiles,
         case.map,
         *((problems.pointer(x) for x in states) if states else (NULL, NULL)),
         Alpha.of(problems.pointer(case.alpha), tuple(case.alpha.shape)) if states else ONE,
         Strided.of(out, p.heads, p.n_q, p.width),
         sparse if save else NULL,
         lse,
+        low=low,
         blocks=blocks,
     )
     return [x.owner for x in ((out, lse, sparse) if save else (out, lse))]
+
+
+def lengths_of(case):
+    p = case.problem
+    return case.lengths if case.lengths is not None else torch.full((p.batch,), p.n_k)
+
+
+def alpha_of(case):
+    """The weight of O_s in every row, fp64 (B, H, n_q, 1)."""
+    mask = case.block_map.mask()
+    valid = torch.arange(mask.shape[3]) * 64 < lengths_of(case)[:, None, None, None]
+    some, rest = (mask & valid).any(-1), (~mask & valid).any(-1)
+    alpha = torch.where(rest, torch.where(some, case.alpha.double(), 0.0), 1.0)
+    return alpha[:, :, torch.arange(case.problem.n_q) // 128, None]
 
 
 def formulas(case, states=None):
     """The same in fp64."""
     p = case.problem
     mask = case.block_map.mask()
-    length = case.lengths if case.lengths is not None else torch.full((p.batch,), p.n_k)
+    length = lengths_of(case)
     counts = torch.arange(p.n_k) < length[:, None, None, None]
     selected = mask.repeat_interleave(128, 2)[:, :, : p.n_q].repeat_interleave(64, 3)[..., : p.n_k]
     selected = selected & counts
@@ -73,16 +94,46 @@ def formulas(case, states=None):
     rows = torch.arange(p.n_q) // 128
     above = torch.einsum("bhnc,bhncd->bhnd", phi, state[:, :, rows])
     linear = above / torch.einsum("bhnc,bhnc->bhn", phi, norm[:, :, rows])[..., None]
-    valid = torch.arange(p.t_n) * 64 < length[:, None, None, None]
-    some = (mask & valid).any(-1)
-    rest = (~mask & valid).any(-1)
-    alpha = torch.where(rest, torch.where(some, case.alpha.double(), 0.0), 1.0)[:, :, rows, None]
+    alpha = alpha_of(case)
     return alpha * sparse + (1 - alpha) * linear, lse, sparse
 
 
-def check(found, expected):
+def draw_low(case):
+    """8-bit Q, K and V^T with their scales, as the prologue lays them out, and the case of the
+    values that they stand for.
+    """
+    p = case.problem
+    qk = torch.float8_e4m3fn if p.precision == "fp8" else torch.int8
+    pv = torch.int8 if p.precision == "int8_int8" else torch.float8_e4m3fn
+
+    def bytes_of(x, dtype):
+        x = (x * 40).round().clamp(-127, 127) if dtype == torch.int8 else x * 40
+        return x.to(dtype)
+
+    q = bytes_of(torch.randn(p.batch, p.heads, p.n_q, p.width), qk)
+    k, v = (torch.randn(p.batch, p.heads, p.t_n * 64, p.width) for _ in range(2))
+    padding = torch.arange(p.t_n * 64)[:, None] >= lengths_of(case)[:, None, None, None]
+    k, v = bytes_of(k.masked_fill(padding, 0), qk), bytes_of(v.masked_fill(padding, 0), pv)
+    q_scale, k_scale, v_scale = (
+        torch.rand(p.batch, p.heads, n) * 0.01 + 0.02 for n in (p.t_m, p.t_n, p.width)
+    )
+    place = torch.arange(64)
+    key = place // 16 * 16 + place % 16 // 4 * 2 + place % 2 + place % 4 // 2 * 8
+    blocks = v.view(torch.uint8).view(p.batch, p.heads, p.t_n, 64, p.width)
+    v_bytes = blocks[..., key, :].transpose(3, 4).contiguous()
+    k_rows, v_rows = k[:, :, : p.n_k], v[:, :, : p.n_k]
+    low = q.view(torch.uint8), k_rows.contiguous().view(torch.uint8), v_bytes
+    exact = case._replace(
+        q=q.double() * q_scale.double().repeat_interleave(128, 2)[:, :, : p.n_q, None],
+        k=k_rows.double() * k_scale.double().repeat_interleave(64, 2)[:, :, : p.n_k, None],
+        v=v_rows.double() * v_scale.double()[:, :, None],
+    )
+    return (*low, q_scale, k_scale, v_scale), exact
+
+
+def check(found, expected, atol_out=0.01):
     for x, exact in zip(found, expected):
-        atol = 1e-4 if x.dtype == torch.float32 else 0.01
+        atol = 1e-4 if x.dtype == torch.float32 else atol_out
         torch.testing.assert_close(x.double(), exact, atol=atol, rtol=atol, check_stride=False)
 
 
@@ -113,6 +164,27 @@ def test_rows_of_no_some_and_all_blocks(density):
 
 @needs_hopper
 @pytest.mark.slow
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("precision", ["int8", "int8_int8", "fp8"])
+def test_low_bit(precision, d):
+    case, states = make(333, 200, d=d, lengths=(200, 63), precision=precision)
+    low, exact = draw_low(case)
+    phi = formulas(case, states)[0] - alpha_of(case) * formulas(case)[0]
+    sparse, lse, _ = formulas(exact)
+    expected, kept = (alpha_of(case) * sparse + phi, lse, sparse), None
+    for order in ORDERS:
+        with lanes(order, seed=3):
+            found = run(case, states, low=low, save=True)
+        check(found, expected, 0.03)
+        kept = kept or found
+        for x, y in zip(kept, found):
+            assert torch.equal(x.view(torch.uint8), y.view(torch.uint8)), order
+    with lanes("random", seed=4):
+        check(run(case, low=low), (sparse, lse), 0.03)
+
+
+@needs_hopper
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("d", [48, 80, 128])
 def test_head_dimensions(d, dtype):
@@ -125,29 +197,39 @@ def test_head_dimensions(d, dtype):
 
 @needs_hopper
 @pytest.mark.slow
-@pytest.mark.parametrize("d", [64, 128])
-def test_the_results_are_those_of_the_mma_sync_kernel(d):
+@pytest.mark.parametrize(
+    ("d", "precision"), [(64, "full"), (128, "full"), (64, "int8"), (128, "fp8")]
+)
+def test_the_results_are_those_of_the_mma_sync_kernel(d, precision):
     """Behind the real prologue and linear states."""
-    case = problems.make(333, 200, d=d, blocks=BLOCKS, lengths=(200, 63))
+    case = problems.make(333, 200, d=d, blocks=BLOCKS, lengths=(200, 63), precision=precision)
     p, device = case.problem, problems.DEVICE
     inputs = (problems.strided(x) for x in (case.q, case.k, case.v))
     made = operator.prologue(device, p, *inputs)
     linear = operator.linear_states(device, p, made, case.map)
     alpha = Alpha.of(problems.pointer(case.alpha), tuple(case.alpha.shape))
     plain, lse, sparse = operator.sparse_forward(device, p, made, case.map, linear, alpha, True)
-    smooth = made.k.owner.view(case.k.shape)
-    found = run(case._replace(k=smooth), (linear.state.owner, linear.norm.owner), save=True)
+    smooth = case._replace(k=made.k.owner.view(case.k.shape))
+    names = ("q_bytes", "k_bytes", "v_bytes", "q_scale", "k_scale", "v_scale")
+    low = tuple(getattr(made, name).owner for name in names) if p.low else None
+    found = run(smooth, (linear.state.owner, linear.norm.owner), low=low, save=True)
     for x, y in zip(found, (plain.owner, lse.owner, sparse.owner)):
         torch.testing.assert_close(x.flatten(), y.flatten(), atol=0.02, rtol=0.02)
-    problems.assert_as_good(found[0], problems.oracle(case), problems.same_dtype(case), 2.0)
+    if not p.low:
+        problems.assert_as_good(found[0], problems.oracle(case), problems.same_dtype(case), 2.0)
+
+
+SLOTS = {"full": (580, 600), "int8": (730, 830), "fp8": (600, 700), "int8_int8": (1200, 1420)}
+QUICK = ("d128 bfloat16 full", "d128 bfloat16 int8")
 
 
 @pytest.mark.parametrize(
     "spec",
     [
-        pytest.param(spec, id=spec.label, marks=pytest.mark.slow if "float16" in words else ())
+        pytest.param(
+            spec, id=spec.label, marks=() if spec.label.endswith(QUICK) else pytest.mark.slow
+        )
         for spec in hopper.all_specs()
-        for words in [spec.label.split()]
     ],
 )
 def test_code_is_what_the_budget_says(spec):
@@ -158,4 +240,4 @@ def test_code_is_what_the_budget_says(spec):
         assert built.kernels[spec.entry].registers == 168  # 384 threads: 64,512
         # Two warps a scheduler; of a step, not the mask of a last tile and the rescaling of sums.
         d = dict(spec.macros)["SLA2_HEAD_DIM"]
-        assert 2 * (code.loop.inner[0] - 64 - d // 2) <= {64: 580, 128: 600}[d]
+        assert 2 * (code.loop.inner[0] - 64 - d // 2) <= SLOTS[spec.label.split()[-1]][d == 128]

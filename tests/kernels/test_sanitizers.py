@@ -16,7 +16,17 @@ import pytest
 from sla2_kernels.emulator.build import sanitizer_library
 
 SCRIPT = Path(__file__).with_name("sanitized.py")
-KERNELS = ("forward", "low_bit", "backward", "matched", "prologue", "route", "states", "hopper")
+KERNELS = (
+    "forward",
+    "low_bit",
+    "backward",
+    "matched",
+    "prologue",
+    "route",
+    "states",
+    "hopper",
+    "hopper_low",
+)
 QUICK = ("forward", "low_bit")
 
 

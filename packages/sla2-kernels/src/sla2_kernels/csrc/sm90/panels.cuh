@@ -29,6 +29,26 @@ SLA2_INLINE descriptor_bits rows_of(const unsigned char* tile, int c) {
     return matrix_descriptor<128>(tile + c * 2048, ROWS * 128, 1024);
 }
 
+constexpr int STATE_THREADS = 96;  // warps 1 to 3 of the block, which copy H
+
+// Brings H and Z of a query block by STATE_THREADS threads. H is stored row by row: cp.async
+// swizzles it on the way.
+SLA2_INLINE void bring_state(const half_bits* state, const float* norm, int number,
+                             unsigned char* state_tile, unsigned char* norm_row,
+                             unsigned long long* full) {
+    const int thread = threadIdx.x - 32;
+    state += static_cast<long long>(number) * HEAD_DIM * HEAD_DIM;
+    norm += static_cast<long long>(number) * HEAD_DIM;
+    for (int i = thread; i < HEAD_DIM * HALF_CHUNKS; i += STATE_THREADS)
+        cp_async_16(state_tile + panel_offset<HEAD_DIM>(i / HALF_CHUNKS, i % HALF_CHUNKS),
+                    state + 8 * i, 16);
+    if (thread < HEAD_DIM / 4) cp_async_16(norm_row + 16 * thread, norm + 4 * thread, 16);
+    cp_async_commit();
+    cp_async_wait<0>();
+    fence_proxy_async();  // wgmma reads H
+    mbarrier_arrive(full);
+}
+
 #if SLA2_DTYPE == 0
 #define wgmma_half wgmma_f16
 #else

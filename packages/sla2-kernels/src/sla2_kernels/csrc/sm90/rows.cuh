@@ -8,18 +8,20 @@
 
 constexpr int PITCH = HALF_ROW + 16;  // bytes of a row that ldmatrix reads without conflicts
 
-// Turns raw scores into P as OnlineSoftmax::update does, but tells in `keep` by what the caller has
-// to multiply its sums of P V, which may be in flight; false: by nothing.
+// Turns raw scores, if SCALED times `factor` > 0, into P as OnlineSoftmax::update does, times
+// 2^unit. `keep` says by what the caller has to multiply its sums of P V, which may be in flight;
+// false: by nothing.
+template <bool SCALED = false>
 SLA2_INLINE bool next_weights(OnlineSoftmax<1>& softmax, float (&s)[32], float (&keep)[2],
-                              float scale, float slack) {
+                              float scale, float slack, float factor = 1.0f, float unit = 0.0f) {
     float top[2];
     bool moved = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        float t = softmax.maximum[0][r];
+        float t = SCALED ? MINUS_INFINITY : softmax.maximum[0][r];
 #pragma unroll
         for (int n = 0; n < 8; ++n) t = fmaxf(t, fmaxf(s[4 * n + 2 * r], s[4 * n + 2 * r + 1]));
-        top[r] = quad_max(t);
+        top[r] = SCALED ? fmaxf(softmax.maximum[0][r], quad_max(t) * factor) : quad_max(t);
         moved = moved || (top[r] - softmax.maximum[0][r]) * scale > slack;
         keep[r] = 1.0f;
     }
@@ -36,13 +38,13 @@ SLA2_INLINE bool next_weights(OnlineSoftmax<1>& softmax, float (&s)[32], float (
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const float shift = softmax.maximum[0][r] * scale;
+        const float shift = softmax.maximum[0][r] * scale - unit;
         float total = 0.0f;
 #pragma unroll
         for (int n = 0; n < 8; ++n)
 #pragma unroll
             for (int e = 4 * n + 2 * r; e < 4 * n + 2 * r + 2; ++e) {
-                s[e] = exp2_flushed(s[e] * scale - shift);
+                s[e] = exp2_flushed(s[e] * (scale * factor) - shift);
                 total += s[e];
             }
         softmax.sum[0][r] += total;
@@ -105,6 +107,46 @@ SLA2_INLINE void linear_weights(unsigned (&a)[HEAD_DIM / 16][4], const float* no
         for (int r = 0; r < 4; ++r)
             a[c][r] =
                 pack_half(low_half(a[c][r]) * below[r & 1], high_half(a[c][r]) * below[r & 1]);
+}
+
+// The A operand of the warp's 16 rows of Q, 16 bit, from rows PITCH apart.
+SLA2_INLINE void load_q(unsigned (&a)[HEAD_DIM / 16][4], const unsigned char* rows, int row0) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int c = 0; c < HEAD_DIM / 16; ++c)
+        ldmatrix_x4(a[c], rows + (row0 + (lane & 15)) * PITCH + 16 * (2 * c + (lane >> 4)));
+}
+
+// o += share phi(Q) H / (phi(Q) . Z), of Q's fragments, which become phi(Q).
+SLA2_INLINE void add_linear(float (&o)[HEAD_DIM / 2], unsigned (&a)[HEAD_DIM / 16][4],
+                            const unsigned char* state_tile, const float* norm, int channels,
+                            float share) {
+    linear_weights(a, norm, channels, share);
+    wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < HEAD_DIM / 16; ++c)
+        wgmma_half<MN_MAJOR>(o, a[c], rows_of<HEAD_DIM>(state_tile, c), 1);
+    wgmma_commit();
+    wgmma_wait<0>();
+}
+
+// Ends the softmax: o becomes O_s, L is stored to lse (of the query block's rows). `log_unit` is
+// the natural logarithm of the unit in which the sums count.
+SLA2_INLINE void finish_rows(float (&o)[HEAD_DIM / 2], OnlineSoftmax<1>& softmax, bool some,
+                             float softmax_scale, float log_unit, float* lse, int row0, int rows) {
+    const int lane = threadIdx.x & 31;
+    softmax.finish();
+    float inverse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float sum = softmax.sum[0][r];
+        const int row = row0 + 8 * r + (lane >> 2);
+        inverse[r] = some ? 1.0f / sum : 0.0f;
+        if (row < rows && (lane & 3) == 0)
+            lse[row] = some ? softmax.maximum[0][r] * softmax_scale + logf(sum) - log_unit
+                            : MINUS_INFINITY;
+    }
+    scale_rows(o, inverse[0], inverse[1]);
 }
 
 // The warp's rows, from row0 of the query block, in 16 bit: through its own rows of `staging` to

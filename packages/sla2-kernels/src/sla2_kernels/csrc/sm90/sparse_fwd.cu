@@ -6,7 +6,6 @@
 
 constexpr int STAGES = 3;
 constexpr int D_WORDS = HEAD_DIM / 2;  // accumulators of a lane: 64 rows x D over 128 lanes
-constexpr int STATE_THREADS = 96;      // warps 1 to 3 of the producer copy H
 
 // Shared memory, in bytes; tiles of wgmma begin at multiples of 1024.
 constexpr int K_AT = 0;
@@ -115,26 +114,15 @@ sla2_sm90_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long lon
                 __syncwarp();
             }
         } else if (state != nullptr) {  // H, which its writer does not swizzle, and Z
-            const int thread = threadIdx.x - 32;
             Turn<1> turn;
             for (int number = blockIdx.x; number < blocks; number += gridDim.x) {
                 const Work w = work_of(number, indices, counts, max_selected, kv_lengths,
                                        num_heads, t_m, n_q, n_k);
                 if (!w.rest) continue;
-                const half_bits* h = state + static_cast<long long>(number) * HEAD_DIM * HEAD_DIM;
                 mbarrier_wait(&barriers.state_empty, turn.parity ^ 1);
                 turn.next();
-                for (int i = thread; i < HEAD_DIM * HALF_CHUNKS; i += STATE_THREADS)
-                    cp_async_16(shared + STATE_AT +
-                                    panel_offset<HEAD_DIM>(i / HALF_CHUNKS, i % HALF_CHUNKS),
-                                h + 8 * i, 16);
-                if (thread < HEAD_DIM / 4)
-                    cp_async_16(shared + NORM_AT + 16 * thread,
-                                norm + static_cast<long long>(number) * HEAD_DIM + 4 * thread, 16);
-                cp_async_commit();
-                cp_async_wait<0>();
-                fence_proxy_async();  // wgmma reads H
-                mbarrier_arrive(&barriers.state_full);
+                bring_state(state, norm, number, shared + STATE_AT, shared + NORM_AT,
+                            &barriers.state_full);
             }
         }
         return;
@@ -142,7 +130,7 @@ sla2_sm90_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long lon
 
     setmaxnreg_inc<232>();
     const bool lead = (threadIdx.x & 127) == 0;  // of the warpgroup
-    const int row0 = 16 * (warp - 4), g = lane >> 2;
+    const int row0 = 16 * (warp - 4);
     const float scale = softmax_scale * LOG2_E;
     Turn<STAGES> k_turn, v_turn;
     Turn<1> q_turn, state_turn;
@@ -153,10 +141,7 @@ sla2_sm90_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long lon
         unsigned a[HEAD_DIM / 16][4];  // Q, then phi(Q)
         mbarrier_wait(&barriers.q_full, q_turn.parity);
         q_turn.next();
-#pragma unroll
-        for (int c = 0; c < HEAD_DIM / 16; ++c)
-            ldmatrix_x4(a[c], shared + Q_AT + (row0 + (lane & 15)) * PITCH +
-                                  16 * (2 * c + (lane >> 4)));
+        load_q(a, shared + Q_AT, row0);
         __syncwarp();
         if (lane == 0) mbarrier_arrive(&barriers.q_empty);
 
@@ -209,18 +194,8 @@ sla2_sm90_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long lon
             v_turn.next();
         }
 
-        softmax.finish();
-        float inverse[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            inverse[r] = some ? 1.0f / softmax.sum[0][r] : 0.0f;
-            const int row = row0 + 8 * r + g;
-            if (row < w.rows && (lane & 3) == 0)
-                lse[w.bh * n_q + w.first_row + row] =
-                    some ? softmax.maximum[0][r] * softmax_scale + logf(softmax.sum[0][r])
-                         : MINUS_INFINITY;
-        }
-        scale_rows(o, inverse[0], inverse[1]);
+        finish_rows(o, softmax, some, softmax_scale, 0.0f, lse + w.bh * n_q + w.first_row, row0,
+                    w.rows);
         if (out_sparse != nullptr)
             store_warp_rows(o, shared + OUT_AT,
                             out_sparse + (w.bh * n_q + w.first_row) * HEAD_DIM, HEAD_DIM, row0,
@@ -233,14 +208,8 @@ sla2_sm90_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long lon
             scale_rows(o, weight, weight);
             mbarrier_wait(&barriers.state_full, state_turn.parity);
             state_turn.next();
-            linear_weights(a, reinterpret_cast<const float*>(shared + NORM_AT), channels,
-                           1.0f - weight);
-            wgmma_fence();
-#pragma unroll
-            for (int c = 0; c < HEAD_DIM / 16; ++c)
-                wgmma_half<MN_MAJOR>(o, a[c], rows_of<HEAD_DIM>(shared + STATE_AT, c), 1);
-            wgmma_commit();
-            wgmma_wait<0>();
+            add_linear(o, a, shared + STATE_AT, reinterpret_cast<const float*>(shared + NORM_AT),
+                       channels, 1.0f - weight);
             __syncwarp();
             if (lane == 0) mbarrier_arrive(&barriers.state_empty);
         }

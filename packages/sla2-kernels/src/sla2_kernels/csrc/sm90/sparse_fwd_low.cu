@@ -1,0 +1,300 @@
+// Block-sparse attention in 8 bit on Hopper (int8 or FP8 Q K^T, FP8 or int8 P V); roles, pipeline
+// and epilogue as in 16 bit.
+#include "formats.cuh"
+#include "sm90/pipeline.cuh"
+#include "sm90/rows.cuh"
+
+constexpr int STAGES = 3, Q_STAGES = 2;
+constexpr int D_WORDS = HEAD_DIM / 2;
+constexpr int BYTE_PITCH = HEAD_DIM + 16;         // bytes of a row of 8-bit Q
+constexpr int TILE_BYTES = BLOCK_K * HEAD_DIM;    // one K tile, or one V^T tile (D rows of keys)
+constexpr float LOG2_LIMIT = PV_FP8 ? 8.807354922f : 6.988684687f;  // P counts up to PV_LIMIT
+
+// Shared memory, in bytes; tiles of wgmma begin at multiples of 1024.
+constexpr int K_AT = 0;
+constexpr int V_AT = K_AT + STAGES * TILE_BYTES;
+constexpr int STATE_AT = V_AT + STAGES * TILE_BYTES;
+constexpr int Q_AT = STATE_AT + HEAD_DIM * HALF_ROW;  // Q in 16 bit, for phi(Q)
+constexpr int Q_BYTES_AT = Q_AT + Q_STAGES * BLOCK_Q * PITCH;
+constexpr int OUT_AT = Q_BYTES_AT + Q_STAGES * BLOCK_Q * BYTE_PITCH;
+constexpr int NORM_AT = OUT_AT + BLOCK_Q * PITCH;
+constexpr int BARRIERS_AT = NORM_AT + HEAD_DIM * 4;
+
+struct Barriers {
+    unsigned long long k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+    unsigned long long q_full[Q_STAGES], q_empty[Q_STAGES], state_full, state_empty;
+};
+
+// Accumulators of 8-bit products. int32 sums that start at FLOAT_BIAS_BITS are the floats
+// 12582912 + sum, bit for bit, while |sum| < 2^22 (128 * 127 * 127 is less).
+template <bool FP8, int WORDS>
+struct Sums {
+    static constexpr int FLOAT_BIAS_BITS = 0x4b400000;
+    static constexpr float FLOAT_BIAS = 12582912.0f;
+    int c[WORDS];
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) c[i] = FLOAT_BIAS_BITS;
+    }
+    __device__ __forceinline__ void multiply(const unsigned (&a)[4], descriptor_bits b, int) {
+        wgmma_s8(c, a, b, 1);
+    }
+    __device__ __forceinline__ float value(int i) const {
+        return __int_as_float(c[i]) - FLOAT_BIAS;
+    }
+};
+
+template <int WORDS>
+struct Sums<true, WORDS> {
+    float c[WORDS];
+    __device__ __forceinline__ void clear() {}
+    __device__ __forceinline__ void multiply(const unsigned (&a)[4], descriptor_bits b, int more) {
+        wgmma_e4m3(c, a, b, more);
+    }
+    __device__ __forceinline__ float value(int i) const { return c[i]; }
+};
+
+// Q K^T of one tile: rows of HEAD_DIM bytes.
+SLA2_INLINE void issue_scores(Sums<QK_FP8, 32>& s, const unsigned (&q)[HEAD_DIM / 32][4],
+                              const unsigned char* k_tile) {
+#pragma unroll
+    for (int c = 0; c < HEAD_DIM / 32; ++c)
+        s.multiply(q[c], matrix_descriptor<HEAD_DIM>(k_tile + 32 * c, 16, 8 * HEAD_DIM), c != 0);
+}
+
+// P V of one tile: D rows of BLOCK_K keys.
+SLA2_INLINE void issue_values(Sums<PV_FP8, D_WORDS>& t, const unsigned (&p)[BLOCK_K / 32][4],
+                              const unsigned char* v_tile) {
+#pragma unroll
+    for (int c = 0; c < BLOCK_K / 32; ++c)
+        t.multiply(p[c], matrix_descriptor<BLOCK_K>(v_tile + 32 * c, 16, 8 * BLOCK_K), c != 0);
+}
+
+// Register r of a 32-key A operand: keys 2 q, 2 q + 1 of one 8-key tile and of the next
+// (permuted_key).
+SLA2_INLINE void pack_weights(unsigned (&p)[BLOCK_K / 32][4], const float (&s)[32]) {
+#pragma unroll
+    for (int c = 0; c < BLOCK_K / 32; ++c)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const int e = 16 * c + 8 * (r >> 1) + 2 * (r & 1);
+            p[c][r] = pack_bytes<PV_FP8>(s[e], s[e + 1], s[e + 4], s[e + 5]);
+        }
+}
+
+// As sla2_sm90_sparse_fwd. q, 16 bit, is read with a state alone; q_bytes (B H, n_q, D); k_tiles
+// and v_tiles (B H, T_n, BLOCK_K x D bytes) from sla2_sm90_pack_low; scales (B H, T_m),
+// (B H, T_n), (B H, D).
+extern "C" __global__ void __launch_bounds__(384, 1)
+sla2_sm90_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long long q_head,
+                         int q_step, const unsigned char* __restrict__ q_bytes,
+                         const unsigned char* __restrict__ k_tiles,
+                         const unsigned char* __restrict__ v_tiles,
+                         const float* __restrict__ q_scale, const float* __restrict__ k_scale,
+                         const float* __restrict__ v_scale, const int* __restrict__ indices,
+                         const int* __restrict__ counts, int max_selected,
+                         const int* __restrict__ kv_lengths, const half_bits* __restrict__ state,
+                         const float* __restrict__ norm, const float* __restrict__ alpha,
+                         int alpha_stride_b, int alpha_stride_h, int alpha_stride_row,
+                         half_bits* out, long long out_item, long long out_head, int out_step,
+                         half_bits* out_sparse, float* lse, int num_heads, int n_q, int n_k,
+                         int channels, int blocks, float softmax_scale) {
+    SLA2_ALIGNED_SHARED(shared);
+    Barriers& barriers = *reinterpret_cast<Barriers*>(shared + BARRIERS_AT);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    const int t_m = ceil_div(n_q, BLOCK_Q), t_n = ceil_div(n_k, BLOCK_K);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            mbarrier_init(&barriers.k_full[i], 1), mbarrier_init(&barriers.v_full[i], 1);
+            mbarrier_init(&barriers.k_empty[i], 2), mbarrier_init(&barriers.v_empty[i], 2);
+        }
+        for (int i = 0; i < Q_STAGES; ++i)
+            mbarrier_init(&barriers.q_full[i], 1), mbarrier_init(&barriers.q_empty[i], 8);
+        mbarrier_init(&barriers.state_full, STATE_THREADS);
+        mbarrier_init(&barriers.state_empty, 8);
+        fence_proxy_async();
+    }
+    __syncthreads();
+
+    if (warp < 4) {
+        setmaxnreg_dec<40>();
+        if (warp == 0) {  // Q, K and V by bulk copies
+            const bool lead = elect_one();
+            Turn<STAGES> turn;
+            Turn<Q_STAGES> q_turn;
+            for (int number = blockIdx.x; number < blocks; number += gridDim.x) {
+                const Work w = work_of(number, indices, counts, max_selected, kv_lengths,
+                                       num_heads, t_m, n_q, n_k);
+                unsigned long long* full = &barriers.q_full[q_turn.stage];
+                mbarrier_wait(&barriers.q_empty[q_turn.stage], q_turn.parity ^ 1);
+                const bool half = state != nullptr && w.rest;
+                if (lead)
+                    mbarrier_arrive_expect(full, w.rows * (HEAD_DIM + (half ? HALF_ROW : 0)));
+                for (int row = lane; row < w.rows; row += 32) {
+                    const long long token = w.first_row + row;
+                    bulk_load(shared + Q_BYTES_AT + (q_turn.stage * BLOCK_Q + row) * BYTE_PITCH,
+                              q_bytes + (w.bh * n_q + token) * HEAD_DIM, HEAD_DIM, full);
+                    if (half)
+                        bulk_load(shared + Q_AT + (q_turn.stage * BLOCK_Q + row) * PITCH,
+                                  q + w.item * q_item + w.head * q_head + token * q_step, HALF_ROW,
+                                  full);
+                }
+                q_turn.next();
+                if (lead) {
+                    for (int step = 0; step < w.steps; ++step, turn.next()) {
+                        const long long at = (w.bh * t_n + w.list[step]) * TILE_BYTES;
+                        const int i = turn.stage;
+                        mbarrier_wait(&barriers.k_empty[i], turn.parity ^ 1);
+                        mbarrier_arrive_expect(&barriers.k_full[i], TILE_BYTES);
+                        bulk_load(shared + K_AT + i * TILE_BYTES, k_tiles + at, TILE_BYTES,
+                                  &barriers.k_full[i]);
+                        mbarrier_wait(&barriers.v_empty[i], turn.parity ^ 1);
+                        mbarrier_arrive_expect(&barriers.v_full[i], TILE_BYTES);
+                        bulk_load(shared + V_AT + i * TILE_BYTES, v_tiles + at, TILE_BYTES,
+                                  &barriers.v_full[i]);
+                    }
+                }
+                __syncwarp();
+            }
+        } else if (state != nullptr) {
+            Turn<1> turn;
+            for (int number = blockIdx.x; number < blocks; number += gridDim.x) {
+                const Work w = work_of(number, indices, counts, max_selected, kv_lengths,
+                                       num_heads, t_m, n_q, n_k);
+                if (!w.rest) continue;
+                mbarrier_wait(&barriers.state_empty, turn.parity ^ 1);
+                turn.next();
+                bring_state(state, norm, number, shared + STATE_AT, shared + NORM_AT,
+                            &barriers.state_full);
+            }
+        }
+        return;
+    }
+
+    setmaxnreg_inc<232>();
+    const bool lead = (threadIdx.x & 127) == 0;  // of the warpgroup
+    const int row0 = 16 * (warp - 4), column = (lane & 3) * 2;
+    Turn<STAGES> k_turn, v_turn;
+    Turn<Q_STAGES> q_turn;
+    Turn<1> state_turn;
+    for (int number = blockIdx.x; number < blocks; number += gridDim.x) {
+        const Work w = work_of(number, indices, counts, max_selected, kv_lengths, num_heads, t_m,
+                               n_q, n_k);
+        const bool some = w.steps > 0;
+        const float row_scale = softmax_scale * q_scale[number];
+        const float scale = row_scale * LOG2_E;
+        const float* key_scale = k_scale + w.bh * t_n;
+        mbarrier_wait(&barriers.q_full[q_turn.stage], q_turn.parity);
+
+        float o[D_WORDS];
+#pragma unroll
+        for (int i = 0; i < D_WORDS; ++i) o[i] = 0.0f;
+        OnlineSoftmax<1> softmax;
+        softmax.init();
+        if (some) {
+            const int tail = w.length - w.list[w.steps - 1] * BLOCK_K;  // valid keys of the last
+            unsigned a[HEAD_DIM / 32][4], p[BLOCK_K / 32][4];
+            const unsigned char* rows =
+                shared + Q_BYTES_AT + (q_turn.stage * BLOCK_Q + row0 + (lane & 15)) * BYTE_PITCH;
+#pragma unroll
+            for (int c = 0; c < HEAD_DIM / 32; ++c)
+                ldmatrix_x4(a[c], rows + 16 * (2 * c + (lane >> 4)));
+            float s[32], keep[2], factor = key_scale[w.list[0]];
+            {
+                Sums<QK_FP8, 32> sums;
+                sums.clear();
+                mbarrier_wait(&barriers.k_full[k_turn.stage], k_turn.parity);
+                wgmma_fence();
+                issue_scores(sums, a, shared + K_AT + k_turn.stage * TILE_BYTES);
+                wgmma_commit();
+                wgmma_wait<0>();
+                if (lead) mbarrier_arrive(&barriers.k_empty[k_turn.stage]);
+                k_turn.next();
+#pragma unroll
+                for (int i = 0; i < 32; ++i) s[i] = sums.value(i);
+            }
+            if (w.steps == 1 && tail < BLOCK_K) mask_keys(s, tail);
+            // No slack: P stays in the range of the 8-bit format.
+            next_weights<true>(softmax, s, keep, scale, 0.0f, factor, LOG2_LIMIT);
+            pack_weights(p, s);
+            // As in 16 bit; P V of a tile has its own sums, because FP8 tensor cores keep fewer
+            // bits than fp32.
+            Sums<PV_FP8, D_WORDS> values;
+            for (int step = 1; step < w.steps; ++step) {
+                Sums<QK_FP8, 32> sums;
+                sums.clear(), values.clear();
+                factor = key_scale[w.list[step]];
+                mbarrier_wait(&barriers.k_full[k_turn.stage], k_turn.parity);
+                mbarrier_wait(&barriers.v_full[v_turn.stage], v_turn.parity);
+                wgmma_fence();
+                issue_scores(sums, a, shared + K_AT + k_turn.stage * TILE_BYTES);
+                wgmma_commit();
+                issue_values(values, p, shared + V_AT + v_turn.stage * TILE_BYTES);
+                wgmma_commit();
+                wgmma_wait<1>();  // the scores
+                if (lead) mbarrier_arrive(&barriers.k_empty[k_turn.stage]);
+                k_turn.next();
+#pragma unroll
+                for (int i = 0; i < 32; ++i) s[i] = sums.value(i);
+                if (step + 1 == w.steps && tail < BLOCK_K) mask_keys(s, tail);
+                const bool moved =
+                    next_weights<true>(softmax, s, keep, scale, 0.0f, factor, LOG2_LIMIT);
+                wgmma_wait<0>();  // P V
+                if (lead) mbarrier_arrive(&barriers.v_empty[v_turn.stage]);
+                v_turn.next();
+#pragma unroll
+                for (int i = 0; i < D_WORDS; ++i) o[i] += values.value(i);
+                if (moved) scale_rows(o, keep[0], keep[1]);
+                pack_weights(p, s);
+            }
+            values.clear();
+            mbarrier_wait(&barriers.v_full[v_turn.stage], v_turn.parity);
+            wgmma_fence();
+            issue_values(values, p, shared + V_AT + v_turn.stage * TILE_BYTES);
+            wgmma_commit();
+            wgmma_wait<0>();
+            if (lead) mbarrier_arrive(&barriers.v_empty[v_turn.stage]);
+            v_turn.next();
+            // V's scale belongs to the channel, a column of o.
+            const float* channel_scale = v_scale + w.bh * HEAD_DIM + column;
+#pragma unroll
+            for (int n = 0; n < HEAD_DIM / 8; ++n) {
+                const float2 by = *reinterpret_cast<const float2*>(channel_scale + 8 * n);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int i = 4 * n + e;
+                    o[i] = (o[i] + values.value(i)) * (e & 1 ? by.y : by.x);
+                }
+            }
+        }
+
+        finish_rows(o, softmax, some, row_scale, logf(PV_LIMIT), lse + w.bh * n_q + w.first_row,
+                    row0, w.rows);
+        if (out_sparse != nullptr)
+            store_warp_rows(o, shared + OUT_AT,
+                            out_sparse + (w.bh * n_q + w.first_row) * HEAD_DIM, HEAD_DIM, row0,
+                            w.rows);
+        if (state != nullptr && w.rest) {
+            const float weight =
+                some ? alpha[w.item * alpha_stride_b + w.head * alpha_stride_h +
+                             w.row_block * alpha_stride_row]
+                     : 0.0f;
+            scale_rows(o, weight, weight);
+            unsigned phi[HEAD_DIM / 16][4];
+            load_q(phi, shared + Q_AT + q_turn.stage * BLOCK_Q * PITCH, row0);
+            mbarrier_wait(&barriers.state_full, state_turn.parity);
+            state_turn.next();
+            add_linear(o, phi, shared + STATE_AT, reinterpret_cast<const float*>(shared + NORM_AT),
+                       channels, 1.0f - weight);
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(&barriers.state_empty);
+        }
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(&barriers.q_empty[q_turn.stage]);
+        q_turn.next();
+        store_warp_rows(o, shared + OUT_AT,
+                        out + w.item * out_item + w.head * out_head +
+                            static_cast<long long>(w.first_row) * out_step,
+                        out_step, row0, w.rows);
+    }
+}
