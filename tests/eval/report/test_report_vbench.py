@@ -1,10 +1,12 @@
 """VBench's dimensions and scores in a report."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from sla2_eval.report.data import gather
 from sla2_eval.report.page import write_report
+from sla2_eval.report.vbench import part_means
 from sla2_eval.scoring.vbench_dimensions import DIMENSIONS
 
 
@@ -39,6 +41,20 @@ def test_native_and_vbenchs_own_dimensions_make_the_scores(tmp_path):
     assert page.count("VBench’s own code") == 9
     assert "| **Total score** | 1.0000 |" in (tmp_path / "report" / "results.md").read_text()
     assert gather(tmp_path / "report" / "results.json")["vbench"] == [row]
+
+
+def test_folders_of_parts_count_by_the_videos_of_the_dimension():
+    """Of ten videos one was of the dimension in the first folder, three in the second."""
+    about = {"vbench": "scene", "num_videos": 10}
+    members = [
+        SimpleNamespace(results={"metrics": {"vbench_scene": about | values}})
+        for values in (
+            {"vbench_mean": 1.0, "vbench_weight": 1},
+            {"vbench_mean": 0.2, "vbench_weight": 3},
+        )
+    ]
+    group = SimpleNamespace(of_seed=lambda seed: members)
+    assert part_means(group, None)["vbench_scene"]["vbench_mean"] == pytest.approx(0.4)
 
 
 def test_a_part_has_no_score_and_one_dimension_no_table(tmp_path):

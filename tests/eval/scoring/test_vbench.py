@@ -217,6 +217,7 @@ def test_totals_weigh_videos_as_vbench_does(folder, tmp_path, monkeypatch):
     assert [found[name]["mean"] for name in "ab"] == pytest.approx([(0.75 + 0.3) / 2] * 2)
     totals = [(0.9 + 0.6 + 0.3) / 3, (4 * 0.9 + 0.6 + 0.3) / 6]
     assert [found[name]["vbench_mean"] for name in "ab"] == pytest.approx(totals)
+    assert [found[name]["vbench_weight"] for name in "ab"] == [3, 6]
     assert found["b"]["normalised"] == pytest.approx((totals[1] - 0.6293) / (1 - 0.6293))
     listed = {"metrics": {"b": found["b"]}, "videos": [{"file_name": "x", "scores": {"b": 0.9}}]}
     assert as_vbench(listed)["temporal_flickering"][0] == found["b"]["vbench_mean"]

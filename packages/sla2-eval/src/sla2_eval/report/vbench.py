@@ -14,19 +14,20 @@ _LEAST = 2  # dimensions that a variant must have for the table to be shown
 
 
 def part_means(group: Group, seed: int | None) -> dict[str, dict[str, Any]]:
-    """{metric: {"vbench": dimension, "vbench_mean", "num_videos"}} of one training. Where several
-    folders scored parts of its videos, they weigh by their number of videos.
+    """{metric: {"vbench": dimension, "vbench_mean", "vbench_weight"}} of one training. Where
+    several folders scored parts of its videos, each mean counts by what it was made of.
     """
     found: dict[str, dict[str, Any]] = {}
     for member in group.of_seed(seed):
         for metric, about in (member.results or {}).get("metrics", {}).items():
-            mean, count = about.get("vbench_mean"), about.get("num_videos", 0)
-            if mean is None or about.get("vbench") not in DIMENSIONS or not count:
+            mean = about.get("vbench_mean")
+            weight = about.get("vbench_weight", about.get("num_videos", 0))
+            if mean is None or about.get("vbench") not in DIMENSIONS or not weight:
                 continue
-            before = found.get(metric, {"vbench_mean": 0.0, "num_videos": 0})
-            both = before["num_videos"] + count
-            mean = (before["vbench_mean"] * before["num_videos"] + mean * count) / both
-            found[metric] = {"vbench": about["vbench"], "vbench_mean": mean, "num_videos": both}
+            before = found.get(metric, {"vbench_mean": 0.0, "vbench_weight": 0})
+            both = before["vbench_weight"] + weight
+            mean = (before["vbench_mean"] * before["vbench_weight"] + mean * weight) / both
+            found[metric] = {"vbench": about["vbench"], "vbench_mean": mean, "vbench_weight": both}
     return found
 
 

@@ -116,6 +116,7 @@ def _summary(
         ]
         if counted:
             entry["vbench_mean"] = _vbench_mean(counted)
+            entry["vbench_weight"] = sum(result.get("weight", 1) for result in counted)
             entry["normalised"] = spec.normalised(entry["vbench_mean"])
     if spec.kind == "paired":
         pairs = [(video, other) for video, other in pair(videos, references or []) if other]
