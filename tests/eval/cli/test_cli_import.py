@@ -3,6 +3,7 @@ refuses.
 """
 
 import json
+import sys
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ def test_an_imported_checkpoint_generates_with_sla_and_rcm(tmp_path, monkeypatch
     assert json.loads((tmp_path / "turbo/transformer/sla2_config.json").read_text())["layers"]
     size = ["--num-frames", "5", "--height", "32", "--width", "48", "--dtype", "float32"]
     videos = {}
+    monkeypatch.delitem(sys.modules, "sla2_core.integrations.rcm")  # as in a process of its own
     for name, adapter in (("sla", ["--adapter", "turbo"]), ("full", [])):
         sampling = ["--prompts", "p.txt", "--out", name]
         assert main(["generate", "--model", "turbo", *adapter, *sampling, *size]) == 0

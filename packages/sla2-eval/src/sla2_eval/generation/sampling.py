@@ -326,6 +326,8 @@ def _load_model(model: str | Path) -> Generator:
     found = find_model(model)
     if isinstance(found, Path) and not (found / "model_index.json").exists():
         return TinyGenerator(*_load_tiny(found))
+    # diffusers takes a scheduler of an imported checkpoint from modules alone that are loaded.
+    import sla2_core.integrations.rcm  # noqa: F401
     import torch
     from diffusers import DiffusionPipeline
 

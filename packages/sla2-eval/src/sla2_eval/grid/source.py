@@ -216,6 +216,8 @@ class PipelineSource:
         """The pipeline with what encodes, in bf16 on a GPU (the VAE in fp32), and of its
         transformer the configuration alone, which some pipelines read.
         """
+        # As in generation.sampling: a pipeline may name its scheduler.
+        import sla2_core.integrations.rcm  # noqa: F401
         from diffusers import DiffusionPipeline
 
         place = str(find_model(self.name))
