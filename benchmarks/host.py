@@ -89,9 +89,9 @@ def module() -> Callable[[], Any]:
     import torch
     from sla2_core import SLA2Attention, SLA2Config
 
-    attention = SLA2Attention(
-        SLA2Config(head_dim=128, num_heads=2, topk=0.5, backend="emulator")
-    ).eval()
+    # alpha from the mass reads the block map, which a stubbed launch leaves as memory was.
+    config = SLA2Config(head_dim=128, num_heads=2, topk=0.5, alpha="position", backend="emulator")
+    attention = SLA2Attention(config).eval()
     q, k, v = (torch.zeros(1, 2, 256, 128, dtype=torch.bfloat16) for _ in range(3))
 
     def call() -> Any:
