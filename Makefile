@@ -5,8 +5,8 @@ PYTHON ?= python3
 # The uv that is installed and runs, else one that pip puts into .cache/uv (--target: allowed in externally managed Pythons).
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .cache/uv/bin/uv)
 READY := .venv/.synced
-# Two processes share the tests, file by file: most tests use one core.
-PYTEST := .venv/bin/python -m pytest -n 2 --dist loadfile
+# Two processes share the tests, file by file, each with one thread of torch's: two each would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
 
 quickstart: $(READY)
 	.venv/bin/sla2 quickstart
