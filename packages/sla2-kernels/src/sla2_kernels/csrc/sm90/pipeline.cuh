@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "sm90/panels.cuh"
 
 // A stage of a ring and the parity of the phase in which it is used. The consumer waits for the
 // parity at the stage's "full", the producer for the other one at its "empty".
@@ -41,4 +42,34 @@ SLA2_INLINE Work work_of(int number, const int* indices, const int* counts, int 
     w.steps = blocks_with_keys(w.list, counts[number], w.length);
     w.rest = w.steps < ceil_div(w.length, BLOCK_K);
     return w;
+}
+
+// The barriers of the K and V rings and of H, which the Barriers of each kernel have: one arrival
+// fills a stage of K or V, two warpgroups empty it.
+template <int STAGES, class Barriers>
+SLA2_INLINE void init_rings(Barriers& barriers) {
+    for (int i = 0; i < STAGES; ++i) {
+        mbarrier_init(&barriers.k_full[i], 1), mbarrier_init(&barriers.v_full[i], 1);
+        mbarrier_init(&barriers.k_empty[i], 2), mbarrier_init(&barriers.v_empty[i], 2);
+    }
+    mbarrier_init(&barriers.state_full, STATE_THREADS);
+    mbarrier_init(&barriers.state_empty, 8);
+}
+
+// Brings the key blocks of a query block, tiles of BYTES, into the rings at k_ring and v_ring; run
+// by one thread of the producer.
+template <int BYTES, int STAGES, class Barriers>
+SLA2_INLINE void bring_keys(const Work& w, int t_n, const unsigned char* k_tiles,
+                            const unsigned char* v_tiles, unsigned char* k_ring,
+                            unsigned char* v_ring, Barriers& barriers, Turn<STAGES>& turn) {
+    for (int step = 0; step < w.steps; ++step, turn.next()) {
+        const long long at = (w.bh * t_n + w.list[step]) * BYTES;
+        const int i = turn.stage;
+        mbarrier_wait(&barriers.k_empty[i], turn.parity ^ 1);
+        mbarrier_arrive_expect(&barriers.k_full[i], BYTES);
+        bulk_load(k_ring + i * BYTES, k_tiles + at, BYTES, &barriers.k_full[i]);
+        mbarrier_wait(&barriers.v_empty[i], turn.parity ^ 1);
+        mbarrier_arrive_expect(&barriers.v_full[i], BYTES);
+        bulk_load(v_ring + i * BYTES, v_tiles + at, BYTES, &barriers.v_full[i]);
+    }
 }

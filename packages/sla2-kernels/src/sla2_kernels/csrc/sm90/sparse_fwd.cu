@@ -68,13 +68,8 @@ sla2_sm90_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long lon
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int t_m = ceil_div(n_q, BLOCK_Q), t_n = ceil_div(n_k, BLOCK_K);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; ++i) {
-            mbarrier_init(&barriers.k_full[i], 1), mbarrier_init(&barriers.v_full[i], 1);
-            mbarrier_init(&barriers.k_empty[i], 2), mbarrier_init(&barriers.v_empty[i], 2);
-        }
+        init_rings<STAGES>(barriers);
         mbarrier_init(&barriers.q_full, 1), mbarrier_init(&barriers.q_empty, 8);
-        mbarrier_init(&barriers.state_full, STATE_THREADS);
-        mbarrier_init(&barriers.state_empty, 8);
         fence_proxy_async();
     }
     __syncthreads();
@@ -97,20 +92,9 @@ sla2_sm90_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long lon
                     bulk_load(shared + Q_AT + row * PITCH,
                               q_rows + static_cast<long long>(row) * q_step, HALF_ROW,
                               &barriers.q_full);
-                if (lead) {
-                    for (int step = 0; step < w.steps; ++step, turn.next()) {
-                        const long long at = (w.bh * t_n + w.list[step]) * KEY_BYTES;
-                        const int i = turn.stage;
-                        mbarrier_wait(&barriers.k_empty[i], turn.parity ^ 1);
-                        mbarrier_arrive_expect(&barriers.k_full[i], KEY_BYTES);
-                        bulk_load(shared + K_AT + i * KEY_BYTES, k_tiles + at, KEY_BYTES,
-                                  &barriers.k_full[i]);
-                        mbarrier_wait(&barriers.v_empty[i], turn.parity ^ 1);
-                        mbarrier_arrive_expect(&barriers.v_full[i], KEY_BYTES);
-                        bulk_load(shared + V_AT + i * KEY_BYTES, v_tiles + at, KEY_BYTES,
-                                  &barriers.v_full[i]);
-                    }
-                }
+                if (lead)
+                    bring_keys<KEY_BYTES>(w, t_n, k_tiles, v_tiles, shared + K_AT, shared + V_AT,
+                                          barriers, turn);
                 __syncwarp();
             }
         } else if (state != nullptr) {  // H, which its writer does not swizzle, and Z

@@ -104,14 +104,9 @@ sla2_sm90_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int t_m = ceil_div(n_q, BLOCK_Q), t_n = ceil_div(n_k, BLOCK_K);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; ++i) {
-            mbarrier_init(&barriers.k_full[i], 1), mbarrier_init(&barriers.v_full[i], 1);
-            mbarrier_init(&barriers.k_empty[i], 2), mbarrier_init(&barriers.v_empty[i], 2);
-        }
+        init_rings<STAGES>(barriers);
         for (int i = 0; i < Q_STAGES; ++i)
             mbarrier_init(&barriers.q_full[i], 1), mbarrier_init(&barriers.q_empty[i], 8);
-        mbarrier_init(&barriers.state_full, STATE_THREADS);
-        mbarrier_init(&barriers.state_empty, 8);
         fence_proxy_async();
     }
     __syncthreads();
@@ -140,20 +135,9 @@ sla2_sm90_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long
                                   full);
                 }
                 q_turn.next();
-                if (lead) {
-                    for (int step = 0; step < w.steps; ++step, turn.next()) {
-                        const long long at = (w.bh * t_n + w.list[step]) * TILE_BYTES;
-                        const int i = turn.stage;
-                        mbarrier_wait(&barriers.k_empty[i], turn.parity ^ 1);
-                        mbarrier_arrive_expect(&barriers.k_full[i], TILE_BYTES);
-                        bulk_load(shared + K_AT + i * TILE_BYTES, k_tiles + at, TILE_BYTES,
-                                  &barriers.k_full[i]);
-                        mbarrier_wait(&barriers.v_empty[i], turn.parity ^ 1);
-                        mbarrier_arrive_expect(&barriers.v_full[i], TILE_BYTES);
-                        bulk_load(shared + V_AT + i * TILE_BYTES, v_tiles + at, TILE_BYTES,
-                                  &barriers.v_full[i]);
-                    }
-                }
+                if (lead)
+                    bring_keys<TILE_BYTES>(w, t_n, k_tiles, v_tiles, shared + K_AT, shared + V_AT,
+                                           barriers, turn);
                 __syncwarp();
             }
         } else if (state != nullptr) {
