@@ -19,6 +19,7 @@ from sla2_eval.grid.ablation import cells, graph, sampling
 from sla2_eval.grid.quickstart import settings as quickstart
 from sla2_eval.grid.settings import AblationSettings, Attention
 from sla2_eval.runs.settings import load_settings, validate
+from sla2_eval.tiny.model import WEIGHTS
 
 ROOT = Path(__file__).parents[3]
 # Written by the code of version 0.1: what its settings made of these grids; the quickstart's follow
@@ -52,6 +53,9 @@ def test_the_quickstart_shows_the_shipped_adapters_and_one_short_training(tmp_pa
         training = json.loads((cell.variant.adapter / "training.json").read_text())
         assert training["settings"]["stage2"]["steps"] == 2000
     assert live.attention.config() == found["sla2-97"].attention.config()
+    # A model that has one adapter shows it alone beside the live training.
+    few = {cell.name for cell in cells(quickstart("tiny-4k"))}
+    assert few == {path.name for path in (WEIGHTS / "tiny-4k" / "adapters").iterdir()} | {live.name}
     # A model without shipped adapters trains all of its variants.
     save(tmp_path)
     assert all(cell.tuned for cell in cells(quickstart(str(tmp_path))))

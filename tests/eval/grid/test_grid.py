@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import tiny_model
+from sla2_core.adapter import load_adapter
 from sla2_eval.cli.main import main
 from sla2_eval.generation.sampling import load_generator, open_folder
-from sla2_eval.grid.ablation import cells, graph, run_grid, sampling
+from sla2_eval.grid.ablation import cells, graph, run_grid, sampling, task_tune
 from sla2_eval.grid.settings import AblationSettings, Attention
 from sla2_eval.grid.steps import apply
 from sla2_eval.parallel.processes import ThisProcess
@@ -116,6 +118,38 @@ def test_a_variant_with_an_adapter_is_that_one_and_trains_nothing(grid, model, t
     given["attention"] = {"block_q": 32}
     with pytest.raises(ValueError, match="block_q: expected a field that may change"):
         cells(grid(variants=[given]))
+
+
+def test_a_variant_with_a_start_is_trained_on_from_it(grid, model, tmp_path):
+    every = {"topk": 1.0, "block_q": 16, "block_k": 8, "alpha": "mass"}
+    generator = load_generator(str(model))
+    handle = apply(generator.transformer, Attention(every))
+    with torch.no_grad():
+        for weight in handle.model_tensors().values():
+            weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    started = {name: weight.clone() for name, weight in handle.model_tensors().items()}
+    handle.save(tmp_path / "start", include_model=True)
+    still = {"steps": 1, "loss": "distill", "learning_rate": 0.0, "alpha_learning_rate": 1e-9}
+    given = {**variant("on", **every), "start": str(tmp_path / "start"), "stage2": still}
+    settings = grid(variants=[given, {**given, "name": "fresh", "start": None}], keep_targets=True)
+    on, fresh = cells(settings)
+    assert on.router is None
+    assert on.tuned != fresh.tuned
+    assert "stage1" not in str(graph(settings, tmp_path)[on.tuned].needs)
+
+    found = task_tune(settings, on, tmp_path / "work")
+    trained = load_adapter(tmp_path / "work" / on.tuned / "adapter").tensors
+    for name, weight in started.items():
+        assert torch.equal(trained[name], weight), name
+    # With every block selected the student is full attention. Its loss is above zero because the
+    # teacher is the model without the start's weights.
+    assert found["loss"][0] > 1e-3
+
+
+@pytest.mark.parametrize("other", [{"adapter": "there"}, {"finetune": False}])
+def test_a_start_of_what_is_not_trained_is_refused(grid, other):
+    with pytest.raises(SettingsError, match="start: expected a variant that is trained, got "):
+        grid(variants=[{**variant("a", topk=0.1), "start": "there", **other}])
 
 
 def test_a_repeated_variant_is_refused(grid):

@@ -92,7 +92,7 @@ def cells(settings: AblationSettings) -> list[Cell]:
         if variant.train_precision is not None:
             trained = attention.in_precision(variant.train_precision)
         given = variant.adapter is not None
-        learns = attention.learns_in_stage1() and not given
+        learns = attention.learns_in_stage1() and not given and variant.start is None
         for seed in seeds:
             router = tuned = None
             if learns:
@@ -103,6 +103,8 @@ def cells(settings: AblationSettings) -> list[Cell]:
             if variant.finetune and not given:
                 what = {"attention": _without(trained, _NOT_STAGE2), "router": router}
                 what |= {"stage2": variant.own_stage2(settings.stage2).to_dict(), "data": data}
+                if variant.start is not None:
+                    what |= {"start": generation.folder_digest(variant.start)}
                 tuned = f"stage2/{digest(what)[:10]}-s{seed}"
             name = variant.name if len(seeds) == 1 else f"{variant.name}-s{seed}"
             found.append(Cell(name, variant, attention, trained, seed, router, tuned))
@@ -246,6 +248,7 @@ def task_tune(
         functools.partial(source.encode, settings.data, _data(settings, work), report=report),
         replace(cell.variant.own_stage2(settings.stage2), seed=cell.seed),
         work / cell.tuned,
+        start=cell.variant.start,
         targets=work / f"targets-{_data_key(settings)}" if settings.keep_targets else None,
         stage=f"stage 2 of {cell.name}",
         report=report,

@@ -38,7 +38,11 @@ def variants_of(model: str, steps: int) -> list[dict[str, Any]]:
     folder = weights_of(model) / "adapters" if model in NAMES else None
     if folder is None or not folder.is_dir():
         return [dict(variant) for variant in LIVE]
-    found = [{**variant, "adapter": folder / variant["name"]} for variant in SHIPPED]
+    found = [
+        {**variant, "adapter": folder / variant["name"]}
+        for variant in SHIPPED
+        if (folder / variant["name"]).is_dir()
+    ]
     live = {
         "name": "sla2-97-here",
         "label": f"SLA2 97 %, trained here ({steps} steps)",

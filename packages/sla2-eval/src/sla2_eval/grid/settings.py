@@ -223,8 +223,9 @@ class VariantSettings(Settings):
     `train_precision` is the sparse branch's precision in stage 2; None trains in the precision it
     runs in (QAT). `adapter`: the folder of a trained adapter, whose attention takes the place of
     the base's; `attention` may then hold what may change after training (config.CHANGEABLE), and
-    nothing is trained. `stage2` holds what differs in the variant's own stage 2, such as the loss
-    that its paper trains with.
+    nothing is trained. `start`: the folder of a trained adapter that stage 2 goes on from, in place
+    of the model's own weights and of stage 1. `stage2` holds what differs in the variant's own
+    stage 2, such as the loss that its paper trains with.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
@@ -234,7 +235,15 @@ class VariantSettings(Settings):
     train_precision: str | None = None
     finetune: bool = True
     adapter: Path | None = None
+    start: Path | None = None
     stage2: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _start_is_trained_further(self) -> Self:
+        if self.start is not None and (self.adapter is not None or not self.finetune):
+            other = "adapter" if self.adapter is not None else "finetune: false"
+            raise ValueError(f"start: expected a variant that is trained, got {other} beside it")
+        return self
 
     def own_stage2(self, base: Stage2Config) -> Stage2Config:
         """The grid's stage 2 with this variant's changes. Raises ValueError naming the key."""

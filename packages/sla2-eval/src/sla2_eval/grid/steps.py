@@ -184,13 +184,16 @@ def stage2(
     config: Stage2Config,
     folder: Path,
     *,
+    start: Path | None = None,
     targets: Path | None = None,
     stage: str = "stage 2",
     report: Report = silent,
 ) -> dict[str, Any]:
     """Fine-tune the source's model and SLA2's own parameters from the stage 1 in `router` (None:
-    from the initial state), on what data() gives; returns the report as a dict. `targets`: where
-    the teacher of loss="distill" keeps its predictions, for trainings on the same data and seed.
+    from the initial state), on what data() gives; returns the report as a dict. `start`: a trained
+    adapter to go on from instead, whose teacher is the source's model all the same. `targets`:
+    where the teacher of loss="distill" keeps its predictions, for trainings on the same data and
+    seed.
 
     The sparse branch computes in the attention's precision: quantisation-aware training where that
     is a low one. The transformer is left trained. Raises ValueError for a folder trained with other
@@ -214,8 +217,12 @@ def stage2(
     if router is not None:
         load_stage1(handle, router)
     teacher = None
-    if targets is not None and config.loss == "distill":
-        teacher = KeptTargets(handle.dense_copy(), targets)
+    if config.loss == "distill":
+        teacher = handle.dense_copy()
+        if targets is not None:
+            teacher = KeptTargets(teacher, targets)
+    if start is not None:  # after the teacher's copy: the adapter may hold the model's weights
+        handle.load(start, keep_settings=True)
     trained = train_stage2(
         handle,
         found,
