@@ -182,7 +182,7 @@ def variant(name):
     if name == "a timestep for each token of Wan":
         model, given = models.wan(), tiny_wan.inputs()
         given["timestep"] = 900 * torch.rand(2, 45)
-    elif name == "a timestep for each token of LTX-2":
+    elif name in ("a timestep for each token of LTX-2", "tokens of keyframes in LTX-2"):
         model, sample, _ = families.build("ltx2")
         family, (latents, sigma, conditions) = family_of(model), families.batch(sample)
         clean = {"audio_timestep": torch.zeros(2), "sigma": sigma, "audio_sigma": torch.zeros(2)}
@@ -190,6 +190,11 @@ def variant(name):
         conditions["audio_num_frames"] = int(conditions["audio_num_frames"][0])
         given = {"hidden_states": latents, "timestep": 900 * torch.rand(2, 45)}
         given |= clean | sizes | conditions
+        if "keyframes" in name:
+            given["hidden_states"] = torch.cat([latents, torch.randn(2, 15, 4)], dim=1)
+            given["timestep"] = 900 * torch.rand(2, 60)
+            own = model.rope.prepare_video_coords(2, *sizes.values(), latents.device)
+            given["video_coords"] = torch.cat([own, own[:, :, -15:] + 0.5], dim=2)
         assert family.grid(model, (), given) == GRID
     elif name == "residuals of Flux's ControlNet":
         model, sample, _ = families.build("flux")
@@ -217,6 +222,7 @@ def variant(name):
     [
         ("a timestep for each token of Wan", True),
         ("a timestep for each token of LTX-2", True),
+        ("tokens of keyframes in LTX-2", True),
         ("residuals of Flux's ControlNet", True),
         ("patches of two frames in CogVideoX 1.5", True),
         ("the first frame of HunyuanVideo's image to video", False),

@@ -15,6 +15,7 @@ from sla2_core.integrations.family import Family, TokenFlow, register_family
 from sla2_core.integrations.processor import SLA2Processor
 from sla2_core.integrations.tokens import moved, moved_in
 from sla2_core.order import Grid
+from sla2_core.order.base import with_text
 
 
 class LTX2SLA2Processor(SLA2Processor):
@@ -134,16 +135,21 @@ def _tokens(config: Mapping[str, Any], frames: int, height: int, width: int) -> 
 
 
 _PLACES = {"hidden_states": 0, "num_frames": 10, "height": 11, "width": 12}  # in the forward
+_PLACES |= {"video_coords": 15}
 
 
 def _grid(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid:
-    """Raises ValueError for tokens beside those of the video's grid, such as references."""
+    """Of the video's own tokens. Those of keyframes, such as a last frame, follow them and have
+    coordinates of their own; ValueError for other tokens beside the grid's.
+    """
     given = {name: args[i] for name, i in _PLACES.items() if i < len(args)} | kwargs
     tokens, patch = given["hidden_states"].shape[1], transformer.config.patch_size
     sizes = [given.get(name) for name in ("num_frames", "height", "width")]
     steps = (transformer.config.patch_size_t, patch, patch)
     frames, height, width = (-(-(size or 0) // step) for size, step in zip(sizes, steps))
-    if frames * height * width != tokens:
+    own, coordinates = frames * height * width, given.get("video_coords")
+    keyframes = 0 < own < tokens and coordinates is not None and coordinates.shape[2] == tokens
+    if own != tokens and not keyframes:
         raise ValueError(
             f"num_frames, height, width: expected a grid of the {tokens} tokens for a token order,"
             f" got {sizes}; SLA2Config(token_order='raster') needs none"
@@ -151,8 +157,14 @@ def _grid(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Gr
     return frames, height, width
 
 
+def _with_keyframes(places: Tensor, tokens: Tensor) -> Tensor:
+    """Places of all tokens (B, N, C), of which the first are the grid's and the rest stay."""
+    return with_text(places, tokens.shape[1], tokens.shape[1] - len(places))
+
+
 def _in_order(transformer: Any, given: dict[str, Any], places: Tensor) -> dict[str, Any]:
     tokens = given["hidden_states"]
+    places = _with_keyframes(places, tokens)
     if given.get("video_coords") is None:
         sizes = (given[name] for name in ("num_frames", "height", "width"))
         fps = {"fps": given["fps"]} if "fps" in given else {}
@@ -174,7 +186,9 @@ FAMILY = Family(
     grid=_grid,
     token_flow=TokenFlow(
         arguments=_in_order,
-        result=lambda transformer, sample, places: moved(sample, 1, places),
+        result=lambda transformer, sample, places: moved(
+            sample, 1, _with_keyframes(places, sample)
+        ),
     ),
     latent_shape=(16, 16, 24),  # 121 frames of 512 x 768
 )
