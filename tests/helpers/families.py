@@ -93,7 +93,7 @@ def ltx2(**changes):
     sizes = {"num_frames": 3, "height": 3, "width": 5, "audio_num_frames": 4}
     sample = lambda: {  # noqa: E731
         "latents": _randn(45, 4),
-        "audio_hidden_states": _randn(4, 3),
+        "audio_hidden_states": _randn(4, 4),
         "encoder_hidden_states": _randn(TEXT, 8),
         "audio_encoder_hidden_states": _randn(TEXT, 8),
         **{name: torch.tensor(n) for name, n in sizes.items()},
@@ -159,6 +159,12 @@ class Samples:
         return self.sample(index)
 
 
+# LTX-2's forms of guidance, each of which is one more forward pass.
+NO_GUIDANCE = {
+    f"{kind}{name}": scale
+    for kind in ("", "audio_")
+    for name, scale in {"guidance_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0}.items()
+}
 PIPELINES = ("wan", "hunyuan_video", "hunyuan_video15", "cogvideox_5b", "flux", "ltx2")
 
 
@@ -190,7 +196,7 @@ def pipeline(name: str, transformer):
         return diffusers.CogVideoXPipeline(**(given | {"scheduler": scheduler}), **text)
     if name == "flux":
         return diffusers.FluxPipeline(**given, **two)
-    return diffusers.LTX2Pipeline(**given, **text, audio_vae=None, connectors=None, vocoder=None)
+    return diffusers.LTX2Pipeline(**(given | text | models.ltx2_parts()))
 
 
 def load_pipeline(name: str, folder):
@@ -212,10 +218,8 @@ def load_pipeline(name: str, folder):
     return pipe
 
 
-def generate(name: str, pipe, sample, seed: int = 0) -> torch.Tensor:
-    """Two denoising steps from noise that `seed` fixes: latents. LTX-2's pipeline needs connectors;
-    it has a plain loop.
-    """
+def generate(name: str, pipe, seed: int = 0) -> torch.Tensor:
+    """Two denoising steps from noise that `seed` fixes: latents."""
     rng = torch.Generator().manual_seed(seed)
     text = torch.randn(1, TEXT, 8, generator=rng)
     mask = torch.ones(1, TEXT).long()
@@ -248,13 +252,12 @@ def generate(name: str, pipe, sample, seed: int = 0) -> torch.Tensor:
         return pipe(
             prompt_embeds=text, pooled_prompt_embeds=torch.ones(1, 6), height=80, width=144, **given
         )[0]
-    from sla2_core.integrations.families.ltx2 import FAMILY
-
-    conditions = {key: value[None] for key, value in sample(0).items()}
-    latents = torch.randn(conditions.pop("latents").shape, generator=rng)
-    pipe.scheduler.set_timesteps(2)
-    with torch.no_grad():
-        for t in pipe.scheduler.timesteps:
-            velocity = FAMILY.predict(pipe.transformer, latents, t[None] / 1000, conditions)
-            latents = pipe.scheduler.step(velocity, t, latents, return_dict=False)[0]
-    return latents
+    return pipe(
+        prompt_embeds=torch.randn(1, TEXT, 16, generator=rng),
+        prompt_attention_mask=mask,
+        height=96,
+        width=160,
+        num_frames=3,
+        **NO_GUIDANCE,
+        **given,
+    )[0]

@@ -127,8 +127,8 @@ def ltx2(**changes):
         num_attention_heads=2,
         attention_head_dim=12,
         cross_attention_dim=24,
-        audio_in_channels=3,
-        audio_out_channels=3,
+        audio_in_channels=4,
+        audio_out_channels=4,
         audio_num_attention_heads=2,
         audio_attention_head_dim=6,
         audio_cross_attention_dim=12,
@@ -137,3 +137,49 @@ def ltx2(**changes):
         rope_double_precision=False,
     )
     return LTX2VideoTransformer3DModel(**settings | changes)
+
+
+def ltx2_parts():
+    """What LTX2Pipeline has beside text encoder, transformer and scheduler, for ltx2() and latents
+    of 4 channels, every frame, a 32nd of the size. Of sound there are latents alone.
+    """
+    import diffusers
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
+    kinds = {
+        "down_block_types": ("LTX2VideoDownBlock3D",),
+        "downsample_type": ("spatial",),
+        "upsample_type": ("spatial",),
+        "spatio_temporal_scaling": (True,),
+        "decoder_spatio_temporal_scaling": (True,),
+        "decoder_inject_noise": (False, False),
+        "upsample_residual": (False,),
+        "upsample_factor": (1,),
+    }
+    sizes = {
+        "latent_channels": 4,
+        "block_out_channels": (8,),
+        "decoder_block_out_channels": (8,),
+        "layers_per_block": (1, 1),
+        "decoder_layers_per_block": (1, 1),
+        "patch_size": 16,
+        "temporal_compression_ratio": 1,
+    }
+    heads = {
+        f"{kind}_connector_{name}": value
+        for kind in ("video", "audio")
+        for name, value in {
+            "num_attention_heads": 2,
+            "attention_head_dim": 4,
+            "num_layers": 1,
+            "num_learnable_registers": 7,
+        }.items()
+    }
+    text = {"caption_channels": 8, "text_proj_in_factor": 2, "rope_double_precision": False}
+    sound = {"base_channels": 4, "ch_mult": (1,), "num_res_blocks": 1, "latent_channels": 2}
+    return {
+        "vae": diffusers.AutoencoderKLLTX2Video(**sizes, **kinds),
+        "audio_vae": diffusers.AutoencoderKLLTX2Audio(**sound, resolution=32, mel_bins=8),
+        "connectors": LTX2TextConnectors(**text, **heads),
+        "vocoder": None,
+    }

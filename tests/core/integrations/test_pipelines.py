@@ -1,6 +1,7 @@
 """Pipelines with SLA2 as their users run them: Wan's text to video, image to video, first and last
-frame and Wan2.2's two experts, every other family's, and their image to video; each offloaded,
-compiled, with a LoRA, saved and loaded, equal to the pipeline itself where every block is selected.
+frame, each with Wan2.2's two experts too; every other family's, and their image to video, LTX-2's
+with first and last frame. Each is offloaded, compiled, has a LoRA, is saved and loaded, and equals
+the pipeline itself where every block is selected.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ KINDS = {
     "i2v": lambda: pipelines.wan_image("2.1"),
     "flf2v": lambda: pipelines.wan_image("2.1 both frames"),
     "i2v two experts": lambda: pipelines.wan_image("2.2"),
+    "flf2v two experts": lambda: pipelines.wan_image("2.2"),
 }
 OTHERS = [name for name in families.PIPELINES if name != "wan"]
 QUICK = ("t2v", "i2v two experts")
@@ -60,7 +62,7 @@ def transformers(pipe):
 def run(pipe, kind):
     """Latents of one video after two steps, or of Wan after three, which both experts see."""
     if kind in OTHERS:
-        return families.generate(kind, pipe, families.build(kind)[1])
+        return families.generate(kind, pipe)
     if kind in image_pipelines.NAMES:
         return image_pipelines.generate(kind, pipe)
     pipe.set_progress_bar_config(disable=True)
@@ -70,7 +72,7 @@ def run(pipe, kind):
     if "t2v" not in kind:
         image = torch.rand(2, 32, 48, 3, generator=torch.Generator().manual_seed(4))
         first, last = (Image.fromarray(x.mul(255).byte().numpy()) for x in image)
-        given |= {"image": first} | ({"last_image": last} if kind == "flf2v" else {})
+        given |= {"image": first} | ({"last_image": last} if "flf2v" in kind else {})
     return pipe(prompt="a red circle", generator=rng, return_dict=False, **size, **given)[0]
 
 

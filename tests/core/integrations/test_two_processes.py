@@ -20,13 +20,13 @@ def prepare(name, folder):
     """Pipeline folder -> load -> apply -> capture from the running pipeline -> stage 1
     -> adapter.
     """
-    transformer, sample, _ = families.build(name)
+    transformer, _, _ = families.build(name)
     families.pipeline(name, transformer).save_pretrained(folder / "pipeline")
     pipe = families.load_pipeline(name, folder / "pipeline")
     handle = apply_sla2(pipe.transformer, families.config(pipe.transformer))
     captures = capture(
         handle,
-        lambda i: families.generate(name, pipe, sample, seed=i),
+        lambda i: families.generate(name, pipe, seed=i),
         folder / "captures",
         samples=2,
         config=CaptureConfig(every=2),
@@ -91,14 +91,13 @@ def test_stage2_on_two_processes_then_load_and_generate(run, name):
     torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-4, atol=0)
     torch.testing.assert_close(two["grad_norm"], one["grad_norm"], rtol=1e-3, atol=0)
     assert set(two) == set(one)
-    _, sample, _ = families.build(name)
     results = {}
     for adapter in (None, "stage1_adapter", "stage2_1/adapter", "stage2_2/adapter"):
         pipe = families.load_pipeline(name, folder / "pipeline")
         if adapter:
             handle = apply_adapter(pipe.transformer, folder / adapter)
             assert handle.config.precision == ("full" if adapter == "stage1_adapter" else "int8")
-        results[adapter] = families.generate(name, pipe, sample)
+        results[adapter] = families.generate(name, pipe)
         assert torch.isfinite(results[adapter]).all()
     torch.testing.assert_close(
         results["stage2_1/adapter"], results["stage2_2/adapter"], atol=0.05, rtol=0
