@@ -15,6 +15,7 @@ from sla2_eval.scoring.metrics.base import Sample
 from sla2_eval.scoring.metrics.consistency import consistency
 from sla2_eval.scoring.metrics.dynamic_degree import moves
 from sla2_eval.scoring.metrics.fvd import frechet, reduce
+from sla2_eval.scoring.metrics.jedi import discrepancy
 from sla2_eval.scoring.metrics.overall_consistency import middles
 from sla2_eval.scoring.metrics.raft import strongest
 from sla2_eval.scoring.metrics.temporal_flickering import is_static
@@ -324,6 +325,27 @@ def test_frechet_of_identical_sets_is_zero_even_rank_deficient(count, dimension)
     assert frechet(features, features[::-1].copy()) <= 1e-9
 
 
+def test_jedi_is_the_mean_of_its_kernel():
+    """k(x, y) = (x y / d)^2, every pair with its own included, times 100; 0 for the same set in
+    another order.
+    """
+    generator = np.random.default_rng(0)
+    first, second = generator.normal(size=(7, 5)), generator.normal(0.3, 1.2, (9, 5))
+
+    def kernel(a, b):
+        return np.mean([(x @ y / 5) ** 2 for x in a for y in b])
+
+    expected = kernel(first, first) + kernel(second, second) - 2 * kernel(first, second)
+    assert discrepancy(first, second) == pytest.approx(expected, rel=1e-12)
+    assert discrepancy(second[::-1], first) == pytest.approx(expected, rel=1e-12)
+    assert discrepancy(first, first[::-1]) == 0.0
+    found = metrics.module_of("jedi").reduce("jedi", first, second, {})
+    assert found["value"] == pytest.approx(100 * expected, rel=1e-12)
+    assert len(found["warnings"]) == 2
+    with pytest.raises(ValueError, match="jedi: expected at least 2 clips a side, got"):
+        discrepancy(first[:1], second)
+
+
 def test_frechet_is_symmetric_finite_and_of_no_order():
     first, second = gaussian(30, 400, 0), gaussian(9, 400, 1, 1.5)
     value = frechet(first, second)
@@ -345,8 +367,8 @@ def test_fvd_refuses_one_clip_and_warns_of_few():
     few = reduce("fvd", gaussian(20, 70, 0), gaussian(60, 70, 1), settings)
     assert [w.split(":")[0] for w in few["warnings"]] == [
         "20 clips of the videos",
-        "20 clips of the videos for 70 dimensions",
         "60 clips of the references",
+        "20 clips of the videos for 70 dimensions",
         "60 clips of the references for 70 dimensions",
     ]
     assert reduce("fvd", gaussian(300, 4, 0), gaussian(300, 4, 1), settings)["warnings"] == []

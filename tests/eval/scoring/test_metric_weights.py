@@ -227,6 +227,120 @@ def test_content_debiased_fvd_reads_videomaes_own_file(tmp_path, wrap):
         metrics.load("fvd_videomae", {**settings, **wrong})
 
 
+def vjepa(layers: int, width: int, patch: int, tokens: int) -> tuple[dict, dict]:
+    """Names and shapes in V-JEPA's own files: of its encoder and of its probe."""
+    encoder = {"pos_embed": (1, tokens, width), **norm("norm", width)}
+    encoder |= {"patch_embed.proj.weight": (width, 3, 2, patch, patch)}
+    encoder |= {"patch_embed.proj.bias": (width,)}
+    for block in (f"blocks.{layer}" for layer in range(layers)):
+        encoder |= norm(f"{block}.norm1", width) | norm(f"{block}.norm2", width)
+        encoder |= linear(f"{block}.attn.qkv", width, 3 * width)
+        encoder |= linear(f"{block}.attn.proj", width, width)
+        encoder |= linear(f"{block}.mlp.fc1", width, 4 * width)
+        encoder |= linear(f"{block}.mlp.fc2", 4 * width, width)
+    block = "pooler.cross_attention_block"
+    probe = {"pooler.query_tokens": (1, 1, width), **linear("linear", width, 174)}
+    probe |= norm(f"{block}.norm1", width) | norm(f"{block}.norm2", width)
+    probe |= linear(f"{block}.xattn.q", width, width) | linear(
+        f"{block}.xattn.kv", width, 2 * width
+    )
+    probe |= linear(f"{block}.xattn.proj", width, width)
+    probe |= linear(f"{block}.mlp.fc1", width, 4 * width)
+    return encoder, probe | linear(f"{block}.mlp.fc2", 4 * width, width)
+
+
+def test_vjepa_has_the_published_sizes():
+    from sla2_eval.scoring.metrics.vjepa_model import HUGE, encoder, pooler
+
+    published, probe = vjepa(layers=32, width=1280, patch=16, tokens=8 * 14 * 14)
+    with torch.device("meta"):
+        assert shapes(encoder(**HUGE, tokens=1568)) == published
+        assert {f"pooler.{n}": s for n, s in shapes(pooler(HUGE["width"])).items()} == {
+            name: shape for name, shape in probe.items() if not name.startswith("linear")
+        }
+
+
+def vjepa_by_hand(clip: torch.Tensor, t: dict, heads: int) -> torch.Tensor:
+    """V-JEPA's encoder on a normalised (T, 3, H, W) clip, then its probe's query over all tokens:
+    layer norms of epsilon 1e-6 in the one and 1e-5 in the other, GELU by the error function.
+    """
+
+    def normed(x, name, epsilon):
+        centred = x - x.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
+        return centred / scale * t[f"{name}.weight"] + t[f"{name}.bias"]
+
+    def dense(x, name):
+        return x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
+
+    def gelu(x):
+        return x / 2 * (1 + torch.erf(x / 2**0.5))
+
+    def attended(q, k, v):
+        q, k, v = (z.unflatten(1, (heads, -1)).transpose(0, 1) for z in (q, k, v))
+        mixed = torch.softmax(q @ k.transpose(1, 2) / q.shape[-1] ** 0.5, -1) @ v
+        return mixed.transpose(0, 1).flatten(1)
+
+    kernel = t["patch_embed.proj.weight"]
+    patch = kernel.shape[-1]
+    cut = clip.transpose(0, 1).unfold(1, 2, 2).unfold(2, patch, patch).unfold(3, patch, patch)
+    cut = cut.permute(1, 2, 3, 0, 4, 5, 6).flatten(3).flatten(0, 2)
+    x = cut @ kernel.flatten(1).T + t["patch_embed.proj.bias"] + t["pos_embed"][0]
+    layers = 1 + max(int(name.split(".")[1]) for name in t if name.startswith("blocks."))
+    for block in (f"blocks.{layer}" for layer in range(layers)):
+        q, k, v = dense(normed(x, f"{block}.norm1", 1e-6), f"{block}.attn.qkv").chunk(3, 1)
+        x = x + dense(attended(q, k, v), f"{block}.attn.proj")
+        h = gelu(dense(normed(x, f"{block}.norm2", 1e-6), f"{block}.mlp.fc1"))
+        x = x + dense(h, f"{block}.mlp.fc2")
+    x = normed(x, "norm", 1e-6)
+    block, query = "pooler.cross_attention_block", t["pooler.query_tokens"][0]
+    k, v = dense(normed(x, f"{block}.norm1", 1e-5), f"{block}.xattn.kv").chunk(2, 1)
+    mixed = attended(dense(query, f"{block}.xattn.q"), k, v)
+    query = query + dense(mixed, f"{block}.xattn.proj")
+    h = gelu(dense(normed(query, f"{block}.norm2", 1e-5), f"{block}.mlp.fc1"))
+    return (query + dense(h, f"{block}.mlp.fc2"))[0]
+
+
+def test_jedi_reads_vjepas_own_files(tmp_path):
+    """Its features by hand, from files as V-JEPA's trainer writes them: the encoder's average among
+    other things, and a probe with classes that are not used.
+    """
+    generator = torch.Generator().manual_seed(0)
+    encoder, probe = (
+        {name: torch.randn(shape, generator=generator) / 4 for name, shape in published.items()}
+        for published in vjepa(layers=2, width=12, patch=14, tokens=2 * 2 * 2)
+    )
+    wrapped = {f"module.backbone.{name}": tensor for name, tensor in encoder.items()}
+    other = {name: 0 * tensor for name, tensor in wrapped.items()}
+    files = [
+        given(tmp_path / "vjepa.pt", {"encoder": other, "target_encoder": wrapped, "epoch": 300}),
+        given(
+            tmp_path / "vjepa_probe.pt",
+            {"classifier": {f"module.{name}": t for name, t in probe.items()}, "epoch": 20},
+        ),
+    ]
+    settings = {key: {**files[0][key], **files[1][key]} for key in ("files", "digests")}
+    settings |= {"size": 28, "crop": "none", "clip_frames": 4}
+    settings |= {"model": {"width": 12, "layers": 2, "heads": 3, "patch": 14}}
+    video = np.random.default_rng(0).integers(0, 256, (7, 44, 61, 3), dtype=np.uint8)
+    (found,) = metrics.load("jedi", settings)(Sample(video, 8))
+
+    x = torch.from_numpy(video[:4]).permute(0, 3, 1, 2).double() / 255
+    x = torch.nn.functional.interpolate(x, (28, 28), mode="bilinear")
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    tensors = {name: tensor.double() for name, tensor in {**encoder, **probe}.items()}
+    by_hand = vjepa_by_hand((x - mean) / std, tensors, heads=3)
+    np.testing.assert_allclose(found, by_hand.numpy(), atol=2e-5)
+    del wrapped["module.backbone.pos_embed"]
+    wrong = given(tmp_path / "vjepa.pt", {"target_encoder": wrapped})
+    for key in ("files", "digests"):
+        settings[key] |= wrong[key]
+    with pytest.raises(metrics.MetricUnavailable, match=r"vjepa: .*Missing key.*pos_embed"):
+        metrics.load("jedi", settings)
+
+
 @pytest.mark.parametrize("wrap", ["plain", "params", "state_dict", "module"])
 def test_the_wrappings_of_published_state_dicts(tmp_path, wrap):
     state = {"head.weight": torch.ones(2)}

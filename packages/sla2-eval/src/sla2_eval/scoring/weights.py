@@ -41,10 +41,12 @@ _SOURCES = {  # where files come from: the beginning of their addresses
     "laion": "https://raw.githubusercontent.com/LAION-AI/aesthetic-predictor/main/",
     "dino": "https://dl.fbaipublicfiles.com/dino/",
     "pyiqa": "https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/",
+    "jepa": "https://dl.fbaipublicfiles.com/jepa/",
     "stylegan-v": "https://www.dropbox.com/s/ge9e5ujwgetktms/",
 }
 _IMAGENET = "BSD-3-Clause (torchvision); trained on data with terms of their own"
 _CLIP = "MIT (OpenAI CLIP)"
+_JEPA = "CC-BY-NC-4.0 (V-JEPA)"
 _B32 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
 _L14 = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
 # name, megabytes, licence, sha256, metrics, source, address there; and the file's name here if it
@@ -115,6 +117,26 @@ _TABLE = (
         "fvd_videomae",
         "hub",
         "OpenGVLab/InternVideoMAE_models/resolve/main/mae-g/vit_g_hybrid_pt_1200e_ssv2_ft.pth",
+    ),
+    (
+        "vjepa",
+        10350,  # of encoder, its average, predictor and Adam's moments in fp32
+        _JEPA,
+        None,
+        "jedi",
+        "jepa",
+        "vith16/vith16.pth.tar",
+        "vjepa_vith16.pth.tar",
+    ),
+    (
+        "vjepa_probe",
+        239,  # of the probe and Adam's moments in fp32
+        _JEPA,
+        None,
+        "jedi",
+        "jepa",
+        "vith16/ssv2-probe.pth.tar",
+        "vjepa_vith16_ssv2_probe.pth.tar",
     ),
     (
         "musiq",

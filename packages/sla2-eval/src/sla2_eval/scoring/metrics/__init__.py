@@ -27,6 +27,7 @@ _MODULES = [
         "vmaf",
         "clip",
         "fvd",
+        "jedi",
         "consistency",
         "temporal_flickering",
         "motion_smoothness",

@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sla2_eval.scoring.metrics import videomae_model
-from sla2_eval.scoring.metrics.base import MetricSpec, Sample, need_frames
+from sla2_eval.scoring.metrics import clips, videomae_model
+from sla2_eval.scoring.metrics.base import MetricSpec, Sample
 from sla2_eval.scoring.metrics.videomae_model import GIANT
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-# What StyleGAN-V does, and what else can be asked for. "crop": the centre square, its side first
-# made `resolution` pixels, or the whole frame squeezed into a square, of which `resolution` is not
-# used. "clips": of each video the first, or all that follow one another. "covariance": divided by n
-# or by n - 1.
-_PROTOCOL = {"crop": "centre", "resolution": 256, "clips": "first", "covariance": "population"}
-_CHOICES = {
-    "crop": ("centre", "none"),
-    "clips": ("first", "all"),
-    "covariance": ("population", "sample"),
-}
+# "covariance": divided by n, as StyleGAN-V does, or by n - 1.
+_PROTOCOL = {**clips.PROTOCOL, "covariance": "population"}
+_CHOICES = {**clips.CHOICES, "covariance": ("population", "sample")}
 
 SPECS = (
     MetricSpec(
@@ -68,52 +61,9 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], np.ndarra
     """The extractor: features (clips, d) of a video. It raises ValueError for a video shorter than
     a clip.
     """
-    import numpy as np
-    import torch
-
-    length = settings["clip_frames"]
-    centre: Callable[[np.ndarray, int], np.ndarray]
     if name == "fvd":
-        features, centre = _i3d(settings, device), _centre
-    else:
-        features, centre = _videomae(settings, device), videomae_model.prepared
-
-    def extract(sample: Sample) -> np.ndarray:
-        need_frames(sample, length)
-        last = len(sample.frames) - length if settings["clips"] == "all" else 0
-        found = []
-        with torch.inference_mode():
-            for start in range(0, last + 1, length):
-                clip = sample.frames[start : start + length]
-                if settings["crop"] == "centre":
-                    clip = centre(clip, settings["resolution"])
-                found.append(features(clip).float().cpu().numpy())
-        return np.stack(found)
-
-    return extract
-
-
-def _centre(frames: np.ndarray, side: int) -> np.ndarray:
-    """The centre square of uint8 (T, H, W, 3) frames whose short side is first made `side` pixels,
-    by Pillow's Lanczos filter: how StyleGAN-V prepares its data sets.
-    """
-    import numpy as np
-    from PIL import Image
-
-    height, width = frames.shape[1:3]
-    size = (side * width // min(height, width), side * height // min(height, width))
-    left, top = (round((length - side) / 2) for length in size)
-    images = (Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in frames)
-    return np.stack([np.asarray(i.crop((left, top, left + side, top + side))) for i in images])
-
-
-def _square(frames: np.ndarray, device: str, side: int) -> Tensor:
-    """Float (T, 3, side, side) in [0, 1], bilinear."""
-    import torch
-    from torch.nn.functional import interpolate
-
-    x = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float().div_(255.0)
-    return interpolate(x, (side, side), mode="bilinear", align_corners=False)
+        return clips.extractor(_i3d(settings, device), settings)
+    return clips.extractor(_videomae(settings, device), settings, videomae_model.prepared)
 
 
 def _i3d(settings: dict, device: str) -> Callable:
@@ -122,7 +72,7 @@ def _i3d(settings: dict, device: str) -> Callable:
     detector = load_script("i3d", settings, device)
 
     def features(frames: np.ndarray) -> Tensor:
-        clip = _square(frames, device, settings["size"]).permute(1, 0, 2, 3)[None] * 2 - 1
+        clip = clips.square(frames, device, settings["size"]).permute(1, 0, 2, 3)[None] * 2 - 1
         return detector(clip, rescale=False, resize=False, return_features=True)[0]
 
     return features
@@ -132,7 +82,7 @@ def _videomae(settings: dict, device: str) -> Callable:
     model = videomae_model.VideoMAE(settings, device)
 
     def features(frames: np.ndarray) -> Tensor:
-        return model.features(_square(frames, device, settings["size"]))
+        return model.features(clips.square(frames, device, settings["size"]))
 
     return features
 
@@ -150,12 +100,7 @@ def frechet(first: np.ndarray, second: np.ndarray, *, ddof: int = 0) -> float:
 
     means, roots = [], []
     for features in (first, second):
-        if features.ndim != 2 or len(features) < 2:
-            raise ValueError(
-                f"fvd: expected at least 2 clips a side, got features of shape {features.shape}"
-            )
-        x = np.asarray(features, dtype=np.float64)
-        x = x[np.lexsort(x.T[::-1])]
+        x = clips.in_order(features, "fvd")
         means.append(x.mean(axis=0))
         roots.append(np.linalg.qr(x - means[-1], mode="r") / np.sqrt(len(x) - ddof))
     shared = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
@@ -167,14 +112,9 @@ def reduce(name: str, features: np.ndarray, reference: np.ndarray, settings: dic
     """The distance between the videos' and the references' features, and warnings where few clips
     make it worth little.
     """
-    warnings = []
+    warnings = clips.few(features, reference)
     for side, found in (("videos", features), ("references", reference)):
         count, dimension = found.shape
-        if count < 256:
-            warnings.append(
-                f"{count} clips of the {side}: under 256 the distance says little, and is biased"
-                " upwards"
-            )
         if count <= dimension:
             warnings.append(
                 f"{count} clips of the {side} for {dimension} dimensions: the covariance is"

@@ -53,13 +53,15 @@ def load_tensors(name: str, settings: dict) -> dict[str, Tensor]:
             return load_file(path)
         if _is_torchscript(path):
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, not read: a trainer's file holds more than the tensors that are taken of it.
+        mapped = zipfile.is_zipfile(path)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         raise MetricUnavailable(
             f"unavailable: {path}: expected tensors, got {str(error).splitlines()[0]}"
         ) from error
-    # as the trainers of AMT, pyiqa, and VideoMAE wrap them
-    for key in ("state_dict", "params", "model", "module"):
+    # as the trainers of AMT, pyiqa, VideoMAE and V-JEPA wrap them
+    for key in ("state_dict", "params", "model", "module", "target_encoder", "classifier"):
         found = found.get(key, found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(
         isinstance(value, torch.Tensor) for value in found.values()
