@@ -39,7 +39,8 @@ def stubbed() -> Iterator[None]:
     cupy = SimpleNamespace(cuda=SimpleNamespace(Device=nothing, Stream=stream))
     with (
         mock.patch.dict("sys.modules", {"cupy": cupy}),
-        mock.patch("sla2_kernels.forward.load", load),
+        mock.patch("sla2_kernels.launch.load", load),
+        mock.patch("sla2_kernels.hopper.multiprocessors", return_value=132),
         mock.patch("sla2_kernels.launch._cupy_stream", nothing),
     ):
         yield

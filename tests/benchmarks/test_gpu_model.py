@@ -53,7 +53,7 @@ def test_bytes_are_those_of_each_tensor_once():
     recorder = Recorder("sm_90a")
     x = recorder.tensor(2, 3, 10, 64)
     y = recorder.allocate((6, 5), "float32")
-    from sla2_kernels.forward import run_kernel
+    from sla2_kernels.launch import run_kernel
 
     p = gpu_model.problem_of("full", 10, 3)
     run_kernel(recorder.device, p, "sla2_states", (4, 6), *x.arguments, y, x.pointer)

@@ -94,11 +94,11 @@ def test_the_script_runs_every_kernel():
     code = f"""
 import sys
 sys.path.insert(0, {str(SCRIPT.parent)!r})
-from sla2_kernels import forward
+from sla2_kernels import launch
 import sanitized
 launched = set()
-real = forward.load
-forward.load = lambda spec, *more: launched.add(spec.entry) or real(spec, *more)
+real = launch.load
+launch.load = lambda spec, *more: launched.add(spec.entry) or real(spec, *more)
 for case in {KERNELS!r}:
     sanitized.main(case)
 print(*sorted(launched))

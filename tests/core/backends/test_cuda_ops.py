@@ -383,26 +383,31 @@ def test_fp8_runs_in_16_bit_where_it_would_be_emulated_and_that_is_said_once(mon
     q, k, v, _, alpha, block_map = inputs()
     call = Inputs(q, k, v, block_map.indices, block_map.counts, alpha, None)
     cuda_ops._precision_to_run.cache_clear()
-    for arch, precision, save in (
-        ("sm_90a", "int8", False),
-        ("sm_90a", "fp8", True),
-        ("sm_90a", "int8", False),
-        ("sm_90a", "int8_int8", False),
-        ("sm_120a", "int8", False),
+    monkeypatch.delenv("SLA2_WGMMA", raising=False)
+    for arch, precision, save, *blocks in (
+        ("sm_90a", "int8", False, 32, 32),
+        ("sm_90a", "fp8", True, 32, 32),
+        ("sm_90a", "int8", False, 32, 32),
+        ("sm_90a", "int8_int8", False, 32, 32),
+        ("sm_120a", "int8", False, 32, 32),
+        ("sm_90a", "int8", False, 128, 64),  # by wgmma
+        ("sm_100a", "int8", False, 128, 64),
     ):
         device = Device(allocate=lambda *_: None, target="cuda", arch=arch)
         monkeypatch.setattr(cuda_ops, "_device", lambda *_, device=device: device)
-        options = make_options(32, 32, precision, "paper", True)
+        options = make_options(*blocks, precision, "paper", True)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             with pytest.raises(NotImplementedError):
                 backends.BACKENDS["cuda"].forward(call, options, save)
         said = [str(warning.message) for warning in caught]
-        assert len(said) == (len(ran) == 1), said
+        assert len(said) == (len(ran) in (1, 7)), said
     assert ran == [
         ("full", False),
         ("fp8", True),
         ("full", False),
         ("int8_int8", False),
         ("int8", False),
+        ("int8", False),
+        ("full", False),
     ]

@@ -87,11 +87,17 @@ def test_the_kernel_cache_and_nvrtc_are_shown(monkeypatch, tmp_path):
     assert "is no file" in found.detail
 
 
-def test_a_gpu_s_products_are_told_by_precision():
+def test_a_gpu_s_products_are_told_by_precision(monkeypatch):
     slow = " (slower than 16 bit, in which forwards without gradients run)"
+    monkeypatch.delenv("SLA2_WGMMA", raising=False)
     assert doctor._products(0, 9, 0).detail == (
-        f"sm_90a: full: HMMA; int8: IMMA and HMMA, widened{slow}; int8_int8: IMMA; fp8: HMMA,"
-        f" widened{slow}"
+        "sm_90a, wgmma (SLA2_WGMMA=0: mma.sync): full: HGMMA; int8: IGMMA and QGMMA;"
+        " int8_int8: IGMMA; fp8: QGMMA"
+    )
+    monkeypatch.setenv("SLA2_WGMMA", "0")
+    assert doctor._products(0, 9, 0).detail == (
+        f"sm_90a, mma.sync (SLA2_WGMMA is 0): full: HMMA; int8: IMMA and HMMA, widened{slow};"
+        f" int8_int8: IMMA; fp8: HMMA, widened{slow}"
     )
     assert doctor._products(1, 12, 0).detail == (
         "sm_120a: full: HMMA; int8: IMMA and QMMA; int8_int8: IMMA; fp8: QMMA"

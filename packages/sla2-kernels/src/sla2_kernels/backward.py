@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sla2_kernels.forward import Forward, contiguous, copy_columns, masked_sum, run_kernel, widened
-from sla2_kernels.launch import Argument, Pointer
+from sla2_kernels.forward import Forward, contiguous, copy_columns, masked_sum, widened
+from sla2_kernels.launch import Argument, Pointer, run_kernel
 from sla2_kernels.problem import NULL, Device, Problem, Strided
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sla2_kernels.kernels import spec_of
-from sla2_kernels.launch import Argument, Pointer, launch, load
+from sla2_kernels import hopper
+from sla2_kernels.launch import Argument, Pointer, run_kernel
 from sla2_kernels.problem import NULL, ONE, Alpha, Device, Map, Problem, Strided
 
 
@@ -88,28 +88,6 @@ class Forward:
     linear: Linear | None
     out_sparse: Strided
     smooth_k: bool
-
-
-def run_kernel(
-    device: Device, problem: Problem, name: str, grid: tuple[int, ...], *args: Argument
-) -> None:
-    """Launch one kernel on the device's stream.
-
-    Args:
-        name: of the kernel, which is compiled for the problem's geometry.
-        grid: up to three sizes.
-        args: what the kernel lists, in its order: Pointers and numpy scalars of its exact types.
-
-    Raises:
-        ValueError: the device's architecture cannot run the problem's precision.
-        RuntimeError: what compiling or running needs is missing, or the kernel does not compile.
-        TypeError: an argument is neither a Pointer nor a numpy scalar.
-    """
-    spec, grid = spec_of(name, device.arch, problem.geometry), (*grid, 1, 1)[:3]
-    if device.record:
-        return device.record(spec, grid, args)
-    kernel = load(spec, device.target, device.index)
-    launch(kernel, grid, (spec.threads, 1, 1), spec.shared_bytes, args, device.stream)
 
 
 def copy_columns(
@@ -440,6 +418,10 @@ def sparse_forward(
     out = out or Strided.of(new(rows, p.dtype), p.heads, p.n_q, p.width)
     lse = new((p.batch, p.heads, p.n_q), "float32")
     out_sparse = new(rows, p.dtype) if save and linear else NULL
+    kept = Strided.of(out_sparse, p.heads, p.n_q, p.width) if linear else out
+    if hopper.takes(device, p):
+        _sparse_by_wgmma(device, p, made, block_map, linear, alpha, out, out_sparse, lse)
+        return out, lse, kept
     inputs: tuple[Argument, ...]
     mixed: tuple[Argument, ...]
     if p.low:
@@ -473,7 +455,30 @@ def sparse_forward(
         np.int32(p.head_dim),
         p.softmax_scale,
     )
-    return out, lse, Strided.of(out_sparse, p.heads, p.n_q, p.width) if linear else out
+    return out, lse, kept
+
+
+def _sparse_by_wgmma(
+    device: Device,
+    problem: Problem,
+    made: Prologue,
+    block_map: Map,
+    linear: Linear | None,
+    alpha: Alpha,
+    out: Strided,
+    out_sparse: Pointer,
+    lse: Pointer,
+) -> None:
+    p, low, q = problem, None, made.q
+    if p.low:
+        tiles = hopper.pack_low(device, p, made.k_bytes, made.v_bytes)
+        low = hopper.LowBit(made.q_bytes, made.q_scale, made.k_scale, made.v_scale)
+        q = q if linear else Strided(NULL, (0, 0, 0))
+    else:
+        tiles = hopper.pack(device, p, made.k, made.v)
+    state, norm = (linear.state, linear.norm) if linear else (NULL, NULL)
+    inputs = q, *tiles, block_map, state, norm, alpha
+    hopper.sparse_forward(device, p, *inputs, out, out_sparse, lse, low=low)
 
 
 def forward(

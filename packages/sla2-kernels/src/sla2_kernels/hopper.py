@@ -4,112 +4,22 @@ results as the `mma.sync` kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from sla2_kernels.kernels import Geometry
-from sla2_kernels.launch import Argument, Pointer, launch, load
+from sla2_kernels.kernels import has_wgmma
+from sla2_kernels.launch import Pointer, multiprocessors, run_kernel
 from sla2_kernels.problem import NULL, Alpha, Device, Map, Problem, Strided
-from sla2_kernels.specs import DTYPES, HEAD_DIMS, PRECISIONS, KernelSpec
 
-ARCH = "sm_90a"
-STAGES = 3  # of the rings of K and V
-MULTIPROCESSORS = 132  # of an H100 SXM and an H200; an H100 PCIe has 114
+MULTIPROCESSORS = 132  # of an H100 SXM and an H200, which the emulator stands for
 
 
-def _no_shared(_: Geometry) -> int:
-    return 0
-
-
-# As sm90/*.cu lay it out: rings of K and V, H, rows of Q and O 16 bytes apart, Z, mbarriers.
-def _forward_shared(g: Geometry) -> int:
-    tiles = 2 * STAGES * g.block_k + g.head_dim
-    rows = 2 * g.block_q * (g.row_bytes + 16)
-    return tiles * g.row_bytes + rows + 4 * g.head_dim + 8 * (4 * STAGES + 4)
-
-
-def _forward_low_shared(g: Geometry) -> int:
-    tiles = 2 * STAGES * g.block_k * g.head_dim + g.head_dim * g.row_bytes
-    rows = g.block_q * (3 * (g.row_bytes + 16) + 2 * (g.head_dim + 16))
-    return tiles + rows + 4 * g.head_dim + 8 * (4 * STAGES + 6)
-
-
-@dataclass(frozen=True)
-class _Kernel:
-    source: str
-    threads: int
-    opcodes: tuple[str, ...]
-    shared_bytes: Callable[[Geometry], int] = _no_shared
-    precisions: tuple[str, ...] = ("full",)
-
-
-_LOW = ("int8", "int8_int8", "fp8")
-_PRODUCTS = {"int8": ("IGMMA", "QGMMA"), "int8_int8": ("IGMMA",), "fp8": ("QGMMA",)}
-_WIDE = ("LDG.E.128", "STG.E.128")
-_ROLES = ("HGMMA", "UBLKCP", "USETMAXREG", "LDSM.16", "SYNCS")
-_KERNELS = {
-    "sla2_sm90_pack": _Kernel("sm90/pack.cu", 128, _WIDE),
-    "sla2_sm90_sparse_fwd": _Kernel("sm90/sparse_fwd.cu", 384, _ROLES, _forward_shared),
-    "sla2_sm90_pack_low": _Kernel("sm90/pack_low.cu", 128, _WIDE, precisions=_LOW),
-    "sla2_sm90_sparse_fwd_low": _Kernel(
-        "sm90/sparse_fwd_low.cu", 384, _ROLES, _forward_low_shared, _LOW
-    ),
-}
-
-
-def supports(arch: str, geometry: Geometry) -> bool:
-    """Whether these kernels serve a geometry: query blocks of 128, key blocks of 64."""
-    return arch == ARCH and (geometry.block_q, geometry.block_k) == (128, 64)
-
-
-def spec_of(name: str, geometry: Geometry) -> KernelSpec:
-    """The spec of a kernel of csrc/sm90.
-
-    Raises:
-        ValueError: an unknown name, or a geometry that they do not serve.
+def takes(device: Device, problem: Problem) -> bool:
+    """Whether these kernels run the sparse forward of a problem: if the device allows and has them,
+    for query blocks of 128 and key blocks of 64.
     """
-    kernel = _KERNELS.get(name)
-    if not (kernel and supports(ARCH, geometry) and geometry.precision in kernel.precisions):
-        raise ValueError(f"{name}: expected a kernel of csrc/sm90 for blocks of 128 and 64")
-    products = _PRODUCTS.get(geometry.precision, ()) if kernel.threads == 384 else ()
-    return KernelSpec(
-        source=kernel.source,
-        entry=name,
-        arch=ARCH,
-        threads=kernel.threads,
-        macros=(
-            ("SLA2_HEAD_DIM", geometry.head_dim),
-            ("SLA2_BLOCK_Q", geometry.block_q),
-            ("SLA2_BLOCK_K", geometry.block_k),
-            ("SLA2_DTYPE", DTYPES[geometry.dtype]),
-            ("SLA2_PRECISION", PRECISIONS[geometry.precision]),
-        ),
-        shared_bytes=kernel.shared_bytes(geometry),
-        opcodes=(*kernel.opcodes, *products),
-    )
-
-
-def all_specs() -> list[KernelSpec]:
-    """Every kernel of csrc/sm90, for every head dimension, dtype and precision."""
-    return [
-        spec_of(name, Geometry(head_dim=head_dim, dtype=dtype, precision=precision))
-        for name, kernel in _KERNELS.items()
-        for head_dim in HEAD_DIMS
-        for dtype in DTYPES
-        for precision in kernel.precisions
-    ]
-
-
-def _run(
-    device: Device, problem: Problem, name: str, grid: tuple[int, ...], *args: Argument
-) -> None:
-    spec, grid = spec_of(name, problem.geometry), (*grid, 1, 1)[:3]
-    if device.record:
-        return device.record(spec, grid, args)
-    kernel = load(spec, device.target, device.index)
-    launch(kernel, grid, (spec.threads, 1, 1), spec.shared_bytes, args, device.stream)
+    return device.wgmma and has_wgmma(device.arch, problem.geometry)
 
 
 @dataclass(frozen=True)
@@ -141,7 +51,7 @@ def pack(
     k_tiles, v_tiles = (device.allocate(shape, p.dtype) for _ in range(2))
     args = *k.arguments, *v.arguments, mean, p.kv_lengths, k_tiles, v_tiles
     sizes = np.int32(p.heads), np.int32(p.n_k)
-    _run(device, p, "sla2_sm90_pack", (p.t_n, p.pairs, 2), *args, *sizes)
+    run_kernel(device, p, "sla2_sm90_pack", (p.t_n, p.pairs, 2), *args, *sizes)
     return k_tiles, v_tiles
 
 
@@ -158,7 +68,7 @@ def pack_low(
         device.allocate((p.pairs, p.t_n, p.block_k * p.width), "uint8") for _ in range(2)
     )
     args = k_bytes, v_bytes, k_tiles, v_tiles, np.int32(p.n_k)
-    _run(device, p, "sla2_sm90_pack_low", (p.t_n, p.pairs, 2), *args)
+    run_kernel(device, p, "sla2_sm90_pack_low", (p.t_n, p.pairs, 2), *args)
     return k_tiles, v_tiles
 
 
@@ -177,7 +87,7 @@ def sparse_forward(
     lse: Pointer,
     *,
     low: LowBit | None = None,
-    blocks: int = MULTIPROCESSORS,
+    blocks: int | None = None,
 ) -> None:
     """Softmax over the selected blocks, the linear branch and their mixture, in one kernel.
 
@@ -187,12 +97,15 @@ def sparse_forward(
         state, norm: H and Z of every query block (`forward.Linear`), or NULL: no linear branch.
         out, out_sparse, lse: where to write O, O_s (NULL: nowhere) and L.
         low: 8-bit Q and the scales, where the problem's precision is a low-bit one.
-        blocks: of threads, at most one a multiprocessor; each walks over its query blocks.
+        blocks: of threads, each of which walks over its query blocks; None: one a multiprocessor.
     """
     p = problem
+    if blocks is None:
+        real = device.target == "cuda" and not device.record
+        blocks = multiprocessors(device.index) if real else MULTIPROCESSORS
     count = p.pairs * p.t_m
     name = "sla2_sm90_sparse_fwd_low" if low else "sla2_sm90_sparse_fwd"
-    _run(
+    run_kernel(
         device,
         p,
         name,

@@ -1,9 +1,10 @@
 """Which kernels there are: entry -> threads, shared memory and limits for a geometry. Must agree
-with csrc/*.cu.
+with csrc/*.cu and csrc/sm90/*.cu.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -79,12 +80,40 @@ _LOW = ("int8", "int8_int8", "fp8")
 _WIDE = ("LDG.E.128", "STG.E.128")
 _TILES = ("LDGSTS.E.BYPASS.128", "LDSM.16", "HMMA.16816")
 _WIDENS_FP8 = "F2FP.F16.E4M3.UNPACK"
+# Of csrc/sm90: roles and copies; Q K^T and P V.
+_ROLES = ("HGMMA", "UBLKCP", "USETMAXREG", "LDSM.16", "SYNCS")
+_WGMMA = {
+    "full": ("HGMMA", "HGMMA"),
+    "int8": ("IGMMA", "QGMMA"),
+    "int8_int8": ("IGMMA", "IGMMA"),
+    "fp8": ("QGMMA", "QGMMA"),
+}
 
 
-def products_of(arch: str, precision: str) -> tuple[str, str]:
-    """The SASS instructions that multiply Q K^T and P V of the sparse forward: "HMMA" on 16-bit
-    operands, "IMMA" on int8, "QMMA" on FP8; "HMMA, widened" where FP8 is widened to fp16 first.
+def wgmma_allowed() -> bool:
+    """Whether kernels of csrc/sm90 may be taken: $SLA2_WGMMA, 1 (the default) or 0.
+
+    Raises:
+        RuntimeError: it is something else.
     """
+    chosen = os.environ.get("SLA2_WGMMA") or "1"
+    if chosen not in ("0", "1"):
+        raise RuntimeError(f"SLA2_WGMMA: expected 0 or 1, got {chosen!r}")
+    return chosen == "1"
+
+
+def has_wgmma(arch: str, geometry: Geometry) -> bool:
+    """Whether csrc/sm90 has the sparse forward: on sm_90a, for blocks of 128 and 64."""
+    return arch == "sm_90a" and (geometry.block_q, geometry.block_k) == (128, 64)
+
+
+def products_of(arch: str, precision: str, wgmma: bool = False) -> tuple[str, str]:
+    """The SASS instructions that multiply Q K^T and P V of the sparse forward: "HMMA" on 16-bit
+    operands, "IMMA" on int8, "QMMA" on FP8; "HMMA, widened" where FP8 is widened to fp16 first;
+    "HGMMA", "IGMMA" and "QGMMA" of the kernels of csrc/sm90, which `wgmma` asks for.
+    """
+    if wgmma:
+        return _WGMMA[precision]
     fp8 = "QMMA" if ARCHITECTURES[arch].fp8_mma else "HMMA, widened"
     return {
         "full": ("HMMA", "HMMA"),
@@ -96,7 +125,7 @@ def products_of(arch: str, precision: str) -> tuple[str, str]:
 
 def faster_precision(arch: str, precision: str) -> str:
     """The precision that a forward should run in where speed is all that low bit is for: "full"
-    where this one would widen FP8, which is slower than 16 bit and rounds more.
+    where `mma.sync` would widen FP8, which is slower than 16 bit and rounds more.
     """
     return "full" if "HMMA, widened" in products_of(arch, precision) else precision
 
@@ -156,6 +185,20 @@ def _backward_kv_shared(g: Geometry) -> int:
     rows = _backward_rows(g)
     row_values = 2 if g.precision == "full" else 4
     return (2 * g.block_k + 4 * rows) * g.row_bytes + 2 * row_values * rows * 4
+
+
+# As sm90/*.cu lay it out: rings of three K and V tiles, H, rows of Q and O 16 bytes apart, Z,
+# mbarriers.
+def _hopper_forward_shared(g: Geometry) -> int:
+    tiles = 6 * g.block_k + g.head_dim
+    rows = 2 * g.block_q * (g.row_bytes + 16)
+    return tiles * g.row_bytes + rows + 4 * g.head_dim + 8 * 16
+
+
+def _hopper_forward_low_shared(g: Geometry) -> int:
+    tiles = 6 * g.block_k * g.head_dim + g.head_dim * g.row_bytes
+    rows = g.block_q * (3 * (g.row_bytes + 16) + 2 * (g.head_dim + 16))
+    return tiles + rows + 4 * g.head_dim + 8 * 18
 
 
 _KERNELS = {
@@ -241,6 +284,25 @@ _KERNELS = {
         opcodes=_TILES,
     ),
 }
+_HOPPER = {  # csrc/sm90
+    "sla2_sm90_pack": _Kernel("sm90/pack.cu", _fixed(128), _none, opcodes=_WIDE),
+    "sla2_sm90_sparse_fwd": _Kernel(
+        "sm90/sparse_fwd.cu",
+        _fixed(384),
+        _hopper_forward_shared,
+        blocks=lambda *_: 1,
+        opcodes=_ROLES,
+    ),
+    "sla2_sm90_pack_low": _Kernel("sm90/pack_low.cu", _fixed(128), _none, _LOW, opcodes=_WIDE),
+    "sla2_sm90_sparse_fwd_low": _Kernel(
+        "sm90/sparse_fwd_low.cu",
+        _fixed(384),
+        _hopper_forward_low_shared,
+        _LOW,
+        blocks=lambda *_: 1,
+        opcodes=_ROLES,
+    ),
+}
 
 
 def _resident_blocks(kernel: _Kernel, g: Geometry, arch: Architecture) -> int:
@@ -266,9 +328,15 @@ def spec_of(name: str, arch: str, geometry: Geometry) -> KernelSpec:
     """The spec of kernel `name` for an architecture such as "sm_90a".
 
     Raises:
-        ValueError: the architecture cannot run the geometry's precision.
+        ValueError: the architecture cannot run the geometry's precision, or the kernel is one of
+            csrc/sm90 and serves neither another architecture nor other blocks.
     """
-    kernel = _KERNELS[name]
+    if name in _HOPPER and not has_wgmma(arch, geometry):
+        raise ValueError(
+            f"{name}: expected sm_90a and blocks of 128 and 64, got {arch} and blocks of"
+            f" {geometry.block_q} and {geometry.block_k}"
+        )
+    kernel = _HOPPER[name] if name in _HOPPER else _KERNELS[name]
     precision = (
         geometry.precision if geometry.precision in kernel.precisions else kernel.precisions[0]
     )
@@ -281,6 +349,8 @@ def spec_of(name: str, arch: str, geometry: Geometry) -> KernelSpec:
     absent: tuple[str, ...] = ()
     if name == "sla2_sparse_fwd_low":
         products, absent = _low_opcodes(arch, precision)
+    elif name == "sla2_sm90_sparse_fwd_low":
+        products = tuple(sorted(set(_WGMMA[precision])))
     return KernelSpec(
         source=kernel.source,
         entry=name,
@@ -310,7 +380,7 @@ def all_specs(arch: str) -> list[KernelSpec]:
         raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}, got {arch!r}")
     return [
         spec_of(name, arch, Geometry(head_dim=head_dim, dtype=dtype, precision=precision))
-        for name, kernel in _KERNELS.items()
+        for name, kernel in {**_KERNELS, **(_HOPPER if arch == "sm_90a" else {})}.items()
         for head_dim in HEAD_DIMS
         for dtype in DTYPES
         for precision in kernel.precisions

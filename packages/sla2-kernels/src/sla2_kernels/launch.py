@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,11 @@ import numpy.typing as npt
 from sla2_kernels.compile import compile_kernel, find_nvrtc
 from sla2_kernels.emulator.emulate import EmulatedKernel, run
 from sla2_kernels.emulator.emulate import load as load_emulated
+from sla2_kernels.kernels import spec_of
 from sla2_kernels.specs import KernelSpec, architecture_of
+
+if TYPE_CHECKING:
+    from sla2_kernels.problem import Device, Problem
 
 TARGETS = ("cuda", "emulator")
 
@@ -136,6 +140,28 @@ def launch(
         kernel.handle(grid, block, tuple(values), shared_mem=shared_bytes)
 
 
+def run_kernel(
+    device: Device, problem: Problem, name: str, grid: tuple[int, ...], *args: Argument
+) -> None:
+    """Launch one kernel on the device's stream.
+
+    Args:
+        name: of the kernel, which is compiled for the problem's geometry.
+        grid: up to three sizes.
+        args: what the kernel lists, in its order: Pointers and numpy scalars of its exact types.
+
+    Raises:
+        ValueError: the device's architecture cannot run the problem's precision.
+        RuntimeError: what compiling or running needs is missing, or the kernel does not compile.
+        TypeError: an argument is neither a Pointer nor a numpy scalar.
+    """
+    spec, grid = spec_of(name, device.arch, problem.geometry), (*grid, 1, 1)[:3]
+    if device.record:
+        return device.record(spec, grid, args)
+    kernel = load(spec, device.target, device.index)
+    launch(kernel, grid, (spec.threads, 1, 1), spec.shared_bytes, args, device.stream)
+
+
 class _StreamHandle:
     """A cudaStream_t in the CUDA stream protocol."""
 
@@ -212,3 +238,11 @@ def device_architecture(device: int = 0) -> str:
 
     number = cupy.cuda.Device(device).compute_capability
     return architecture_of(int(number[:-1]), int(number[-1]))
+
+
+@cache
+def multiprocessors(device: int = 0) -> int:
+    """How many multiprocessors GPU number `device` has."""
+    import cupy
+
+    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])

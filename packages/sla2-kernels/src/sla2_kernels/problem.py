@@ -5,13 +5,13 @@ tensors lie.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from sla2_kernels.kernels import Geometry
+from sla2_kernels.kernels import Geometry, wgmma_allowed
 from sla2_kernels.launch import Argument, Pointer
 from sla2_kernels.specs import KernelSpec
 
@@ -75,6 +75,8 @@ class Device:
         stream: a cudaStream_t as an integer; None: the default stream.
         record: takes a launch's spec, grid and arguments in place of the target, which then
             launches nothing: see `record.Recorder`.
+        wgmma: take the kernels of csrc/sm90 where they serve; False: `mma.sync`. Default:
+            $SLA2_WGMMA, see `kernels.wgmma_allowed`.
     """
 
     allocate: Allocate
@@ -83,6 +85,7 @@ class Device:
     index: int = 0
     stream: int | None = None
     record: Record | None = None
+    wgmma: bool = field(default_factory=wgmma_allowed)
 
 
 @dataclass(frozen=True, kw_only=True)

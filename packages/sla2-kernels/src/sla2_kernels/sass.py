@@ -20,7 +20,7 @@ from typing import Any
 from sla2_kernels.artifacts import get, key_of
 from sla2_kernels.compile import Compiled
 
-SCHEMA = "sass 2"
+SCHEMA = "sass 3"
 TENSOR = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "OMMA")
 _MEMORY = ("LD", "ST", "RED", "ATOM", "UBLKCP", "BAR", "SYNCS")
 _LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P[T\d]+)\s+)?([A-Z][\w.]*)([^;]*);")
@@ -39,8 +39,8 @@ class Loop:
         rare: instructions that a forward branch may jump over and that neither read or write memory
             nor multiply matrices: the rescaling of sums, the mask of the last keys.
         tensor: how many of `instructions` multiply matrices.
-        inner: instructions and tensor instructions of the inner loop with most of the latter,
-            (0, 0) if none multiplies matrices.
+        inner: instructions, without rare ones, and tensor instructions of the inner loop with most
+            of the latter, (0, 0) if none multiplies matrices.
     """
 
     instructions: int
@@ -179,7 +179,7 @@ def _hot_loop(code: list[_Instruction]) -> Loop | None:
     first, last = body[0].address, body[-1].address
     rare = _rare(body)
     inside = [
-        (len(lines), _tensor(lines))
+        (len(lines) - _rare(lines), _tensor(lines))
         for lines in bodies
         if first <= lines[0].address and lines[-1].address <= last and len(lines) < len(body)
     ]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _EMULATED = "sm_90a"
+_BY_WGMMA = "; blocks of 128 and 64 run in 8 bit by wgmma, unless SLA2_WGMMA is 0"
 _MADE = {"uint32": torch.int32}  # bit sets: torch has few operators on uint32
 
 
@@ -83,8 +84,8 @@ def _unfit(
 
 @functools.cache
 def _precision_to_run(arch: str, precision: str) -> str:
-    """The precision of a forward without gradients, whose low bit is for speed alone. One
-    RuntimeWarning says where that is another one than asked for.
+    """The precision of a forward by mma.sync without gradients, whose low bit is for speed alone.
+    One RuntimeWarning says where that is another one than asked for.
     """
     from sla2_kernels.kernels import faster_precision, products_of
 
@@ -94,7 +95,7 @@ def _precision_to_run(arch: str, precision: str) -> str:
         warnings.warn(
             f"precision: {precision!r} runs in 16 bit on {arch}, which has no FP8 mma.sync (Q K^T"
             f" would run by {qk}, P V by {pv}: slower than 16 bit); forwards with gradients round"
-            " as asked",
+            " as asked" + (_BY_WGMMA if arch == "sm_90a" else ""),
             RuntimeWarning,
             stacklevel=2,
         )
@@ -394,16 +395,17 @@ class CudaBackend(Backend):
 
     def forward(self, call: Inputs, options: Options, save: bool) -> list[Tensor]:
         """As Backend.forward. Without `save`, FP8 runs in 16 bit on GPUs that would emulate it:
-        see `_precision_to_run`.
+        see `_precision_to_run`. Hopper's own kernels have it.
 
         Saved: the smoothed K if K is smoothed; with alpha also O_s,
         phi(K), the map as bits, 1 / unselected blocks, H and Z (see sla2_kernels.forward.Linear).
         """
+        from sla2_kernels import hopper
         from sla2_kernels.forward import forward
 
         q, smooth_k = call.q, options.smooth_k
         device, problem = _device(q, self.name), _problem(call, options)
-        if not save and device.target == "cuda":
+        if not save and device.target == "cuda" and not hopper.takes(device, problem):
             problem = replace(problem, precision=_precision_to_run(device.arch, problem.precision))
         out = _strided(self.empty_out(q)) if problem.head_dim == problem.width else None
         made = forward(

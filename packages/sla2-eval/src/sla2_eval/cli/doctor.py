@@ -157,8 +157,17 @@ def _gpu() -> list[Finding]:
 
 
 def _products(index: int, major: int, minor: int) -> Finding:
-    """Which instruction multiplies Q K^T and P V in each precision on GPU number `index`."""
-    from sla2_kernels.kernels import faster_precision, products_of, supports
+    """Which instruction multiplies Q K^T and P V in each precision on GPU number `index`, for
+    blocks of 128 and 64.
+    """
+    from sla2_kernels.kernels import (
+        Geometry,
+        faster_precision,
+        has_wgmma,
+        products_of,
+        supports,
+        wgmma_allowed,
+    )
     from sla2_kernels.specs import PRECISIONS, architecture_of
 
     what = f"GPU {index} products"
@@ -166,16 +175,20 @@ def _products(index: int, major: int, minor: int) -> Finding:
         arch = architecture_of(major, minor)
     except RuntimeError as error:
         return Finding(what, "missing", str(error), "a newer GPU")
+    wgmma, how = False, ""
+    if has_wgmma(arch, Geometry(head_dim=128)):
+        wgmma = wgmma_allowed()
+        how = ", wgmma (SLA2_WGMMA=0: mma.sync)" if wgmma else ", mma.sync (SLA2_WGMMA is 0)"
     parts = []
     for precision in PRECISIONS:
         if not supports(arch, precision):
             parts.append(f"{precision}: none, no FP8")
             continue
-        qk, pv = products_of(arch, precision)
-        slower = faster_precision(arch, precision) != precision
+        qk, pv = products_of(arch, precision, wgmma)
+        slower = not wgmma and faster_precision(arch, precision) != precision
         note = " (slower than 16 bit, in which forwards without gradients run)" if slower else ""
         parts.append(f"{precision}: {qk if qk == pv else f'{qk} and {pv}'}{note}")
-    return Finding(what, "works", f"{arch}: " + "; ".join(parts))
+    return Finding(what, "works", f"{arch}{how}: " + "; ".join(parts))
 
 
 def _nvrtc(how: str) -> Finding:
