@@ -203,7 +203,7 @@ def _rows(
             row["c_over_t"] = (
                 full * (2.5 if backward else 1.0) / times["median"] / 1e9 if whole else None
             )
-            if (stage := case.removeprefix("SLA2 ")) in least:
+            if (stage := case.removeprefix("SLA2 ").removesuffix(", mma.sync")) in least:
                 row["floor"] = least[stage].milliseconds(
                     rates["gemm_flops_per_second"], rates["copy_bytes_per_second"]
                 )
@@ -241,6 +241,7 @@ class _Kernels:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, topk: float):
         import torch
         from sla2_kernels import forward as operator
+        from sla2_kernels.kernels import wgmma_allowed
         from sla2_kernels.problem import Alpha, Problem
         from sla2_kernels.specs import architecture_of
 
@@ -255,6 +256,7 @@ class _Kernels:
         self.alpha = Alpha.of(
             self.pointer(torch.full((1, q.shape[1], 1), 0.8, device="cuda")), (1, q.shape[1], 1)
         )
+        self.wgmma = wgmma_allowed()
         self.made = self.prologue(self.problem)
         self.block_map = self.route(self.problem, self.made)
         self.linear = operator.linear_states(self.device, self.problem, self.made, self.block_map)
@@ -277,7 +279,13 @@ class _Kernels:
         from sla2_kernels.problem import Device
 
         stream = torch.cuda.current_stream().cuda_stream
-        return Device(allocate=self.allocate, target="cuda", arch=self.arch, stream=stream)
+        return Device(
+            allocate=self.allocate,
+            target="cuda",
+            arch=self.arch,
+            stream=stream,
+            wgmma=self.wgmma,
+        )
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Pointer:
         import torch
@@ -306,10 +314,20 @@ class _Kernels:
             self.device, problem, *self.inputs, block_map, self.alpha, made=made, save=save
         )
 
+    def sparse_forward(self) -> Any:
+        return self.operator.sparse_forward(
+            self.device, self.problem, self.made, self.block_map, self.linear, self.alpha, False
+        )
+
     def cases(self, grad: Tensor) -> dict[str, Case]:
+        """Each stage, forward and backward; those called "mma.sync" are on GPUs whose forward runs
+        by wgmma.
+        """
+        from copy import copy
         from dataclasses import replace
 
         from sla2_kernels.backward import backward
+        from sla2_kernels.hopper import takes
         from sla2_kernels.kernels import supports
 
         op, problem = self.operator, self.problem
@@ -321,15 +339,19 @@ class _Kernels:
             "SLA2 linear states": lambda: op.linear_states(
                 self.device, problem, self.made, self.block_map
             ),
-            "SLA2 sparse forward": lambda: op.sparse_forward(
-                self.device, problem, self.made, self.block_map, self.linear, self.alpha, False
-            ),
+            "SLA2 sparse forward": self.sparse_forward,
             "SLA2 backward": lambda: backward(self.device, problem, saved, d_out),
         }
         for precision in ("int8", "int8_int8"):
             if supports(self.arch, precision):
                 low = replace(problem, precision=precision)
                 cases[f"SLA2 forward {precision}"] = lambda low=low: self.forward(low)
+        if takes(self.device, problem):
+            plain, low = copy(self), replace(problem, precision="int8")
+            plain.wgmma = False
+            cases["SLA2 forward, mma.sync"] = lambda: plain.forward(problem)
+            cases["SLA2 forward int8, mma.sync"] = lambda: plain.forward(low)
+            cases["SLA2 sparse forward, mma.sync"] = plain.sparse_forward
         launched = {f"{name}, launched": cases[name] for name in ("SLA2 forward", "SLA2 backward")}
         return {name: _graphed(case) for name, case in cases.items()} | launched
 

@@ -32,6 +32,7 @@ SHAPE = {"n": 32760, "heads": 12, "sparsity": 0.97}  # the paper's: Wan2.1 1.3B 
 PRECISIONS = ("full", "int8", "int8_int8")
 MMA_FLOPS = 4096  # of a warp's m16n8k16 instruction; m16n8k32 on 8 bit has twice as many
 LAUNCH_SECONDS = 2.5e-6  # from one kernel's end to the next one's start
+EXPOSED = 0.7  # of the shorter of issue and tensor, where wgmma multiplies
 SCHEDULERS = 4  # of a multiprocessor; each issues a warp's instruction a clock
 SHARED_BYTES = 128  # a clock and multiprocessor
 MATRIX_BYTES = 512  # that an ldmatrix.x4 reads
@@ -48,6 +49,7 @@ class Gpu:
         bandwidth: of its memory, reached, in bytes a second.
         half, int8, fp8: dense FLOP a clock and multiprocessor that `mma.sync` reaches on 16-bit,
             int8 and E4M3 operands with fp32 or int32 sums.
+        wgmma: the same by `wgmma` on 16-bit operands, half of what 8-bit ones have. 0: none.
     """
 
     arch: str
@@ -57,6 +59,7 @@ class Gpu:
     half: float
     int8: float
     fp8: float
+    wgmma: float = 0.0
 
 
 # docs/gpu-model.md says where these come from.
@@ -69,6 +72,7 @@ GPUS = {
         half=0.62 * 4096,
         int8=0.62 * 8192,
         fp8=0.62 * 4096,
+        wgmma=4096,
     ),
     "H200": Gpu(
         arch="sm_90a",
@@ -78,6 +82,7 @@ GPUS = {
         half=0.62 * 4096,
         int8=0.62 * 8192,
         fp8=0.62 * 4096,
+        wgmma=4096,
     ),
     "RTX 5090": Gpu(
         arch="sm_120a",
@@ -117,6 +122,9 @@ class Work:
         trips: of its hot loop, by a block of threads.
         half, int8, fp8: FLOPs of the whole launch by operand.
         looped: of `half`, those inside the hot loop.
+        warps: of a block that do it; 0: all.
+        steps: of the inner loop a trip; None: as many as `looped` asks for.
+        wgmma: whether `wgmma` multiplies.
     """
 
     trips: float = 1
@@ -124,6 +132,9 @@ class Work:
     int8: float = 0.0
     fp8: float = 0.0
     looped: float = 0.0
+    warps: int = 0
+    steps: float | None = None
+    wgmma: bool = False
 
 
 def work_of(entry: str, p: Problem, selected: int, blocks: int) -> Work:
@@ -135,11 +146,14 @@ def work_of(entry: str, p: Problem, selected: int, blocks: int) -> Work:
     tile = 2.0 * p.block_q * p.block_k * d * p.pairs * p.t_m * selected  # one product of the branch
     if entry == "sla2_sparse_fwd":
         return Work(selected, half=2 * tile + 2.0 * rows * d * d, looped=2 * tile)
-    if entry == "sla2_sparse_fwd_low":
+    if entry in ("sla2_sparse_fwd_low", "sla2_sm90_sparse_fwd_low"):
         qk = {"fp8": tile} if p.precision == "fp8" else {"int8": tile}
         pv = {"int8": tile} if p.precision == "int8_int8" else {"fp8": tile}
         sums = {name: qk.get(name, 0.0) + pv.get(name, 0.0) for name in ("int8", "fp8")}
-        return Work(selected, half=2.0 * rows * d * d, **sums)
+        sums["half"] = 2.0 * rows * d * d
+        return _persistent(p, selected, blocks, sums) if "sm90" in entry else Work(selected, **sums)
+    if entry == "sla2_sm90_sparse_fwd":
+        return _persistent(p, selected, blocks, {"half": 2 * tile + 2.0 * rows * d * d})
     if entry == "sla2_sparse_bwd_q":
         return Work(selected, half=3 * tile, looped=3 * tile)
     if entry == "sla2_sparse_bwd_kv":
@@ -158,37 +172,57 @@ def work_of(entry: str, p: Problem, selected: int, blocks: int) -> Work:
     return Work({"sla2_topk": 32, "sla2_scores": d / 32, "sla2_project": d / 4}.get(entry, 1))
 
 
+def _persistent(p: Problem, selected: int, blocks: int, flops: dict[str, float]) -> Work:
+    """Blocks whose eight consumer warps walk over query blocks. The code of a query block has a
+    first and a last half step besides its loop, which scores the second to last key block.
+    """
+    queries = p.pairs * p.t_m / blocks
+    return Work(queries, **flops, warps=8, steps=selected - 1, wgmma=True)
+
+
 def _sum_blocks(p: Problem, rows: int) -> int:
     return -(-p.width * (p.width + 1) // 128) * -(-rows // 128) * p.pairs
 
 
 def issue_slots(figures: dict[str, Any], work: Work, warps: float) -> float:
     """Instructions that all warps of a launch issue: what stands outside the hot loop once, and
-    each trip; an inner loop as often as the FLOPs ask for.
+    each trip; an inner loop as often as the work says.
     """
     loop = figures.get("loop", 0)
     outside = figures["instructions"] - loop - figures.get("rare", 0)
     trip = float(loop)
-    if inner := figures.get("inner"):
+    inner = figures.get("inner")
+    if inner and work.steps is not None:
+        trip += inner[0] * (work.steps - 1)
+    elif inner:
         wanted = work.looped / MMA_FLOPS / warps / work.trips
         trip += inner[0] * ((wanted - figures["tensor"]) / inner[1])
     return warps * (outside + work.trips * trip)
 
 
 def seconds(gpu: Gpu, bytes_moved: float, slots: float, work: Work) -> dict[str, float]:
-    """The parts of a launch's time: `memory`, `issue` and `tensor`.
-
-    A launch takes LAUNCH_SECONDS + max(memory, issue + tensor): copies travel while a kernel
-    computes, but a warp that waits for `mma.sync` issues nothing, and there are few others.
-    """
+    """The parts of a launch's time: `memory`, `issue` and `tensor`; see `whole`."""
     clocks = gpu.multiprocessors * gpu.clock
-    tensor = work.half / gpu.half + work.int8 / gpu.int8
-    tensor += work.fp8 / gpu.fp8 if work.fp8 else 0.0
+    if work.wgmma:
+        tensor = (work.half + (work.int8 + work.fp8) / 2) / gpu.wgmma
+    else:
+        tensor = work.half / gpu.half + work.int8 / gpu.int8
+        tensor += work.fp8 / gpu.fp8 if work.fp8 else 0.0
     return {
         "memory": bytes_moved / gpu.bandwidth,
         "issue": slots / (SCHEDULERS * clocks),
         "tensor": tensor / clocks,
     }
+
+
+def whole(parts: dict[str, float], work: Work) -> float:
+    """Seconds of a launch: copies travel while a kernel computes, but a warp that waits for
+    `mma.sync` issues nothing, and there are few others; `wgmma` leaves less of the shorter part
+    uncovered.
+    """
+    issue, tensor = parts["issue"], parts["tensor"]
+    busy = max(issue, tensor) + (EXPOSED if work.wgmma else 1.0) * min(issue, tensor)
+    return LAUNCH_SECONDS + max(parts["memory"], busy)
 
 
 STAGES = {  # of the kernels' names; a kernel that is not listed is a stage by itself
@@ -205,6 +239,10 @@ STAGES = {  # of the kernels' names; a kernel that is not listed is a stage by i
     "column_offsets": "columns",
     "column_rows": "columns",
     "sparse_fwd_low": "sparse_fwd",
+    "sm90_pack": "pack",
+    "sm90_pack_low": "pack",
+    "sm90_sparse_fwd": "sparse_fwd",
+    "sm90_sparse_fwd_low": "sparse_fwd",
 }
 
 
@@ -218,12 +256,11 @@ def model(
     for launch in launches:
         spec = launch.spec
         work = work_of(spec.entry, p, selected, launch.blocks)
-        warps = launch.blocks * spec.threads / 32
+        warps = launch.blocks * (work.warps or spec.threads / 32)
         slots = issue_slots(figures[sass_figures.name_of(spec)], work, warps)
         parts = seconds(gpu, launch.bytes, slots, work)
-        whole = LAUNCH_SECONDS + max(parts["memory"], parts["issue"] + parts["tensor"])
         kernel = spec.entry.removeprefix("sla2_")
-        new = {"launches": 1, "MB": launch.bytes / 1e6, "ms": 1e3 * whole}
+        new = {"launches": 1, "MB": launch.bytes / 1e6, "ms": 1e3 * whole(parts, work)}
         new |= {name: 1e3 * value for name, value in parts.items()}
         row = rows.setdefault(STAGES.get(kernel, kernel), dict.fromkeys(new, 0))
         for name, value in new.items():

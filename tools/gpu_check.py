@@ -189,12 +189,15 @@ def run_bench(quick: bool) -> dict:
 
 def tiny() -> None:
     """Every kernel, forward and backward, on shapes of a few blocks; fails if an output is not
-    finite.
+    finite. The forward by mma.sync too where wgmma would run it.
     """
     sys.path[:0] = SOURCES
+    from dataclasses import replace
+
     import torch
     from sla2_kernels.backward import backward
     from sla2_kernels.forward import forward, prologue, route
+    from sla2_kernels.hopper import takes
     from sla2_kernels.kernels import supports
     from sla2_kernels.launch import Pointer
     from sla2_kernels.problem import Alpha, Device, Problem, Strided
@@ -224,6 +227,9 @@ def tiny() -> None:
         made = prologue(device, problem, q, k, v, pool=True)
         block_map, _ = route(device, problem, made.pooled_q, made.pooled_k, weight, weight, 1, 0.5)
         alpha = Alpha.of(pointer(torch.full((1, heads, 1), 0.8, device="cuda")), (1, heads, 1))
+        if takes(device, problem):
+            plain = replace(device, wgmma=False)
+            forward(plain, problem, q, k, v, block_map, alpha, made=made, save=True)
         saved = forward(device, problem, q, k, v, block_map, alpha, made=made, save=True)
         found = backward(device, problem, saved, grad)
         torch.cuda.synchronize()

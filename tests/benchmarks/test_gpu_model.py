@@ -29,6 +29,25 @@ def test_the_sparse_forward_by_hand():
     assert parts["tensor"] == pytest.approx(0.339e-3 + 0.0226e-3, rel=0.01)
 
 
+def test_the_sparse_forward_by_wgmma_by_hand():
+    p = gpu_model.problem_of("int8", 32760, 12)
+    work = work_of("sla2_sm90_sparse_fwd_low", p, 15, 132)
+    # 12 x 256 query blocks over 132 blocks of threads; 14 steps of the loop besides the two halves.
+    assert work.trips == 12 * 256 / 132
+    figures = {"instructions": 4400, "loop": 2700, "rare": 250, "tensor": 20, "inner": [400, 6]}
+    slots = issue_slots(figures, work, 132 * work.warps)
+    assert slots == pytest.approx(8 * (132 * 1450 + 12 * 256 * (2700 + 13 * 400)))
+    parts = seconds(H100, 0, slots, work)
+    tile = 4 * 128 * 64 * 128 * 12 * 256 * 15
+    clocks = tile / 8192 + 2 * 12 * 32760 * 128 * 128 / 4096
+    assert parts["tensor"] == pytest.approx(clocks / (132 * 1.7e9))
+    longer, shorter = parts["issue"], parts["tensor"]
+    found = gpu_model.whole(parts, work)
+    assert found == pytest.approx(gpu_model.LAUNCH_SECONDS + longer + 0.7 * shorter)
+    by_mma_sync = gpu_model.whole(parts, replace(work, wgmma=False))
+    assert by_mma_sync == pytest.approx(gpu_model.LAUNCH_SECONDS + longer + shorter)
+
+
 def test_an_inner_loop_runs_until_the_flops_are_done():
     # 3 tensor instructions outside the inner loop of 2; a trip needs 11, so it runs 5 times, not 1.
     figures = {"instructions": 50, "loop": 30, "tensor": 5, "inner": [7, 2]}
