@@ -20,6 +20,7 @@ enum Fault {
     SECOND_ARRIVAL,
     WRONG_SWIZZLE,
     STAGE_WRITTEN,
+    EARLY_RELEASE,
 };
 
 constexpr int STAGES = 2, TILE = 64 * 128;
@@ -71,9 +72,10 @@ pipeline(const unsigned char* tiles, float* out, int steps, int fault) {
         if (fault == A_OVERWRITTEN) ones[1] = 0;
         if (fault == D_OVERWRITTEN) d[3] *= 0.5f, d[3] = 1.0f;
         if (fault == D_READ) out[64 * 64 + i] = d[5];
-        if (fault == STAGE_WRITTEN) shared[s * TILE + i * 128] += 1;
+        if (fault == STAGE_WRITTEN && i < 64) shared[s * TILE + i * 128] += 1;
+        if (fault == EARLY_RELEASE && i == 0) mbarrier_arrive(empty + s);
         if (fault != NEVER_WAITED) wgmma_wait<0>();  // the wait
-        if (i == 0) mbarrier_arrive(empty + s);
+        if (fault != EARLY_RELEASE && i == 0) mbarrier_arrive(empty + s);
     }
     // The last tile, row i / 2 by two threads: generic stores need the proxy fence.
     unsigned char* last = shared + STAGES * TILE;

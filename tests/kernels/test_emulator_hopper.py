@@ -179,6 +179,7 @@ PRODUCT = "wgmma bf16 of hopper_planted.cu:"
         ("TOO_FEW_BYTES", ["mbarrier at byte 24576", "bytes"]),
         ("NO_PROXY_FENCE", ["without fence_proxy_async", place("of written memory")]),
         ("NEVER_WAITED", [PRODUCT, "still reads", place("the copy")]),
+        ("EARLY_RELEASE", [PRODUCT, "still reads", place("the copy")]),
         ("LAST_NOT_WAITED", ["returned before the wgmma of", place("of written memory")]),
         ("INIT_UNPUBLISHED", ["without fence_proxy_async since its init", place("the copy")]),
         ("SECOND_ARRIVAL", ["more arrivals", place("one arrival too many")]),

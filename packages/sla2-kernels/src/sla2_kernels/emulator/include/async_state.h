@@ -33,6 +33,7 @@ struct Product {
     std::vector<unsigned char> before;  // what they held when it was issued
     int issued = 0, retired = 0;        // lanes that have issued it, and waited for it
     bool computed = false;
+    Operation wait;  // the first that covers it
     long chain = -1;  // the product in flight whose sums it adds to
     struct Lane { void* d; const unsigned* a_at; unsigned a[4]; } lanes[128];
     std::vector<uint32_t> sums;  // a lane's n / 2 behind another: C until it is computed, then D
@@ -41,7 +42,8 @@ struct Product {
 struct Warpgroup {
     std::deque<std::unique_ptr<Product>> products;
     long first = 0;    // number of the oldest of them
-    Barrier waiters;   // for all lanes to have issued one
+    long wanted = 0;   // products before this one are waited for
+    Barrier waiters;   // for the next one to end
     Barrier together;  // of setmaxnreg
     int registers = 0;
     struct Lane {
@@ -50,6 +52,12 @@ struct Warpgroup {
         bool fenced = false;      // wgmma.fence since the last wait
     } lanes[128];
     Product& at(long index) { return *products[size_t(index - first)]; }
+    // What may end next: the oldest that has not, if somebody waits for it and all have issued it.
+    Product* next() {
+        for (long i = first; i < wanted && i < end(); i++)
+            if (!at(i).computed) return at(i).issued == 128 ? &at(i) : nullptr;
+        return nullptr;
+    }
     long end() const { return first + long(products.size()); }
 };
 
@@ -58,6 +66,9 @@ struct NamedBarrier {
     std::vector<bool> who;
     Barrier waiters;
 };
+
+struct Async;
+void finish(Async& a, Warpgroup& w, Product& p);  // in wgmma.h
 
 struct Async : Engine {
     Block& block;
@@ -99,16 +110,22 @@ struct Async : Engine {
         return nullptr;
     }
 
-    bool in_flight() const override { return !copies.empty(); }
-
-    // A copy lands: the oldest, the newest or any, by the order of threads.
+    // A copy lands, the oldest, the newest or any, by the order of threads; or a product ends, in
+    // random order any time, otherwise when there is no copy left.
     bool advance() override {
-        if (copies.empty()) return false;
+        std::vector<Warpgroup*> ready;
+        for (Warpgroup& w : warpgroups)
+            if (w.next()) ready.push_back(&w);
+        if (copies.empty() && ready.empty()) return false;
         const int order = block.launch->settings.order;
         random = random * 6364136223846793005ull + 1442695040888963407ull;
-        const size_t i = order == 0   ? 0
-                         : order == 1 ? copies.size() - 1
-                                      : size_t(random >> 33) % copies.size();
+        const size_t any = size_t(random >> 33) % (copies.size() + ready.size());
+        const size_t i = order == 2 ? any : order == 1 && !copies.empty() ? copies.size() - 1 : 0;
+        if (i >= copies.size()) {
+            Warpgroup& w = *ready[i - copies.size()];
+            finish(*this, w, *w.next());
+            return true;
+        }
         const BulkCopy c = copies[i];
         copies.erase(copies.begin() + long(i));
         land(c);
@@ -154,6 +171,13 @@ struct Async : Engine {
             if (t.waits_at == &named[i].waiters)
                 append(text, room, " (barrier %d has %d of %d threads)", i, named[i].arrived,
                        named[i].needed);
+        for (Warpgroup& w : warpgroups) {
+            const long index = w.lanes[t.linear % 128].retired;
+            if (t.waits_at == &w.waiters && index < w.end())
+                append(text, room, " (%d of 128 threads have issued the wgmma of %s:%d)",
+                       w.at(index).issued, w.at(index).operation.place.name(),
+                       w.at(index).operation.place.line);
+        }
         if (t.waits_at == &registers_freed)
             append(text, room, " (%d registers are free)", free_registers);
     }

@@ -59,7 +59,6 @@ struct Thread;
 struct Engine {
     virtual ~Engine() = default;
     virtual bool advance() = 0;  // something lands; false if nothing is in flight
-    virtual bool in_flight() const = 0;
     virtual void explain(const Thread& thread, char* text, size_t size) = 0;  // why it waits
     virtual void thread_returns(const Thread& thread) = 0;
     virtual void block_ends() = 0;

@@ -93,7 +93,23 @@ template <class Sum> void compute(const Block& block, Product& p) {
             std::memcpy(&at, &c, 4);
         }
     }
+}
+
+// A product that all lanes have issued ends.
+inline void finish(Async& a, Warpgroup& w, Product& p) {
+    for (size_t i = 0; i < p.chunks.size(); i++)
+        if (std::memcmp(a.block.shared + p.chunks[i], &p.before[16 * i], 16))
+            return report(a.block, "shared memory that the %s of %s:%d reads was written before "
+                          "the wait, wgmma_wait at %s:%d,", p.operation.name,
+                          p.operation.place.name(), p.operation.place.line, p.wait.place.name(),
+                          p.wait.place.line);
+    if (p.chain >= w.first) p.sums = w.at(p.chain).sums;
+    if (p.element == S8)
+        compute<int>(a.block, p);
+    else
+        compute<float>(a.block, p);
     p.computed = true;
+    release(w.waiters);
 }
 
 inline bool all_ones(const void* d, size_t words) {
@@ -156,25 +172,15 @@ inline void issue(int element, int n, void* d, const unsigned* a_at, uint64_t a,
     if (a_at) std::memcpy(p.lanes[l].a, a_at, 16);
     if (chain < 0) std::memcpy(&p.sums[size_t(l) * words], d, 4 * words);
     std::memset(d, 0xff, 4 * words);
-    if (++p.issued == 128) release(w.waiters);
+    p.issued++;
 }
 
-// The lane's results of its oldest product, which all lanes have issued.
-inline void retire(Async& s, Warpgroup& w, int l, const Operation& operation) {
+// The lane's results of its oldest product, which has ended.
+inline void retire(Warpgroup& w, int l, const Operation& operation) {
     Warpgroup::Lane& lane = w.lanes[l];
     const long index = lane.retired;
     Product& p = w.at(index);
     const size_t words = size_t(p.n / 2);
-    if (!p.computed) {
-        for (size_t i = 0; i < p.chunks.size(); i++)
-            if (std::memcmp(s.block.shared + p.chunks[i], &p.before[16 * i], 16))
-                clash("shared memory", p.operation, "reads was written before the wait", operation);
-        if (p.chain >= w.first) p.sums = w.at(p.chain).sums;
-        if (p.element == S8)
-            compute<int>(s.block, p);
-        else
-            compute<float>(s.block, p);
-    }
     if (p.lanes[l].a_at && std::memcmp(p.lanes[l].a, p.lanes[l].a_at, 16))
         clash("the A registers", p.operation, "reads were written before the wait", operation);
     if (!all_ones(p.lanes[l].d, words))
@@ -200,11 +206,18 @@ inline void wait_for_products(int left, const Operation& operation) {
     const int l = self().linear % 128;
     Warpgroup& w = s->warpgroups[size_t(self().linear / 128)];
     Warpgroup::Lane& lane = w.lanes[l];
+    if (lane.groups.size() > size_t(left)) {
+        Guard guard(block);
+        const long end = lane.groups[lane.groups.size() - size_t(left) - 1];
+        for (long i = lane.retired; i < end; i++)
+            if (!w.at(i).wait.name) w.at(i).wait = operation;
+        w.wanted = std::max(w.wanted, end);
+    }
     for (; lane.groups.size() > size_t(left); lane.groups.pop_front())
         while (lane.retired < lane.groups.front()) {
-            wait_until(w.waiters, operation, [&] { return w.at(lane.retired).issued == 128; });
+            wait_until(w.waiters, operation, [&] { return w.at(lane.retired).computed; });
             Guard guard(block);
-            retire(*s, w, l, operation);
+            retire(w, l, operation);
         }
     lane.fenced = false;
 }
