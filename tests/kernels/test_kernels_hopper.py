@@ -289,7 +289,7 @@ def test_other_blocks_and_the_switch_take_mma_sync(monkeypatch, launched):
         spec_of("sla2_sm90_pack", "sm_90a", Geometry(head_dim=64, block_q=64))
 
 
-SLOTS = {"full": (540, 580), "int8": (700, 800), "fp8": (570, 670), "int8_int8": (910, 1130)}
+SLOTS = {"full": (540, 580), "int8": (640, 720), "fp8": (560, 650), "int8_int8": (840, 1060)}
 QUICK = ("d128 bfloat16 full", "d128 bfloat16 int8")
 
 

@@ -4,24 +4,44 @@
 #pragma once
 
 #include "softmax.cuh"
-#include "sm90/panels.cuh"
+#include "sm90/pipeline.cuh"
 
 constexpr int PITCH = HALF_ROW + 16;  // bytes of a row that ldmatrix reads without conflicts
 
-// Turns raw scores, if SCALED times `factor` > 0, into P as OnlineSoftmax::update does, times
-// 2^unit. `keep` says by what the caller has to multiply its sums of P V, which may be in flight;
-// false: by nothing.
-template <bool SCALED = false>
+// The largest of the lane's and `floor` in its row r.
+SLA2_INLINE float row_top(const float (&s)[32], int r, float floor) {
+    float t = floor;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) t = fmaxf(t, fmaxf(s[4 * n + 2 * r], s[4 * n + 2 * r + 1]));
+    return t;
+}
+
+// s = 2^(s scale - shift[r]), in row r; added to the row sums.
+SLA2_INLINE void exponentiate(OnlineSoftmax<1>& softmax, float (&s)[32], float scale,
+                              const float (&shift)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float total = 0.0f;
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+            for (int e = 4 * n + 2 * r; e < 4 * n + 2 * r + 2; ++e) {
+                s[e] = exp2_flushed(s[e] * scale - shift[r]);
+                total += s[e];
+            }
+        softmax.sum[0][r] += total;
+    }
+}
+
+// Turns raw scores into P as OnlineSoftmax::update does. `keep` says by what the caller has to
+// multiply its sums of P V, which may be in flight; false: by nothing.
 SLA2_INLINE bool next_weights(OnlineSoftmax<1>& softmax, float (&s)[32], float (&keep)[2],
-                              float scale, float slack, float factor = 1.0f, float unit = 0.0f) {
-    float top[2];
+                              float scale, float slack) {
+    float top[2], shift[2];
     bool moved = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        float t = SCALED ? MINUS_INFINITY : softmax.maximum[0][r];
-#pragma unroll
-        for (int n = 0; n < 8; ++n) t = fmaxf(t, fmaxf(s[4 * n + 2 * r], s[4 * n + 2 * r + 1]));
-        top[r] = SCALED ? fmaxf(softmax.maximum[0][r], quad_max(t) * factor) : quad_max(t);
+        top[r] = quad_max(row_top(s, r, softmax.maximum[0][r]));
         moved = moved || (top[r] - softmax.maximum[0][r]) * scale > slack;
         keep[r] = 1.0f;
     }
@@ -37,19 +57,29 @@ SLA2_INLINE bool next_weights(OnlineSoftmax<1>& softmax, float (&s)[32], float (
         }
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const float shift = softmax.maximum[0][r] * scale - unit;
-        float total = 0.0f;
-#pragma unroll
-        for (int n = 0; n < 8; ++n)
-#pragma unroll
-            for (int e = 4 * n + 2 * r; e < 4 * n + 2 * r + 2; ++e) {
-                s[e] = exp2_flushed(s[e] * (scale * factor) - shift);
-                total += s[e];
-            }
-        softmax.sum[0][r] += total;
-    }
+    for (int r = 0; r < 2; ++r) shift[r] = softmax.maximum[0][r] * scale;
+    exponentiate(softmax, s, scale, shift);
     return moved;
+}
+
+// The same without slack, P in [0, 2^unit], for scores (s - bias) factor, factor > 0. Maxima move
+// in most steps then, so nothing is asked: sums of P V are multiplied by `keep` where they are
+// added up. `bias` is not subtracted from each score but goes into the exponent's shift, which
+// rounds it by less than one unit of s.
+SLA2_INLINE void next_low_weights(OnlineSoftmax<1>& softmax, float (&s)[32], float (&keep)[2],
+                                  float scale, float factor, float bias, float unit) {
+    float shift[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float before = softmax.maximum[0][r];
+        const float own = (quad_max(row_top(s, r, MINUS_INFINITY)) - bias) * factor;
+        const float top = fmaxf(before, own);
+        keep[r] = top == before ? 1.0f : exp2_approx((before - top) * scale);
+        softmax.maximum[0][r] = top;
+        softmax.sum[0][r] *= keep[r];
+        shift[r] = __fmaf_rn(bias, scale * factor, top * scale - unit);
+    }
+    exponentiate(softmax, s, scale * factor, shift);
 }
 
 // Row r of each lane's two times by[r].
@@ -68,6 +98,17 @@ SLA2_INLINE void mask_keys(float (&s)[32], int valid) {
 #pragma unroll
         for (int e = 0; e < 4; ++e)
             if (8 * n + column + (e & 1) >= valid) s[4 * n + e] = MINUS_INFINITY;
+}
+
+// The accumulators of two 8-key tiles are the A operand of 16 keys, as they lie.
+SLA2_INLINE void pack_operand(unsigned (&p)[BLOCK_K / 16][4], const float (&s)[32]) {
+#pragma unroll
+    for (int c = 0; c < BLOCK_K / 16; ++c)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const int e = 8 * c + 4 * (r >> 1) + 2 * (r & 1);
+            p[c][r] = pack_half(s[e], s[e + 1]);
+        }
 }
 
 // The A operand of Q becomes share phi(q) / (phi(q) . Z), with phi the softmax over the first
@@ -169,4 +210,48 @@ SLA2_INLINE void store_warp_rows(const float (&o)[HEAD_DIM / 2], unsigned char* 
             reinterpret_cast<uint4*>(target + static_cast<long long>(row) * step)[chunk] =
                 *reinterpret_cast<const uint4*>(staging + row * PITCH + 16 * chunk);
     }
+}
+
+// What a query block ends with: where O, O_s (null: nowhere) and L go, and alpha.
+struct Results {
+    half_bits* out;
+    long long out_item, out_head;
+    int out_step;
+    half_bits* out_sparse;
+    float* lse;
+    const float* alpha;
+    int alpha_stride_b, alpha_stride_h, alpha_stride_row;
+    int n_q, channels;
+};
+
+// Ends a query block: O_s and L, and with `linear` the product with H at `state_tile` and the
+// mixture. `q` are the fragments of Q, read with `linear` alone.
+template <class Barriers>
+SLA2_INLINE void mix_and_store(const Results& to, const Work& w, float (&o)[HEAD_DIM / 2],
+                               OnlineSoftmax<1>& softmax, float softmax_scale, float log_unit,
+                               bool linear, unsigned (&q)[HEAD_DIM / 16][4],
+                               const unsigned char* state_tile, const float* norm,
+                               unsigned char* staging, int row0, Barriers& barriers,
+                               Turn<1>& state_turn) {
+    const bool some = w.steps > 0;
+    const long long first_at = w.bh * to.n_q + w.first_row;
+    finish_rows(o, softmax, some, softmax_scale, log_unit, to.lse + first_at, row0, w.rows);
+    if (to.out_sparse != nullptr)
+        store_warp_rows(o, staging, to.out_sparse + first_at * HEAD_DIM, HEAD_DIM, row0, w.rows);
+    if (linear) {
+        const float weight = some ? to.alpha[w.item * to.alpha_stride_b +
+                                             w.head * to.alpha_stride_h +
+                                             w.row_block * to.alpha_stride_row]
+                                  : 0.0f;
+        scale_rows(o, weight, weight);
+        mbarrier_wait(&barriers.state_full, state_turn.parity);
+        state_turn.next();
+        add_linear(o, q, state_tile, norm, to.channels, 1.0f - weight);
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) mbarrier_arrive(&barriers.state_empty);
+    }
+    store_warp_rows(o, staging,
+                    to.out + w.item * to.out_item + w.head * to.out_head +
+                        static_cast<long long>(w.first_row) * to.out_step,
+                    to.out_step, row0, w.rows);
 }

@@ -1,7 +1,6 @@
 // Block-sparse attention in 16 bit on Hopper: a producer warpgroup and two consumer warpgroups of
 // 64 rows, persistent over query blocks, with the linear branch and the mix in the epilogue.
 // README.md draws the pipeline.
-#include "sm90/pipeline.cuh"
 #include "sm90/rows.cuh"
 
 constexpr int STAGES = 3;
@@ -35,17 +34,6 @@ SLA2_INLINE void issue_values(float (&o)[D_WORDS], const unsigned (&p)[BLOCK_K /
 #pragma unroll
     for (int c = 0; c < BLOCK_K / 16; ++c)
         wgmma_half<MN_MAJOR>(o, p[c], rows_of<BLOCK_K>(v_tile, c), 1);
-}
-
-// The accumulators of two 8-key tiles are the A operand of 16 keys, as they lie.
-SLA2_INLINE void pack_weights(unsigned (&p)[BLOCK_K / 16][4], const float (&s)[32]) {
-#pragma unroll
-    for (int c = 0; c < BLOCK_K / 16; ++c)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            const int e = 8 * c + 4 * (r >> 1) + 2 * (r & 1);
-            p[c][r] = pack_half(s[e], s[e + 1]);
-        }
 }
 
 // Grid: at most one block a multiprocessor; 384 threads. q and out may lie in any layout with
@@ -116,6 +104,8 @@ sla2_sm90_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long lon
     const bool lead = (threadIdx.x & 127) == 0;  // of the warpgroup
     const int row0 = 16 * (warp - 4);
     const float scale = softmax_scale * LOG2_E;
+    const Results results = {out,   out_item,       out_head,       out_step,         out_sparse, lse,
+                             alpha, alpha_stride_b, alpha_stride_h, alpha_stride_row, n_q, channels};
     Turn<STAGES> k_turn, v_turn;
     Turn<1> q_turn, state_turn;
     for (int number = blockIdx.x; number < blocks; number += gridDim.x) {
@@ -148,7 +138,7 @@ sla2_sm90_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long lon
             if (w.steps == 1 && tail < BLOCK_K) mask_keys(s, tail);
             // P up to 2^8 is harmless in 16 bit and saves most rescaling of o.
             next_weights(softmax, s, keep, scale, 8.0f);
-            pack_weights(p, s);
+            pack_operand(p, s);
             // Scores of step t run before P V of step t - 1, whose weights they turn into under it.
             for (int step = 1; step < w.steps; ++step) {
                 mbarrier_wait(&barriers.k_full[k_turn.stage], k_turn.parity);
@@ -167,7 +157,7 @@ sla2_sm90_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long lon
                 if (lead) mbarrier_arrive(&barriers.v_empty[v_turn.stage]);
                 v_turn.next();
                 if (moved) scale_rows(o, keep[0], keep[1]);
-                pack_weights(p, s);
+                pack_operand(p, s);
             }
             mbarrier_wait(&barriers.v_full[v_turn.stage], v_turn.parity);
             wgmma_fence();
@@ -178,28 +168,8 @@ sla2_sm90_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long lon
             v_turn.next();
         }
 
-        finish_rows(o, softmax, some, softmax_scale, 0.0f, lse + w.bh * n_q + w.first_row, row0,
-                    w.rows);
-        if (out_sparse != nullptr)
-            store_warp_rows(o, shared + OUT_AT,
-                            out_sparse + (w.bh * n_q + w.first_row) * HEAD_DIM, HEAD_DIM, row0,
-                            w.rows);
-        if (state != nullptr && w.rest) {
-            const float weight =
-                some ? alpha[w.item * alpha_stride_b + w.head * alpha_stride_h +
-                             w.row_block * alpha_stride_row]
-                     : 0.0f;
-            scale_rows(o, weight, weight);
-            mbarrier_wait(&barriers.state_full, state_turn.parity);
-            state_turn.next();
-            add_linear(o, a, shared + STATE_AT, reinterpret_cast<const float*>(shared + NORM_AT),
-                       channels, 1.0f - weight);
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(&barriers.state_empty);
-        }
-        store_warp_rows(o, shared + OUT_AT,
-                        out + w.item * out_item + w.head * out_head +
-                            static_cast<long long>(w.first_row) * out_step,
-                        out_step, row0, w.rows);
+        mix_and_store(results, w, o, softmax, softmax_scale, 0.0f, state != nullptr && w.rest, a,
+                      shared + STATE_AT, reinterpret_cast<const float*>(shared + NORM_AT),
+                      shared + OUT_AT, row0, barriers, state_turn);
     }
 }

@@ -1,14 +1,12 @@
 // Block-sparse attention in 8 bit on Hopper (int8 or FP8 Q K^T, FP8 or int8 P V); roles, pipeline
 // and epilogue as in 16 bit.
 #include "formats.cuh"
-#include "sm90/pipeline.cuh"
 #include "sm90/rows.cuh"
 
 constexpr int STAGES = 3, Q_STAGES = 2;
 constexpr int D_WORDS = HEAD_DIM / 2;
 constexpr int BYTE_PITCH = HEAD_DIM + 16;         // bytes of a row of 8-bit Q
 constexpr int TILE_BYTES = BLOCK_K * HEAD_DIM;    // one K tile, or one V^T tile (D rows of keys)
-constexpr float LOG2_LIMIT = PV_FP8 ? 8.807354922f : 6.988684687f;  // P counts up to PV_LIMIT
 
 // Shared memory, in bytes; tiles of wgmma begin at multiples of 1024.
 constexpr int K_AT = 0;
@@ -25,37 +23,38 @@ struct Barriers {
     unsigned long long q_full[Q_STAGES], q_empty[Q_STAGES], state_full, state_empty;
 };
 
-// Accumulators of 8-bit products. int32 sums that start at FLOAT_BIAS_BITS are the floats
-// 12582912 + sum, bit for bit, while |sum| < 2^22 (128 * 127 * 127 is less).
+// Accumulators of 8-bit products, as floats: the sum and BIAS. int32 sums that start at BIAS_BITS are
+// the floats 12582912 + sum, bit for bit, while |sum| < 2^22 (128 * 127 * 127 is less).
 template <bool FP8, int WORDS>
 struct Sums {
-    static constexpr int FLOAT_BIAS_BITS = 0x4b400000;
-    static constexpr float FLOAT_BIAS = 12582912.0f;
+    static constexpr int BIAS_BITS = 0x4b400000;
+    static constexpr float BIAS = 12582912.0f;
     int c[WORDS];
     __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (int i = 0; i < WORDS; ++i) c[i] = FLOAT_BIAS_BITS;
+        for (int i = 0; i < WORDS; ++i) c[i] = BIAS_BITS;
     }
     __device__ __forceinline__ void multiply(const unsigned (&a)[4], descriptor_bits b, int) {
         wgmma_s8(c, a, b, 1);
     }
-    __device__ __forceinline__ float value(int i) const {
-        return __int_as_float(c[i]) - FLOAT_BIAS;
-    }
+    __device__ __forceinline__ float biased(int i) const { return __int_as_float(c[i]); }
 };
 
 template <int WORDS>
 struct Sums<true, WORDS> {
+    static constexpr float BIAS = 0.0f;
     float c[WORDS];
     __device__ __forceinline__ void clear() {}
     __device__ __forceinline__ void multiply(const unsigned (&a)[4], descriptor_bits b, int more) {
         wgmma_e4m3(c, a, b, more);
     }
-    __device__ __forceinline__ float value(int i) const { return c[i]; }
+    __device__ __forceinline__ float biased(int i) const { return c[i]; }
 };
 
+using Scores = Sums<QK_FP8, 32>;
+
 // Q K^T of one tile: rows of HEAD_DIM bytes.
-SLA2_INLINE void issue_scores(Sums<QK_FP8, 32>& s, const unsigned (&q)[HEAD_DIM / 32][4],
+SLA2_INLINE void issue_scores(Scores& s, const unsigned (&q)[HEAD_DIM / 32][4],
                               const unsigned char* k_tile) {
 #pragma unroll
     for (int c = 0; c < HEAD_DIM / 32; ++c)
@@ -68,6 +67,15 @@ SLA2_INLINE void issue_values(Sums<PV_FP8, D_WORDS>& t, const unsigned (&p)[BLOC
 #pragma unroll
     for (int c = 0; c < BLOCK_K / 32; ++c)
         t.multiply(p[c], matrix_descriptor<BLOCK_K>(v_tile + 32 * c, 16, 8 * BLOCK_K), c != 0);
+}
+
+// o = o keep + P V of one tile, whose sums are its own because FP8 tensor cores keep fewer bits than
+// fp32. `keep`, by row, is what has become of the maximum since the tile before.
+SLA2_INLINE void add_values(float (&o)[D_WORDS], const Sums<PV_FP8, D_WORDS>& values,
+                            const float (&keep)[2]) {
+#pragma unroll
+    for (int i = 0; i < D_WORDS; ++i)
+        o[i] = __fmaf_rn(o[i], keep[i >> 1 & 1], values.biased(i) - values.BIAS);
 }
 
 // Register r of a 32-key A operand: keys 2 q, 2 q + 1 of one 8-key tile and of the next
@@ -158,6 +166,8 @@ sla2_sm90_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long
     setmaxnreg_inc<232>();
     const bool lead = (threadIdx.x & 127) == 0;  // of the warpgroup
     const int row0 = 16 * (warp - 4), column = (lane & 3) * 2;
+    const Results results = {out,   out_item,       out_head,       out_step,         out_sparse, lse,
+                             alpha, alpha_stride_b, alpha_stride_h, alpha_stride_row, n_q, channels};
     Turn<STAGES> k_turn, v_turn;
     Turn<Q_STAGES> q_turn;
     Turn<1> state_turn;
@@ -183,9 +193,10 @@ sla2_sm90_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long
 #pragma unroll
             for (int c = 0; c < HEAD_DIM / 32; ++c)
                 ldmatrix_x4(a[c], rows + 16 * (2 * c + (lane >> 4)));
-            float s[32], keep[2], factor = key_scale[w.list[0]];
+            // What the maxima of the newest and of the tile before it have left of older sums.
+            float s[32], keep[2], kept[2], factor = key_scale[w.list[0]];
             {
-                Sums<QK_FP8, 32> sums;
+                Scores sums;
                 sums.clear();
                 mbarrier_wait(&barriers.k_full[k_turn.stage], k_turn.parity);
                 wgmma_fence();
@@ -195,17 +206,16 @@ sla2_sm90_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long
                 if (lead) mbarrier_arrive(&barriers.k_empty[k_turn.stage]);
                 k_turn.next();
 #pragma unroll
-                for (int i = 0; i < 32; ++i) s[i] = sums.value(i);
+                for (int i = 0; i < 32; ++i) s[i] = sums.biased(i);
             }
             if (w.steps == 1 && tail < BLOCK_K) mask_keys(s, tail);
-            // No slack: P stays in the range of the 8-bit format.
-            next_weights<true>(softmax, s, keep, scale, 0.0f, factor, LOG2_LIMIT);
+            // P counts up to PV_LIMIT, so it stays in the range of the 8-bit format.
+            next_low_weights(softmax, s, kept, scale, factor, Scores::BIAS, LOG2_PV_LIMIT);
             pack_weights(p, s);
-            // As in 16 bit; P V of a tile has its own sums, because FP8 tensor cores keep fewer
-            // bits than fp32.
+            // As in 16 bit.
             Sums<PV_FP8, D_WORDS> values;
             for (int step = 1; step < w.steps; ++step) {
-                Sums<QK_FP8, 32> sums;
+                Scores sums;
                 sums.clear(), values.clear();
                 factor = key_scale[w.list[step]];
                 mbarrier_wait(&barriers.k_full[k_turn.stage], k_turn.parity);
@@ -219,16 +229,14 @@ sla2_sm90_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long
                 if (lead) mbarrier_arrive(&barriers.k_empty[k_turn.stage]);
                 k_turn.next();
 #pragma unroll
-                for (int i = 0; i < 32; ++i) s[i] = sums.value(i);
+                for (int i = 0; i < 32; ++i) s[i] = sums.biased(i);
                 if (step + 1 == w.steps && tail < BLOCK_K) mask_keys(s, tail);
-                const bool moved =
-                    next_weights<true>(softmax, s, keep, scale, 0.0f, factor, LOG2_LIMIT);
+                next_low_weights(softmax, s, keep, scale, factor, Scores::BIAS, LOG2_PV_LIMIT);
                 wgmma_wait<0>();  // P V
                 if (lead) mbarrier_arrive(&barriers.v_empty[v_turn.stage]);
                 v_turn.next();
-#pragma unroll
-                for (int i = 0; i < D_WORDS; ++i) o[i] += values.value(i);
-                if (moved) scale_rows(o, keep[0], keep[1]);
+                add_values(o, values, kept);
+                kept[0] = keep[0], kept[1] = keep[1];
                 pack_weights(p, s);
             }
             values.clear();
@@ -239,6 +247,7 @@ sla2_sm90_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long
             wgmma_wait<0>();
             if (lead) mbarrier_arrive(&barriers.v_empty[v_turn.stage]);
             v_turn.next();
+            add_values(o, values, kept);
             // V's scale belongs to the channel, a column of o.
             const float* channel_scale = v_scale + w.bh * HEAD_DIM + column;
 #pragma unroll
@@ -246,39 +255,19 @@ sla2_sm90_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long
                 const float2 by = *reinterpret_cast<const float2*>(channel_scale + 8 * n);
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const int i = 4 * n + e;
-                    o[i] = (o[i] + values.value(i)) * (e & 1 ? by.y : by.x);
+                    o[4 * n + e] *= e & 1 ? by.y : by.x;
                 }
             }
         }
 
-        finish_rows(o, softmax, some, row_scale, logf(PV_LIMIT), lse + w.bh * n_q + w.first_row,
-                    row0, w.rows);
-        if (out_sparse != nullptr)
-            store_warp_rows(o, shared + OUT_AT,
-                            out_sparse + (w.bh * n_q + w.first_row) * HEAD_DIM, HEAD_DIM, row0,
-                            w.rows);
-        if (state != nullptr && w.rest) {
-            const float weight =
-                some ? alpha[w.item * alpha_stride_b + w.head * alpha_stride_h +
-                             w.row_block * alpha_stride_row]
-                     : 0.0f;
-            scale_rows(o, weight, weight);
-            unsigned phi[HEAD_DIM / 16][4];
-            load_q(phi, shared + Q_AT + q_turn.stage * BLOCK_Q * PITCH, row0);
-            mbarrier_wait(&barriers.state_full, state_turn.parity);
-            state_turn.next();
-            add_linear(o, phi, shared + STATE_AT, reinterpret_cast<const float*>(shared + NORM_AT),
-                       channels, 1.0f - weight);
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(&barriers.state_empty);
-        }
+        const bool linear = state != nullptr && w.rest;
+        unsigned phi[HEAD_DIM / 16][4];
+        if (linear) load_q(phi, shared + Q_AT + q_turn.stage * BLOCK_Q * PITCH, row0);
         __syncwarp();
         if (lane == 0) mbarrier_arrive(&barriers.q_empty[q_turn.stage]);
         q_turn.next();
-        store_warp_rows(o, shared + OUT_AT,
-                        out + w.item * out_item + w.head * out_head +
-                            static_cast<long long>(w.first_row) * out_step,
-                        out_step, row0, w.rows);
+        mix_and_store(results, w, o, softmax, row_scale, LOG2_PV_LIMIT * LN_2, linear, phi,
+                      shared + STATE_AT, reinterpret_cast<const float*>(shared + NORM_AT),
+                      shared + OUT_AT, row0, barriers, state_turn);
     }
 }
