@@ -161,9 +161,12 @@ def work_of(entry: str, p: Problem, selected: int, blocks: int) -> Work:
         return Work(selected * p.t_m / p.t_n * parts, half=4 * tile, looped=4 * tile)
     if entry == "sla2_states":
         return Work(d / 32, half=2.0 * p.pairs * p.n_k * d * d)
+    flops = 2.0 * p.pairs * p.t_m * p.t_n * d * (d + 1)
+    if entry == "sla2_sm90_masked_sum":  # the forward's: tiles of 256 rows and 128 columns
+        tiles = -(-p.t_m // 256) * -(-d * (d + 1) // 128) * p.pairs
+        return Work(tiles / blocks, half=flops, warps=8, steps=-(-p.t_n // 64), wgmma=True)
     if entry == "sla2_masked_sum":
         depth = p.t_n if blocks == _sum_blocks(p, p.t_m) else p.t_m
-        flops = 2.0 * p.pairs * p.t_m * p.t_n * d * (d + 1)
         return Work(-(-depth // 32), half=flops, looped=flops)
     if entry == "sla2_linear_bwd_q":
         return Work(half=4.0 * rows * d * d)
@@ -241,6 +244,7 @@ STAGES = {  # of the kernels' names; a kernel that is not listed is a stage by i
     "sparse_fwd_low": "sparse_fwd",
     "sm90_pack": "pack",
     "sm90_pack_low": "pack",
+    "sm90_masked_sum": "masked_sum",
     "sm90_sparse_fwd": "sparse_fwd",
     "sm90_sparse_fwd_low": "sparse_fwd",
 }

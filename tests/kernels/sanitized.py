@@ -17,6 +17,7 @@ from sla2_kernels.forward import (
     Linear,
     Prologue,
     linear_states,
+    masked_sum,
     prologue,
     route,
     sparse_forward,
@@ -196,6 +197,9 @@ def run_hopper():
     q, k, v, out = (Strided.of(halves(1, n, WIDTH), 1, n, WIDTH) for _ in range(4))
     out_sparse, lse = allocate((1, n, WIDTH), "bfloat16"), allocate((1, n), "float32")
     state, norm = halves(1, t_m, WIDTH, WIDTH), floats(1, t_m, WIDTH)
+    bits, inverse = Pointer.of(np.array([[[3], [1 << 16]]], np.uint32)), floats(1, t_m)
+    sums = masked_sum(DEVICE, problem, bits, halves(1, t_n, WIDTH * (WIDTH + 1)), inverse, t_m, t_n)
+    written(*sums)
     tiles = hopper.pack(DEVICE, problem, k, v)
     assert tiles[0].owner.shape == (1, t_n, 64, WIDTH)
     hopper.sparse_forward(

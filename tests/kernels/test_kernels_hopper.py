@@ -1,5 +1,5 @@
-"""The sparse forward for Hopper against fp64 formulas, in three orders of threads and of landing
-copies, at odd lengths, and against the `mma.sync` kernel; what its code is made of.
+"""The kernels for Hopper against fp64 formulas at odd lengths and against the `mma.sync` kernels,
+in three orders of threads and of landing copies; what their code is made of.
 """
 
 from dataclasses import replace
@@ -236,7 +236,9 @@ def launched(monkeypatch):
     return names
 
 
-FORWARDS = {f"sla2_{where}sparse_fwd{low}" for where in ("", "sm90_") for low in ("", "_low")}
+# What each of both ways has a kernel for.
+PARTS = ("sparse_fwd", "sparse_fwd_low", "masked_sum")
+BOTH = {f"sla2_{where}{part}" for where in ("", "sm90_") for part in PARTS}
 
 
 @needs_hopper
@@ -252,7 +254,8 @@ def test_the_whole_operator_takes_them(d, lengths, linear, launched):
     case = problems.make(333, 200, d=d, blocks=BLOCKS, lengths=lengths, heads=1)
     options = dict(linear=linear, smooth_k=linear, gradients=True)
     out, _, grads = problems.run(case, **options)
-    assert launched & FORWARDS == {"sla2_sm90_sparse_fwd"}
+    sums = {"sla2_sm90_masked_sum"} if linear else set()
+    assert launched & BOTH == sums | {"sla2_sm90_sparse_fwd"}
     (exact, exact_grads), (plain, plain_grads) = (
         f(case, **options) for f in (problems.oracle, problems.same_dtype)
     )
@@ -270,7 +273,7 @@ def test_the_whole_operator_takes_them_in_low_bit(precision, d, launched):
         333, 200, d=d, blocks=BLOCKS, lengths=(200, 63), heads=1, precision=precision
     )
     out, _ = problems.run(case)
-    assert launched & FORWARDS == {"sla2_sm90_sparse_fwd_low"}
+    assert launched & BOTH == {"sla2_sm90_sparse_fwd_low", "sla2_sm90_masked_sum"}
     expected, full = problems.low_bit_oracle(case)[0].double(), problems.oracle(case)
     rounding = (expected - full).square().mean().sqrt()
     assert (out.double() - expected).square().mean().sqrt() < 0.75 * rounding
@@ -278,8 +281,8 @@ def test_the_whole_operator_takes_them_in_low_bit(precision, d, launched):
 
 @needs_hopper
 def test_other_blocks_and_the_switch_take_mma_sync(monkeypatch, launched):
-    problems.run(problems.make(63, 63, heads=1))
-    assert launched & FORWARDS == {"sla2_sparse_fwd"}
+    problems.run(problems.make(63, 63, heads=1), gradients=True)
+    assert launched & BOTH == {f"sla2_{x}" for x in PARTS if x != "sparse_fwd_low"}
     monkeypatch.setenv("SLA2_WGMMA", "0")
     assert not Device(allocate=problems.allocate).wgmma
     monkeypatch.setenv("SLA2_WGMMA", "no")
@@ -287,6 +290,35 @@ def test_other_blocks_and_the_switch_take_mma_sync(monkeypatch, launched):
         Device(allocate=problems.allocate)
     with pytest.raises(ValueError, match="expected sm_90a and blocks of 128 and 64, got sm_90a an"):
         spec_of("sla2_sm90_pack", "sm_90a", Geometry(head_dim=64, block_q=64))
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    ("rows", "depth", "d"), [(300, 200, 64), pytest.param(70, 333, 128, marks=pytest.mark.slow)]
+)
+def test_masked_sum(rows, depth, d):
+    p = problems.make(130, 130, d=d, blocks=BLOCKS, heads=2).problem
+    mask = torch.rand(2, rows, depth) < 0.3
+    x = torch.randn(2, depth, d * (d + 1)).to(torch.bfloat16)
+    scale = torch.rand(2, rows)
+    column = torch.arange(depth)
+    bit = column % 32 // 2 + column % 2 * 16  # as forward.Linear.bits
+    bits = torch.zeros(2, rows, -(-depth // 32), dtype=torch.int64)
+    bits.index_add_(2, column // 32, mask.long() << bit)
+    bits = bits.to(torch.uint32)
+    exact = (~mask).double() @ x.double() * scale.double()[..., None]
+    kept = None
+    for order in ORDERS:
+        matrix = problems.allocate((2, rows, d, d), p.dtype)
+        vector = problems.allocate((2, rows, d), "float32")
+        with lanes(order, seed=5):
+            inputs = map(problems.pointer, (bits, x, scale))
+            hopper.masked_sum(problems.DEVICE, p, *inputs, matrix, vector, rows, depth, blocks=3)
+        found = matrix.owner.flatten(2), vector.owner
+        for y, right in zip(found, exact.split((d * d, d), 2)):
+            torch.testing.assert_close(y.double(), right, atol=1e-3, rtol=5e-3)
+        kept = kept or found
+        assert all(torch.equal(y, z) for y, z in zip(kept, found)), order
 
 
 SLOTS = {"full": (540, 580), "int8": (640, 720), "fp8": (560, 650), "int8_int8": (840, 1060)}
@@ -307,6 +339,8 @@ def test_code_is_what_the_budget_says(spec):
     built = compile_kernel(spec)
     code = code_of(built)[spec.entry]
     assert gate(spec, built) + gate_code(spec, code) == []
+    if spec.entry == "sla2_sm90_masked_sum":  # of 1,024 clocks that a step's products take
+        assert 2 * code.loop.inner[0] <= 400
     if "sparse_fwd" in spec.entry:
         assert built.kernels[spec.entry].registers == 168  # 384 threads: 64,512
         d = dict(spec.macros)["SLA2_HEAD_DIM"]

@@ -21,6 +21,7 @@ ONLY_MATCHED = {
     "sla2_bwd_matched_rows",
 }  # test_kernels_matched.py
 ONLY_HOPPER = {
+    "sla2_sm90_masked_sum",
     "sla2_sm90_pack",
     "sla2_sm90_pack_low",
     "sla2_sm90_sparse_fwd",

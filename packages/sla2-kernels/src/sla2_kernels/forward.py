@@ -375,6 +375,9 @@ def masked_sum(
     p = problem
     matrix = device.allocate((p.pairs, rows, p.width, p.width), p.dtype)
     vector = device.allocate((p.pairs, rows, p.width), "float32")
+    if hopper.takes(device, p):
+        hopper.masked_sum(device, p, bits, x, row_scale, matrix, vector, rows, depth)
+        return matrix, vector
     run_kernel(
         device,
         p,

@@ -1,5 +1,5 @@
-"""The sparse forward on Hopper (csrc/sm90): wgmma, bulk copies and specialised warps, for the same
-results as the `mma.sync` kernel.
+"""The sparse forward and the masked sum on Hopper (csrc/sm90): wgmma, bulk copies and specialised
+warps, for the same results as the `mma.sync` kernels.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ MULTIPROCESSORS = 132  # of an H100 SXM and an H200, which the emulator stands f
 
 
 def takes(device: Device, problem: Problem) -> bool:
-    """Whether these kernels run the sparse forward of a problem: if the device allows and has them,
-    for query blocks of 128 and key blocks of 64.
+    """Whether these kernels run a problem: for query blocks of 128 and key blocks of 64, if the
+    device allows and has them.
     """
     return device.wgmma and has_wgmma(device.arch, problem.geometry)
+
+
+def _multiprocessors(device: Device) -> int:
+    real = device.target == "cuda" and not device.record
+    return multiprocessors(device.index) if real else MULTIPROCESSORS
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,7 @@ def sparse_forward(
         blocks: of threads, each of which walks over its query blocks; None: one a multiprocessor.
     """
     p = problem
-    if blocks is None:
-        real = device.target == "cuda" and not device.record
-        blocks = multiprocessors(device.index) if real else MULTIPROCESSORS
+    blocks = blocks or _multiprocessors(device)
     count = p.pairs * p.t_m
     name = "sla2_sm90_sparse_fwd_low" if low else "sla2_sm90_sparse_fwd"
     run_kernel(
@@ -129,3 +132,25 @@ def sparse_forward(
         *map(np.int32, (p.heads, p.n_q, p.n_k, p.head_dim, count)),
         p.softmax_scale,
     )
+
+
+def masked_sum(
+    device: Device,
+    problem: Problem,
+    bits: Pointer,
+    x: Pointer,
+    row_scale: Pointer,
+    matrix: Pointer,
+    vector: Pointer,
+    rows: int,
+    depth: int,
+    *,
+    blocks: int | None = None,
+) -> None:
+    """`forward.masked_sum` by wgmma, into `matrix` and `vector`; `blocks` as in sparse_forward."""
+    p = problem
+    tiles = -(-rows // 256) * -(-p.width * (p.width + 1) // 128) * p.pairs
+    sizes = map(np.int32, (rows, depth, tiles))
+    args = bits, x, row_scale, matrix, vector
+    grid = (min(blocks or _multiprocessors(device), tiles),)
+    run_kernel(device, p, "sla2_sm90_masked_sum", grid, *args, *sizes)

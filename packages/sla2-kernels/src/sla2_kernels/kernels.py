@@ -293,6 +293,13 @@ _HOPPER = {  # csrc/sm90
         blocks=lambda *_: 1,
         opcodes=_ROLES,
     ),
+    "sla2_sm90_masked_sum": _Kernel(
+        "sm90/masked_sum.cu",
+        _fixed(384),
+        lambda g: 8 * 64 * 256 + 8 * 16,
+        blocks=lambda *_: 1,
+        opcodes=("HGMMA", "LDGSTS.E.BYPASS.128", "USETMAXREG", "SYNCS"),
+    ),
     "sla2_sm90_pack_low": _Kernel("sm90/pack_low.cu", _fixed(128), _none, _LOW, opcodes=_WIDE),
     "sla2_sm90_sparse_fwd_low": _Kernel(
         "sm90/sparse_fwd_low.cu",

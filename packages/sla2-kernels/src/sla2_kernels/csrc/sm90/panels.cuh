@@ -2,12 +2,11 @@
 // 128 bytes in which chunk c of row r lies at c XOR (r mod 8); descriptors of their parts.
 #pragma once
 
-#include "common.cuh"
+#include "tile.cuh"
 #include "sm90/ptx_sm90.cuh"
 
 static_assert(BLOCK_Q == 128 && BLOCK_K == 64, "two warpgroups of 64 rows; keys 64 at a time");
 
-constexpr int HALF_ROW = HEAD_DIM * 2;        // bytes of a row of 16-bit channels
 constexpr int HALF_CHUNKS = HALF_ROW / 16;
 constexpr int KEY_BYTES = BLOCK_K * HALF_ROW;  // a K or V tile
 
@@ -51,6 +50,8 @@ SLA2_INLINE void bring_state(const half_bits* state, const float* norm, int numb
 
 #if SLA2_DTYPE == 0
 #define wgmma_half wgmma_f16
+#define wgmma_half_shared wgmma_f16_shared
 #else
 #define wgmma_half wgmma_bf16
+#define wgmma_half_shared wgmma_bf16_shared
 #endif

@@ -2,7 +2,6 @@
 // block comes next.
 #pragma once
 
-#include "common.cuh"
 #include "sm90/panels.cuh"
 
 // A stage of a ring and the parity of the phase in which it is used. The consumer waits for the
@@ -44,14 +43,20 @@ SLA2_INLINE Work work_of(int number, const int* indices, const int* counts, int 
     return w;
 }
 
-// The barriers of the K and V rings and of H, which the Barriers of each kernel have: one arrival
-// fills a stage of K or V, two warpgroups empty it.
+// The barriers of the K and V rings, which the Barriers of each kernel have: one arrival fills a
+// stage, two warpgroups empty it.
 template <int STAGES, class Barriers>
-SLA2_INLINE void init_rings(Barriers& barriers) {
+SLA2_INLINE void init_key_rings(Barriers& barriers) {
     for (int i = 0; i < STAGES; ++i) {
         mbarrier_init(&barriers.k_full[i], 1), mbarrier_init(&barriers.v_full[i], 1);
         mbarrier_init(&barriers.k_empty[i], 2), mbarrier_init(&barriers.v_empty[i], 2);
     }
+}
+
+// The same and those of H.
+template <int STAGES, class Barriers>
+SLA2_INLINE void init_rings(Barriers& barriers) {
+    init_key_rings<STAGES>(barriers);
     mbarrier_init(&barriers.state_full, STATE_THREADS);
     mbarrier_init(&barriers.state_empty, 8);
 }
