@@ -373,42 +373,40 @@ def test_motion_smoothness_runs_vbenchs_amt(tmp_path, monkeypatch):
     )
 
 
-def test_overall_consistency_runs_vbenchs_viclip(tmp_path, monkeypatch):
-    """On eight frames as VBench's transform makes them of uint8: grey levels stay whole."""
+def test_viclips_two_dimensions_see_eight_whole_grey_frames(tmp_path, monkeypatch):
+    """As VBench's transform makes them of uint8: grey levels stay whole. Each dimension has the
+    videos of its own prompts.
+    """
+    from sla2_eval.scoring.metrics import viclip_model
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 
     seen = []
 
-    class ViCLIP(nn.Module):
-        def __init__(self, tokenizer, pretrain):
-            super().__init__()
-            self.direction = torch.load(pretrain, weights_only=True)["direction"]
+    class ViCLIP:
+        def __init__(self, settings, device):
+            pass
 
-        def encode_vision(self, video, test):
-            assert test
-            seen.append(video)
-            return self.direction[None] * 3
+        def video(self, frames):
+            seen.append(frames)
+            return torch.tensor([0.6, 0.8])
 
-        def encode_text(self, text):
-            assert text == "a fox"
-            return torch.tensor([[5.0, 0.0]])
+        def text(self, prompt):
+            assert prompt == "a fox"
+            return torch.tensor([1.0, 0.0])
 
-    viclip = {"ViCLIP": ViCLIP, "__package__": "vbench.third_party.ViCLIP"}
-    tokenizer = {"SimpleTokenizer": lambda path: path}
-    path = "vbench.third_party.ViCLIP"
-    modules(monkeypatch, {f"{path}.viclip": viclip, f"{path}.simple_tokenizer": tokenizer})
-    monkeypatch.setattr(
-        "sla2_eval.scoring.metrics.overall_consistency.files", lambda package: tmp_path
-    )
-    sys.modules[path].viclip = sys.modules[f"{path}.viclip"]
-    settings = keep(tmp_path / "viclip.pth", {"direction": torch.tensor([3.0, 4.0])})
-    scorer = metrics.load("overall_consistency", settings)
+    monkeypatch.setattr(viclip_model, "ViCLIP", ViCLIP)
+    settings = keep(tmp_path / "viclip.pth", {})
     video = frames(0, 16)
-    assert scorer(Sample(video, 8, None, "a fox")) == pytest.approx(0.6)
+    for name in ("overall_consistency", "temporal_style"):
+        assert metrics.specs()[name].vbench == name
+        scorer = metrics.load(name, settings)
+        assert scorer(Sample(video, 8, None, "a fox")) == pytest.approx(0.6)
+        with pytest.raises(ValueError, match="expected a prompt, got none"):
+            scorer(Sample(video, 8))
     cut = Compose([Resize(224, InterpolationMode.BICUBIC, antialias=False), CenterCrop(224)])
     normalise = Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     expected = normalise(cut(torch.from_numpy(video[::2]).permute(0, 3, 1, 2)) / 255)
-    torch.testing.assert_close(seen[0][0], expected)
+    torch.testing.assert_close(seen[0], expected)
 
 
 @pytest.mark.parametrize("case", ["digest", "no digest", "pickle", "other model", "missing"])

@@ -341,6 +341,99 @@ def test_jedi_reads_vjepas_own_files(tmp_path):
         metrics.load("jedi", settings)
 
 
+def viclip(vision: dict, text: dict, features: int, frames: int) -> dict:
+    """Names and shapes in ViCLIP's file, as VBench's copy loads it."""
+    width, words = vision["width"], text["width"]
+    patch, see = vision["patch"], "vision_encoder"
+    found = {"temp": (), f"{see}.conv1.weight": (width, 3, 1, patch, patch)}
+    found |= {f"{see}.class_embedding": (width,), f"{see}.proj": (width, features)}
+    found |= {f"{see}.positional_embedding": (vision["patches"] + 1, width)}
+    found |= {f"{see}.temporal_positional_embedding": (1, frames, width)}
+    found |= norm(f"{see}.ln_pre", width) | norm(f"{see}.ln_post", width)
+    found |= openai_tower(f"{see}.transformer.", vision["layers"], width)
+    found |= {"text_encoder.token_embedding.weight": (49408, words)}
+    found |= {"text_encoder.positional_embedding": (text["context_length"], words)}
+    found |= {"text_encoder.text_projection": (words, features)}
+    found |= norm("text_encoder.ln_final", words)
+    return found | openai_tower("text_encoder.transformer.", text["layers"], words)
+
+
+def test_viclip_has_the_published_sizes():
+    from sla2_eval.scoring.metrics.viclip_model import LARGE, towers
+
+    with torch.device("meta"):
+        published = viclip(**LARGE, frames=8)
+        del published["temp"]
+        assert shapes(towers(**LARGE, frames=8)) == published
+
+
+def test_viclip_reads_its_own_file(tmp_path):
+    """Both features by hand: one class token and the patches of all frames attend to one another,
+    words to those before them; the text's feature is that of its end.
+    """
+    import open_clip
+
+    sizes = {
+        "vision": {"width": 12, "layers": 2, "heads": 3, "patch": 8, "patches": 9},
+        "text": {"width": 8, "layers": 1, "heads": 2, "context_length": 6},
+        "features": 5,
+    }
+    generator = torch.Generator().manual_seed(0)
+    t = {
+        name: torch.randn(shape, generator=generator) / 3
+        for name, shape in viclip(**sizes, frames=3).items()
+    }
+    settings = given(tmp_path / "viclip.pth", {"model": t})
+    settings |= {"frames": 3, "size": 24, "model": sizes}
+    video = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3), dtype=np.uint8)
+    prompt = "a red fox runs over the snowy field"  # longer than the tower
+    found = metrics.load("temporal_style", settings)(Sample(video, 8, None, prompt))
+    t = {name: tensor.double() for name, tensor in t.items()}
+
+    def normed(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return centred / scale * t[f"{name}.weight"] + t[f"{name}.bias"]
+
+    def tower(x, prefix, layers, heads, mask):
+        for block in (f"{prefix}.transformer.resblocks.{layer}" for layer in range(layers)):
+            rows, bias = t[f"{block}.attn.in_proj_weight"], t[f"{block}.attn.in_proj_bias"]
+            q, k, v = (normed(x, f"{block}.ln_1") @ rows.T + bias).chunk(3, 1)
+            q, k, v = (z.unflatten(1, (heads, -1)).transpose(0, 1) for z in (q, k, v))
+            weights = torch.softmax(q @ k.transpose(1, 2) / q.shape[-1] ** 0.5 + mask, -1)
+            mixed = (weights @ v).transpose(0, 1).flatten(1)
+            out = f"{block}.attn.out_proj"
+            x = x + mixed @ t[f"{out}.weight"].T + t[f"{out}.bias"]
+            h = normed(x, f"{block}.ln_2") @ t[f"{block}.mlp.c_fc.weight"].T
+            h = h + t[f"{block}.mlp.c_fc.bias"]
+            h = h * torch.sigmoid(1.702 * h)
+            x = x + h @ t[f"{block}.mlp.c_proj.weight"].T + t[f"{block}.mlp.c_proj.bias"]
+        return x
+
+    mean, std = (
+        torch.tensor(v, dtype=torch.float64).view(3, 1, 1)
+        for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    )
+    see = "vision_encoder"
+    clip = (torch.from_numpy(video).permute(0, 3, 1, 2).double() / 255 - mean) / std
+    cut = clip.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(3)
+    x = cut.flatten(1, 2) @ t[f"{see}.conv1.weight"].flatten(1).T
+    where = t[f"{see}.positional_embedding"]
+    x = x + where[1:] + t[f"{see}.temporal_positional_embedding"][0][:, None]
+    x = torch.cat((t[f"{see}.class_embedding"][None] + where[:1], x.flatten(0, 1)))
+    x = tower(normed(x, f"{see}.ln_pre"), see, 2, 3, 0.0)
+    seen = normed(x, f"{see}.ln_post")[0] @ t[f"{see}.proj"]
+
+    words = open_clip.SimpleTokenizer().encode(prompt)[:4]
+    words = [49406, *words, 49407]
+    x = t["text_encoder.token_embedding.weight"][words] + t["text_encoder.positional_embedding"]
+    before = torch.full((6, 6), float("-inf"), dtype=torch.float64).triu(1)
+    x = tower(x, "text_encoder", 1, 2, before)
+    read = normed(x, "text_encoder.ln_final")[-1] @ t["text_encoder.text_projection"]
+    expected = seen @ read / (seen.norm() * read.norm())
+    assert found == pytest.approx(float(expected), abs=1e-5)
+
+
 @pytest.mark.parametrize("wrap", ["plain", "params", "state_dict", "module"])
 def test_the_wrappings_of_published_state_dicts(tmp_path, wrap):
     state = {"head.weight": torch.ones(2)}

@@ -161,7 +161,7 @@ _TABLE = (
         1710,
         "Apache-2.0 (InternVid)",
         None,
-        "overall_consistency",
+        "overall_consistency temporal_style",
         "hub",
         "OpenGVLab/VBench_Used_Models/resolve/main/ViClip-InternVid-10M-FLT.pth",
     ),

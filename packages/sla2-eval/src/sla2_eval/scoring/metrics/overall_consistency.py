@@ -1,52 +1,49 @@
-"""VBench's overall consistency: ViCLIP's agreement of video and prompt."""
+"""VBench's overall consistency and temporal style: ViCLIP's agreement of video and prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.resources import files
 from itertools import pairwise
 
-from sla2_eval.scoring.metrics.base import MetricSpec, Sample
+from sla2_eval.scoring.metrics.base import MetricSpec, Sample, need_prompt
+from sla2_eval.scoring.metrics.viclip_model import LARGE
 
-SPECS = (
-    MetricSpec(
-        name="overall_consistency",
+
+def _spec(name: str, title: str, of: str = "") -> MetricSpec:
+    return MetricSpec(
+        name=name,
         kind="unpaired",
-        title="Overall consistency",
-        definition="cosine of the ViCLIP features of 8 frames and of the prompt",
-        source="VBench, overall_consistency.py",
+        title=title,
+        definition=f"cosine of the ViCLIP features of 8 frames and of the prompt{of}",
+        source=f"VBench, {name}.py",
         value_range=(-1.0, 1.0),
         higher_is_better=True,
         licence="Apache-2.0 (InternVid)",
         weights=("viclip",),
-        packages=("vbench",),
+        packages=("open_clip",),
         needs_prompt=True,
-        vbench="overall_consistency",
-        settings={"frames": 8},
-        revision=2,
-    ),
+        vbench=name,
+        settings={"frames": 8, "size": 224, "model": LARGE},
+        revision=3,
+    )
+
+
+# VBench computes both alike, each of the videos of its own prompts.
+SPECS = (
+    _spec("overall_consistency", "Overall consistency"),
+    _spec("temporal_style", "Temporal style", ", where it asks for a style of motion"),
 )
 
 
 def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
-    """The scorer: VBench's own copy of ViCLIP, with `encode_vision(video, test=True)` and
-    `encode_text(text)`.
-    """
+    """The scorer over ViCLIP's two features."""
     import numpy as np
     import torch
-    from torch.nn.functional import normalize
-    from vbench.third_party.ViCLIP import viclip
-    from vbench.third_party.ViCLIP.simple_tokenizer import SimpleTokenizer
 
-    from sla2_eval.scoring.metrics.loading import CLIP_MEAN, CLIP_STD, prepared, weight_path
+    from sla2_eval.scoring.metrics.loading import CLIP_MEAN, CLIP_STD, prepared
+    from sla2_eval.scoring.metrics.viclip_model import ViCLIP
 
-    vocabulary = files(viclip.__package__) / "bpe_simple_vocab_16e6.txt.gz"
-    tokenizer = SimpleTokenizer(str(vocabulary))
-    model = (
-        viclip.ViCLIP(tokenizer=tokenizer, pretrain=str(weight_path("viclip", settings)))
-        .to(device)
-        .eval()
-    )
+    model = ViCLIP(settings, device)
 
     def score(sample: Sample) -> float:
         chosen = np.ascontiguousarray(
@@ -55,7 +52,7 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
         x = prepared(
             chosen,
             device,
-            224,
+            settings["size"],
             CLIP_MEAN,
             CLIP_STD,
             mode="bicubic",
@@ -64,9 +61,7 @@ def load(name: str, settings: dict, device: str) -> Callable[[Sample], float]:
             whole=True,
         )
         with torch.inference_mode():
-            video = normalize(model.encode_vision(x[None], test=True).float(), dim=-1)
-            text = normalize(model.encode_text(sample.prompt).float(), dim=-1)
-        return float((video @ text.T)[0, 0])
+            return float(model.video(x) @ model.text(need_prompt(sample)))
 
     return score
 
