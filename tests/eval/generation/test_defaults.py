@@ -1,5 +1,6 @@
 """Sampling as the pipeline says unless it is told otherwise."""
 
+import inspect
 import json
 from types import SimpleNamespace
 
@@ -118,6 +119,27 @@ def test_the_tiny_model_has_its_own_and_takes_another_shift(tmp_path):
     assert (frames[0] != frames[1]).any()
 
 
-@pytest.mark.parametrize("name", ["SanaVideoPipeline", "LattePipeline"])
-def test_a_video_pipeline_may_call_its_frames_otherwise(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "argument"), [("SanaVideoPipeline", "frames"), ("LattePipeline", "video_length")]
+)
+def test_a_video_pipeline_may_call_its_frames_otherwise(tmp_path, name, argument):
     assert not defaults_of(folder(tmp_path, name, EULER)).images
+    theirs = getattr(diffusers, name)
+
+    class Noting(Pipe):
+        __call__ = None
+
+    def call(self, **given):
+        return Pipe.__call__(self, **given)
+
+    call.__signature__ = inspect.signature(theirs.__call__)
+    Noting.__call__ = call
+    pipe = Noting()
+    PipelineGenerator(pipe).sample([Request("a", 0, 0)], SamplingConfig(num_frames=9, height=8))
+    assert (pipe.calls[0][argument], pipe.calls[0]["height"]) == (9, 8)
+    assert "num_frames" not in pipe.calls[0]
+
+
+def test_a_model_of_images_takes_no_number_of_frames(tmp_path):
+    with pytest.raises(ValueError, match="num_frames: expected none for FluxPipeline, which makes"):
+        resolved(folder(tmp_path, "FluxPipeline", {}), SamplingConfig(num_frames=9))

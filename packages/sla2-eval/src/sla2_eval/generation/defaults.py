@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ _FPS = {
     "HunyuanVideoPipeline": 24.0,
     "HunyuanVideo15Pipeline": 24.0,
 }
+# What pipelines call the number of frames of a video.
+FRAMES = ("num_frames", "frames", "video_length")
 TINY_STEPS, TINY_GUIDANCE = 20, 2.0
 
 
@@ -77,9 +79,14 @@ def defaults_of(model: Path | str) -> ModelDefaults:
         guidance=given.get("guidance_scale"),
         flow_shift=_shift(scheduler),
         fps=fps_of(name, given, index, _config(model, "transformer")),
-        images=kind is not None and not given.keys() & {"num_frames", "frames", "video_length"},
+        images=kind is not None and frames_argument(given) is None,
         takes_negative=kind is None or "negative_prompt" in given,
     )
+
+
+def frames_argument(arguments: Iterable[str]) -> str | None:
+    """Which of a call's arguments is the number of frames; None for a model of images."""
+    return next((name for name in FRAMES if name in arguments), None)
 
 
 def _call_defaults(kind: type) -> dict[str, Any]:

@@ -5,6 +5,7 @@ image model), resumable.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import sys
@@ -15,7 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from sla2_eval.generation.defaults import TINY_GUIDANCE, TINY_STEPS, defaults_of, shifted
+from sla2_eval.generation.defaults import (
+    FRAMES,
+    TINY_GUIDANCE,
+    TINY_STEPS,
+    defaults_of,
+    frames_argument,
+    shifted,
+)
 from sla2_eval.generation.prompts import Prompt, Request, plan
 from sla2_eval.runs.folders import note_settings
 from sla2_eval.runs.progress import Report, noted, silent
@@ -94,6 +102,10 @@ def resolved(model: str | Path, config: SamplingConfig) -> SamplingConfig:
         raise ValueError(
             f"flow_shift: expected none for {own.name}, whose scheduler has no fixed shift, got"
             f" {config.flow_shift}"
+        )
+    if config.num_frames is not None and own.images:
+        raise ValueError(
+            f"num_frames: expected none for {own.name}, which makes images, got {config.num_frames}"
         )
     names = ("steps", "guidance", "flow_shift", "fps")
     found = replace(
@@ -204,6 +216,8 @@ class PipelineGenerator:
             from sla2_core.integrations.rcm import use_rcm
 
             use_rcm(pipe)
+        call = inspect.signature(type(pipe).__call__).parameters
+        self._frames = frames_argument(call) or FRAMES[0]  # of a call that takes anything
         pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
 
     def sample(self, requests: Sequence[Request], config: SamplingConfig) -> np.ndarray:
@@ -218,7 +232,7 @@ class PipelineGenerator:
         given: dict[str, Any] = {
             "num_inference_steps": config.steps,
             "negative_prompt": config.negative_prompt and [config.negative_prompt] * len(requests),
-            "num_frames": config.num_frames,
+            self._frames: config.num_frames,
             "height": config.height,
             "width": config.width,
         }
