@@ -7,6 +7,7 @@ import pytest
 from sla2_eval.cli.main import main
 from sla2_eval.report.data import gather
 from sla2_eval.report.page import write_report
+from sla2_eval.report.sources import read_source
 
 ROOT = Path(__file__).parents[3]
 BASE = [0.9, 0.8, 0.87, 0.83, 0.88, 0.81, 0.86]
@@ -180,6 +181,15 @@ def test_the_results_in_the_repository_still_report(tmp_path):
         ]
         assert means[0] == means[1]
         assert "of an earlier version" in (tmp_path / path.stem / "index.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["a dot-0.webm", "a dot-0.MKV", "a dot-0.png"])
+def test_a_folder_of_videos_needs_neither_mp4_nor_manifest(tmp_path, name):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / name).write_bytes(b"")
+    for folder in (tmp_path, tmp_path / "theirs"):
+        (member,) = read_source(folder).members
+        assert (member.label, list(member.entries())) == ("theirs", [name])
 
 
 def test_what_is_no_folder_of_a_report_is_named(tmp_path):

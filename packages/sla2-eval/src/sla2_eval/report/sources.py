@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sla2_eval.runs.folders import INPUTS
-from sla2_eval.videos.manifest import MANIFESTS, Entry, read_manifest
+from sla2_eval.videos.manifest import Entry, holds_media, read_manifest
 
 GENERATED = "generation.json"  # in a folder of `sla2 generate`
 RESULTS = "results.json"
@@ -258,10 +258,7 @@ def _generated(folder: Path) -> Source | None:
 
 
 def _holds_videos(folder: Path) -> bool:
-    return folder.is_dir() and (
-        any((folder / name).is_file() for name in (GENERATED, *MANIFESTS))
-        or any(folder.glob("*.mp4"))
-    )
+    return (folder / GENERATED).is_file() or holds_media(folder)
 
 
 def _report(path: Path) -> Source:

@@ -187,6 +187,11 @@ def _media(folder: Path) -> tuple[list[str], list[str]]:
     return (videos, pictures + others) if videos else (pictures, others)
 
 
+def holds_media(folder: Path) -> bool:
+    """Whether it is a folder with a manifest, or with videos or pictures themselves."""
+    return folder.is_dir() and (_manifest_in(folder) is not None or bool(_media(folder)[0]))
+
+
 def left_out(videos: str | Path, entries: Sequence[Entry]) -> dict[str, int]:
     """How many videos and pictures of a folder are not among its `entries`, by their suffix: those
     that its manifest does not list, pictures beside videos, and kinds that are not read.
