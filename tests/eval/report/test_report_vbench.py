@@ -40,6 +40,10 @@ def test_native_and_vbenchs_own_dimensions_make_the_scores(tmp_path):
     page = write_report(folders, out=tmp_path / "report").read_text()
     assert page.count("VBench’s own code") == 9
     assert "| **Total score** | 1.0000 |" in (tmp_path / "report" / "results.md").read_text()
+    tex = (tmp_path / "report" / "results.tex").read_text()
+    assert tex.count(r"\begin{tabular}{lr}") == 1
+    assert "scene & 0.8222 \\\\\n" in tex
+    assert "Total score & 1.0000 \\\\\n" in tex
     assert gather(tmp_path / "report" / "results.json")["vbench"] == [row]
 
 

@@ -172,6 +172,18 @@ def as_markdown(data: dict) -> str:
     return "\n".join(parts)
 
 
+def _vbench_rows(data: dict) -> tuple[list, list]:
+    """(title, value of each variant) of VBench's dimensions, as means, and of its scores."""
+    rows = data["vbench"]
+    dimensions = [
+        (name.replace("_", " "), [row["dimensions"].get(name, {}).get("mean") for row in rows])
+        for name in DIMENSIONS
+        if any(name in row["dimensions"] for row in rows)
+    ]
+    titles = rows[0]["scores"] if rows else []
+    return dimensions, [(title, [row["scores"][title] for row in rows]) for title in titles]
+
+
 def _vbench(data: dict) -> list[str]:
     """VBench's dimensions, a row each, with its scores."""
     rows = data["vbench"]
@@ -181,14 +193,9 @@ def _vbench(data: dict) -> list[str]:
         _line("dimension", *(_markdown_cell(row["label"]) for row in rows)),
         "|---" * (1 + len(rows)) + "|",
     ]
-    for name in DIMENSIONS:
-        if any(name in row["dimensions"] for row in rows):
-            means = [row["dimensions"].get(name, {}).get("mean") for row in rows]
-            lines.append(_line(name.replace("_", " "), *map(number, means)))
-    lines += [
-        _line(f"**{title}**", *(number(row["scores"][title]) for row in rows))
-        for title in rows[0]["scores"]
-    ]
+    dimensions, scores = _vbench_rows(data)
+    lines += [_line(title, *map(number, values)) for title, values in dimensions]
+    lines += [_line(f"**{title}**", *map(number, values)) for title, values in scores]
     return ["## VBench\n\n" + "\n".join(lines) + "\n"]
 
 
@@ -215,8 +222,8 @@ def latex(text: str) -> str:
 
 
 def as_latex(data: dict) -> str:
-    """The figures as one LaTeX table per kind of metric, for booktabs; the best variant of each
-    metric is bold.
+    """The figures as one LaTeX table per kind of metric, for booktabs, and one of VBench's
+    dimensions and scores; the best variant of each metric is bold.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -246,6 +253,7 @@ def as_latex(data: dict) -> str:
     return environment.get_template("results.tex").render(
         data=data,
         tables=[table for table in tables if table["groups"]],
+        vbench=_vbench_rows(data),
         columns=facts(data),
         methods=methods(data),
     )
