@@ -68,6 +68,7 @@ def test_votes_come_back_as_a_metric_with_wilsons_interval(folders, capsys):
     # By majority: v v v r, undecided (one vote and one of no difference, one each, no difference).
     assert (row["mean"], row["pairs"], row["undecided"], row["raters"]) == (0.75, 4, 3, 3)
     assert (row["votes_variant"], row["votes_reference"], row["votes_same"]) == (9, 6, 3)
+    assert row["not_shown"] == 0
     expected = over_prompts({str(i): [float(i != 3)] for i in range(4)}, binary=True)
     assert expected.method.startswith("Wilson")
     assert (row["low"], row["high"]) == (expected.low, expected.high)

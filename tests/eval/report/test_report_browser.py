@@ -442,6 +442,9 @@ def narrow_screens(page):
     assert page.js("document.documentElement.scrollWidth") <= 340
 
 
+CAN_VOTE = "!document.getElementById('left').disabled"
+
+
 def test_the_blind_page_takes_votes(make_folder, tmp_path):
     full, sla2 = (make_folder(name, 3, frames=5) for name in ("full", "sla2"))
     written = export([full, sla2], "sla2", tmp_path / "out", reference=full)
@@ -457,10 +460,12 @@ def test_the_blind_page_takes_votes(make_folder, tmp_path):
         browser.js("document.getElementById('back').click()")
         assert browser.js("document.getElementById('right').getAttribute('aria-pressed')") == "true"
         for choice in ("left", "same"):
+            browser.until(CAN_VOTE)
             browser.js(f"document.getElementById('{choice}').click()")
         browser.call("Page.reload")  # the votes are kept, and the third pair is next
         browser.until("performance.getEntriesByType('navigation')[0]?.type === 'reload'")
         browser.until("document.getElementById('said')?.textContent === '2 of 3'")
+        browser.until(CAN_VOTE)
         browser.press("ArrowDown")
         assert not browser.js("document.getElementById('end').hidden")
         assert browser.js("document.getElementById('save').download") == "votes-Anna-B-.json"
@@ -471,3 +476,44 @@ def test_the_blind_page_takes_votes(make_folder, tmp_path):
     (tmp_path / "votes.json").write_text(saved)
     found = count(tmp_path / "out", [tmp_path / "votes.json"])
     assert (found["num_videos"], found["num_left_out"], found["votes"]["same"]) == (1, 2, 2)
+
+
+def test_two_raters_share_a_browser_and_what_it_cannot_show_takes_no_vote(make_folder, tmp_path):
+    full, sla2 = (make_folder(name, 2, frames=5) for name in ("full", "sla2"))
+    written = export([full, sla2], "sla2", tmp_path / "out", reference=full)
+    (written.parent / "videos" / "002-right.mp4").write_bytes(b"no video")
+    browser = Browser(tmp_path / "profile")
+    saved = []
+    try:
+        browser.call("Page.navigate", url=written.as_uri())
+        browser.until("document.readyState === 'complete'")
+        for rater, choice in (("Anna", "left"), ("Ben", "right")):
+            assert not browser.js("document.getElementById('who').hidden")
+            browser.js(f"document.getElementById('rater').value = '{rater}'")
+            browser.js("document.querySelector('#who button').click()")
+            assert browser.js("document.getElementById('name').textContent") == rater
+            assert browser.js("document.getElementById('said').textContent") == "0 of 2"
+            browser.until(CAN_VOTE)
+            browser.js(f"document.getElementById('{choice}').click()")
+            browser.until("!document.getElementById('unshown').hidden")
+            said = browser.js("document.getElementById('unshown').innerText")
+            assert said.startswith(
+                "This browser cannot show the right video, so this pair takes no"
+            )
+            browser.press("ArrowLeft")  # is not taken
+            assert browser.js("document.getElementById('end').hidden")
+            browser.js("document.getElementById('next').click()")
+            assert not browser.js("document.getElementById('end').hidden")
+            saved.append(
+                browser.js("fetch(document.getElementById('save').href).then(r => r.text())")
+            )
+            browser.js("document.getElementById('other').click()")
+    finally:
+        browser.close()
+    votes = [tmp_path / "anna.json", tmp_path / "ben.json"]
+    for path, text in zip(votes, saved, strict=True):
+        path.write_text(text)
+    assert [json.loads(text)["rater"] for text in saved] == ["Anna", "Ben"]
+    assert [json.loads(text)["votes"] for text in saved] == [{"001": "left"}, {"001": "right"}]
+    found = count(tmp_path / "out", votes)
+    assert (found["num_raters"], found["num_not_shown"], found["num_left_out"]) == (2, 2, 1)

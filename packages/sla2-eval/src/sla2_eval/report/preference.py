@@ -142,7 +142,8 @@ def _root(entry: Entry) -> Path:
 
 def count(out: str | Path, votes: Iterable[str | Path]) -> dict[str, Any]:
     """Write the votes as `out`/results.json in the form of `sla2 score`, which a report takes, and
-    return its entry of the metric, with "num_raters" and how many "votes" each side has.
+    return its entry of the metric, with "num_raters", how many "votes" each side has, and
+    "num_not_shown", the votes that were not taken as a browser could not show the pair.
 
     A pair counts by the majority of its raters, and is left out where there is none. Raises
     ValueError naming the file for votes of another page or form, and for two files of one rater.
@@ -150,8 +151,10 @@ def count(out: str | Path, votes: Iterable[str | Path]) -> dict[str, Any]:
     out = Path(out)
     key = read_json(out / KEY, "the key of a page of preferences")
     ballots: dict[str, dict[str, str]] = {}
+    not_shown = 0
     for path in map(Path, votes):
-        rater, ballot = _ballot(path, key)
+        rater, ballot, unshown = _ballot(path, key)
+        not_shown += unshown
         if rater in ballots:
             raise ValueError(f"{path}: expected one file of each rater, got another of {rater!r}")
         ballots[rater] = ballot
@@ -180,15 +183,15 @@ def count(out: str | Path, votes: Iterable[str | Path]) -> dict[str, Any]:
     run = Elsewhere(specs={SPEC.name: SPEC}, results=results, digests=digests)
     written = document(run, entries, None, [SPEC.name])
     about = written["metrics"][SPEC.name]
-    about |= {"num_raters": len(ballots), "votes": totals}
+    about |= {"num_raters": len(ballots), "votes": totals, "num_not_shown": not_shown}
     inputs = {key_: key["variant"][key_] for key_ in ("videos", "label", "seed")}
     write_atomic(out / INPUTS, json.dumps(inputs, ensure_ascii=False) + "\n")
     write_atomic(out / RESULTS, json.dumps(written, indent=1, ensure_ascii=False) + "\n")
     return about
 
 
-def _ballot(path: Path, key: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    """Who voted, and the choice of each pair."""
+def _ballot(path: Path, key: dict[str, Any]) -> tuple[str, dict[str, str], int]:
+    """Who voted, the choice of each pair, and how many pairs the browser could not show."""
     found = read_json(path, "votes that a page of preferences saved")
     if found.get("page") != key["page"]:
         raise ValueError(f"{path}: expected votes of the page of this folder, got those of another")
@@ -201,7 +204,7 @@ def _ballot(path: Path, key: dict[str, Any]) -> tuple[str, dict[str, str]]:
                 f"{path}: expected {', '.join(CHOICES)} for pairs of the page, got {choice!r} for"
                 f" {number!r}"
             )
-    return rater.strip(), ballot
+    return rater.strip(), ballot, len(found.get("unshown", {}))
 
 
 def _side(choice: str, left: str) -> str:

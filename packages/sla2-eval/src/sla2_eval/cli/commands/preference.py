@@ -70,6 +70,7 @@ def count(out: str, votes: tuple[str, ...], as_json: bool) -> None:
         "pairs": found["num_videos"],
         "undecided": undecided,
         "raters": found["num_raters"],
+        "not_shown": found["num_not_shown"],
         **{f"votes_{side}": number for side, number in found["votes"].items()},
     }
     show([row], tuple(row), as_json=as_json)
