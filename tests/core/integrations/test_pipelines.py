@@ -120,6 +120,7 @@ def test_every_block_is_the_pipeline_itself(kind, way, tmp_path):
     if way == "offload":
         offload(pipe, tmp_path)
     if way == "compile":
+        torch.compiler.reset()  # one process may compile only so many models of a class
         for name in ("transformer", "transformer_2"):
             if getattr(pipe, name, None) is not None:
                 if "hunyuan_video15" in kind:  # branches on its image embeddings
