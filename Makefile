@@ -1,5 +1,5 @@
 # The workspace's commands. Each sets up .venv from uv.lock first, and does nothing twice.
-.PHONY: quickstart test test-full lint docs gpu-check
+.PHONY: quickstart test test-full test-wheels lint docs gpu-check
 
 PYTHON ?= python3
 # The uv that is installed and runs, else one that pip puts into .cache/uv (--target: allowed in externally managed Pythons).
@@ -16,6 +16,11 @@ test: $(READY)
 
 test-full: $(READY)
 	$(PYTEST) -m "not gpu"
+
+# The wheels in a fresh environment for each Python: versions that uv finds or fetches, or paths.
+PYTHONS ?= 3.11 3.12 3.13
+test-wheels: $(READY)
+	UV="$(abspath $(UV))" $(PYTHON) tools/try_wheels.py $(PYTHONS)
 
 lint: $(READY)
 	.venv/bin/ruff check .
