@@ -61,15 +61,13 @@ def floors(n: int, heads: int, selected: int, d: int = HEAD_DIM) -> dict[str, Fl
     pairs = selected * BLOCK_K / n
     full = 4.0 * n * n * d * heads
     stages = {
-        "prologue": Floor(10.0 * n * d * heads, 5 * tensor),
+        "pool": Floor(4.0 * n * d * heads, 2 * tensor),
+        "keys": Floor(2.0 * n * d * d * heads, 2 * tensor + t_n * states),
         "route": Floor(
             2.0 * heads * (t_m * t_n * d + (t_m + t_n) * d * d),
             4 * heads * (t_m + t_n) * d + 4 * heads * t_m * t_n,
         ),
-        "linear states": Floor(
-            2.0 * heads * (n * d * d + t_m * t_n * d * (d + 1)),
-            2 * tensor + (2 * t_n + t_m) * states,
-        ),
+        "linear sums": Floor(2.0 * heads * t_m * t_n * d * (d + 1), (t_n + t_m) * states),
         "sparse forward": Floor(pairs * full + 2.0 * n * d * d * heads, 5 * tensor + t_m * states),
     }
     whole = Floor(sum(f.flops for f in stages.values()), sum(f.bytes for f in stages.values()))
@@ -257,9 +255,12 @@ class _Kernels:
             self.pointer(torch.full((1, q.shape[1], 1), 0.8, device="cuda")), (1, q.shape[1], 1)
         )
         self.wgmma = wgmma_allowed()
-        self.made = self.prologue(self.problem)
-        self.block_map = self.route(self.problem, self.made)
-        self.linear = operator.linear_states(self.device, self.problem, self.made, self.block_map)
+        first = self.pool(self.problem)
+        self.block_map = self.route(self.problem, first)
+        self.made = operator.keys(self.device, self.problem, first)
+        self.linear = operator.linear_sums(
+            self.device, self.problem, self.made.states, self.block_map
+        )
 
     @staticmethod
     def pointer(tensor: Tensor) -> Pointer:
@@ -292,8 +293,8 @@ class _Kernels:
 
         return self.pointer(torch.empty(shape, dtype=getattr(torch, dtype), device="cuda"))
 
-    def prologue(self, problem: Problem) -> Any:
-        return self.operator.prologue(self.device, problem, *self.inputs, linear=True, pool=True)
+    def pool(self, problem: Problem) -> Any:
+        return self.operator.pool(self.device, problem, *self.inputs, pooled=True)
 
     def route(self, problem: Problem, made: Any) -> Any:
         return self.operator.route(
@@ -305,10 +306,10 @@ class _Kernels:
             self.weight,
             1,
             self.topk,
-        )[0]
+        ).block_map
 
     def forward(self, problem: Problem, save: bool = False) -> Any:
-        made = self.prologue(problem)
+        made = self.pool(problem)
         block_map = self.route(problem, made)
         return self.operator.forward(
             self.device, problem, *self.inputs, block_map, self.alpha, made=made, save=save
@@ -334,10 +335,11 @@ class _Kernels:
         saved, d_out = self.forward(problem, save=True), self.strided(grad)
         cases: dict[str, Case] = {
             "SLA2 forward": lambda: self.forward(problem),
-            "SLA2 prologue": lambda: self.prologue(problem),
+            "SLA2 pool": lambda: self.pool(problem),
             "SLA2 route": lambda: self.route(problem, self.made),
-            "SLA2 linear states": lambda: op.linear_states(
-                self.device, problem, self.made, self.block_map
+            "SLA2 keys": lambda: op.keys(self.device, problem, self.made),
+            "SLA2 linear sums": lambda: op.linear_sums(
+                self.device, problem, self.made.states, self.block_map
             ),
             "SLA2 sparse forward": self.sparse_forward,
             "SLA2 backward": lambda: backward(self.device, problem, saved, d_out),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +159,7 @@ def work_of(entry: str, p: Problem, selected: int, blocks: int) -> Work:
     if entry == "sla2_sparse_bwd_kv":
         parts = p.block_q / min(64, p.block_q)
         return Work(selected * p.t_m / p.t_n * parts, half=4 * tile, looped=4 * tile)
-    if entry == "sla2_states":
+    if entry == "sla2_keys":
         return Work(d / 32, half=2.0 * p.pairs * p.n_k * d * d)
     flops = 2.0 * p.pairs * p.t_m * p.t_n * d * (d + 1)
     if entry == "sla2_sm90_masked_sum":  # the forward's: tiles of 256 rows and 128 columns
@@ -229,11 +229,7 @@ def whole(parts: dict[str, float], work: Work) -> float:
 
 
 STAGES = {  # of the kernels' names; a kernel that is not listed is a stage by itself
-    "key_sums": "prologue",
-    "key_mean": "prologue",
-    "prologue_k": "prologue",
-    "prologue_q": "prologue",
-    "prologue_v": "prologue",
+    "key_mean": "pool",
     "project": "route",
     "scores": "route",
     "topk": "route",
@@ -282,23 +278,17 @@ def problem_of(precision: str, n: int, heads: int) -> Problem:
 
 def forward_launches(arch: str, p: Problem, topk: float) -> list[Launch]:
     """The launches of a routed forward without gradient, as SLA2Attention makes them."""
-    from sla2_kernels import forward as operator
-    from sla2_kernels.problem import Alpha
+    from sla2_kernels.forward import routed_forward
+    from sla2_kernels.problem import AlphaRule
     from sla2_kernels.record import Recorder
 
     recorder = Recorder(arch)
     device = recorder.device
     q, k, v = (recorder.tensor(p.batch, p.heads, n, p.head_dim) for n in (p.n_q, p.n_k, p.n_k))
-    plain = replace(p, precision="full")
-    pooled = operator.prologue(device, plain, q, k, k, smooth_k=False, linear=False, pool=True)
     weight = recorder.allocate((1, p.head_dim, p.head_dim), "float32")
-    found, _ = operator.route(
-        device, plain, pooled.pooled_q, pooled.pooled_k, weight, weight, 1, topk
-    )
-    alpha = Alpha.of(
-        recorder.allocate((p.batch, p.heads, p.t_m), "float32"), (p.batch, p.heads, p.t_m)
-    )
-    operator.forward(device, p, q, k, v, found, alpha)
+    offset, slope = (recorder.allocate((p.heads,), "float32") for _ in range(2))
+    rule = AlphaRule(offset, slope, p.heads)  # alpha from the mass, the default
+    routed_forward(device, p, q, k, v, weight, weight, 1, topk, None, rule)
     return recorder.launches
 
 

@@ -60,8 +60,8 @@ def microseconds(call: Callable[[], Any], repetitions: int = 300) -> float:
 
 def operator() -> Callable[[], Any]:
     """A routed forward on raw pointers at the paper's shape, its problem made anew each time."""
-    from sla2_kernels import forward as kernels
-    from sla2_kernels.problem import Alpha
+    from sla2_kernels.forward import routed_forward
+    from sla2_kernels.problem import AlphaRule
     from sla2_kernels.record import Recorder
 
     from benchmarks.gpu_model import SHAPE, problem_of
@@ -71,14 +71,11 @@ def operator() -> Callable[[], Any]:
     device = replace(recorder.device, record=None)
     q, k, v = (recorder.tensor(1, heads, n, 128) for _ in range(3))
     weight = recorder.allocate((1, 128, 128), "float32")
-    rows = (1, heads, problem_of("full", n, heads).t_m)
-    alpha = Alpha.of(recorder.allocate(rows, "float32"), rows)
+    offset, slope = (recorder.allocate((heads,), "float32") for _ in range(2))
 
     def call() -> Any:
-        p = problem_of("full", n, heads)
-        made = kernels.prologue(device, p, q, k, k, smooth_k=False, linear=False, pool=True)
-        found, _ = kernels.route(device, p, made.pooled_q, made.pooled_k, weight, weight, 1, topk)
-        return kernels.forward(device, p, q, k, v, found, alpha)
+        p, rule = problem_of("full", n, heads), AlphaRule(offset, slope, heads)
+        return routed_forward(device, p, q, k, v, weight, weight, 1, topk, None, rule)
 
     return call
 
@@ -90,8 +87,7 @@ def module() -> Callable[[], Any]:
     import torch
     from sla2_core import SLA2Attention, SLA2Config
 
-    # alpha from the mass reads the block map, which a stubbed launch leaves as memory was.
-    config = SLA2Config(head_dim=128, num_heads=2, topk=0.5, alpha="position", backend="emulator")
+    config = SLA2Config(head_dim=128, num_heads=2, topk=0.5, backend="emulator")
     attention = SLA2Attention(config).eval()
     q, k, v = (torch.zeros(1, 2, 256, 128, dtype=torch.bfloat16) for _ in range(3))
 

@@ -196,7 +196,7 @@ def tiny() -> None:
 
     import torch
     from sla2_kernels.backward import backward
-    from sla2_kernels.forward import forward, prologue, route
+    from sla2_kernels.forward import forward, pool, route
     from sla2_kernels.hopper import takes
     from sla2_kernels.kernels import supports
     from sla2_kernels.launch import Pointer
@@ -224,8 +224,10 @@ def tiny() -> None:
             batch=1, heads=heads, n_q=n_q, n_k=n_k, head_dim=d, dtype=dtype, precision=precision
         )
         weight = pointer(torch.eye(d, device="cuda")[None].contiguous())
-        made = prologue(device, problem, q, k, v, pool=True)
-        block_map, _ = route(device, problem, made.pooled_q, made.pooled_k, weight, weight, 1, 0.5)
+        made = pool(device, problem, q, k, v, pooled=True)
+        block_map, _, _ = route(
+            device, problem, made.pooled_q, made.pooled_k, weight, weight, 1, 0.5
+        )
         alpha = Alpha.of(pointer(torch.full((1, heads, 1), 0.8, device="cuda")), (1, heads, 1))
         if takes(device, problem):
             plain = replace(device, wgmma=False)

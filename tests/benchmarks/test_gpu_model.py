@@ -75,7 +75,7 @@ def test_bytes_are_those_of_each_tensor_once():
     from sla2_kernels.launch import run_kernel
 
     p = gpu_model.problem_of("full", 10, 3)
-    run_kernel(recorder.device, p, "sla2_states", (4, 6), *x.arguments, y, x.pointer)
+    run_kernel(recorder.device, p, "sla2_keys", (4, 6), *x.arguments, y, x.pointer)
     (launch,) = recorder.launches
     assert (launch.blocks, launch.bytes) == (24, 2 * 3 * 10 * 64 * 2 + 6 * 5 * 4)
 
@@ -85,8 +85,8 @@ def test_a_launch_costs_the_longer_of_memory_and_work():
     launches = gpu_model.forward_launches("sm_90a", p, 1 - SHAPE["sparsity"])
     figures = {name: {"instructions": 100} for name in sass_figures.read()["figures"]["sm_90a"]}
     rows = {row["stage"]: row for row in gpu_model.model(H100, launches, p, 15, figures)}
-    states = rows["states"]
-    assert states["ms"] == pytest.approx(1e3 * gpu_model.LAUNCH_SECONDS + states["memory"])
+    keys = rows["keys"]
+    assert keys["ms"] == pytest.approx(1e3 * gpu_model.LAUNCH_SECONDS + keys["memory"])
     assert rows["sum"]["ms"] == pytest.approx(
         sum(row["ms"] for name, row in rows.items() if name != "sum")
     )

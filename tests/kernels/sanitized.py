@@ -15,15 +15,16 @@ from sla2_kernels.emulator.emulate import EmulatorError, poisoned
 from sla2_kernels.forward import (
     Forward,
     Linear,
-    Prologue,
-    linear_states,
+    Prepared,
+    keys,
+    linear_sums,
     masked_sum,
-    prologue,
+    pool,
     route,
     sparse_forward,
 )
 from sla2_kernels.launch import Pointer, launch, load
-from sla2_kernels.problem import NULL, Alpha, Device, Map, Problem, Strided
+from sla2_kernels.problem import NULL, Alpha, AlphaRule, Device, Map, Problem, Strided
 from sla2_kernels.specs import KernelSpec
 
 TYPES = {
@@ -95,31 +96,25 @@ DEVICE = Device(allocate=allocate, target="emulator", arch="sm_90a")
 ALPHA = Alpha(floats(1, 1, T_M), (0, 0, 1))
 
 
-def run_prologue():
+def run_prepared():
     inputs = (Strided.of(halves(1, 1, N, 48), 1, N, 48) for _ in range(3))
-    made = prologue(DEVICE, problem("int8", 48), *inputs, pool=True)
-    written(
-        made.k,
-        made.phi_k,
-        made.pooled_q,
-        made.pooled_k,
-        made.q_scale,
-        made.k_scale,
-        made.v_scale,
-    )
+    of = problem("int8", 48)
+    made = keys(DEVICE, of, pool(DEVICE, of, *inputs, pooled=True), save=True)
+    written(made.k, made.pooled_q, made.pooled_k, made.q_scale, made.k_scale, made.v_scale)
+    written(made.states)
 
 
 def run_route():
     weight = floats(1, WIDTH, WIDTH)
-    found, scores = route(
+    found, _, scores = route(
         DEVICE, problem(), floats(1, T_M, WIDTH), floats(1, T_N, WIDTH), weight, weight, 1, 0.5
     )
     written(scores)
     assert found.counts.owner.tolist() == [[[2, 2]]]
-    found, scores = route(
-        DEVICE, problem(), floats(1, T_M, WIDTH), floats(1, T_N, WIDTH), NULL, NULL, 1, 0.5, 1
-    )
-    written(scores)
+    means = floats(1, T_M, WIDTH), floats(1, T_N, WIDTH)
+    rule = AlphaRule(floats(1), floats(1))
+    found, alpha, scores = route(DEVICE, problem(), *means, NULL, NULL, 1, 0.5, 1, alpha=rule)
+    written(scores, alpha.values, found.rest_inverse)
     assert found.indices.owner.tolist() == [[[[0, 1, 2], [0, 1, 2]]]]
     bits = Pointer.of(np.array([[[3], [1 << 16]]], np.uint32))
     columns = transpose_map(DEVICE, problem(), bits, 2)
@@ -128,8 +123,8 @@ def run_route():
 
 
 def run_states():
-    made = Prologue(q=NULL, k=NULL, v=rows(), phi_k=halves(1, N, WIDTH))
-    found = linear_states(DEVICE, problem(), made, block_map())
+    states = halves(1, T_N, WIDTH * (WIDTH + 1))
+    found = linear_sums(DEVICE, problem(), states, block_map())
     written(found.state, found.norm, found.rest_inverse)
 
 
@@ -141,12 +136,12 @@ def states():
 
 
 def run_forward():
-    made = Prologue(q=rows(), k=rows(), v=rows())
+    made = Prepared(q=rows(), k=rows(), v=rows(), mean=floats(1, WIDTH))
     written(*sparse_forward(DEVICE, problem(), made, block_map(), states(), ALPHA, True))
 
 
 def run_low_bit():
-    made = Prologue(
+    made = Prepared(
         q=rows(),
         k=NULL,
         v=NULL,
@@ -162,14 +157,13 @@ def run_low_bit():
 
 def run_backward(precision="full", **low_bit):
     q, k, v, out, out_sparse, grad = (rows() for _ in range(6))
-    phi_k = halves(1, N, WIDTH)
     saved = Forward(
         out=out,
         lse=Pointer.of(np.full((1, 1, N), 40.0, np.float32)),
         block_map=block_map(),
         alpha=ALPHA,
         linear=states(),
-        prologue=Prologue(q=q, k=k, v=v, phi_k=phi_k, **low_bit),
+        made=Prepared(q=q, k=k, v=v, **low_bit),
         out_sparse=out_sparse,
         smooth_k=True,
     )
@@ -223,7 +217,7 @@ def run_hopper_low():
 
 
 KERNELS = {
-    "prologue": run_prologue,
+    "prepared": run_prepared,
     "route": run_route,
     "states": run_states,
     "forward": run_forward,

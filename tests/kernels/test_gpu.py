@@ -43,7 +43,7 @@ class Operator:
     def run(self):
         """(O, L, dQ, dK, dV) and the map's indices, on the current stream."""
         from sla2_kernels.backward import backward
-        from sla2_kernels.forward import forward, prologue, route
+        from sla2_kernels.forward import forward, pool, route
         from sla2_kernels.launch import Pointer
         from sla2_kernels.problem import Alpha, Device, Strided
 
@@ -57,8 +57,8 @@ class Operator:
         device = Device(allocate=allocate, target=TARGET, arch=self.arch, stream=stream)
         q, k, v, grad = (Strided(pointer(x), x.stride()[:3]) for x in self.tensors)
         weight, alpha = pointer(self.weight), Alpha.of(pointer(self.alpha), tuple(self.alpha.shape))
-        made = prologue(device, self.problem, q, k, v, pool=True)
-        block_map, _ = route(
+        made = pool(device, self.problem, q, k, v, pooled=True)
+        block_map, _, _ = route(
             device, self.problem, made.pooled_q, made.pooled_k, weight, weight, 1, self.topk
         )
         saved = forward(device, self.problem, q, k, v, block_map, alpha, made=made, save=True)

@@ -202,12 +202,12 @@ def test_head_dimensions(d, dtype):
     ("d", "precision"), [(64, "full"), (128, "full"), (64, "int8"), (128, "fp8")]
 )
 def test_the_results_are_those_of_the_mma_sync_kernel(d, precision):
-    """Behind the real prologue and linear states."""
+    """Behind the real passes over Q, K and V."""
     case = problems.make(333, 200, d=d, blocks=BLOCKS, lengths=(200, 63), precision=precision)
     p, device = case.problem, problems.DEVICE
     inputs = (problems.strided(x) for x in (case.q, case.k, case.v))
-    made = operator.prologue(device, p, *inputs)
-    linear = operator.linear_states(device, p, made, case.map)
+    made = operator.keys(device, p, operator.pool(device, p, *inputs), save=True)
+    linear = operator.linear_sums(device, p, made.states, case.map)
     alpha = Alpha.of(problems.pointer(case.alpha), tuple(case.alpha.shape))
     by_mma_sync = replace(device, wgmma=False)
     plain, lse, sparse = operator.sparse_forward(

@@ -14,7 +14,7 @@ from sla2_kernels.kernels import all_specs
 
 NAMES = ("dq", "dk", "dv", "d alpha")
 ALPHA = 0.6
-ONLY_LOW_BIT = {"sla2_sparse_fwd_low", "sla2_prologue_v"}
+ONLY_LOW_BIT = {"sla2_sparse_fwd_low"}
 ONLY_MATCHED = {
     "sla2_widen",
     "sla2_round_values",
@@ -54,9 +54,9 @@ def make(precision):
 def route(case):
     """The scores of heuristic routing and the map they give."""
     inputs = [problems.strided(x) for x in (case.q, case.k, case.v)]
-    made = operator.prologue(problems.DEVICE, case.problem, *inputs, pool=True)
+    made = operator.pool(problems.DEVICE, case.problem, *inputs, pooled=True)
     weight = problems.pointer(torch.eye(48)[None].contiguous())
-    found, scores = operator.route(
+    found, _, scores = operator.route(
         problems.DEVICE, case.problem, made.pooled_q, made.pooled_k, weight, weight, 1, 0.4
     )
     return scores.owner, found.indices.owner, found.counts.owner

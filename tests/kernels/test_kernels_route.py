@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import problems
-from sla2_core import BlockMap
+from sla2_core import BlockMap, SLA2Config
 from sla2_core.backends.pooling import pool, smooth_keys
+from sla2_core.block_map import Rows
+from sla2_core.registry import MIXINGS
 from sla2_core.routing import top_k_map
 from sla2_kernels import forward as operator
 from sla2_kernels.backward import transpose_map
@@ -21,10 +23,10 @@ def test_routing_equals_the_router(weight_heads):
     case = problems.make(111, 600, d=48, lengths=(600, 63))
     lengths = case.lengths.long()
     inputs = [problems.strided(x) for x in (case.q, case.k, case.v)]
-    made = operator.prologue(DEVICE, case.problem, *inputs, linear=False, pool=True)
+    made = operator.pool(DEVICE, case.problem, *inputs, pooled=True)
     weights = [torch.randn(weight_heads, 48, 48) * 0.3 for _ in range(2)]
     topk = 0.13
-    found, scores = operator.route(
+    found, _, scores = operator.route(
         DEVICE,
         case.problem,
         made.pooled_q,
@@ -66,8 +68,9 @@ def select(scores: torch.Tensor, topk: float) -> operator.Map:
         problems.allocate((1, 1, t_m, width), "int32"),
         problems.allocate((1, 1, t_m), "int32"),
     )
-    sizes = [np.int32(x) for x in (1, t_m, t_n, 16 * t_n, t_n, width)]
-    args = pointer(scores), operator.NULL, indices, counts, *sizes, np.float64(topk)
+    sizes = [np.int32(x) for x in (1, t_m, t_n, 16 * t_n, 0, t_m, t_n, width, 1, 1)]
+    none = [operator.NULL] * 3
+    args = pointer(scores), *none, indices, counts, *none, *sizes, np.float64(topk)
     operator.run_kernel(DEVICE, problem, "sla2_topk", (-(-t_m // 4), 1), *args)
     return operator.Map(indices, counts, width)
 
@@ -103,7 +106,7 @@ def plain_route(scores, lengths, topk: float, routable: int, block_k: int):
 def run_route(problem, pooled, weights, topk, routable):
     """Indices, counts and scores of operator.route as numpy arrays."""
     pointers = (pointer(x) for x in (*pooled, *weights))
-    found, scores = operator.route(DEVICE, problem, *pointers, 1, topk, routable)
+    found, _, scores = operator.route(DEVICE, problem, *pointers, 1, topk, routable)
     return [x.owner.numpy() for x in (found.indices, found.counts, scores)]
 
 
@@ -159,16 +162,62 @@ def test_without_weights_the_means_are_not_projected():
     case = problems.make(111, 600, lengths=(600, 63))
     torch.manual_seed(3)
     pooled = [torch.randn(case.problem.pairs, rows, 64) for rows in (4, 38)]
-    weight = torch.randn(1, 64, 64)
-    for given, identity in (
-        ((None, None), (torch.eye(64)[None], torch.eye(64)[None])),
-        ((weight, None), (weight, torch.eye(64)[None])),
+    identity = torch.eye(64)[None]
+    without, projected = (
+        run_route(case.problem, pooled, w, 0.2, 21) for w in ((None, None), (identity, identity))
+    )
+    for a, b in zip(without, projected):
+        np.testing.assert_array_equal(a, b)
+
+
+def made_alpha(kind: str) -> tuple[object, operator.AlphaRule]:
+    """A mixing of two heads with drawn parameters, and the kernel's rule for it."""
+    config = SLA2Config(head_dim=64, num_heads=2, topk=0.13, alpha=kind, alpha_knots=5)
+    mixing = MIXINGS.make(config)
+    for parameter in mixing.parameters():
+        torch.nn.init.normal_(parameter)
+    offset, slope = (None if x is None else x.detach() for x in mixing.rule())
+    if offset is None:
+        return mixing, operator.AlphaRule()
+    pointers = pointer(offset), pointer(slope)
+    return mixing, operator.AlphaRule(*pointers, offset.shape[0], offset[0].numel())
+
+
+@pytest.mark.parametrize("kind", ["mass", "position", "one"])
+@pytest.mark.parametrize(
+    ("n_q", "n_k", "routable", "lengths"),
+    [
+        (1060, 1129, 63, (1129, 1010)),
+        (65, 530, None, (530, 17)),
+        (33, 600, 0, None),
+        (31, 9, 1, None),
+    ],
+)
+def test_alpha_and_the_bits_are_made_with_the_map(kind, n_q, n_k, routable, lengths, monkeypatch):
+    torch.manual_seed(n_k)
+    monkeypatch.setattr(operator, "SCORE_BYTES", 1 << 15)  # one to five parts of 32 query blocks
+    item_lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    sizes = {"batch": 2, "heads": 2, "n_q": n_q, "n_k": n_k, "block_q": 32, "block_k": 16}
+    problem = operator.Problem(**sizes, head_dim=64, kv_lengths=pointer(item_lengths))
+    pooled = [torch.randn(4, rows, 64) for rows in (problem.t_m, problem.t_n)]
+    if lengths is None:
+        pooled[0][1, 0] = torch.nan
+    mixing, rule = made_alpha(kind)
+    call = DEVICE, problem, *map(pointer, pooled), operator.NULL, operator.NULL, 1, 0.13, routable
+    whole, _, scores = operator.route(*call)
+    found, alpha, none = operator.route(*call, keep_scores=False, alpha=rule)
+    assert none is operator.NULL
+    for name in ("indices", "counts"):
+        assert torch.equal(getattr(found, name).owner, getattr(whole, name).owner)
+    for made, expected in zip(
+        (found.bits, found.rest_inverse), operator.row_bits(DEVICE, problem, whole)
     ):
-        without, projected = (
-            run_route(case.problem, pooled, w, 0.2, 21) for w in (given, identity)
-        )
-        for a, b in zip(without, projected):
-            np.testing.assert_array_equal(a, b)
+        assert torch.equal(made.owner, expected.owner)
+    rows = Rows(whole.indices.owner, whole.counts.owner)
+    mask = BlockMap._trusted(rows, block_q=32, block_k=16, n_q=n_q, n_k=n_k).mask()
+    expected = mixing.alpha(scores.owner, mask).detach().expand(2, 2, problem.t_m)
+    torch.testing.assert_close(alpha.values.owner, expected, atol=1e-5, rtol=1e-5, equal_nan=True)
+    assert alpha.values.owner.isnan().any() == (lengths is None and kind == "mass")
 
 
 @pytest.mark.parametrize("routable", [-1, 39])

@@ -21,7 +21,7 @@ KERNELS = (
     "low_bit",
     "backward",
     "matched",
-    "prologue",
+    "prepared",
     "route",
     "states",
     "hopper",

@@ -188,6 +188,12 @@ def test_opcheck(weights):
     torch.library.opcheck(
         cuda_ops.route, (*pooled, weight, weight, None, *SIZES, 63, 111, 0.3, 7, TARGET)
     )
+    plain = [x.detach() for x in (q, k, v, weight)]
+    text = how()[0]
+    for rule in ((torch.zeros(2), torch.ones(2)), (None, None)):
+        rule = [x if x is None else x.to(DEVICE) for x in rule]
+        whole = (*plain[:3], plain[3], plain[3], None, *rule, 0.3, 7, text, TARGET)
+        torch.library.opcheck(cuda_ops.routed, whole)
     for mixed in (alpha.expand(1, 2, 2).clone().requires_grad_(), None):
         call = (q, k, v, *rows, mixed, None)
         torch.library.opcheck(ops.attention, (*call, *how()))
@@ -221,6 +227,46 @@ def test_a_compiled_module_equals_the_eager_one(alpha):
         gradients(compiled, qkv, grad), gradients(attn, qkv, grad), strict=True
     ):
         assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("precision", ["full", "int8_int8"])
+@pytest.mark.parametrize(
+    ("alpha", "options"),
+    [
+        ("mass", {}),
+        ("position", {"kv_lengths": [70]}),
+        ("one", {"text_tokens": 21}),
+        ("mass", {"text_tokens": 21, "kv_lengths": [90]}),
+    ],
+)
+def test_without_gradients_one_operator_gives_what_the_steps_give(
+    alpha, options, precision, monkeypatch
+):
+    q, k, v, *_ = inputs(111, 111, d=40)
+    config = SLA2Config(
+        head_dim=40,
+        num_heads=2,
+        topk=0.3,
+        alpha=alpha,
+        backend=TARGET,
+        precision=precision,
+        block_q=32,
+        block_k=32,
+    )
+    attn = SLA2Attention(config).to(DEVICE)
+    for parameter in (*attn.mixing.parameters(), attn.router.weight_q):
+        torch.nn.init.normal_(parameter, std=0.3)
+    steps, first = attn(
+        *(x.clone().requires_grad_() for x in (q, k, v)), **options, return_info=True
+    )
+    monkeypatch.setattr(attn, "_in_steps", lambda *_: pytest.fail("went by steps"))
+    with torch.no_grad():
+        out, info = attn(q, k, v, **options, return_info=True)
+        compiled = torch.compile(attn, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(q, k, v, **options), out)
+    assert torch.equal(info.block_map.mask(), first.block_map.mask())
+    torch.testing.assert_close(info.alpha, first.alpha.expand(1, 2, -1).expand_as(info.alpha))
+    torch.testing.assert_close(out, steps, atol=0.02, rtol=0.02)
 
 
 def tokens_first(x):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sla2_core.attend import Parts, attend, full_attention
-from sla2_core.backends import backend_for
-from sla2_core.block_map import BlockMap
+from sla2_core.backends import Backend, backend_for
+from sla2_core.block_map import BlockMap, Geometry, Rows, num_blocks
 from sla2_core.checks import (
     autocast_qkv,
     check_choice,
@@ -235,43 +235,107 @@ class SLA2Attention(nn.Module):
             heads: which of the module's heads these are, as under Ulysses; None means all.
         """
         q, k, v = autocast_qkv(q, k, v)
-        options, mixing = self.options, self.mixing
-        backend = backend_for(q, options, self._config.backend)
+        backend = backend_for(q, self.options, self._config.backend)
         n_routed = q.shape[2] - text_tokens
         routed = q[:, :, :n_routed]
         if not backend.any_layout:  # pooling and attention would both copy
             routed, k, v = (x.contiguous() for x in (routed, k, v))
         with without_autocast(q):
-            # A hard block map has no gradient; only an alpha that reads the scores gives them one.
-            with torch.set_grad_enabled(torch.is_grad_enabled() and mixing.reads_map):
-                scores, block_map = route(
-                    self.router,
-                    routed,
-                    k,
-                    self._config.topk,
-                    options=options,
-                    backend=backend,
-                    lengths=lengths,
-                    text_tokens=text_tokens,
-                    heads=heads,
-                )
-            mask = block_map.mask() if mixing.reads_map else None
-            alpha = mixing.alpha(scores, mask, heads=heads)
-            out = attend(
-                routed,
+            call = (routed, k, v, lengths, text_tokens, backend, heads)
+            found = self._in_one_go(*call)
+            if found is None:
+                found = self._in_steps(*call)
+            if not text_tokens:
+                return found
+            text = full_attention(q[:, :, n_routed:], k, v, lengths)
+            return found._replace(out=torch.cat([found.out, text], dim=2))
+
+    def _in_one_go(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None,
+        text_tokens: int,
+        backend: Backend,
+        heads: Heads,
+    ) -> Result | None:
+        """attend() of the routed queries by Backend.routed, where no gradient is wanted and the
+        members are those that it knows; None elsewhere.
+        """
+        router, complement, mixing, options = (
+            self.router,
+            self.complement,
+            self.mixing,
+            self.options,
+        )
+        linear = complement.kernel == mixing.kernel == "linear" and not complement.everywhere
+        if not (linear and router.projects and router.by_row and backend.fuses(options)):
+            return None
+        rule = mixing.rule(heads)
+        leaves = (q, k, v, *router.parameters(), *mixing.parameters())
+        if rule is None or (torch.is_grad_enabled() and any(x.requires_grad for x in leaves)):
+            return None
+        geometry = Geometry(options.block_q, options.block_k, q.shape[2], k.shape[2])
+        routable = num_blocks(k.shape[2], options.block_k)
+        if text_tokens:  # a key block with any text is always selected
+            routable = (k.shape[2] - text_tokens) // options.block_k
+        found = backend.routed(
+            q,
+            k,
+            v,
+            lengths,
+            router.weights(heads),
+            rule,
+            self._config.topk,
+            routable,
+            options,
+        )
+        if found is None:
+            return None
+        out, indices, counts, alpha = found
+        block_map = BlockMap._trusted(Rows(indices, counts), **geometry._asdict())
+        return Result(out, block_map, alpha)
+
+    def _in_steps(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None,
+        text_tokens: int,
+        backend: Backend,
+        heads: Heads,
+    ) -> Result:
+        """attend() of the routed queries by route(), the mixing's alpha and attend.attend."""
+        options, mixing = self.options, self.mixing
+        # A hard block map has no gradient; only an alpha that reads the scores gives them one.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and mixing.reads_map):
+            scores, block_map = route(
+                self.router,
+                q,
                 k,
-                v,
-                block_map,
-                alpha,
-                Parts(self.complement, mixing),
-                heads=heads,
-                lengths=lengths,
+                self._config.topk,
                 options=options,
                 backend=backend,
+                lengths=lengths,
+                text_tokens=text_tokens,
+                heads=heads,
             )
-            if text_tokens:
-                text = full_attention(q[:, :, n_routed:], k, v, lengths)
-                out = torch.cat([out, text], dim=2)
+        mask = block_map.mask() if mixing.reads_map else None
+        alpha = mixing.alpha(scores, mask, heads=heads)
+        out = attend(
+            q,
+            k,
+            v,
+            block_map,
+            alpha,
+            Parts(self.complement, mixing),
+            heads=heads,
+            lengths=lengths,
+            options=options,
+            backend=backend,
+        )
         return Result(out, block_map, alpha)
 
     def in_order(

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sla2_kernels.forward import Forward, contiguous, copy_columns, masked_sum, widened
+from sla2_kernels.forward import (
+    Forward,
+    contiguous,
+    copy_columns,
+    masked_sum,
+    row_bits,
+    widened,
+)
 from sla2_kernels.launch import Argument, Pointer, run_kernel
 from sla2_kernels.problem import NULL, Device, Problem, Strided
 
@@ -80,27 +87,6 @@ def transpose_map(device: Device, problem: Problem, bits: Pointer, width: int) -
     return Columns(bits=column_bits, counts=counts, offsets=offsets, rows=rows, capacity=capacity)
 
 
-def _row_bits(device: Device, problem: Problem, saved: Forward) -> Pointer:
-    if saved.linear:
-        return saved.linear.bits
-    p, new = problem, device.allocate
-    bits = new((p.pairs, p.t_m, -(-p.t_n // 32)), "uint32")
-    unused = new((p.pairs, p.t_m), "float32")
-    run_kernel(
-        device,
-        p,
-        "sla2_row_bits",
-        (-(-p.t_m // 4), p.pairs),
-        saved.block_map.indices,
-        saved.block_map.counts,
-        p.kv_lengths,
-        bits,
-        unused,
-        *map(np.int32, (p.heads, p.t_m, p.t_n, p.n_k, saved.block_map.width)),
-    )
-    return bits
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Sparse:
     """What the kernels of the sparse branch differentiate; the last three are NULL unless the
@@ -123,7 +109,7 @@ def _matched(
     """Q, K, V as the low-bit forward saw them, and D and the largest P of each row with the
     unrounded P.
     """
-    p, new, made, block_map = problem, device.allocate, saved.prologue, saved.block_map
+    p, new, made, block_map = problem, device.allocate, saved.made, saved.block_map
     heads, n_q, n_k = map(np.int32, (p.heads, p.n_q, p.n_k))
     wide = []
     for octets, rows in ((made.q_bytes, p.n_q), (made.k_bytes, p.n_k)):
@@ -193,13 +179,13 @@ def backward(
         qat_backward: after a low-bit forward, "paper" takes P from the original Q, K, V and the
             forward's L (Alg. 3); "matched" differentiates the low-bit forward with its rounding as
             the identity: the rounded Q, K, V and P, and D = rowsum(P dP) from the unrounded P.
-            `saved.prologue` then needs its 8-bit tensors and scales.
+            `saved.made` then needs its 8-bit tensors and scales.
 
     Raises:
         ValueError: the device's architecture cannot run the problem's precision.
         RuntimeError: what is needed to compile or run a kernel is missing, or one does not compile.
     """
-    p, new, made = problem, device.allocate, saved.prologue
+    p, new, made = problem, device.allocate, saved.made
     # These kernels read rows many times over: contiguous ones, copied here where the caller's are
     # not.
     d_out = contiguous(device, p, widened(device, p, grad, p.n_q), p.n_q)
@@ -211,7 +197,8 @@ def backward(
     rest_inverse = linear.rest_inverse if linear else NULL
     row_dot = new((p.pairs, p.n_q), "float32")
     run_kernel(device, p, "sla2_bwd_row_dot", (p.t_m, p.pairs), d_out, out_sparse, row_dot, n_q)
-    columns = transpose_map(device, p, _row_bits(device, p, saved), block_map.width)
+    bits = linear.bits if linear else row_bits(device, p, block_map)[0]
+    columns = transpose_map(device, p, bits, block_map.width)
     d_k_sum = new((p.pairs, p.n_k, p.width), "float32")
     d_q_linear = d_v_linear = d_alpha = NULL
     if linear:
@@ -245,7 +232,7 @@ def backward(
             p,
             "sla2_linear_bwd_kv",
             (p.t_n, p.pairs),
-            made.phi_k,
+            k,
             v,
             d_state,
             d_norm,
@@ -254,6 +241,7 @@ def backward(
             d_v_linear,
             heads,
             n_k,
+            np.int32(p.head_dim),
         )
     if qat_backward == "matched" and p.low:
         s = _matched(device, p, saved, v, d_out)
@@ -334,6 +322,8 @@ def backward(
             heads,
             n_k,
             t_n,
+            np.int32(False),
+            np.int32(False),
         )
     pairs_of_values = p.n_k * p.width // 2
     args = d_k_sum, mean, p.kv_lengths, d_k, heads, n_k

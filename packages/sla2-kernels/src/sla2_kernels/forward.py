@@ -1,4 +1,4 @@
-"""The whole operator on raw pointers, forward: prologue -> route -> linear states -> sparse
+"""The whole operator on raw pointers, forward: pool -> route -> keys -> linear sums -> sparse
 forward, on GPU or emulator.
 
 Nothing here reads device memory, so nothing waits for the device: every launch goes to the caller's
@@ -8,35 +8,50 @@ C-contiguous; 16-bit ones are bfloat16 or float16 as `Problem.dtype` says.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from sla2_kernels import hopper
 from sla2_kernels.launch import Argument, Pointer, run_kernel
-from sla2_kernels.problem import NULL, ONE, Alpha, Device, Map, Problem, Strided
+from sla2_kernels.problem import (
+    NOTHING,
+    NULL,
+    ONE,
+    Alpha,
+    AlphaRule,
+    Device,
+    Map,
+    Problem,
+    Strided,
+)
+
+SCORE_BYTES = 256 << 20  # of the router's scores, held at a time where nobody wants them
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prologue:
+class Prepared(NamedTuple):
     """What is derived from Q, K and V once and read by the later steps (Alg. 2).
 
     `width` is 64 or 128, the channels of a row as the kernels see it. NULL: not made.
 
     Attributes:
-        q, k, v: 16 bit (B, H, N, width), K minus its mean over tokens if it was smoothed.
-        phi_k: softmax over the channels of k, 16 bit (B H, N, width).
-        pooled_q, pooled_k: block means, fp32 (B H, T_m, width) and (B H, T_n, width).
+        q, k, v: 16 bit (B, H, N, width).
+        mean: of K over its valid tokens, fp32 (B H, width), where `k` is to be smoothed by it.
+        pooled_q, pooled_k: block means, fp32 (B H, T_m, width) and (B H, T_n, width); of the
+            smoothed K, if it is smoothed.
         q_bytes, k_bytes: 8-bit copies (B H, N, width), for a low-bit precision.
         v_bytes: 8-bit copy of V, transposed in each block: (B H, T_n, width, block_k).
         q_scale, k_scale, v_scale: what the copies are divided by, fp32 (B H, T_m), (B H, T_n) and
             (B H, width).
+        states: of the linear branch, 16 bit (B H, T_n, width (width + 1)): phi(K_j)^T V_j / block_k
+            row by row, and behind it the column sums of phi(K_j) / block_k.
     """
 
     q: Strided
     k: Strided
     v: Strided
-    phi_k: Pointer = NULL
+    mean: Pointer = NULL
     pooled_q: Pointer = NULL
     pooled_k: Pointer = NULL
     q_bytes: Pointer = NULL
@@ -45,6 +60,7 @@ class Prologue:
     q_scale: Pointer = NULL
     k_scale: Pointer = NULL
     v_scale: Pointer = NULL
+    states: Pointer = NULL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +83,20 @@ class Linear:
     norm: Pointer
 
 
+class Routed(NamedTuple):
+    """What route() returns.
+
+    Attributes:
+        block_map: with its bits, if alpha was made.
+        alpha: fp32 (B, H, T_m); ONE where it was not made.
+        scores: fp32 (B, H, T_m, T_n), -inf for blocks without a valid token; NULL if not kept.
+    """
+
+    block_map: Map
+    alpha: Alpha
+    scores: Pointer
+
+
 @dataclass(frozen=True, kw_only=True)
 class Forward:
     """What forward() returns.
@@ -77,12 +107,12 @@ class Forward:
             selects nothing.
         out_sparse: O_s (B, H, n_q, width), 16 bit; without a linear branch it is O. NULL without
             `save`.
-        prologue, block_map, alpha, linear, smooth_k: for backward().
+        made, block_map, alpha, linear, smooth_k: for backward().
     """
 
     out: Strided
     lse: Pointer
-    prologue: Prologue
+    made: Prepared
     block_map: Map
     alpha: Alpha
     linear: Linear | None
@@ -131,7 +161,7 @@ def contiguous(device: Device, problem: Problem, x: Strided, tokens: int) -> Poi
     return copy_columns(device, p, x, tokens, p.width, p.width)
 
 
-def prologue(
+def pool(
     device: Device,
     problem: Problem,
     q: Strided,
@@ -139,99 +169,103 @@ def prologue(
     v: Strided,
     *,
     smooth_k: bool = True,
-    linear: bool = True,
-    pool: bool = False,
-    keep_k: bool = True,
-) -> Prologue:
-    """Make what the later steps need of Q, K and V, and no more (Alg. 2).
+    pooled: bool = False,
+) -> Prepared:
+    """The first pass over Q and K, which routing and attention share; in low bit over V too.
 
     Args:
         q: 16 bit (B, H, n_q, d). k, v: 16 bit (B, H, n_k, d).
-        smooth_k: subtract K's mean over its valid tokens.
-        linear: make phi_k.
-        pool: make pooled_q and pooled_k.
-        keep_k: also write the smoothed K in low bit, where backward() alone reads it; else the
-            result's k is NULL.
+        smooth_k: make K's mean over its valid tokens, and take it from pooled_k.
+        pooled: make pooled_q and pooled_k.
 
-    8-bit copies and their scales are made if the problem's precision is a low-bit one.
+    A low-bit precision has also q_bytes, q_scale and v_scale made.
     """
-    p, new, dtype = problem, device.allocate, problem.dtype
+    p, new = problem, device.allocate
     q = widened(device, p, q, p.n_q)
     k, v = (widened(device, p, x, p.n_k) for x in (k, v))
-    made: dict[str, Pointer] = {}
-    mean = smooth = NULL
-    heads, n_q, n_k, t_n = map(np.int32, (p.heads, p.n_q, p.n_k, p.t_n))
-    rows_q, rows_k, per_key = (p.pairs, p.n_q, p.width), (p.pairs, p.n_k, p.width), (p.t_n, p.pairs)
-    if smooth_k or p.low:
-        sums = new((p.pairs, p.t_n, p.width), "float32")
-        tops = new((p.pairs, p.t_n, p.width), "float32") if p.low else NULL
-        mean = new((p.pairs, p.width), "float32")
-        made["v_scale"] = new((p.pairs, p.width), "float32") if p.low else NULL
-        args: tuple[Argument, ...]
-        values = v if p.low else Strided(NULL, (0, 0, 0))
-        args = *k.arguments, *values.arguments, p.kv_lengths, sums, tops, heads, n_k
-        run_kernel(device, p, "sla2_key_sums", per_key, *args)
-        run_kernel(
-            device,
-            p,
-            "sla2_key_mean",
-            (p.pairs,),
-            sums,
-            tops,
-            p.kv_lengths,
-            mean,
-            made["v_scale"],
-            heads,
-            n_k,
-            t_n,
-        )
-    if smooth_k and (keep_k or not p.low):
-        smooth = new(rows_k, dtype)
-    if not smooth_k:
-        mean = NULL
-    if linear:
-        made["phi_k"] = new(rows_k, dtype)
-    if pool:
-        made["pooled_q"] = new((p.pairs, p.t_m, p.width), "float32")
-        made["pooled_k"] = new((p.pairs, p.t_n, p.width), "float32")
+    made = Prepared(q=q, k=k, v=v)
+    over_keys, over_queries = smooth_k or pooled or p.low, pooled or p.low
+    if not over_keys:
+        return made
+    per_block = (p.pairs, p.t_n, p.width)
+    means, tops = new(per_block, "float32"), new(per_block, "float32") if p.low else NULL
+    if pooled:
+        made = made._replace(pooled_q=new((p.pairs, p.t_m, p.width), "float32"), pooled_k=means)
     if p.low:
-        made["q_bytes"], made["k_bytes"] = new(rows_q, "uint8"), new(rows_k, "uint8")
-        made["v_bytes"] = new((p.pairs, p.t_n, p.width, p.block_k), "uint8")
-        made["q_scale"], made["k_scale"] = (
-            new((p.pairs, p.t_m), "float32"),
-            new((p.pairs, p.t_n), "float32"),
+        made = made._replace(
+            q_bytes=new((p.pairs, p.n_q, p.width), "uint8"),
+            q_scale=new((p.pairs, p.t_m), "float32"),
+            v_scale=new((p.pairs, p.width), "float32"),
         )
+    run_kernel(
+        device,
+        p,
+        "sla2_pool",
+        (p.t_n + (p.t_m if over_queries else 0), p.pairs),
+        *(q if over_queries else NOTHING).arguments,
+        *k.arguments,
+        *(v if p.low else NOTHING).arguments,
+        p.kv_lengths,
+        made.pooled_q,
+        means,
+        made.q_bytes,
+        made.q_scale,
+        tops,
+        *map(np.int32, (p.heads, p.n_q, p.n_k, p.t_n)),
+    )
+    if not (smooth_k or p.low):
+        return made
+    mean = new((p.pairs, p.width), "float32")
+    sizes = map(np.int32, (p.heads, p.n_k, p.t_n, True, smooth_k and pooled))
+    args = means, tops, p.kv_lengths, mean, made.v_scale
+    run_kernel(device, p, "sla2_key_mean", (p.pairs,), *args, *sizes)
+    return made._replace(mean=mean) if smooth_k else made
 
-    def get(name: str) -> Pointer:
-        return made.get(name, NULL)
 
-    if smooth_k or linear or pool or p.low:
-        run_kernel(
-            device,
-            p,
-            "sla2_prologue_k",
-            per_key,
-            *k.arguments,
-            mean,
-            p.kv_lengths,
-            smooth,
-            get("phi_k"),
-            get("pooled_k"),
-            get("k_bytes"),
-            get("k_scale"),
-            heads,
-            n_k,
-            np.int32(p.head_dim),
-        )
-    if pool or p.low:
-        outputs = map(get, ("pooled_q", "q_bytes", "q_scale"))
-        args = *q.arguments, *outputs, heads, n_q
-        run_kernel(device, p, "sla2_prologue_q", (p.t_m, p.pairs), *args)
+def keys(
+    device: Device, problem: Problem, made: Prepared, *, linear: bool = True, save: bool = False
+) -> Prepared:
+    """The second pass over K, and the one over V: what attention needs of them (Alg. 2).
+
+    Args:
+        made: what pool() made.
+        linear: make the states of the linear branch.
+        save: write the smoothed K, which backward() reads. `k` then is that, and `mean` NULL.
+
+    A low-bit precision has also k_bytes, k_scale and v_bytes made.
+    """
+    p, new = problem, device.allocate
+    smooth = new((p.pairs, p.n_k, p.width), p.dtype) if save and made.mean.address else NULL
+    states = new((p.pairs, p.t_n, p.width * (p.width + 1)), p.dtype) if linear else NULL
+    k, mean = made.k, made.mean
     if p.low:
-        args = *v.arguments, made["v_scale"], p.kv_lengths, made["v_bytes"], heads, n_k
-        run_kernel(device, p, "sla2_prologue_v", per_key, *args)
-    k = Strided.of(smooth, p.heads, p.n_k, p.width) if smooth_k else k
-    return Prologue(q=q, k=k, v=v, **made)
+        made = made._replace(
+            k_bytes=new((p.pairs, p.n_k, p.width), "uint8"),
+            k_scale=new((p.pairs, p.t_n), "float32"),
+            v_bytes=new((p.pairs, p.t_n, p.width, p.block_k), "uint8"),
+        )
+    if smooth.address:
+        made = made._replace(k=Strided.of(smooth, p.heads, p.n_k, p.width), mean=NULL)
+    if not (smooth.address or linear or p.low):
+        return made
+    run_kernel(
+        device,
+        p,
+        "sla2_keys",
+        (p.t_n, p.pairs),
+        *k.arguments,
+        *(made.v if linear or p.low else NOTHING).arguments,
+        mean,
+        made.v_scale,
+        p.kv_lengths,
+        smooth,
+        states,
+        made.k_bytes,
+        made.k_scale,
+        made.v_bytes,
+        *map(np.int32, (p.heads, p.n_k, p.head_dim)),
+    )
+    return made._replace(states=states)
 
 
 def route(
@@ -244,8 +278,11 @@ def route(
     weight_heads: int,
     topk: float,
     routable: int | None = None,
-) -> tuple[Map, Pointer]:
-    """The block map of every row, and the router's scores (Eq. 16), which cover all key blocks.
+    *,
+    keep_scores: bool = True,
+    alpha: AlphaRule | None = None,
+) -> Routed:
+    """The block map of every row by the router's scores (Eq. 16), and alpha.
 
     A row selects the K = max(1, round(topk * n)) best of the n key blocks that it may choose from,
     which are those of the first `routable` that hold a valid token, and every block from `routable`
@@ -253,16 +290,14 @@ def route(
 
     Args:
         pooled_q, pooled_k: block means, fp32 (B H, T_m, width) and (B H, T_n, width).
-        weight_q, weight_k: projections, fp32 (weight_heads, d, d). NULL: the identity, which takes
-            no launch.
+        weight_q, weight_k: projections, fp32 (weight_heads, d, d). Both NULL: the identity, which
+            takes no launch.
         weight_heads: 1 or H.
         topk: k% in (0, 1].
         routable: how many key blocks compete, 0 to T_n; where the last tokens are text, those
             without any text. None: all T_n.
-
-    Returns:
-        The map, as wide as K of `routable` blocks and T_n - routable together, and the scores fp32
-        (B, H, T_m, T_n), -inf for blocks without a valid token.
+        keep_scores: return the scores. Else they are held SCORE_BYTES at a time, by query blocks.
+        alpha: how alpha is made; the map then has its bits. None: not made.
 
     Raises:
         ValueError: for `routable` outside [0, T_n].
@@ -271,65 +306,89 @@ def route(
     routable = p.t_n if routable is None else routable
     if not 0 <= routable <= p.t_n:
         raise ValueError(f"routable: expected 0 to {p.t_n} key blocks, got {routable}")
-    heads, channels = np.int32(p.heads), np.int32(p.head_dim)
-    projected = []
-    for x, weight, rows in ((pooled_q, weight_q, p.t_m), (pooled_k, weight_k, p.t_n)):
-        if not weight.address:
-            projected.append(x)
-            continue
-        y = new((p.pairs, rows, p.width), "float32")
-        args = x, weight, y, heads, np.int32(weight_heads), np.int32(rows), channels
-        run_kernel(device, p, "sla2_project", (-(-rows // 16), p.pairs), *args)
-        projected.append(y)
-    scores = new((p.batch, p.heads, p.t_m, p.t_n), "float32")
-    t_m, t_n, n_k = np.int32(p.t_m), np.int32(p.t_n), np.int32(p.n_k)
-    run_kernel(
-        device,
-        p,
-        "sla2_scores",
-        (-(-p.t_n // 32), -(-p.t_m // 32), p.pairs),
-        *projected,
-        p.kv_lengths,
-        scores,
-        heads,
-        t_m,
-        t_n,
-        n_k,
-        p.softmax_scale,
-    )
+    if weight_q.address:
+        means = pooled_q, pooled_k
+        pooled_q, pooled_k = (new((p.pairs, t, p.width), "float32") for t in (p.t_m, p.t_n))
+        run_kernel(
+            device,
+            p,
+            "sla2_project",
+            (-(-p.t_m // 16) + -(-p.t_n // 16), p.pairs),
+            *means,
+            weight_q,
+            weight_k,
+            pooled_q,
+            pooled_k,
+            *map(np.int32, (p.heads, weight_heads, p.t_m, p.t_n, p.head_dim)),
+        )
     chosen = max(1, round(topk * routable)) if routable else 0
-    width = chosen + p.t_n - routable
-    indices = new((p.batch, p.heads, p.t_m, width), "int32")
-    counts = new((p.batch, p.heads, p.t_m), "int32")
-    run_kernel(
-        device,
-        p,
-        "sla2_topk",
-        (-(-p.t_m // 4), p.pairs),
-        scores,
-        p.kv_lengths,
-        indices,
-        counts,
-        heads,
-        t_m,
-        t_n,
-        n_k,
-        np.int32(routable),
-        np.int32(width),
-        np.float64(topk),
-    )
-    return Map(indices, counts, width), scores
+    width, per_row = chosen + p.t_n - routable, (p.batch, p.heads, p.t_m)
+    found = Map(new((*per_row, width), "int32"), new(per_row, "int32"), width)
+    ratio = ONE
+    if alpha:
+        bits = new((p.pairs, p.t_m, -(-p.t_n // 32)), "uint32")
+        found = replace(found, bits=bits, rest_inverse=new((p.pairs, p.t_m), "float32"))
+        ratio = Alpha.of(new(per_row, "float32"), per_row)
+    rule = alpha or AlphaRule()
+    rows = p.t_m
+    if not keep_scores:
+        rows = min(rows, max(1, SCORE_BYTES // (4 * 32 * p.pairs * p.t_n)) * 32)
+    scores = new((p.batch, p.heads, rows, p.t_n), "float32")
+    for first in range(0, p.t_m, rows):
+        part = min(rows, p.t_m - first)
+        sizes = tuple(map(np.int32, (p.heads, p.t_m, p.t_n, p.n_k, first, part)))
+        run_kernel(
+            device,
+            p,
+            "sla2_scores",
+            (-(-p.t_n // 32), -(-part // 32), p.pairs),
+            pooled_q,
+            pooled_k,
+            p.kv_lengths,
+            scores,
+            *sizes,
+            p.softmax_scale,
+        )
+        run_kernel(
+            device,
+            p,
+            "sla2_topk",
+            (-(-part // 4), p.pairs),
+            scores,
+            p.kv_lengths,
+            rule.offset,
+            rule.slope,
+            found.indices,
+            found.counts,
+            found.bits,
+            found.rest_inverse,
+            ratio.values,
+            *sizes,
+            *map(np.int32, (routable, width, rule.heads, rule.knots)),
+            np.float64(topk),
+        )
+    return Routed(found, ratio, scores if keep_scores else NULL)
 
 
-def linear_states(device: Device, problem: Problem, made: Prologue, block_map: Map) -> Linear:
+def linear_sums(device: Device, problem: Problem, states: Pointer, block_map: Map) -> Linear:
     """H and Z of every row block: means over the valid key blocks that it does not select.
 
-    `made` needs phi_k. O_l = phi(Q) H / (phi(Q) . Z) is a quotient: means do what sums do.
+    `states` are those of keys(). O_l = phi(Q) H / (phi(Q) . Z) is a quotient: means do what sums
+    do.
     """
-    p, new = problem, device.allocate
-    heads, n_k, t_m, t_n = map(np.int32, (p.heads, p.n_k, p.t_m, p.t_n))
-    bits = new((p.pairs, p.t_m, -(-p.t_n // 32)), "uint32")
-    rest_inverse = new((p.pairs, p.t_m), "float32")
+    p = problem
+    bits, rest_inverse = row_bits(device, p, block_map)
+    state, norm = masked_sum(device, p, bits, states, rest_inverse, p.t_m, p.t_n)
+    return Linear(bits=bits, rest_inverse=rest_inverse, state=state, norm=norm)
+
+
+def row_bits(device: Device, problem: Problem, block_map: Map) -> tuple[Pointer, Pointer]:
+    """`bits` and `rest_inverse` of a map, as `Linear` has them; made here if it has none."""
+    if block_map.bits.address:
+        return block_map.bits, block_map.rest_inverse
+    p = problem
+    bits = device.allocate((p.pairs, p.t_m, -(-p.t_n // 32)), "uint32")
+    rest_inverse = device.allocate((p.pairs, p.t_m), "float32")
     run_kernel(
         device,
         p,
@@ -340,17 +399,9 @@ def linear_states(device: Device, problem: Problem, made: Prologue, block_map: M
         p.kv_lengths,
         bits,
         rest_inverse,
-        heads,
-        t_m,
-        t_n,
-        n_k,
-        np.int32(block_map.width),
+        *map(np.int32, (p.heads, p.t_m, p.t_n, p.n_k, block_map.width)),
     )
-    states = new((p.pairs, p.t_n, p.width * (p.width + 1)), p.dtype)
-    args = made.phi_k, *made.v.arguments, p.kv_lengths, states, heads, n_k
-    run_kernel(device, p, "sla2_states", (p.t_n, p.pairs), *args)
-    state, norm = masked_sum(device, p, bits, states, rest_inverse, p.t_m, p.t_n)
-    return Linear(bits=bits, rest_inverse=rest_inverse, state=state, norm=norm)
+    return bits, rest_inverse
 
 
 def masked_sum(
@@ -397,7 +448,7 @@ def masked_sum(
 def sparse_forward(
     device: Device,
     problem: Problem,
-    made: Prologue,
+    made: Prepared,
     block_map: Map,
     linear: Linear | None,
     alpha: Alpha,
@@ -407,7 +458,7 @@ def sparse_forward(
     """Softmax over the selected blocks, the linear branch and their mixture, in one kernel.
 
     Args:
-        made: k and v, or the 8-bit copies and scales of q, k and v; q if 16 bit or `linear`.
+        made: k, v and mean, or the 8-bit copies and scales of q, k and v; q if 16 bit or `linear`.
         alpha: of every row block; read only with `linear`.
         save: keep O_s where a linear branch is mixed in.
         out: where to write O, 16 bit (B, H, n_q, width); None: new contiguous memory.
@@ -430,10 +481,10 @@ def sparse_forward(
     if p.low:
         name = "sla2_sparse_fwd_low"
         inputs = made.q_bytes, made.k_bytes, made.v_bytes, made.q_scale, made.k_scale, made.v_scale
-        q = made.q if linear else Strided(NULL, (0, 0, 0))
+        q = made.q if linear else NOTHING
     else:
-        k = contiguous(device, p, made.k, p.n_k)  # it already is where K was smoothed
-        name, inputs = "sla2_sparse_fwd", (*made.q.arguments, k, *made.v.arguments)
+        name = "sla2_sparse_fwd"
+        inputs = (*made.q.arguments, *made.k.arguments, *made.v.arguments, made.mean)
     mixed = (linear.state, linear.norm) if linear else (NULL, NULL)
     mixed = (*q.arguments, *mixed) if p.low else mixed
     run_kernel(
@@ -464,7 +515,7 @@ def sparse_forward(
 def _sparse_by_wgmma(
     device: Device,
     problem: Problem,
-    made: Prologue,
+    made: Prepared,
     block_map: Map,
     linear: Linear | None,
     alpha: Alpha,
@@ -478,7 +529,7 @@ def _sparse_by_wgmma(
         low = hopper.LowBit(made.q_bytes, made.q_scale, made.k_scale, made.v_scale)
         q = q if linear else Strided(NULL, (0, 0, 0))
     else:
-        tiles = hopper.pack(device, p, made.k, made.v)
+        tiles = hopper.pack(device, p, made.k, made.v, made.mean)
     state, norm = (linear.state, linear.norm) if linear else (NULL, NULL)
     inputs = q, *tiles, block_map, state, norm, alpha
     hopper.sparse_forward(device, p, *inputs, out, out_sparse, lse, low=low)
@@ -495,18 +546,21 @@ def forward(
     *,
     smooth_k: bool = True,
     save: bool = False,
-    made: Prologue | None = None,
+    made: Prepared | None = None,
     out: Strided | None = None,
 ) -> Forward:
     """O = alpha O_s + (1 - alpha) O_l (Eq. 13-16).
+
+    Where K is smoothed without `save` in 16 bit, the sparse branch takes it as it is: its softmax
+    does not see the mean.
 
     Args:
         q: 16 bit (B, H, n_q, d). k, v: 16 bit (B, H, n_k, d).
         block_map: on the same device. Indices ascend; values are not checked.
         alpha: fp32, or None for the sparse branch alone.
-        smooth_k: subtract the mean over tokens from K first.
+        smooth_k: subtract the mean over tokens from K first; as in pool(), where it made `made`.
         save: keep what backward() needs.
-        made: the prologue, if route() needed it before (then made with linear=True for an alpha).
+        made: what pool() made, if route() needed it before.
         out: where to write O, if d is 64 or 128 and it `fits`; None: new contiguous memory.
 
     Raises:
@@ -514,10 +568,9 @@ def forward(
         RuntimeError: what is needed to compile or run a kernel is missing, or one does not compile.
     """
     p = problem
-    made = made or prologue(
-        device, p, q, k, v, smooth_k=smooth_k, linear=alpha is not None, keep_k=save
-    )
-    linear = None if alpha is None else linear_states(device, p, made, block_map)
+    made = made or pool(device, p, q, k, v, smooth_k=smooth_k)
+    made = keys(device, p, made, linear=alpha is not None, save=save)
+    linear = None if alpha is None else linear_sums(device, p, made.states, block_map)
     alpha = alpha or ONE
     out, lse, out_sparse = sparse_forward(device, p, made, block_map, linear, alpha, save, out)
     if p.head_dim != p.width:
@@ -527,10 +580,49 @@ def forward(
     return Forward(
         out=out,
         lse=lse,
-        prologue=made,
+        made=made,
         block_map=block_map,
         alpha=alpha,
         linear=linear,
         out_sparse=out_sparse,
         smooth_k=smooth_k,
     )
+
+
+def routed_forward(
+    device: Device,
+    problem: Problem,
+    q: Strided,
+    k: Strided,
+    v: Strided,
+    weight_q: Pointer,
+    weight_k: Pointer,
+    weight_heads: int,
+    topk: float,
+    routable: int | None,
+    alpha: AlphaRule,
+    *,
+    smooth_k: bool = True,
+    out: Strided | None = None,
+) -> Forward:
+    """route() and forward() after one first pass over Q and K, for a call without gradients.
+
+    Arguments, results and errors are theirs.
+    """
+    p = problem
+    made = pool(device, p, q, k, v, smooth_k=smooth_k, pooled=True)
+    found = route(
+        device,
+        p,
+        made.pooled_q,
+        made.pooled_k,
+        weight_q,
+        weight_k,
+        weight_heads,
+        topk,
+        routable,
+        keep_scores=False,
+        alpha=alpha,
+    )
+    block_map, ratio = found.block_map, found.alpha
+    return forward(device, p, q, k, v, block_map, ratio, smooth_k=smooth_k, made=made, out=out)

@@ -63,7 +63,7 @@ def pack(
 def pack_low(
     device: Device, problem: Problem, k_bytes: Pointer, v_bytes: Pointer
 ) -> tuple[Pointer, Pointer]:
-    """8-bit K and V^T (`forward.Prologue`) in the tiles that the low-bit forward copies whole.
+    """8-bit K and V^T (`forward.Prepared`) in the tiles that the low-bit forward copies whole.
 
     Returns:
         Tiles of K and of V^T, uint8 (B H, T_n, block_k width), swizzled.

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from sla2_kernels.specs import (
     ARCHITECTURES,
@@ -58,6 +58,13 @@ class Geometry:
             raise ValueError(
                 f"block_k: expected a multiple of {step} in [{step}, 64], got {self.block_k}"
             )
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # each launch looks its kernel up by its geometry
+        return hash((self.head_dim, self.dtype, self.block_q, self.block_k, self.precision))
 
     @property
     def row_bytes(self) -> int:
@@ -202,16 +209,18 @@ def _hopper_forward_low_shared(g: Geometry) -> int:
 
 
 _KERNELS = {
-    "sla2_copy_columns": _Kernel("prologue.cu", _fixed(256), _none),
-    "sla2_key_sums": _Kernel("prologue.cu", _fixed(128), _none),
-    "sla2_key_mean": _Kernel("prologue.cu", _fixed(512), _none, ("full", *_LOW)),
-    "sla2_prologue_q": _Kernel(
-        "prologue.cu", lambda g, _: 2 * g.block_q, _none, ("full", *_LOW), opcodes=_WIDE[:1]
+    "sla2_copy_columns": _Kernel("pool.cu", _fixed(256), _none),
+    "sla2_pool": _Kernel(
+        "pool.cu", lambda g, _: 2 * g.head_dim, _none, ("full", *_LOW), opcodes=_WIDE[:1]
     ),
-    "sla2_prologue_k": _Kernel(
-        "prologue.cu", lambda g, _: 2 * g.block_k, _none, ("full", *_LOW), opcodes=_WIDE
+    "sla2_key_mean": _Kernel("pool.cu", _fixed(512), _none, ("full", *_LOW)),
+    "sla2_keys": _Kernel(
+        "keys.cu",
+        lambda g, _: 2 * g.head_dim,
+        lambda g: 2 * g.block_k * g.row_bytes,
+        ("full", *_LOW),
+        opcodes=(*_WIDE, *_TILES),
     ),
-    "sla2_prologue_v": _Kernel("prologue.cu", _fixed(128), _none, _LOW),
     "sla2_project": _Kernel("route.cu", lambda g, _: g.head_dim, _none),
     "sla2_scores": _Kernel("route.cu", _fixed(64), _none),
     "sla2_topk": _Kernel("route.cu", _fixed(128), _none),
@@ -219,12 +228,6 @@ _KERNELS = {
     "sla2_column_bits": _Kernel("route.cu", _fixed(128), _none),
     "sla2_column_offsets": _Kernel("route.cu", _fixed(256), _none),
     "sla2_column_rows": _Kernel("route.cu", _fixed(128), _none),
-    "sla2_states": _Kernel(
-        "linear.cu",
-        lambda g, _: 2 * g.head_dim,
-        lambda g: 2 * g.block_k * g.row_bytes,
-        opcodes=_TILES,
-    ),
     "sla2_masked_sum": _Kernel(
         "linear.cu", _fixed(256), lambda g: 4 * 32 * 256, blocks=lambda *_: 2, opcodes=_TILES
     ),

@@ -61,6 +61,9 @@ class Strided:
         return self.pointer, np.int64(item), np.int64(head), np.int32(token)
 
 
+NOTHING = Strided(NULL, (0, 0, 0))  # where a kernel takes no tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class Device:
     """Where kernels run.
@@ -174,11 +177,14 @@ class Map:
         indices: selected key blocks, int32 (B, H, T_m, width), ascending, -1 past the counts.
         counts: int32 (B, H, T_m).
         width: how many blocks a row selects at most.
+        bits, rest_inverse: the same map as `forward.Linear` has it, or NULL.
     """
 
     indices: Pointer
     counts: Pointer
     width: int
+    bits: Pointer = NULL
+    rest_inverse: Pointer = NULL
 
 
 @dataclass(frozen=True)
@@ -204,3 +210,23 @@ class Alpha:
 
 
 ONE = Alpha(NULL, (0, 0, 0))
+
+
+@dataclass(frozen=True)
+class AlphaRule:
+    """How the mixing ratio of each row block is made while it is routed.
+
+    Attributes:
+        offset: fp32 (heads,) with a slope: alpha = sigmoid(offset + slope log(m / (1 - m))), m the
+            share of exp(score) that the selected blocks hold. (heads, knots) without:
+            alpha = sigmoid(offset at the row's place among the rows), interpolated linearly between
+            knots that are spread evenly. NULL: alpha = 1.
+        slope: fp32 (heads,), or NULL.
+        heads: 1 or H.
+        knots: how many.
+    """
+
+    offset: Pointer = NULL
+    slope: Pointer = NULL
+    heads: int = 1
+    knots: int = 1

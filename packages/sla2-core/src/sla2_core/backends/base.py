@@ -138,6 +138,31 @@ class Backend(ABC):
         """
         return None
 
+    def routed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None,
+        weights: tuple[Tensor, Tensor] | None,
+        rule: tuple[Tensor | None, Tensor | None],
+        topk: float,
+        routable: int,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Routing, alpha and the operator in one go, without gradients, for a router that projects
+        and the linear complement; None where the backend has no kernels for that.
+
+        Args:
+            q, k, v, lengths: as of Inputs. weights, topk, routable: as of route().
+            rule: Mixing.rule of the mixing.
+
+        Returns:
+            O (B, H, N_q, d) in q's dtype; indices int32 (B, H, T_m, width) and counts int32
+            (B, H, T_m) as of route(); alpha fp32 (B, H, T_m).
+        """
+        return None
+
     @abstractmethod
     def forward(self, call: Inputs, options: Options, save: bool) -> list[Tensor]:
         """O (B, H, N_q, d) in q's dtype; the natural log-sum-exp L (B, H, N_q) of the selected

@@ -189,15 +189,13 @@ def pool(
     """Block means of q (B, H, N_q, d) and of k's valid tokens (B, H, N_k, d): (B, H, T_m, d) and
     (B, H, T_n, d), fp32.
     """
-    from sla2_kernels.forward import prologue
+    from sla2_kernels.forward import pool as run
 
     nothing = q.new_empty(0)
     call = Inputs(q, k, k, nothing, nothing, None, lengths)
     problem = _problem(call, Options(block_q=block_q, block_k=block_k))
     queries, keys = _strided(q), _strided(k)
-    made = prologue(
-        _device(q, target), problem, queries, keys, keys, smooth_k=False, linear=False, pool=True
-    )
+    made = run(_device(q, target), problem, queries, keys, keys, smooth_k=False, pooled=True)
     b, h, _, d = q.shape
     pooled = (x.owner.view(b, h, -1, _width(d)) for x in (made.pooled_q, made.pooled_k))
     means_q, means_k = (x if d == _width(d) else x[..., :d].contiguous() for x in pooled)
@@ -265,7 +263,7 @@ def route(
     )
     if (lack := _width(d) - d) > 0:
         pooled_q, pooled_k = (torch.nn.functional.pad(x, (0, lack)) for x in (pooled_q, pooled_k))
-    found, scores = run(
+    found = run(
         _device(pooled_q, target),
         problem,
         _pointer(pooled_q.contiguous()),
@@ -276,7 +274,7 @@ def route(
         topk,
         routable=routable,
     )
-    return scores.owner, found.indices.owner, found.counts.owner
+    return found.scores.owner, found.block_map.indices.owner, found.block_map.counts.owner
 
 
 @route.register_fake
@@ -328,6 +326,105 @@ def _differentiate_route(
 
 
 route.register_autograd(_differentiate_route, setup_context=_save_route)
+
+
+@torch.library.custom_op("sla2::cuda_routed", mutates_args=())
+def routed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight_q: Tensor | None,
+    weight_k: Tensor | None,
+    lengths: Tensor | None,
+    offset: Tensor | None,
+    slope: Tensor | None,
+    topk: float,
+    routable: int,
+    options: str,
+    target: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Routing, alpha and the operator, without gradients: see Backend.routed. `options` is
+    Options.text.
+    """
+    from sla2_kernels.forward import routed_forward
+    from sla2_kernels.problem import AlphaRule
+
+    nothing = q.new_empty(0)
+    settings = Options.read(options)
+    device = _device(q, target)
+    problem = _problem(Inputs(q, k, v, nothing, nothing, None, lengths), settings)
+    problem = _to_run(device, problem)
+
+    def fp32(x: Tensor | None) -> Pointer:
+        return _pointer(None if x is None else x.float().contiguous())
+
+    rule = AlphaRule()
+    if offset is not None:
+        rule = AlphaRule(fp32(offset), fp32(slope), offset.shape[0], offset[0].numel())
+    found = routed_forward(
+        device,
+        problem,
+        _strided(q),
+        _strided(k),
+        _strided(v),
+        fp32(weight_q),
+        fp32(weight_k),
+        1 if weight_q is None else weight_q.shape[0],
+        topk,
+        routable,
+        rule,
+        smooth_k=settings.smooth_k,
+        out=_strided(_empty_out(q)) if problem.head_dim == problem.width else None,
+    )
+    block_map, alpha = found.block_map, found.alpha.values
+    return (
+        found.out.owner.view(q.shape),
+        block_map.indices.owner,
+        block_map.counts.owner,
+        alpha.owner,
+    )
+
+
+@routed.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight_q: Tensor | None,
+    weight_k: Tensor | None,
+    lengths: Tensor | None,
+    offset: Tensor | None,
+    slope: Tensor | None,
+    topk: float,
+    routable: int,
+    options: str,
+    target: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    settings = Options.read(options)
+    t_m, t_n = num_blocks(q.shape[2], settings.block_q), num_blocks(k.shape[2], settings.block_k)
+    chosen = max(1, round(topk * routable)) if routable else 0
+    indices = q.new_empty((*q.shape[:2], t_m, chosen + t_n - routable), dtype=torch.int32)
+    alpha = q.new_empty((*q.shape[:2], t_m), dtype=torch.float32)
+    return _empty_out(q), indices, indices.new_empty(alpha.shape), alpha
+
+
+def _empty_out(q: Tensor) -> Tensor:
+    """As CudaBackend.empty_out."""
+    b, h, n, d = q.shape
+    if d == _width(d) and q.stride(1) < q.stride(2):
+        return q.new_empty((b, n, h, d)).transpose(1, 2)
+    return q.new_empty(q.shape)
+
+
+def _to_run(device: Device, problem: KernelProblem) -> KernelProblem:
+    """The problem of a forward without gradients: see _precision_to_run. Hopper's own kernels have
+    every precision.
+    """
+    from sla2_kernels import hopper
+
+    if device.target != "cuda" or hopper.takes(device, problem):
+        return problem
+    return replace(problem, precision=_precision_to_run(device.arch, problem.precision))
 
 
 class CudaBackend(Backend):
@@ -388,25 +485,37 @@ class CudaBackend(Backend):
         """A transposed (B, N, H, d) if q is one, so that the model's own layout comes back without
         a copy.
         """
-        b, h, n, d = q.shape
-        if d == _width(d) and q.stride(1) < q.stride(2):
-            return q.new_empty((b, n, h, d)).transpose(1, 2)
-        return q.new_empty(q.shape)
+        return _empty_out(q)
+
+    def routed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None,
+        weights: tuple[Tensor, Tensor] | None,
+        rule: tuple[Tensor | None, Tensor | None],
+        topk: float,
+        routable: int,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """As Backend.routed, never None."""
+        pair = weights or (None, None)
+        return routed(q, k, v, *pair, lengths, *rule, topk, routable, options.text, self.name)
 
     def forward(self, call: Inputs, options: Options, save: bool) -> list[Tensor]:
         """As Backend.forward. Without `save`, FP8 runs in 16 bit on GPUs that would emulate it:
         see `_precision_to_run`. Hopper's own kernels have it.
 
-        Saved: the smoothed K if K is smoothed; with alpha also O_s,
-        phi(K), the map as bits, 1 / unselected blocks, H and Z (see sla2_kernels.forward.Linear).
+        Saved: the smoothed K if K is smoothed; with alpha also O_s, the map as bits, 1 / unselected
+        blocks, H and Z (see sla2_kernels.forward.Linear).
         """
-        from sla2_kernels import hopper
         from sla2_kernels.forward import forward
 
         q, smooth_k = call.q, options.smooth_k
         device, problem = _device(q, self.name), _problem(call, options)
-        if not save and device.target == "cuda" and not hopper.takes(device, problem):
-            problem = replace(problem, precision=_precision_to_run(device.arch, problem.precision))
+        if not save:
+            problem = _to_run(device, problem)
         out = _strided(self.empty_out(q)) if problem.head_dim == problem.width else None
         made = forward(
             device,
@@ -422,10 +531,10 @@ class CudaBackend(Backend):
         )
         found = [made.out.owner.view(q.shape), made.lse.owner]
         if save and smooth_k:
-            found.append(made.prologue.k.owner)
+            found.append(made.made.k.owner)
         if save and made.linear:
-            phi_k, linear = made.prologue.phi_k, made.linear
-            kept = (made.out_sparse, phi_k, linear.bits, linear.rest_inverse)
+            linear = made.linear
+            kept = (made.out_sparse, linear.bits, linear.rest_inverse)
             found += [x.owner for x in (*kept, linear.state, linear.norm)]
         return found
 
@@ -439,7 +548,7 @@ class CudaBackend(Backend):
         if options.smooth_k:
             found.append(q.new_empty((pairs, n_k, width)))
         if call.alpha is not None:
-            found += [q.new_empty((pairs, n, width)) for n in (n_q, n_k)]
+            found.append(q.new_empty((pairs, n_q, width)))
             found.append(indices.new_empty((pairs, t_m, num_blocks(t_n, 32))))
             found.append(q.new_empty((pairs, t_m), dtype=torch.float32))
             found.append(q.new_empty((pairs, t_m, width, width)))
@@ -458,7 +567,9 @@ class CudaBackend(Backend):
         sla2_kernels.backward.backward.
         """
         from sla2_kernels.backward import backward
-        from sla2_kernels.forward import Forward, Linear, Prologue, prologue, widened
+        from sla2_kernels.forward import Forward, Linear, Prepared, widened
+        from sla2_kernels.forward import keys as prepare
+        from sla2_kernels.forward import pool as run_pool
         from sla2_kernels.problem import ONE, Strided
 
         q, k, v, alpha = call.q, call.k, call.v, call.alpha
@@ -473,22 +584,21 @@ class CudaBackend(Backend):
             return widened(device, problem, _strided(x), x.shape[2])
 
         if options.qat_backward == "matched" and problem.low:  # needs the 8-bit copies again
-            tensors = map(_strided, (q, k, v))
-            made = prologue(device, problem, *tensors, smooth_k=smooth_k, linear=False)
+            made = run_pool(device, problem, *map(_strided, (q, k, v)), smooth_k=smooth_k)
+            made = prepare(device, problem, made, linear=False)._replace(k=wide(keys))
         else:
-            made = Prologue(q=wide(q), k=wide(keys), v=wide(v))
+            made = Prepared(q=wide(q), k=wide(keys), v=wide(v))
         linear = None
         if alpha is None:
             out_sparse = wide(out)
         else:
-            own, phi_k, bits, rest_inverse, state, norm = map(_pointer, kept)
+            own, bits, rest_inverse, state, norm = map(_pointer, kept)
             out_sparse = Strided.of(own, problem.heads, problem.n_q, problem.width)
-            made = replace(made, phi_k=phi_k)
             linear = Linear(bits=bits, rest_inverse=rest_inverse, state=state, norm=norm)
         saved = Forward(
             out=_strided(out),
             lse=_pointer(lse),
-            prologue=made,
+            made=made,
             block_map=_map(call),
             alpha=_alpha(alpha) or ONE,
             linear=linear,

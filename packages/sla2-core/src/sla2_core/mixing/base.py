@@ -55,6 +55,17 @@ class Mixing(Member):
         """
         return None
 
+    def rule(self, heads: Heads = None) -> tuple[Tensor | None, Tensor | None] | None:
+        """How a routing kernel makes alpha() by itself, where it is one of the forms that they
+        know; None otherwise. A subclass with another alpha() has another rule().
+
+        Returns:
+            (offset, slope), fp32: (H,) both for sigmoid(offset + slope * logit(m)), m the share of
+            exp(score) that the selected blocks hold; (H|1, knots) and None for sigmoid(offset at
+            the query block's relative position); None both for alpha = 1.
+        """
+        return None
+
     def forward(
         self,
         scores: Tensor,

@@ -51,6 +51,10 @@ class Mass(Mixing):
         offset, slope = (of_heads(x, heads)[:, None] for x in (self.offset, self.slope))
         return torch.sigmoid(offset + slope * odds)
 
+    def rule(self, heads: Heads = None) -> tuple[Tensor | None, Tensor | None]:
+        """As Mixing.rule: offset and slope."""
+        return of_heads(self.offset, heads), of_heads(self.slope, heads)
+
 
 def mass_log_odds(scores: Tensor, mask: Tensor) -> Tensor:
     """log(m / (1 - m)) within [-20, 20], m the share of exp(score) that the mask holds:

@@ -24,3 +24,7 @@ class One(Mixing):
     ) -> Tensor:
         """1, as (1, 1, 1)."""
         return torch.ones((1, 1, 1), device=scores.device)
+
+    def rule(self, heads: Heads = None) -> tuple[Tensor | None, Tensor | None]:
+        """As Mixing.rule: none is needed."""
+        return None, None

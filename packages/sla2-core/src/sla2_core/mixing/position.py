@@ -53,6 +53,10 @@ class Position(Mixing):
         logit = of_heads(self.logit, heads)
         return torch.sigmoid(interpolate_knots(logit, rows, num_rows or 1))[None]
 
+    def rule(self, heads: Heads = None) -> tuple[Tensor | None, Tensor | None]:
+        """As Mixing.rule: the logits at the knots."""
+        return of_heads(self.logit, heads), None
+
 
 def interpolate_knots(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """values (H, knots) interpolated linearly at the relative positions rows / (num_rows - 1):

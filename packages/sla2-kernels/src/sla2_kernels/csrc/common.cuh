@@ -129,3 +129,15 @@ SLA2_INLINE void softmax_of_lanes(float (&x)[8], int inside) {
 // of the register (linear.cu). bit_of is a column's bit, column_of a bit's column.
 SLA2_INLINE int bit_of(int column) { return (column >> 1) + ((column & 1) << 4); }
 SLA2_INLINE int column_of(int bit) { return ((bit & 15) << 1) + (bit >> 4); }
+
+// The word of a set of 32 columns, column i in bit i of the set: bit_of(i) of the word is bit i.
+SLA2_INLINE unsigned word_of(unsigned columns) {
+    auto evens = [](unsigned x) {  // bit 2 i to bit i
+        x &= 0x55555555u;
+        x = (x | x >> 1) & 0x33333333u;
+        x = (x | x >> 2) & 0x0f0f0f0fu;
+        x = (x | x >> 4) & 0x00ff00ffu;
+        return (x | x >> 8) & 0xffffu;
+    };
+    return evens(columns) | evens(columns >> 1) << 16;
+}

@@ -4,6 +4,7 @@
 
 #include "common.cuh"
 
+constexpr bool LOW_BIT = SLA2_PRECISION != 0;
 constexpr bool QK_FP8 = SLA2_PRECISION == 3;
 constexpr bool PV_FP8 = SLA2_PRECISION == 1 || SLA2_PRECISION == 3;
 constexpr float QK_LIMIT = QK_FP8 ? 448.0f : 127.0f;

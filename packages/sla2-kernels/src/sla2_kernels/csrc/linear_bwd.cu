@@ -2,7 +2,6 @@
 // d phi(K) and dV by key blocks.
 #include "tile.cuh"
 
-constexpr int STATE = HEAD_DIM * (HEAD_DIM + 1);
 constexpr int Q_THREADS = 2 * BLOCK_Q;  // 16 rows a warp
 constexpr int KV_THREADS = 2 * BLOCK_K;
 
@@ -184,13 +183,13 @@ sla2_linear_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
 }
 
 // Per key block, from dh (B H, T_n, D, D) in 16 bit and dz (B H, T_n, D) in fp32: d_k (of the
-// smoothed K) and d_v, fp32 (B H, n_k, D), 0 at padding tokens. Grid (T_n, B H). Shared memory:
-// phi(K) | V | dh.
+// smoothed K) and d_v, fp32 (B H, n_k, D), 0 at padding tokens. k (B H, n_k, D) is smoothed. Grid
+// (T_n, B H). Shared memory: phi(K) | V | dh.
 extern "C" __global__ void __launch_bounds__(KV_THREADS)
-sla2_linear_bwd_kv(const half_bits* __restrict__ phi_k, const half_bits* __restrict__ v,
+sla2_linear_bwd_kv(const half_bits* __restrict__ k, const half_bits* __restrict__ v,
                    const half_bits* __restrict__ d_state, const float* __restrict__ d_norm,
                    const int* __restrict__ kv_lengths, float* __restrict__ d_k,
-                   float* __restrict__ d_v, int num_heads, int n_k) {
+                   float* __restrict__ d_v, int num_heads, int n_k, int channels) {
     SLA2_DYNAMIC_SHARED(shared);
     unsigned char* phi_tile = shared;
     unsigned char* v_tile = phi_tile + BLOCK_K * HALF_ROW;
@@ -200,7 +199,7 @@ sla2_linear_bwd_kv(const half_bits* __restrict__ phi_k, const half_bits* __restr
     const int valid =
         clamp_int(valid_keys(kv_lengths, blockIdx.y / num_heads, n_k) - first, 0, BLOCK_K);
     const long long at = (bh * n_k + first) * HEAD_DIM;
-    load_tile<BLOCK_K, HALF_ROW, KV_THREADS>(phi_tile, phi_k + at, HALF_ROW, valid);
+    load_tile<BLOCK_K, HALF_ROW, KV_THREADS>(phi_tile, k + at, HALF_ROW, valid);
     load_tile<BLOCK_K, HALF_ROW, KV_THREADS>(v_tile, v + at, HALF_ROW, valid);
     load_tile<HEAD_DIM, HALF_ROW, KV_THREADS>(state_tile, d_state + block * HEAD_DIM * HEAD_DIM,
                                               HALF_ROW, HEAD_DIM);
@@ -211,6 +210,7 @@ sla2_linear_bwd_kv(const half_bits* __restrict__ phi_k, const half_bits* __restr
     constexpr float SHARE = 1.0f / BLOCK_K;
     const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * 16, g = lane >> 2;
     const int column = (lane & 3) * 2;
+    softmax_rows<16>(phi_tile, row0, channels);
     float acc[D_TILES][4];
     auto store = [&](float* target) {
 #pragma unroll

@@ -29,6 +29,7 @@ struct MixArguments {
                              // no linear branch, O = O_s
     const float* norm;       // Z of this row block (D,)
     float alpha;
+    const float* mean;      // (D,) that K was given with and L is to leave out, or null
     half_bits* out;         // (n_q, D), rows out_step apart
     int out_step;
     half_bits* out_sparse;  // (n_q, D) O_s for the backward, or null
@@ -37,7 +38,8 @@ struct MixArguments {
 
 SLA2_INLINE MixArguments mix_arguments(const half_bits* q, int q_step, int channels,
                                        const half_bits* state, const float* norm,
-                                       const float* alpha, int alpha_at, half_bits* out,
+                                       const float* alpha, int alpha_at, const float* mean,
+                                       half_bits* out,
                                        int out_step, half_bits* out_sparse, float* lse, int n_q) {
     const long long rows_at = static_cast<long long>(blockIdx.y) * n_q;
     const long long block_at = static_cast<long long>(blockIdx.y) * gridDim.x + blockIdx.x;
@@ -46,11 +48,35 @@ SLA2_INLINE MixArguments mix_arguments(const half_bits* q, int q_step, int chann
     args.state = state == nullptr ? nullptr : state + block_at * HEAD_DIM * HEAD_DIM;
     args.norm = state == nullptr ? nullptr : norm + block_at * HEAD_DIM;
     args.alpha = state == nullptr ? 1.0f : alpha[alpha_at];
+    args.mean = mean == nullptr ? nullptr : mean + blockIdx.y * HEAD_DIM;
     args.out = out;
     args.out_step = out_step;
     args.out_sparse = out_sparse == nullptr ? nullptr : out_sparse + rows_at * HEAD_DIM;
     args.lse = lse + rows_at;
     return args;
+}
+
+// sums[m][r] = the product of row row0 + 16 m + 8 r + g of a 16-bit tile with an fp32 vector (D,): by
+// the A operand's own layout each lane adds its channels, and a quad has them all.
+SLA2_INLINE void row_products(float (&sums)[FWD_M_TILES][2], const unsigned char* tile,
+                              const float* vector, int row0) {
+    const int column = (threadIdx.x & 3) * 2;
+#pragma unroll
+    for (int m = 0; m < FWD_M_TILES; ++m) {
+        sums[m][0] = sums[m][1] = 0.0f;
+#pragma unroll
+        for (int c = 0; c < HEAD_DIM / 16; ++c) {
+            unsigned a[4];
+            load_a<HALF_ROW>(a, tile, row0 + 16 * m, 2 * c);
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                const float* x = vector + 16 * c + 8 * (r >> 1) + column;
+                sums[m][r & 1] += low_half(a[r]) * x[0] + high_half(a[r]) * x[1];
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) sums[m][r] = quad_sum(sums[m][r]);
+    }
 }
 
 // o += share phi(Q) H / (phi(Q) . Z). The factor of each row goes into its A operand, so that the
@@ -59,28 +85,13 @@ SLA2_INLINE MixArguments mix_arguments(const half_bits* q, int q_step, int chann
 SLA2_INLINE void add_linear(float (&o)[FWD_M_TILES][D_TILES][4], const unsigned char* phi_tile,
                             const unsigned char* state_tile, const float* norm, float share,
                             int row0) {
-    const int column = (threadIdx.x & 3) * 2;
     float factor[FWD_M_TILES][2];
-    // phi(q) . Z by the A operand's own layout: each lane adds its channels, a quad has them all.
+    row_products(factor, phi_tile, norm, row0);
 #pragma unroll
-    for (int m = 0; m < FWD_M_TILES; ++m) {
-        factor[m][0] = factor[m][1] = 0.0f;
+    for (int m = 0; m < FWD_M_TILES; ++m)
 #pragma unroll
-        for (int c = 0; c < HEAD_DIM / 16; ++c) {
-            unsigned a[4];
-            load_a<HALF_ROW>(a, phi_tile, row0 + 16 * m, 2 * c);
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-                const float* z = norm + 16 * c + 8 * (r >> 1) + column;
-                factor[m][r & 1] += low_half(a[r]) * z[0] + high_half(a[r]) * z[1];
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const float below = quad_sum(factor[m][r]);
-            factor[m][r] = below == 0.0f ? 0.0f : share / below;
-        }
-    }
+        for (int r = 0; r < 2; ++r)
+            factor[m][r] = factor[m][r] == 0.0f ? 0.0f : share / factor[m][r];
 #pragma unroll
     for (int c = 0; c < HEAD_DIM / 16; ++c) {
         unsigned a[FWD_M_TILES][4];
@@ -131,7 +142,7 @@ SLA2_INLINE void store_rows(float (&o)[FWD_M_TILES][D_TILES][4], unsigned char* 
 }
 
 // Ends a row block. All threads call it after the main loop; `phi_tile` (BLOCK_Q x D halves), which
-// holds the block's 16-bit Q if `q_loaded` and becomes phi(Q), and `scratch` ((D + BLOCK_Q) x D
+// holds the block's 16-bit Q if `q_loaded`, which a mean needs, and becomes phi(Q), and `scratch` ((D + BLOCK_Q) x D
 // halves) are shared memory that no thread reads any more once the barrier below is passed, and no
 // cp.async may be in flight. `log_unit` is the natural logarithm of the unit in which the softmax
 // sums count. `some` and `rest` say whether the row selects any block and whether any is left over.
@@ -145,6 +156,11 @@ SLA2_INLINE void mix_and_store(const MixArguments& args, float (&o)[FWD_M_TILES]
     const bool linear = args.state != nullptr && rest;
     unsigned char* state_tile = scratch;
     unsigned char* out_tile = scratch + HEAD_DIM * HALF_ROW;
+    float shift[FWD_M_TILES][2];  // of the row's scores by K's mean
+    if (args.mean != nullptr && some) row_products(shift, phi_tile, args.mean, row0);
+    else
+#pragma unroll
+        for (int m = 0; m < FWD_M_TILES; ++m) shift[m][0] = shift[m][1] = 0.0f;
     __syncthreads();  // Q and H overwrite what the main loop of other warps may still read
     if (linear) {
         if (!q_loaded)
@@ -166,8 +182,8 @@ SLA2_INLINE void mix_and_store(const MixArguments& args, float (&o)[FWD_M_TILES]
             const int row = row0 + 16 * m + 8 * r + g;
             if (row < rows && (lane & 3) == 0)
                 args.lse[first_row + row] =
-                    some ? softmax.maximum[m][r] * softmax_scale + logf(softmax.sum[m][r]) -
-                               log_unit
+                    some ? (softmax.maximum[m][r] - shift[m][r]) * softmax_scale +
+                               logf(softmax.sum[m][r]) - log_unit
                          : MINUS_INFINITY;
         }
     if (args.out_sparse != nullptr)

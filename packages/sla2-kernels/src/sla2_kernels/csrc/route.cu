@@ -1,16 +1,25 @@
-// The router: projected block means, scores in fp32, top-k indices, and the block map by bits and
-// by columns.
+// The router: projected block means, scores in fp32, top-k indices, the mixing ratio, and the block
+// map by bits and by columns.
 #include "common.cuh"
 
 constexpr int PROJECT_ROWS = 16;
 
-// y = x W, fp32. x, y (B H, rows, D), W (H or 1, channels, channels). Grid (ceil(rows / 16), B H),
-// D threads: a thread makes one column of 16 rows.
+// x W_q of the pooled Q (B H, T_m, D) and x W_k of the pooled K (B H, T_n, D), fp32, weights (H or 1,
+// channels, channels). Grid (ceil(T_m / 16) + ceil(T_n / 16), B H), D threads: a thread makes one
+// column of 16 rows.
 extern "C" __global__ void __launch_bounds__(HEAD_DIM)
-sla2_project(const float* __restrict__ x, const float* __restrict__ weight,
-             float* __restrict__ y, int num_heads, int weight_heads, int rows, int channels) {
+sla2_project(const float* __restrict__ pooled_q, const float* __restrict__ pooled_k,
+             const float* __restrict__ weight_q, const float* __restrict__ weight_k,
+             float* __restrict__ projected_q, float* __restrict__ projected_k, int num_heads,
+             int weight_heads, int t_m, int t_n, int channels) {
     __shared__ float tile[PROJECT_ROWS][HEAD_DIM];
-    const int column = threadIdx.x, first = blockIdx.x * PROJECT_ROWS;
+    const int of_q = ceil_div(t_m, PROJECT_ROWS);
+    const bool queries = static_cast<int>(blockIdx.x) < of_q;
+    const float* x = queries ? pooled_q : pooled_k;
+    const float* weight = queries ? weight_q : weight_k;
+    float* y = queries ? projected_q : projected_k;
+    const int rows = queries ? t_m : t_n, column = threadIdx.x;
+    const int first = (queries ? blockIdx.x : blockIdx.x - of_q) * PROJECT_ROWS;
     const long long bh = blockIdx.y;
     const int count = rows - first < PROJECT_ROWS ? rows - first : PROJECT_ROWS;
     for (int r = 0; r < PROJECT_ROWS; ++r)
@@ -34,18 +43,19 @@ sla2_project(const float* __restrict__ x, const float* __restrict__ weight,
 
 constexpr int SCORE_TILE = 32;
 
-// scores = q k^T scale, fp32; columns of blocks without a valid token get -inf. q (B H, T_m, D),
-// k (B H, T_n, D). Grid (ceil(T_n / 32), ceil(T_m / 32), B H), 64 threads: a thread makes 4 x 4
-// scores.
+// scores = q k^T scale of `rows` query blocks from first_row on, fp32 (B H, rows, T_n); columns of
+// blocks without a valid token get -inf. q (B H, T_m, D), k (B H, T_n, D). Grid (ceil(T_n / 32),
+// ceil(rows / 32), B H), 64 threads: a thread makes 4 x 4 scores.
 extern "C" __global__ void __launch_bounds__(64)
 sla2_scores(const float* __restrict__ q, const float* __restrict__ k,
             const int* __restrict__ kv_lengths, float* __restrict__ scores, int num_heads,
-            int t_m, int t_n, int n_k, float scale) {
+            int t_m, int t_n, int n_k, int first_row, int rows, float scale) {
     // Stored [channel][row]: in the products a warp reads 4 and 8 neighbouring words, each by many
     // lanes. + 1: the stores, which go down a column, fall into different banks.
-    __shared__ float rows[32][SCORE_TILE + 1];
-    __shared__ float columns[32][SCORE_TILE + 1];
+    __shared__ float left[32][SCORE_TILE + 1];
+    __shared__ float right[32][SCORE_TILE + 1];
     const long long bh = blockIdx.z;
+    q += (bh * t_m + first_row) * HEAD_DIM, k += bh * t_n * HEAD_DIM;
     const int row0 = blockIdx.y * SCORE_TILE, column0 = blockIdx.x * SCORE_TILE;
     const int tr = threadIdx.x / 8, tc = threadIdx.x % 8;
     float acc[4][4];
@@ -55,11 +65,11 @@ sla2_scores(const float* __restrict__ q, const float* __restrict__ k,
         for (int j = 0; j < 4; ++j) acc[i][j] = 0.0f;
     for (int depth = 0; depth < HEAD_DIM; depth += 32) {
         __syncthreads();
+#pragma unroll 8  // ptxas spills on sm_100a if it unrolls more
         for (int i = threadIdx.x; i < 32 * SCORE_TILE; i += 64) {
             const int r = i / 32, c = i % 32;
-            rows[c][r] = row0 + r < t_m ? q[(bh * t_m + row0 + r) * HEAD_DIM + depth + c] : 0.0f;
-            columns[c][r] =
-                column0 + r < t_n ? k[(bh * t_n + column0 + r) * HEAD_DIM + depth + c] : 0.0f;
+            left[c][r] = row0 + r < rows ? q[(row0 + r) * HEAD_DIM + depth + c] : 0.0f;
+            right[c][r] = column0 + r < t_n ? k[(column0 + r) * HEAD_DIM + depth + c] : 0.0f;
         }
         __syncthreads();
         for (int c = 0; c < 32; ++c)
@@ -67,7 +77,7 @@ sla2_scores(const float* __restrict__ q, const float* __restrict__ k,
             for (int i = 0; i < 4; ++i)
 #pragma unroll
                 for (int j = 0; j < 4; ++j)
-                    acc[i][j] += rows[c][tr + 8 * i] * columns[c][tc + 8 * j];
+                    acc[i][j] += left[c][tr + 8 * i] * right[c][tc + 8 * j];
     }
     const int blocks = ceil_div(valid_keys(kv_lengths, blockIdx.z / num_heads, n_k), BLOCK_K);
 #pragma unroll
@@ -75,8 +85,8 @@ sla2_scores(const float* __restrict__ q, const float* __restrict__ k,
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const int row = row0 + tr + 8 * i, column = column0 + tc + 8 * j;
-            if (row < t_m && column < t_n)
-                scores[(bh * t_m + row) * t_n + column] =
+            if (row < rows && column < t_n)
+                scores[(bh * rows + row) * t_n + column] =
                     column < blocks ? acc[i][j] * scale : MINUS_INFINITY;
         }
 }
@@ -98,23 +108,55 @@ SLA2_INLINE int lanes_below(unsigned votes) {
 constexpr int WARPS_OF_ROWS = 4;
 constexpr int KEPT = 48;  // keys of a row that a lane holds: rows of up to 1,536 blocks
 
-// The map of every row: of the item's valid key blocks among the first `routable` the
-// K = max(1, round(topk * number)) best, and every valid block from `routable` on (forced: those
-// that hold text). Ties go to the lower index; indices ascend and are followed by -1. The K-th
-// largest key is found bit by bit, so the result does not depend on any order of execution. A warp
-// per row: grid (ceil(T_m / 4), B H), 128 threads. indices (B H, T_m, max_selected), where
-// max_selected = K of `routable` blocks + T_n - routable.
+constexpr float MOST_LOG_ODDS = 20.0f;  // of the routed mass: sigmoid(20) is 1 to fp32 rounding
+
+// The mixing ratio alpha of a row of head `head`, in the three ways of sla2_core.mixing:
+// offset null: 1; `slope` (alpha_heads,) given: sigmoid(offset + slope log(inside / outside)), from
+// the sums of exp(score) over the blocks that the row selects and over the others; else sigmoid of
+// offset (alpha_heads, knots) at the row's place among t_m, interpolated between the knots.
+SLA2_INLINE float mixing_ratio(const float* offset, const float* slope, int alpha_heads, int knots,
+                               int head, int row, int t_m, float inside, float outside) {
+    if (offset == nullptr) return 1.0f;
+    if (alpha_heads == 1) head = 0;
+    float x;
+    if (slope != nullptr) {
+        const float odds = logf(inside) - logf(outside);  // +inf where every block is selected
+        x = odds > MOST_LOG_ODDS ? MOST_LOG_ODDS : (odds < -MOST_LOG_ODDS ? -MOST_LOG_ODDS : odds);
+        x = offset[head] + slope[head] * x;  // a NaN goes through all of it
+    } else {
+        const float* values = offset + head * knots;
+        const float place =
+            static_cast<float>(row) / static_cast<float>(t_m > 1 ? t_m - 1 : 1) * (knots - 1);
+        const int left = clamp_int(static_cast<int>(place), 0, knots > 1 ? knots - 2 : 0);
+        const float right = knots > 1 ? values[left + 1] : values[0];
+        x = values[left] + (place - left) * (right - values[left]);
+    }
+    return 1.0f / (1.0f + expf(-x));
+}
+
+// The map of the `rows` query blocks from first_row on, whose scores (B H, rows, T_n) these are: of
+// the item's valid key blocks among the first `routable` the K = max(1, round(topk * number)) best,
+// and every valid block from `routable` on (forced: those that hold text). Ties go to the lower
+// index; indices ascend and are followed by -1. The K-th largest key is found bit by bit, so the
+// result does not depend on any order of execution. A warp per row: grid (ceil(rows / 4), B H), 128
+// threads. indices (B H, T_m, max_selected), where max_selected = K of `routable` blocks +
+// T_n - routable; counts (B H, T_m). Null, or the map as sla2_row_bits makes it: bits and
+// rest_inverse. Null, or (B H, T_m): alpha, see mixing_ratio.
 extern "C" __global__ void __launch_bounds__(32 * WARPS_OF_ROWS)
 sla2_topk(const float* __restrict__ scores, const int* __restrict__ kv_lengths,
-          int* __restrict__ indices, int* __restrict__ counts, int num_heads, int t_m, int t_n,
-          int n_k, int routable, int max_selected, double topk) {
-    const int row = blockIdx.x * WARPS_OF_ROWS + threadIdx.x / 32, lane = threadIdx.x & 31;
-    if (row >= t_m) return;
-    const long long at = static_cast<long long>(blockIdx.y) * t_m + row;
-    const float* line = scores + at * t_n;
+          const float* __restrict__ offset, const float* __restrict__ slope,
+          int* __restrict__ indices, int* __restrict__ counts, unsigned* __restrict__ bits,
+          float* __restrict__ rest_inverse, float* __restrict__ alpha, int num_heads, int t_m,
+          int t_n, int n_k, int first_row, int rows, int routable, int max_selected,
+          int alpha_heads, int knots, double topk) {
+    const int line_row = blockIdx.x * WARPS_OF_ROWS + threadIdx.x / 32, lane = threadIdx.x & 31;
+    if (line_row >= rows) return;
+    const int row = first_row + line_row;
+    const long long bh = blockIdx.y, at = bh * t_m + row;
+    const float* line = scores + (bh * rows + line_row) * t_n;
     int* list = indices + at * max_selected;
     const int valid = ceil_div(valid_keys(kv_lengths, blockIdx.y / num_heads, n_k), BLOCK_K);
-    const int blocks = valid < routable ? valid : routable, forced = valid - blocks;
+    const int blocks = valid < routable ? valid : routable;
     const int room = max_selected - (t_n - routable);
     // 0 where there is nothing to choose from: then the search below counts nothing and places
     // nothing.
@@ -126,11 +168,16 @@ sla2_topk(const float* __restrict__ scores, const int* __restrict__ kv_lengths,
     // bits below are 0 where all later trials set theirs), so its count is that of the keys above.
     // The first KEPT keys of a lane wait in registers, so that short rows are read twice in all.
     unsigned kept[KEPT];
+    float top = MINUS_INFINITY;  // of all valid scores, for the sums of exp(score)
 #pragma unroll
     for (int i = 0; i < KEPT; ++i) {
         const int j = 32 * i + lane;
-        kept[i] = j < blocks ? order_key(line[j]) : 0u;  // 0 reaches no threshold
+        const float x = j < valid ? line[j] : MINUS_INFINITY;
+        top = fmaxf(top, x);
+        kept[i] = j < blocks ? order_key(x) : 0u;  // 0 reaches no threshold
     }
+    for (int j = 32 * KEPT + lane; j < valid; j += 32) top = fmaxf(top, line[j]);
+    for (int mask = 16; mask > 0; mask >>= 1) top = fmaxf(top, shfl_xor(top, mask));
     unsigned threshold = 0u;
     int above = 0;
     for (int bit = 31; bit >= 0; --bit) {
@@ -148,22 +195,33 @@ sla2_topk(const float* __restrict__ scores, const int* __restrict__ kv_lengths,
     }
     // All keys above, and as many equal ones as are missing, from the left. Ballots count them.
     const int ties = wanted - above;
-    int placed = 0, tied = 0;
-    for (int first = 0; first < blocks; first += 32) {
+    int placed = 0, tied = 0, word = 0;
+    float inside = 0.0f, outside = 0.0f;
+    for (int first = 0; first < t_n; first += 32, ++word) {
         const int j = first + lane;
-        const unsigned key = j < blocks ? order_key(line[j]) : 0u;
+        const float x = j < valid ? line[j] : MINUS_INFINITY;
+        const unsigned key = order_key(x);
         const bool equal = j < blocks && key == threshold;
         const unsigned equals = __ballot_sync(0xffffffffu, equal);
-        const bool take =
-            j < blocks && (key > threshold || (equal && tied + lanes_below(equals) < ties));
+        const bool take = j < blocks ? key > threshold ||
+                                           (equal && tied + lanes_below(equals) < ties)
+                                     : j >= routable && j < valid;
         const unsigned takes = __ballot_sync(0xffffffffu, take);
         if (take) list[placed + lanes_below(takes)] = j;
+        if (bits != nullptr && lane == 0) bits[at * ceil_div(t_n, 32) + word] = word_of(takes);
         placed += __popc(takes);
         tied += __popc(equals);
+        if (j < valid) (take ? inside : outside) += exp2_approx((x - top) * LOG2_E);
     }
-    for (int i = lane; i < max_selected - wanted; i += 32)
-        list[wanted + i] = i < forced ? routable + i : -1;
-    if (lane == 0) counts[at] = wanted + forced;
+    for (int i = placed + lane; i < max_selected; i += 32) list[i] = -1;
+    inside = warp_sum(inside), outside = warp_sum(outside);
+    if (lane != 0) return;
+    counts[at] = placed;
+    if (rest_inverse != nullptr)
+        rest_inverse[at] = placed < valid ? 1.0f / static_cast<float>(valid - placed) : 0.0f;
+    if (alpha != nullptr)
+        alpha[at] = mixing_ratio(offset, slope, alpha_heads, knots, blockIdx.y % num_heads, row,
+                                 t_m, inside, outside);
 }
 
 // The map as bits (bit_of), (B H, T_m, ceil(T_n / 32)), and 1 / (number of valid blocks left over),

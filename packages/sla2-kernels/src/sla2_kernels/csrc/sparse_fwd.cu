@@ -10,14 +10,16 @@ constexpr int RESIDENT_BLOCKS = FAST_MMA || HEAD_DIM == 64 ? 2 : 1;
 constexpr int SCORE_UNROLL =
     SLA2_ARCH == 100 ? 1 : (SLA2_ARCH == 80 || SLA2_ARCH == 120 ? 2 : HEAD_DIM / 16);
 
-// One block of threads per query block; grid (T_m, B H). q, v and out may lie in any layout
-// (strides: item, head, token), k (B H, n_k, D) comes from the prologue. Shared memory:
-// Q | two K tiles | two V tiles, reused at the end for phi(Q) | H | O. K of step t + 1 travels
-// during Q K^T of step t, V of step t + 1 during P V of step t: README.md, "The cp.async ring".
+// One block of threads per query block; grid (T_m, B H). q, k, v and out may lie in any layout
+// (strides: item, head, token). mean (B H, D): of K, which the softmax does not see and L is to
+// leave out, or null. Shared memory: Q | two K tiles | two V tiles, reused at the end for
+// phi(Q) | H | O. K of step t + 1 travels during Q K^T of step t, V of step t + 1 during P V of
+// step t: README.md, "The cp.async ring".
 extern "C" __global__ void __launch_bounds__(FWD_THREADS, RESIDENT_BLOCKS)
 sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_head, int q_step,
-                const half_bits* __restrict__ k, const half_bits* __restrict__ v,
-                long long v_item, long long v_head, int v_step, const int* __restrict__ indices,
+                const half_bits* __restrict__ k, long long k_item, long long k_head, int k_step,
+                const half_bits* __restrict__ v, long long v_item, long long v_head, int v_step,
+                const float* __restrict__ mean, const int* __restrict__ indices,
                 const int* __restrict__ counts, int max_selected,
                 const int* __restrict__ kv_lengths, const half_bits* __restrict__ state,
                 const float* __restrict__ norm, const float* __restrict__ alpha,
@@ -38,7 +40,7 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
     const int steps = blocks_with_keys(list, counts[bh * t_m + row_block], length);
     const bool some = steps > 0, rest = steps < ceil_div(length, BLOCK_K);
     q += item * q_item + head * q_head;
-    k += bh * n_k * HEAD_DIM;
+    k += item * k_item + head * k_head;
     v += item * v_item + head * v_head;
 
     const int row0 = threadIdx.x / 32 * FWD_WARP_ROWS;
@@ -57,7 +59,7 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
         // Two groups of copies before the loop: Q with the first K, then the first V.
         load_tile<BLOCK_Q, HALF_ROW, FWD_THREADS>(
             q_tile, q + static_cast<long long>(first_row) * q_step, 2 * q_step, n_q - first_row);
-        load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(k_ring, k + at * HEAD_DIM, HALF_ROW,
+        load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(k_ring, k + at * k_step, 2 * k_step,
                                                   length - block * BLOCK_K);
         cp_async_commit();
         load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(v_ring, v + at * v_step, 2 * v_step,
@@ -76,9 +78,9 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
         cp_async_wait<1>();
         __syncthreads();
         if (more)
-            load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(
-                k_ring + other, k + static_cast<long long>(next_at) * HEAD_DIM, HALF_ROW,
-                next_valid);
+            load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(k_ring + other,
+                                                      k + static_cast<long long>(next_at) * k_step,
+                                                      2 * k_step, next_valid);
         // Committed even if empty, so that "all but the newest" means the same in the last step.
         cp_async_commit();
 
@@ -145,7 +147,8 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
     const MixArguments args =
         mix_arguments(q, q_step, channels, state, norm, alpha,
                       item * alpha_stride_b + head * alpha_stride_h + row_block * alpha_stride_row,
-                      out + item * out_item + head * out_head, out_step, out_sparse, lse, n_q);
+                      mean, out + item * out_item + head * out_head, out_step, out_sparse, lse,
+                      n_q);
     mix_and_store(args, o, softmax, softmax_scale, 0.0f, some, rest, first_row, n_q, some,
                   q_tile, k_ring);
 }

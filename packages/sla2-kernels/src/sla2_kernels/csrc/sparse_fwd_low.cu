@@ -210,7 +210,8 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
     const MixArguments args =
         mix_arguments(q + item * q_item + head * q_head, q_step, channels, state, norm, alpha,
                       item * alpha_stride_b + head * alpha_stride_h + row_block * alpha_stride_row,
-                      out + item * out_item + head * out_head, out_step, out_sparse, lse, n_q);
+                      nullptr, out + item * out_item + head * out_head, out_step, out_sparse, lse,
+                      n_q);
     mix_and_store(args, o, softmax, row_scale, LOG2_PV_LIMIT * LN_2, some, rest, first_row, n_q,
                   false, shared, shared + BLOCK_Q * HALF_ROW);
 }

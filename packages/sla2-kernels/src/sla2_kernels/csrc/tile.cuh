@@ -7,6 +7,7 @@
 
 constexpr int HALF_ROW = HEAD_DIM * 2;  // bytes of a row of 16-bit channels
 constexpr int D_TILES = HEAD_DIM / 8;   // 8-column accumulator tiles of a row
+constexpr int STATE = HEAD_DIM * (HEAD_DIM + 1);  // a linear state: h_j row by row, then z_j
 
 // Byte offset of a 16-byte chunk. Eight rows at one chunk, which is what ldmatrix reads, fall into
 // eight different 16-byte columns of the 128-byte bank line, whether a row holds 32, 64, 128 or 256
@@ -20,8 +21,11 @@ SLA2_INLINE int tile_offset(int row, int chunk) {
     return row * ROW_BYTES + ((chunk ^ ((row / ROWS_PER_LINE) & MASK)) << 4);
 }
 
-// Starts the copy of ROWS rows; rows at or past valid_rows become zeros. `gmem` must be readable at
-// row 0.
+// Whether a tile's copies take their address from the one before, which is fewer instructions; on
+// sm_100 ptxas spills with it.
+constexpr bool RUNNING_ADDRESS = SLA2_ARCH != 100;
+
+// Starts the copy of ROWS rows; rows at or past valid_rows become zeros.
 template <int ROWS, int ROW_BYTES, int THREADS>
 SLA2_INLINE void load_tile(unsigned char* smem, const void* gmem, int stride_bytes,
                            int valid_rows) {
@@ -29,14 +33,16 @@ SLA2_INLINE void load_tile(unsigned char* smem, const void* gmem, int stride_byt
     static_assert(THREADS % CHUNKS == 0, "a pass loads whole rows");
     const int row0 = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
     const unsigned char* source = static_cast<const unsigned char*>(gmem) + 16 * chunk;
+    if (RUNNING_ADDRESS) source += row0 * stride_bytes;
 #pragma unroll
     for (int first = 0; first < ROWS; first += ROWS_A_PASS) {
         const int row = first + row0;
         if (ROWS % ROWS_A_PASS != 0 && row >= ROWS) break;
-        const bool valid = row < valid_rows;
-        // A copy of 0 valid bytes reads nothing and writes zeros. Its address stays a legal one.
+        // A copy of 0 valid bytes reads nothing, wherever its address points, and writes zeros.
         cp_async_16(smem + tile_offset<ROW_BYTES>(row, chunk),
-                    source + (valid ? row * stride_bytes : 0), valid ? 16 : 0);
+                    RUNNING_ADDRESS ? source : source + row * stride_bytes,
+                    row < valid_rows ? 16 : 0);
+        if (RUNNING_ADDRESS) source += ROWS_A_PASS * stride_bytes;
     }
 }
 

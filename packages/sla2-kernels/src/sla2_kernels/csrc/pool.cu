@@ -1,0 +1,162 @@
+// The first pass over Q and K, and in 8 bit over V: block means, K's mean over its tokens, 8-bit Q
+// and V's scales. What routing and attention both begin with.
+//
+// The caller's Q, K and V may lie in any layout whose channels are adjacent: x_item, x_head and
+// x_step are elements from a batch item, a head and a token to the next, multiples of 8. What is
+// written is (B H, N, D), contiguous.
+#include "block.cuh"
+
+constexpr int POOL_THREADS = 2 * HEAD_DIM;
+constexpr int POOL_GROUPS = POOL_THREADS / ROW_LANES;  // rows of a pass
+constexpr int POOL_BLOCKS = 512 / POOL_THREADS;  // on a multiprocessor: 128 registers for a thread
+
+// Copies source_columns 16-bit values of every token into rows of target_columns,
+// (B H, tokens, target_columns); columns without a source are 0. Strides may be any. Grid
+// (any, B H).
+extern "C" __global__ void __launch_bounds__(256)
+sla2_copy_columns(const half_bits* __restrict__ source, long long source_item,
+                  long long source_head, int source_step, half_bits* __restrict__ target,
+                  int num_heads, int tokens, int source_columns, int target_columns) {
+    const long long count = static_cast<long long>(tokens) * target_columns;
+    source += blockIdx.y / num_heads * source_item + blockIdx.y % num_heads * source_head;
+    target += blockIdx.y * count;
+    for (long long i = blockIdx.x * 256ll + threadIdx.x; i < count; i += gridDim.x * 256ll) {
+        const long long token = i / target_columns;
+        const int column = static_cast<int>(i % target_columns);
+        target[i] = column < source_columns ? source[token * source_step + column]
+                                            : static_cast<half_bits>(0);
+    }
+}
+
+// Means over the first `valid` rows of a block, whose other rows are zeros.
+template <int ROWS>
+SLA2_INLINE void store_means(const Block<ROWS, POOL_THREADS>& block, int valid,
+                             float (&sums)[POOL_GROUPS][HEAD_DIM], float* means) {
+    const int lane = threadIdx.x % ROW_LANES, group = threadIdx.x / ROW_LANES;
+    float total[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) total[e] = 0.0f;
+#pragma unroll
+    for (int pass = 0; pass < block.PASSES; ++pass) {
+        float x[8];
+        unpack_chunk(x, block.kept[pass]);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) total[e] += x[e];
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sums[group][8 * lane + e] = total[e];
+    __syncthreads();
+    const float share = 1.0f / static_cast<float>(valid > 0 ? valid : 1);
+    for (int c = threadIdx.x; c < HEAD_DIM; c += POOL_THREADS) {
+        float sum = 0.0f;
+        for (int g = 0; g < POOL_GROUPS; ++g) sum += sums[g][c];
+        means[c] = sum * share;
+    }
+}
+
+// The largest |x| of each channel, NaN where there is one.
+template <int ROWS>
+SLA2_INLINE void store_tops(const Block<ROWS, POOL_THREADS>& block,
+                            float (&tops)[POOL_GROUPS][HEAD_DIM], float* out) {
+    const int lane = threadIdx.x % ROW_LANES, group = threadIdx.x / ROW_LANES;
+    float top[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) top[e] = 0.0f;
+#pragma unroll
+    for (int pass = 0; pass < block.PASSES; ++pass) {
+        float x[8];
+        unpack_chunk(x, block.kept[pass]);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) top[e] = max_nan(top[e], fabsf(x[e]));
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) tops[group][8 * lane + e] = top[e];
+    __syncthreads();
+    for (int c = threadIdx.x; c < HEAD_DIM; c += POOL_THREADS) {
+        float most = 0.0f;
+        for (int g = 0; g < POOL_GROUPS; ++g) most = max_nan(most, tops[g][c]);
+        out[c] = most;
+    }
+}
+
+// Grid (key_blocks + query blocks, B H). The first key_blocks, T_n or none, make means
+// of K over its valid tokens (B H, T_n, D), 0 where there is none, and in 8 bit the largest |V| of
+// each channel (B H, T_n, D). The others, T_m or none, make means of Q (B H, T_m, D), or null, and
+// in 8 bit the copy of Q (B H, n_q, D) with a scale a block (B H, T_m).
+extern "C" __global__ void __launch_bounds__(POOL_THREADS, POOL_BLOCKS)
+sla2_pool(const half_bits* __restrict__ q, long long q_item, long long q_head, int q_step,
+          const half_bits* __restrict__ k, long long k_item, long long k_head, int k_step,
+          const half_bits* __restrict__ v, long long v_item, long long v_head, int v_step,
+          const int* __restrict__ kv_lengths, float* __restrict__ pooled_q,
+          float* __restrict__ pooled_k, unsigned char* __restrict__ q_bytes,
+          float* __restrict__ q_scale, float* __restrict__ value_top, int num_heads, int n_q,
+          int n_k, int key_blocks) {
+    __shared__ float sums[POOL_GROUPS][HEAD_DIM];
+    __shared__ float tops[POOL_GROUPS][HEAD_DIM];
+    const long long bh = blockIdx.y;
+    const int item = blockIdx.y / num_heads, head = blockIdx.y % num_heads;
+    if (static_cast<int>(blockIdx.x) < key_blocks) {
+        const int first = blockIdx.x * BLOCK_K;
+        const int valid = clamp_int(valid_keys(kv_lengths, item, n_k) - first, 0, BLOCK_K);
+        const long long at = (bh * key_blocks + blockIdx.x) * HEAD_DIM;
+        Block<BLOCK_K, POOL_THREADS> keys;
+        keys.load(k + item * k_item + head * k_head + static_cast<long long>(first) * k_step,
+                  k_step, n_k - first);
+        if (LOW_BIT) {
+            Block<BLOCK_K, POOL_THREADS> values;
+            values.load(v + item * v_item + head * v_head + static_cast<long long>(first) * v_step,
+                        v_step, n_k - first);
+            values.cut(valid);
+            store_tops(values, tops, value_top + at);
+        }
+        keys.cut(valid);
+        store_means(keys, valid, sums, pooled_k + at);
+        return;
+    }
+    const int row_block = blockIdx.x - key_blocks, first = row_block * BLOCK_Q;
+    const int rows = n_q - first < BLOCK_Q ? n_q - first : BLOCK_Q;
+    const long long block = bh * (gridDim.x - key_blocks) + row_block;
+    Block<BLOCK_Q, POOL_THREADS> queries;
+    queries.load(q + item * q_item + head * q_head + static_cast<long long>(first) * q_step,
+                 q_step, rows);
+    queries.cut(rows);
+    if (pooled_q != nullptr) store_means(queries, rows, sums, pooled_q + block * HEAD_DIM);
+    if (LOW_BIT)
+        queries.store_bytes(&tops[0][0], rows, q_bytes + (bh * n_q + first) * HEAD_DIM,
+                            q_scale + block);
+}
+
+// Over the key blocks of each head, in a fixed order: mean (B H, D) over the valid tokens, and
+// value_scale (B H, D), the largest value_top / limit (null: not wanted). `x` (B H, T_n, D) holds
+// sums over the valid tokens of each block, or with `means` their means, from which `shift` then
+// takes the mean away. Grid (B H), 512 threads. Also ends the backward's mean of dK.
+extern "C" __global__ void __launch_bounds__(512)
+sla2_key_mean(float* x, const float* __restrict__ value_top, const int* __restrict__ kv_lengths,
+              float* __restrict__ mean, float* __restrict__ value_scale, int num_heads, int n_k,
+              int t_n, int means, int shift) {
+    constexpr int GROUPS = 512 / HEAD_DIM;
+    __shared__ float sums[GROUPS][HEAD_DIM];
+    __shared__ float tops[GROUPS][HEAD_DIM];
+    const int c = threadIdx.x % HEAD_DIM, group = threadIdx.x / HEAD_DIM;
+    const long long bh = blockIdx.x;
+    const int length = valid_keys(kv_lengths, blockIdx.x / num_heads, n_k);
+    float sum = 0.0f, top = 0.0f;
+    for (int block = group; block < t_n; block += GROUPS) {
+        const long long at = (bh * t_n + block) * HEAD_DIM + c;
+        const int tokens = means ? clamp_int(length - block * BLOCK_K, 0, BLOCK_K) : 1;
+        sum += x[at] * static_cast<float>(tokens);
+        if (value_top != nullptr) top = max_nan(top, value_top[at]);
+    }
+    sums[group][c] = sum, tops[group][c] = top;
+    __syncthreads();
+    sum = 0.0f;
+    for (int g = 0; g < GROUPS; ++g) sum += sums[g][c], top = max_nan(top, tops[g][c]);
+    const float whole = sum / static_cast<float>(length);
+    if (group == 0) {
+        mean[bh * HEAD_DIM + c] = whole;
+        if (value_top != nullptr) value_scale[bh * HEAD_DIM + c] = scale_of(top, PV_LIMIT);
+    }
+    if (shift)
+        for (int block = group; block < t_n; block += GROUPS)
+            x[(bh * t_n + block) * HEAD_DIM + c] -= whole;
+}
