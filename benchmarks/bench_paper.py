@@ -321,8 +321,8 @@ class _Kernels:
         )
 
     def cases(self, grad: Tensor) -> dict[str, Case]:
-        """Each stage, forward and backward; those called "mma.sync" are on GPUs whose forward runs
-        by wgmma.
+        """Each stage, forward and backward; those called "mma.sync" are on GPUs that run them by
+        wgmma.
         """
         from copy import copy
         from dataclasses import replace
@@ -354,6 +354,7 @@ class _Kernels:
             cases["SLA2 forward, mma.sync"] = lambda: plain.forward(problem)
             cases["SLA2 forward int8, mma.sync"] = lambda: plain.forward(low)
             cases["SLA2 sparse forward, mma.sync"] = plain.sparse_forward
+            cases["SLA2 backward, mma.sync"] = lambda: backward(plain.device, problem, saved, d_out)
         launched = {f"{name}, launched": cases[name] for name in ("SLA2 forward", "SLA2 backward")}
         return {name: _graphed(case) for name, case in cases.items()} | launched
 

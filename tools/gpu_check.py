@@ -189,7 +189,7 @@ def run_bench(quick: bool) -> dict:
 
 def tiny() -> None:
     """Every kernel, forward and backward, on shapes of a few blocks; fails if an output is not
-    finite. The forward by mma.sync too where wgmma would run it.
+    finite. By mma.sync too where wgmma would run it.
     """
     sys.path[:0] = SOURCES
     from dataclasses import replace
@@ -231,7 +231,8 @@ def tiny() -> None:
         alpha = Alpha.of(pointer(torch.full((1, heads, 1), 0.8, device="cuda")), (1, heads, 1))
         if takes(device, problem):
             plain = replace(device, wgmma=False)
-            forward(plain, problem, q, k, v, block_map, alpha, made=made, save=True)
+            saved = forward(plain, problem, q, k, v, block_map, alpha, made=made, save=True)
+            backward(plain, problem, saved, grad)
         saved = forward(device, problem, q, k, v, block_map, alpha, made=made, save=True)
         found = backward(device, problem, saved, grad)
         torch.cuda.synchronize()

@@ -200,6 +200,18 @@ def run_hopper():
         DEVICE, problem, q, *tiles, block_map(), state, norm, ALPHA, out, out_sparse, lse, blocks=1
     )
     written(*tiles, out, out_sparse, lse)
+    found = floats(1, n, WIDTH), allocate((1, n, WIDTH), "bfloat16")
+    d_q, key_sum = allocate((1, n, WIDTH), "bfloat16"), allocate((1, t_n, WIDTH), "float32")
+    columns = (
+        Pointer.of(np.array([[0, 1, 2, 3]], np.int32)),
+        Pointer.of(np.array([[0, 1, 0]], np.int32)),
+    )
+    rows = (x.pointer for x in (q, k, v, out))
+    lse = Pointer.of(np.full((1, n), 40.0, np.float32))
+    linear = floats(1, n, WIDTH), floats(1, n, WIDTH)
+    rest = block_map(), (*columns, 3), inverse, ALPHA, linear, d_q, *found, key_sum
+    hopper.sparse_backward(DEVICE, problem, *rows, lse, floats(1, n), *rest, blocks=1)
+    written(d_q, *found, key_sum)
 
 
 def run_hopper_low():

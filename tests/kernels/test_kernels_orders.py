@@ -24,6 +24,8 @@ ONLY_HOPPER = {
     "sla2_sm90_masked_sum",
     "sla2_sm90_pack",
     "sla2_sm90_pack_low",
+    "sla2_sm90_sparse_bwd_kv",
+    "sla2_sm90_sparse_bwd_q",
     "sla2_sm90_sparse_fwd",
     "sla2_sm90_sparse_fwd_low",
 }  # test_kernels_hopper.py

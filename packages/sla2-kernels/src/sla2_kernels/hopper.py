@@ -1,4 +1,4 @@
-"""The sparse forward and the masked sum on Hopper (csrc/sm90): wgmma, bulk copies and specialised
+"""The sparse branch and the masked sum on Hopper (csrc/sm90): wgmma, bulk copies and specialised
 warps, for the same results as the `mma.sync` kernels.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sla2_kernels.kernels import has_wgmma
-from sla2_kernels.launch import Pointer, multiprocessors, run_kernel
+from sla2_kernels.launch import Argument, Pointer, multiprocessors, run_kernel
 from sla2_kernels.problem import NULL, Alpha, Device, Map, Problem, Strided
 
 MULTIPROCESSORS = 132  # of an H100 SXM and an H200, which the emulator stands for
@@ -51,13 +51,25 @@ def pack(
     Returns:
         Tiles of K and of V, 16 bit (B H, T_n, block_k, width), swizzled.
     """
-    p = problem
-    shape = (p.pairs, p.t_n, p.block_k, p.width)
-    k_tiles, v_tiles = (device.allocate(shape, p.dtype) for _ in range(2))
-    args = *k.arguments, *v.arguments, mean, p.kv_lengths, k_tiles, v_tiles
-    sizes = np.int32(p.heads), np.int32(p.n_k)
-    run_kernel(device, p, "sla2_sm90_pack", (p.t_n, p.pairs, 2), *args, *sizes)
-    return k_tiles, v_tiles
+    return _pack(device, problem, k, v, mean, problem.kv_lengths, problem.n_k)
+
+
+def _pack(
+    device: Device,
+    problem: Problem,
+    x: Strided,
+    y: Strided,
+    mean: Pointer,
+    lengths: Pointer,
+    tokens: int,
+) -> tuple[Pointer, Pointer]:
+    p, blocks = problem, -(-tokens // problem.block_k)
+    shape = (p.pairs, blocks, p.block_k, p.width)
+    x_tiles, y_tiles = (device.allocate(shape, p.dtype) for _ in range(2))
+    args = *x.arguments, *y.arguments, mean, lengths, x_tiles, y_tiles
+    sizes = np.int32(p.heads), np.int32(tokens)
+    run_kernel(device, p, "sla2_sm90_pack", (blocks, p.pairs, 2), *args, *sizes)
+    return x_tiles, y_tiles
 
 
 def pack_low(
@@ -154,3 +166,83 @@ def masked_sum(
     args = bits, x, row_scale, matrix, vector
     grid = (min(blocks or _multiprocessors(device), tiles),)
     run_kernel(device, p, "sla2_sm90_masked_sum", grid, *args, *sizes)
+
+
+def sparse_backward(
+    device: Device,
+    problem: Problem,
+    q: Pointer,
+    k: Pointer,
+    v: Pointer,
+    grad: Pointer,
+    lse: Pointer,
+    row_mean: Pointer,
+    block_map: Map,
+    columns: tuple[Pointer, Pointer, int],
+    rest_inverse: Pointer,
+    alpha: Alpha,
+    d_linear: tuple[Pointer, Pointer],
+    d_q: Pointer,
+    d_k: Pointer,
+    d_v: Pointer,
+    key_sum: Pointer,
+    *,
+    blocks: int | None = None,
+) -> None:
+    """dQ by rows, dK and dV by columns, in 16 bit.
+
+    Args:
+        q, k, v, grad: 16 bit (B H, n_q or n_k, width), contiguous; grad is dO.
+        lse, row_mean: L and dO . O_s of every row, fp32 (B H, n_q).
+        columns: offsets, rows and capacity of `backward.Columns`.
+        rest_inverse: see `forward.Linear`; NULL without a linear branch.
+        d_linear: what the linear branch adds to dQ and dV, fp32, or NULL.
+        d_q, d_v: where to write dQ and dV, 16 bit.
+        d_k: where to write dK, fp32; on entry it holds the linear branch's part if there is one.
+        key_sum: takes dK's sums over each key block, fp32 (B H, T_n, width).
+        blocks: as in sparse_forward.
+    """
+    p, most = problem, blocks or _multiprocessors(device)
+    q_rows, grad_rows = (Strided.of(x, p.heads, p.n_q, p.width) for x in (q, grad))
+    k_rows, v_rows = (Strided.of(x, p.heads, p.n_k, p.width) for x in (k, v))
+    q_tiles, grad_tiles = _pack(device, p, q_rows, grad_rows, NULL, NULL, p.n_q)
+    tiles = (q_tiles, *pack(device, p, k_rows, v_rows), grad_tiles, lse, row_mean)
+    mixed: tuple[Argument, ...]
+    mixed = (p.kv_lengths, rest_inverse, alpha.values, *map(np.int32, alpha.strides))
+    sizes = (np.int32(p.heads), np.int32(p.n_q), np.int32(p.n_k))
+    run_kernel(
+        device,
+        p,
+        "sla2_sm90_sparse_bwd_q",
+        (min(most, p.pairs * p.t_m),),
+        *tiles,
+        block_map.indices,
+        block_map.counts,
+        np.int32(block_map.width),
+        *mixed,
+        d_linear[0],
+        d_q,
+        *sizes,
+        np.int32(p.pairs * p.t_m),
+        p.softmax_scale,
+    )
+    offsets, column_rows, capacity = columns
+    run_kernel(
+        device,
+        p,
+        "sla2_sm90_sparse_bwd_kv",
+        (min(most, p.pairs * p.t_n),),
+        *tiles,
+        offsets,
+        column_rows,
+        np.int64(capacity),
+        *mixed,
+        d_linear[1],
+        d_k,
+        d_v,
+        key_sum,
+        *sizes,
+        np.int32(bool(d_linear[1].address)),
+        np.int32(p.pairs * p.t_n),
+        p.softmax_scale,
+    )

@@ -303,6 +303,20 @@ _HOPPER = {  # csrc/sm90
         blocks=lambda *_: 1,
         opcodes=("HGMMA", "LDGSTS.E.BYPASS.128", "USETMAXREG", "SYNCS"),
     ),
+    "sla2_sm90_sparse_bwd_q": _Kernel(
+        "sm90/sparse_bwd_q.cu",
+        _fixed(384),
+        lambda g: (6 * 64 + 256) * g.row_bytes + 128 * (g.row_bytes + 16) + 8 * 16,
+        blocks=lambda *_: 1,
+        opcodes=_ROLES,
+    ),
+    "sla2_sm90_sparse_bwd_kv": _Kernel(
+        "sm90/sparse_bwd_kv.cu",
+        _fixed(384),
+        lambda g: (4 * 64 + 8 * 64) * g.row_bytes + 4 * 128 * 4 + 16 * g.head_dim + 8 * 8,
+        blocks=lambda *_: 1,
+        opcodes=("HGMMA", "UBLKCP", "USETMAXREG", "SYNCS"),
+    ),
     "sla2_sm90_pack_low": _Kernel("sm90/pack_low.cu", _fixed(128), _none, _LOW, opcodes=_WIDE),
     "sla2_sm90_sparse_fwd_low": _Kernel(
         "sm90/sparse_fwd_low.cu",

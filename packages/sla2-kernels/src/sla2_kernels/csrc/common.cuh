@@ -90,6 +90,14 @@ SLA2_INLINE int blocks_with_keys(const int* list, int count, int length) {
     return count;
 }
 
+// Weight w of O_s in a query block, dO_s = w dO: 1 without a complement (or without a linear
+// branch), 0 if nothing is selected.
+SLA2_INLINE float sparse_weight(const float* alpha, long long alpha_at, const float* rest_inverse,
+                                long long block, bool some) {
+    if (rest_inverse == nullptr || rest_inverse[block] == 0.0f) return 1.0f;
+    return some ? alpha[alpha_at] : 0.0f;
+}
+
 // Sum and maximum over the four lanes that share a row of an mma accumulator (README.md,
 // "Fragments").
 SLA2_INLINE float quad_sum(float v) {

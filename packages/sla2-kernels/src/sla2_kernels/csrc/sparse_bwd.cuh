@@ -20,14 +20,6 @@ constexpr int DQ_THREADS = 2 * ROWS;      // 16 query rows a warp
 constexpr int DKV_THREADS = 2 * BLOCK_K;  // 16 keys a warp
 static_assert(BLOCK_Q % ROWS == 0, "a query block is whole tiles");
 
-// Weight w of O_s in a query block, dO_s = w dO: 1 without a complement (or without a linear
-// branch), 0 if nothing is selected.
-SLA2_INLINE float sparse_weight(const float* alpha, long long alpha_at, const float* rest_inverse,
-                                long long block, bool some) {
-    if (rest_inverse == nullptr || rest_inverse[block] == 0.0f) return 1.0f;
-    return some ? alpha[alpha_at] : 0.0f;
-}
-
 // The scale of a block's values of Q or K, 1 where they are no quantised ones.
 SLA2_INLINE float scale_of_block(const float* scales, long long block) {
     return MATCHED ? scales[block] : 1.0f;

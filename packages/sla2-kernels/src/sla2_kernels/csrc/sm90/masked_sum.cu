@@ -1,7 +1,7 @@
 // H = (1 - M) h on Hopper: the product of ../linear.cu's sla2_masked_sum by wgmma.
 #include "sm90/pipeline.cuh"
 
-constexpr int STATE = HEAD_DIM * (HEAD_DIM + 1);  // columns: h_j row by row, then z_j
+constexpr int WIDTH = HEAD_DIM * (HEAD_DIM + 1);  // columns: h_j row by row, then z_j
 constexpr int ROWS = 256, COLUMNS = 128, DEPTH = 64, STAGES = 8;
 constexpr int STAGE_BYTES = DEPTH * COLUMNS * 2;
 constexpr int LAG = 4;  // stages whose copies a thread of the producer has in flight
@@ -20,7 +20,7 @@ struct SumTile {
 };
 
 SLA2_INLINE SumTile tile_of(int number, int row_tiles) {
-    constexpr int COLUMN_TILES = (STATE + COLUMNS - 1) / COLUMNS;
+    constexpr int COLUMN_TILES = (WIDTH + COLUMNS - 1) / COLUMNS;
     const int rest = number / row_tiles;
     return {number % row_tiles * ROWS, rest % COLUMN_TILES * COLUMNS, rest / COLUMN_TILES};
 }
@@ -68,8 +68,8 @@ sla2_sm90_masked_sum(const unsigned* __restrict__ bits, const half_bits* __restr
         int in_flight = 0;
         for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
             const SumTile tile = tile_of(number, row_tiles);
-            const half_bits* from = x + tile.bh * depth * STATE + tile.column0 + 8 * chunk;
-            const bool inside = tile.column0 + 8 * chunk < STATE;
+            const half_bits* from = x + tile.bh * depth * WIDTH + tile.column0 + 8 * chunk;
+            const bool inside = tile.column0 + 8 * chunk < WIDTH;
             for (int step = 0; step < steps; ++step, turn.next()) {
                 unsigned char* stage = shared + turn.stage * STAGE_BYTES;
                 mbarrier_wait(&barriers.empty[turn.stage], turn.parity ^ 1);
@@ -78,7 +78,7 @@ sla2_sm90_masked_sum(const unsigned* __restrict__ bits, const half_bits* __restr
                     const int j = step * DEPTH + line;
                     const bool valid = inside && j < depth;
                     cp_async_16(stage + panel_offset<DEPTH>(line, chunk),
-                                valid ? from + static_cast<long long>(j) * STATE : x,
+                                valid ? from + static_cast<long long>(j) * WIDTH : x,
                                 valid ? 16 : 0);
                 }
                 cp_async_commit();
