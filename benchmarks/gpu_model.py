@@ -29,13 +29,12 @@ COLUMNS = (
     "measured",
 )
 SHAPE = {"n": 32760, "heads": 12, "sparsity": 0.97}  # the paper's: Wan2.1 1.3B at 480p
+BACKWARD_SPARSITY = 0.95  # at which others give theirs
 PRECISIONS = ("full", "int8", "int8_int8")
 MMA_FLOPS = 4096  # of a warp's m16n8k16 instruction; m16n8k32 on 8 bit has twice as many
 LAUNCH_SECONDS = 2.5e-6  # from one kernel's end to the next one's start
 EXPOSED = 0.7  # of the shorter of issue and tensor, where wgmma multiplies
 SCHEDULERS = 4  # of a multiprocessor; each issues a warp's instruction a clock
-SHARED_BYTES = 128  # a clock and multiprocessor
-MATRIX_BYTES = 512  # that an ldmatrix.x4 reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,10 +158,16 @@ def work_of(entry: str, p: Problem, selected: int, blocks: int) -> Work:
     if entry == "sla2_sparse_bwd_kv":
         parts = p.block_q / min(64, p.block_q)
         return Work(selected * p.t_m / p.t_n * parts, half=4 * tile, looped=4 * tile)
+    if entry == "sla2_sm90_sparse_bwd_q":
+        return Work(p.pairs * p.t_m / blocks, half=3 * tile, warps=8, steps=selected, wgmma=True)
+    if entry == "sla2_sm90_sparse_bwd_kv":
+        columns, chosen = p.pairs * p.t_n / blocks, selected * p.t_m / p.t_n
+        return Work(columns, half=4 * tile, warps=8, steps=chosen, wgmma=True)
     if entry == "sla2_keys":
         return Work(d / 32, half=2.0 * p.pairs * p.n_k * d * d)
     flops = 2.0 * p.pairs * p.t_m * p.t_n * d * (d + 1)
-    if entry == "sla2_sm90_masked_sum":  # the forward's: tiles of 256 rows and 128 columns
+    # Tiles of 256 rows and 128 columns; the backward has as many steps.
+    if entry == "sla2_sm90_masked_sum":
         tiles = -(-p.t_m // 256) * -(-d * (d + 1) // 128) * p.pairs
         return Work(tiles / blocks, half=flops, warps=8, steps=-(-p.t_n // 64), wgmma=True)
     if entry == "sla2_masked_sum":
@@ -241,6 +246,8 @@ STAGES = {  # of the kernels' names; a kernel that is not listed is a stage by i
     "sm90_pack": "pack",
     "sm90_pack_low": "pack",
     "sm90_masked_sum": "masked_sum",
+    "sm90_sparse_bwd_kv": "sparse_bwd_kv",
+    "sm90_sparse_bwd_q": "sparse_bwd_q",
     "sm90_sparse_fwd": "sparse_fwd",
     "sm90_sparse_fwd_low": "sparse_fwd",
 }
@@ -292,6 +299,27 @@ def forward_launches(arch: str, p: Problem, topk: float) -> list[Launch]:
     return recorder.launches
 
 
+def backward_launches(arch: str, p: Problem, topk: float) -> list[Launch]:
+    """The launches of the backward of such a forward."""
+    from sla2_kernels.backward import backward
+    from sla2_kernels.forward import forward
+    from sla2_kernels.problem import Alpha, Map
+    from sla2_kernels.record import Recorder
+
+    recorder = Recorder(arch)
+    device, rows = recorder.device, (p.batch, p.heads, p.t_m)
+    q, k, v, grad = (
+        recorder.tensor(p.batch, p.heads, n, p.head_dim) for n in (p.n_q, p.n_k, p.n_k, p.n_q)
+    )
+    width = max(1, round(topk * p.t_n))
+    indices, counts = (recorder.allocate(shape, "int32") for shape in ((*rows, width), rows))
+    alpha = Alpha.of(recorder.allocate(rows, "float32"), rows)
+    saved = forward(device, p, q, k, v, Map(indices, counts, width), alpha, save=True)
+    first = len(recorder.launches)
+    backward(device, p, saved, grad)
+    return recorder.launches[first:]
+
+
 def measured(gpu: str, precision: str, results: Path = sass_figures.FILE.parent) -> float | None:
     """Milliseconds of the forward that a committed file of `sla2 bench --suite paper` has for this
     GPU; None if none has.
@@ -308,11 +336,14 @@ def measured(gpu: str, precision: str, results: Path = sass_figures.FILE.parent)
 
 
 def measure(report: Callable[[str, int, int], None], quick: bool) -> dict[str, Any]:
-    """The forward at the paper's shape on every GPU, in every precision that it runs: {"suite",
-    "shape", "nvrtc", "gpus", "rows"}. Reads the committed figures of the code; needs neither a GPU
-    nor NVRTC.
+    """The forward at the paper's shape on every GPU, in every precision that it runs, and the
+    backward, at BACKWARD_SPARSITY, on those whose kernels multiply by `wgmma`, where it is not
+    shared memory that it waits for: {"suite", "shape", "nvrtc", "gpus", "rows"}. Reads the
+    committed figures of the code; needs neither a GPU nor NVRTC.
     """
+    from sla2_kernels.hopper import takes
     from sla2_kernels.kernels import supports
+    from sla2_kernels.record import Recorder
 
     committed = sass_figures.read()
     n, heads = SHAPE["n"], SHAPE["heads"]
@@ -329,6 +360,12 @@ def measure(report: Callable[[str, int, int], None], quick: bool) -> dict[str, A
             found = model(gpu, launches, p, selected, committed["figures"][gpu.arch])
             rows += [{"gpu": name, "precision": precision, **row} for row in found]
             rows[-1]["measured"] = measured(name, precision)
+        p, topk = problem_of("full", int(n), int(heads)), 1 - BACKWARD_SPARSITY
+        if takes(Recorder(gpu.arch).device, p):
+            launches, selected = backward_launches(gpu.arch, p, topk), round(topk * p.t_n)
+            found = model(gpu, launches, p, selected, committed["figures"][gpu.arch])
+            label = f"backward, {BACKWARD_SPARSITY:.0%}"
+            rows += [{"gpu": name, "precision": label, **row} for row in found]
     return {
         "suite": "model",
         "shape": SHAPE,
@@ -345,7 +382,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     bars: dict[str, dict[str, float]] = {}
     for row in result["rows"]:
-        if row["stage"] != "sum":
+        if row["stage"] != "sum" and not row["precision"].startswith("backward"):
             bars.setdefault(f"{row['gpu']} {row['precision']}", {})[row["stage"]] = row["ms"]
     stages = list(dict.fromkeys(stage for parts in bars.values() for stage in parts))
     figure = Figure(figsize=(7, 4.5), layout="constrained")

@@ -48,6 +48,21 @@ def test_the_sparse_forward_by_wgmma_by_hand():
     assert by_mma_sync == pytest.approx(gpu_model.LAUNCH_SECONDS + longer + shorter)
 
 
+def test_the_backward_by_wgmma_multiplies_seven_times():
+    p = gpu_model.problem_of("full", 32760, 12)
+    launches = gpu_model.backward_launches("sm_90a", p, 0.05)
+    product = 2 * 128 * 64 * 128 * 12 * 256 * 26
+    found = {
+        launch.spec.entry: work_of(launch.spec.entry, p, 26, launch.blocks)
+        for launch in launches
+        if "sparse_bwd" in launch.spec.entry
+    }
+    q, kv = found["sla2_sm90_sparse_bwd_q"], found["sla2_sm90_sparse_bwd_kv"]
+    assert (q.half, kv.half) == (3 * product, 4 * product)
+    # A step is 128 queries and 64 keys in both.
+    assert q.trips * q.steps == pytest.approx(kv.trips * kv.steps)
+
+
 def test_an_inner_loop_runs_until_the_flops_are_done():
     # 3 tensor instructions outside the inner loop of 2; a trip needs 11, so it runs 5 times, not 1.
     figures = {"instructions": 50, "loop": 30, "tensor": 5, "inner": [7, 2]}
