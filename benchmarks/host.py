@@ -19,6 +19,19 @@ class _Stub:
         return None
 
 
+class _Nothing:
+    """What CuPy enters around a launch, and costs nothing."""
+
+    def __init__(self, *_: Any):
+        return None
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: Any) -> None:
+        return None
+
+
 @contextmanager
 def stubbed() -> Iterator[None]:
     """CuPy's part of a launch left out: kernels are neither built nor launched."""
@@ -27,21 +40,17 @@ def stubbed() -> Iterator[None]:
 
     from sla2_kernels.launch import LoadedKernel
 
-    @contextmanager
-    def nothing(*_: Any) -> Iterator[None]:
-        yield
-
     @cache
     def load(spec: Any, target: str, device: int) -> LoadedKernel:
         return LoadedKernel(spec, target, _Stub())
 
-    stream = SimpleNamespace(from_external=nothing)
-    cupy = SimpleNamespace(cuda=SimpleNamespace(Device=nothing, Stream=stream))
+    stream = SimpleNamespace(from_external=_Nothing)
+    cupy = SimpleNamespace(cuda=SimpleNamespace(Device=_Nothing, Stream=stream))
     with (
         mock.patch.dict("sys.modules", {"cupy": cupy}),
         mock.patch("sla2_kernels.launch.load", load),
         mock.patch("sla2_kernels.hopper.multiprocessors", return_value=132),
-        mock.patch("sla2_kernels.launch._cupy_stream", nothing),
+        mock.patch("sla2_kernels.launch._cupy_stream", _Nothing),
     ):
         yield
 

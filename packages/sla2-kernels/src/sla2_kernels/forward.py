@@ -8,7 +8,6 @@ C-contiguous; 16-bit ones are bfloat16 or float16 as `Problem.dtype` says.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -63,8 +62,7 @@ class Prepared(NamedTuple):
     states: Pointer = NULL
 
 
-@dataclass(frozen=True, kw_only=True)
-class Linear:
+class Linear(NamedTuple):
     """What the linear branch knows of every row block.
 
     Attributes:
@@ -97,8 +95,7 @@ class Routed(NamedTuple):
     scores: Pointer
 
 
-@dataclass(frozen=True, kw_only=True)
-class Forward:
+class Forward(NamedTuple):
     """What forward() returns.
 
     Attributes:
@@ -327,7 +324,7 @@ def route(
     ratio = ONE
     if alpha:
         bits = new((p.pairs, p.t_m, -(-p.t_n // 32)), "uint32")
-        found = replace(found, bits=bits, rest_inverse=new((p.pairs, p.t_m), "float32"))
+        found = found._replace(bits=bits, rest_inverse=new((p.pairs, p.t_m), "float32"))
         ratio = Alpha.of(new(per_row, "float32"), per_row)
     rule = alpha or AlphaRule()
     rows = p.t_m

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 TARGETS = ("cuda", "emulator")
 
 
-@dataclass(frozen=True)
-class Pointer:
+class Pointer(NamedTuple):
     """An address in device memory (GPU) or host memory (emulator), kept alive by `owner`."""
 
     address: int
@@ -125,7 +124,7 @@ def launch(
     grid, block = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
     if 0 in grid:
         return
-    values: list[np.generic] = [np.uint64(x.address) if isinstance(x, Pointer) else x for x in args]
+    values = [np.uint64(x[0]) if type(x) is Pointer else x for x in args]
     if not _SCALARS.issuperset(map(type, values)):
         index = next(i for i, value in enumerate(values) if type(value) not in _SCALARS)
         raise TypeError(
@@ -155,11 +154,11 @@ def run_kernel(
         RuntimeError: what compiling or running needs is missing, or the kernel does not compile.
         TypeError: an argument is neither a Pointer nor a numpy scalar.
     """
-    spec, grid = spec_of(name, device.arch, problem.geometry), (*grid, 1, 1)[:3]
+    spec = spec_of(name, device.arch, problem.geometry)
     if device.record:
-        return device.record(spec, grid, args)
+        return device.record(spec, (*grid, 1, 1)[:3], args)
     kernel = load(spec, device.target, device.index)
-    launch(kernel, grid, (spec.threads, 1, 1), spec.shared_bytes, args, device.stream)
+    launch(kernel, grid, (spec.threads,), spec.shared_bytes, args, device.stream)
 
 
 class _StreamHandle:

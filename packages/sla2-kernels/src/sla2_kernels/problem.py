@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,7 @@ Allocate = Callable[[tuple[int, ...], str], Pointer]
 Record = Callable[[KernelSpec, tuple[int, ...], Sequence[Argument]], None]
 
 
-@dataclass(frozen=True)
-class Strided:
+class Strided(NamedTuple):
     """A 16-bit tensor (B, H, N, channels) in any layout with adjacent channels.
 
     A transposed (B, N, H, channels), as models hold it, is one.
@@ -91,6 +90,13 @@ class Device:
     wgmma: bool = field(default_factory=wgmma_allowed)
 
 
+@cache
+def _geometry(head_dim: int, dtype: str, block_q: int, block_k: int, precision: str) -> Geometry:
+    return Geometry(
+        head_dim=head_dim, dtype=dtype, block_q=block_q, block_k=block_k, precision=precision
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """Shapes and settings of one call.
@@ -118,9 +124,10 @@ class Problem:
     kv_lengths: Pointer = NULL
 
     def __post_init__(self) -> None:
-        for name in ("batch", "heads", "n_q", "n_k", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
+        if min(self.batch, self.heads, self.n_q, self.n_k, self.head_dim) < 1:
+            for name in ("batch", "heads", "n_q", "n_k", "head_dim"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
         if self.head_dim > 128:
             raise ValueError(f"head_dim: expected at most 128, got {self.head_dim}")
         if self.pairs > 65535:
@@ -135,13 +142,7 @@ class Problem:
     @cached_property
     def geometry(self) -> Geometry:
         """What kernels are compiled for."""
-        return Geometry(
-            head_dim=self.width,
-            dtype=self.dtype,
-            block_q=self.block_q,
-            block_k=self.block_k,
-            precision=self.precision,
-        )
+        return _geometry(self.width, self.dtype, self.block_q, self.block_k, self.precision)
 
     @cached_property
     def pairs(self) -> int:
@@ -169,8 +170,7 @@ class Problem:
         return self.precision != "full"
 
 
-@dataclass(frozen=True)
-class Map:
+class Map(NamedTuple):
     """A block map on the device.
 
     Attributes:
@@ -187,8 +187,7 @@ class Map:
     rest_inverse: Pointer = NULL
 
 
-@dataclass(frozen=True)
-class Alpha:
+class Alpha(NamedTuple):
     """The mixing ratio, fp32 (B|1, H|1, T_m|1).
 
     Attributes:
@@ -212,8 +211,7 @@ class Alpha:
 ONE = Alpha(NULL, (0, 0, 0))
 
 
-@dataclass(frozen=True)
-class AlphaRule:
+class AlphaRule(NamedTuple):
     """How the mixing ratio of each row block is made while it is routed.
 
     Attributes:
