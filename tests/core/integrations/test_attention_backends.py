@@ -21,22 +21,28 @@ def run(transformer):
     return transformer(**tiny_wan.inputs(), return_dict=False)[0]
 
 
-def test_a_backend_is_what_apply_sla2_gives_and_is_undone(wan):
-    names = register_attention_backends(**FIELDS)
-    assert "sla2-sparse-only" in names
+@pytest.mark.parametrize(
+    ("name", "members"),
+    [
+        ("sla2-sparse-only", {"complement": "none", "alpha": "one"}),
+        ("sla2-training-free", {"variant": "training_free"}),
+    ],
+)
+def test_a_backend_is_what_apply_sla2_gives_and_is_undone(name, members, wan):
+    assert name in register_attention_backends(**FIELDS)
     expected = wan()
     # A backend of diffusers sees no grid, and so takes the tokens in raster order.
-    members = {"router": "heuristic", "complement": "none", "alpha": "one"}
-    apply_sla2(expected, tiny_wan.config(**members, token_order="raster"))
+    own = {"router": "heuristic", "token_order": "raster"} | FIELDS | members
+    apply_sla2(expected, own)
     transformer, other = wan(), wan()
     full = run(transformer)
-    transformer.set_attention_backend("sla2-sparse-only")
+    transformer.set_attention_backend(name)
     assert torch.equal(run(transformer), run(expected))
     assert (run(transformer) - full).abs().max() > 1e-3
     assert torch.equal(run(other), full)  # another model keeps diffusers' default
     transformer.reset_attention_backend()
     assert torch.equal(run(transformer), full)
-    transformer.set_attention_backend("sla2-sparse-only")
+    transformer.set_attention_backend(name)
     transformer.set_attention_backend("native")
     assert torch.equal(run(transformer), full)
 

@@ -27,7 +27,16 @@ KINDS = {
 OTHERS = [name for name in families.PIPELINES if name != "wan"]
 QUICK = ("t2v", "i2v two experts")
 QUICK_OF_OTHERS = "lora after"
-WAYS = ("offload", "offload first", "compile", "lora before", "lora after", "save and load")
+WAYS = (
+    "offload",
+    "offload first",
+    "model offload",
+    "model offload first",
+    "compile",
+    "lora before",
+    "lora after",
+    "save and load",
+)
 CASES = [
     pytest.param(kind, way, marks=[] if kind in QUICK and way != "compile" else [slow])
     for kind in KINDS
@@ -114,11 +123,15 @@ def test_every_block_is_the_pipeline_itself(kind, way, tmp_path):
         add_lora(pipe)
     if way == "offload first":
         offload(pipe, tmp_path)
+    if way == "model offload first":
+        pipe.enable_model_cpu_offload(device="cpu")  # whose hooks are those for a GPU
     handles = put(pipe)
     if way == "lora after":
         add_lora(pipe)
     if way == "offload":
         offload(pipe, tmp_path)
+    if way == "model offload":
+        pipe.enable_model_cpu_offload(device="cpu")
     if way == "compile":
         torch.compiler.reset()  # one process may compile only so many models of a class
         for name in ("transformer", "transformer_2"):
