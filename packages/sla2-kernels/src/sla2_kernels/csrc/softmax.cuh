@@ -19,14 +19,14 @@ struct OnlineSoftmax {
             for (int r = 0; r < 2; ++r) maximum[m][r] = MINUS_INFINITY, sum[m][r] = 0.0f;
     }
 
-    // Turns raw scores s into P = 2^(scale (s - maximum) + unit), adds their row sums, and rescales
-    // `out` and the sums if the maximum of any row of the warp moves up by more than `slack` in
-    // log2 (then P <= 2^(unit + slack)). The result after normalisation depends on neither. NaN
+    // Turns raw scores s into P = 2^(scale (s - maximum)), adds their row sums, and rescales `out`
+    // and the sums if the maximum of any row of the warp moves up by more than `slack` in log2
+    // (then P <= 2^slack). The result after normalisation depends on neither. NaN
     // scores give NaN weights: fmaxf skips them, exp2 does not.
     template <int N_TILES, int OUT_TILES>
     __device__ __forceinline__ void update(float (&s)[M_TILES][N_TILES][4],
                                            float (&out)[M_TILES][OUT_TILES][4], float scale,
-                                           float slack, float unit = 0.0f) {
+                                           float slack) {
         float top[M_TILES][2];
         bool moved = false;
 #pragma unroll
@@ -57,17 +57,55 @@ struct OnlineSoftmax {
                         out[m][n][2 * r] *= keep, out[m][n][2 * r + 1] *= keep;
                 }
         }
+        float shift[M_TILES][2];
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) shift[m][r] = maximum[m][r] * scale;
+        exponentiate(s, scale, shift);
+    }
+
+    // The same without slack, P in [0, 2^unit], for scores (s - bias) factor, factor > 0. Maxima
+    // move in most steps then, so no branch asks: `keep` says what is left of the caller's sums of
+    // P V, by rows. `bias` is not subtracted from each score but goes into the exponent's shift,
+    // which rounds it by less than one unit of s.
+    template <int N_TILES>
+    __device__ __forceinline__ void update_low(float (&s)[M_TILES][N_TILES][4],
+                                               float (&keep)[M_TILES][2], float scale,
+                                               float factor, float bias, float unit) {
+        float shift[M_TILES][2];
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const float shift = maximum[m][r] * scale - unit;
+                float t = MINUS_INFINITY;
+#pragma unroll
+                for (int n = 0; n < N_TILES; ++n)
+                    t = fmaxf(t, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
+                const float before = maximum[m][r];
+                const float top = fmaxf(before, (quad_max(t) - bias) * factor);
+                keep[m][r] = top == before ? 1.0f : exp2_approx((before - top) * scale);
+                maximum[m][r] = top;
+                sum[m][r] *= keep[m][r];
+                shift[m][r] = __fmaf_rn(bias, scale * factor, top * scale - unit);
+            }
+        exponentiate(s, scale * factor, shift);
+    }
+
+    // s = 2^(s scale - shift), one FMA and one ex2, added to the row sums.
+    template <int N_TILES>
+    __device__ __forceinline__ void exponentiate(float (&s)[M_TILES][N_TILES][4], float scale,
+                                                 const float (&shift)[M_TILES][2]) {
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
                 float total = 0.0f;
 #pragma unroll
                 for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
                     for (int e = 2 * r; e < 2 * r + 2; ++e) {
-                        s[m][n][e] = exp2_approx(s[m][n][e] * scale - shift);  // one FMA, one ex2
+                        s[m][n][e] = exp2_approx(s[m][n][e] * scale - shift[m][r]);
                         total += s[m][n][e];
                     }
                 sum[m][r] += total;

@@ -9,32 +9,31 @@ constexpr int KEY_TILES = BLOCK_K / 8;
 // One K tile, and one V^T tile (D rows of BLOCK_K keys).
 constexpr int KEY_BYTES = BLOCK_K * HEAD_DIM;
 
-// An accumulator tile of 8-bit products: int32, or fp32 for FP8. int32 sums that start at
-// FLOAT_BIAS_BITS are the floats 12582912 + sum, bit for bit, while |sum| < 2^22
+// An accumulator tile of 8-bit products: int32, or fp32 for FP8, as floats the sum and BIAS. int32
+// sums that start at BIAS_BITS are the floats 12582912 + sum, bit for bit, while |sum| < 2^22
 // (128 * 127 * 127 is less).
 template <bool FP8>
 struct Sums {
-    static constexpr int FLOAT_BIAS_BITS = 0x4b400000;
-    static constexpr float FLOAT_BIAS = 12582912.0f;
+    static constexpr int BIAS_BITS = 0x4b400000;
+    static constexpr float BIAS = 12582912.0f;
     int c[4];
-    __device__ __forceinline__ void clear() { c[0] = c[1] = c[2] = c[3] = FLOAT_BIAS_BITS; }
+    __device__ __forceinline__ void clear() { c[0] = c[1] = c[2] = c[3] = BIAS_BITS; }
     __device__ __forceinline__ void multiply(const unsigned* a, const unsigned* b) {
         mma_m16n8k32_s8(c, a, b);
     }
-    __device__ __forceinline__ float value(int e) const {
-        return __int_as_float(c[e]) - FLOAT_BIAS;
-    }
+    __device__ __forceinline__ float biased(int e) const { return __int_as_float(c[e]); }
 };
 
 #if SLA2_ARCH >= 89
 template <>
 struct Sums<true> {
+    static constexpr float BIAS = 0.0f;
     float c[4];
     __device__ __forceinline__ void clear() { c[0] = c[1] = c[2] = c[3] = 0.0f; }
     __device__ __forceinline__ void multiply(const unsigned* a, const unsigned* b) {
         mma_m16n8k32_e4m3(c, a, b);
     }
-    __device__ __forceinline__ float value(int e) const { return c[e]; }
+    __device__ __forceinline__ float biased(int e) const { return c[e]; }
 };
 #endif
 
@@ -141,12 +140,14 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
 #pragma unroll
                 for (int n = 0; n < KEY_TILES; ++n)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) s[m][n][e] = sums[m][n].value(e) * key_scale;
+                    for (int e = 0; e < 4; ++e) s[m][n][e] = sums[m][n].biased(e);
         }
         if (!more && tail < BLOCK_K) mask_tail(s, tail);
-        // No slack: P stays in [0, PV_LIMIT], the range of the 8-bit format. The row sums count in
-        // the same unit, so it leaves O with the normalisation, and L below.
-        softmax.update(s, o, row_scale * LOG2_E, 0.0f, LOG2_PV_LIMIT);
+        // P stays in [0, PV_LIMIT], the range of the 8-bit format. The row sums count in the same
+        // unit, so it leaves O with the normalisation, and L below.
+        float keep[FWD_M_TILES][2];
+        softmax.update_low(s, keep, row_scale * LOG2_E, key_scale, Sums<QK_FP8>::BIAS,
+                           LOG2_PV_LIMIT);
 
         cp_async_wait<1>();  // V of this step is here
         __syncthreads();
@@ -170,7 +171,7 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
                     p[c][m][r] = pack_bytes<PV_FP8>(left[0], left[1], right[0], right[1]);
                 }
         // Each block's product has its own sums and is added in fp32: FP8 tensor cores keep fewer
-        // bits than fp32.
+        // bits than fp32. The same FMA rescales o.
 #pragma unroll
         for (int n = 0; n < D_TILES; n += 2) {
             Sums<PV_FP8> sums[FWD_M_TILES][2];
@@ -191,7 +192,9 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) o[m][n + i][e] += sums[m][i].value(e);
+                    for (int e = 0; e < 4; ++e)
+                        o[m][n + i][e] = __fmaf_rn(o[m][n + i][e], keep[m][e >> 1],
+                                                   sums[m][i].biased(e) - Sums<PV_FP8>::BIAS);
         }
         block = next;
         next = step + 2 < steps ? list[step + 2] : 0;

@@ -8,40 +8,23 @@
 
 constexpr int PITCH = HALF_ROW + 16;  // bytes of a row that ldmatrix reads without conflicts
 
-// The largest of the lane's and `floor` in its row r.
-SLA2_INLINE float row_top(const float (&s)[32], int r, float floor) {
-    float t = floor;
-#pragma unroll
-    for (int n = 0; n < 8; ++n) t = fmaxf(t, fmaxf(s[4 * n + 2 * r], s[4 * n + 2 * r + 1]));
-    return t;
-}
-
-// s = 2^(s scale - shift[r]), in row r; added to the row sums.
-SLA2_INLINE void exponentiate(OnlineSoftmax<1>& softmax, float (&s)[32], float scale,
-                              const float (&shift)[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        float total = 0.0f;
-#pragma unroll
-        for (int n = 0; n < 8; ++n)
-#pragma unroll
-            for (int e = 4 * n + 2 * r; e < 4 * n + 2 * r + 2; ++e) {
-                s[e] = exp2_flushed(s[e] * scale - shift[r]);
-                total += s[e];
-            }
-        softmax.sum[0][r] += total;
-    }
+// Scores as the tiles of one 16-row product.
+SLA2_INLINE float (&tiles_of(float (&s)[32]))[1][8][4] {
+    return reinterpret_cast<float (&)[1][8][4]>(s);
 }
 
 // Turns raw scores into P as OnlineSoftmax::update does. `keep` says by what the caller has to
 // multiply its sums of P V, which may be in flight; false: by nothing.
 SLA2_INLINE bool next_weights(OnlineSoftmax<1>& softmax, float (&s)[32], float (&keep)[2],
                               float scale, float slack) {
-    float top[2], shift[2];
+    float top[2], shift[1][2];
     bool moved = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        top[r] = quad_max(row_top(s, r, softmax.maximum[0][r]));
+        float t = softmax.maximum[0][r];
+#pragma unroll
+        for (int n = 0; n < 8; ++n) t = fmaxf(t, fmaxf(s[4 * n + 2 * r], s[4 * n + 2 * r + 1]));
+        top[r] = quad_max(t);
         moved = moved || (top[r] - softmax.maximum[0][r]) * scale > slack;
         keep[r] = 1.0f;
     }
@@ -57,29 +40,9 @@ SLA2_INLINE bool next_weights(OnlineSoftmax<1>& softmax, float (&s)[32], float (
         }
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) shift[r] = softmax.maximum[0][r] * scale;
-    exponentiate(softmax, s, scale, shift);
+    for (int r = 0; r < 2; ++r) shift[0][r] = softmax.maximum[0][r] * scale;
+    softmax.exponentiate(tiles_of(s), scale, shift);
     return moved;
-}
-
-// The same without slack, P in [0, 2^unit], for scores (s - bias) factor, factor > 0. Maxima move
-// in most steps then, so nothing is asked: sums of P V are multiplied by `keep` where they are
-// added up. `bias` is not subtracted from each score but goes into the exponent's shift, which
-// rounds it by less than one unit of s.
-SLA2_INLINE void next_low_weights(OnlineSoftmax<1>& softmax, float (&s)[32], float (&keep)[2],
-                                  float scale, float factor, float bias, float unit) {
-    float shift[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const float before = softmax.maximum[0][r];
-        const float own = (quad_max(row_top(s, r, MINUS_INFINITY)) - bias) * factor;
-        const float top = fmaxf(before, own);
-        keep[r] = top == before ? 1.0f : exp2_approx((before - top) * scale);
-        softmax.maximum[0][r] = top;
-        softmax.sum[0][r] *= keep[r];
-        shift[r] = __fmaf_rn(bias, scale * factor, top * scale - unit);
-    }
-    exponentiate(softmax, s, scale * factor, shift);
 }
 
 // Row r of each lane's two times by[r].

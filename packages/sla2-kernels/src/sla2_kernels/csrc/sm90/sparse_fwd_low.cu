@@ -72,10 +72,10 @@ SLA2_INLINE void issue_values(Sums<PV_FP8, D_WORDS>& t, const unsigned (&p)[BLOC
 // o = o keep + P V of one tile, whose sums are its own because FP8 tensor cores keep fewer bits than
 // fp32. `keep`, by row, is what has become of the maximum since the tile before.
 SLA2_INLINE void add_values(float (&o)[D_WORDS], const Sums<PV_FP8, D_WORDS>& values,
-                            const float (&keep)[2]) {
+                            const float (&keep)[1][2]) {
 #pragma unroll
     for (int i = 0; i < D_WORDS; ++i)
-        o[i] = __fmaf_rn(o[i], keep[i >> 1 & 1], values.biased(i) - values.BIAS);
+        o[i] = __fmaf_rn(o[i], keep[0][i >> 1 & 1], values.biased(i) - values.BIAS);
 }
 
 // Register r of a 32-key A operand: keys 2 q, 2 q + 1 of one 8-key tile and of the next
@@ -194,7 +194,7 @@ sla2_sm90_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long
             for (int c = 0; c < HEAD_DIM / 32; ++c)
                 ldmatrix_x4(a[c], rows + 16 * (2 * c + (lane >> 4)));
             // What the maxima of the newest and of the tile before it have left of older sums.
-            float s[32], keep[2], kept[2], factor = key_scale[w.list[0]];
+            float s[32], keep[1][2], kept[1][2], factor = key_scale[w.list[0]];
             {
                 Scores sums;
                 sums.clear();
@@ -210,7 +210,7 @@ sla2_sm90_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long
             }
             if (w.steps == 1 && tail < BLOCK_K) mask_keys(s, tail);
             // P counts up to PV_LIMIT, so it stays in the range of the 8-bit format.
-            next_low_weights(softmax, s, kept, scale, factor, Scores::BIAS, LOG2_PV_LIMIT);
+            softmax.update_low(tiles_of(s), kept, scale, factor, Scores::BIAS, LOG2_PV_LIMIT);
             pack_weights(p, s);
             // As in 16 bit.
             Sums<PV_FP8, D_WORDS> values;
@@ -231,12 +231,12 @@ sla2_sm90_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long
 #pragma unroll
                 for (int i = 0; i < 32; ++i) s[i] = sums.biased(i);
                 if (step + 1 == w.steps && tail < BLOCK_K) mask_keys(s, tail);
-                next_low_weights(softmax, s, keep, scale, factor, Scores::BIAS, LOG2_PV_LIMIT);
+                softmax.update_low(tiles_of(s), keep, scale, factor, Scores::BIAS, LOG2_PV_LIMIT);
                 wgmma_wait<0>();  // P V
                 if (lead) mbarrier_arrive(&barriers.v_empty[v_turn.stage]);
                 v_turn.next();
                 add_values(o, values, kept);
-                kept[0] = keep[0], kept[1] = keep[1];
+                kept[0][0] = keep[0][0], kept[0][1] = keep[0][1];
                 pack_weights(p, s);
             }
             values.clear();
