@@ -257,7 +257,7 @@ class _Kernels:
         self.wgmma = wgmma_allowed()
         first = self.pool(self.problem)
         self.block_map = self.route(self.problem, first)
-        self.made = operator.keys(self.device, self.problem, first)
+        self.made = self.keys(self.problem, first)
         self.linear = operator.linear_sums(
             self.device, self.problem, self.made.states, self.block_map
         )
@@ -295,6 +295,12 @@ class _Kernels:
 
     def pool(self, problem: Problem) -> Any:
         return self.operator.pool(self.device, problem, *self.inputs, pooled=True)
+
+    def keys(self, problem: Problem, made: Any) -> Any:
+        from sla2_kernels.hopper import takes
+
+        device = self.device
+        return self.operator.keys(device, problem, made, tiles=takes(device, problem))
 
     def route(self, problem: Problem, made: Any) -> Any:
         return self.operator.route(
@@ -337,7 +343,7 @@ class _Kernels:
             "SLA2 forward": lambda: self.forward(problem),
             "SLA2 pool": lambda: self.pool(problem),
             "SLA2 route": lambda: self.route(problem, self.made),
-            "SLA2 keys": lambda: op.keys(self.device, problem, self.made),
+            "SLA2 keys": lambda: self.keys(problem, self.made),
             "SLA2 linear sums": lambda: op.linear_sums(
                 self.device, problem, self.made.states, self.block_map
             ),

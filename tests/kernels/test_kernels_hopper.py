@@ -16,7 +16,7 @@ from sla2_kernels.kernels import Geometry, all_specs, spec_of
 from sla2_kernels.problem import NULL, ONE, Alpha, Device, Strided
 from sla2_kernels.sass import code_of
 
-BLOCKS = (128, 64)
+BLOCKS, SLOW = (128, 64), pytest.mark.slow
 
 needs_hopper = pytest.mark.skipif(problems.DEVICE.arch != "sm_90a", reason="the GPU has no wgmma")
 
@@ -296,6 +296,27 @@ def test_other_blocks_and_the_switch_take_mma_sync(monkeypatch, launched):
         Device(allocate=problems.allocate)
     with pytest.raises(ValueError, match="expected sm_90a and blocks of 128 and 64, got sm_90a an"):
         spec_of("sla2_sm90_pack", "sm_90a", Geometry(head_dim=64, block_q=64))
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    ("precision", "d"),
+    [("full", 64), ("int8", 64), *(pytest.param(p, 128, marks=SLOW) for p in ("full", "fp8"))],
+)
+def test_keys_writes_the_tiles_that_pack_does(precision, d):
+    case = problems.make(130, 200, d=d, blocks=BLOCKS, lengths=(200, 63), precision=precision)
+    p, device = case.problem, problems.DEVICE
+    inputs = (problems.strided(x) for x in (case.q, case.k, case.v))
+    first = operator.pool(device, p, *inputs)
+    made = operator.keys(device, p, first, linear=False, tiles=True)
+    if p.low:
+        rows = operator.keys(device, p, first, linear=False)
+        expected = hopper.pack_low(device, p, rows.k_bytes, rows.v_bytes)
+    else:
+        expected = hopper.pack(device, p, made.k, made.v, made.mean)
+    for tile, right in zip((made.k_tiles, made.v_tiles), expected):
+        found, right = (x.owner.view(torch.uint8).flatten() for x in (tile, right))
+        assert torch.equal(found, right)
 
 
 @needs_hopper

@@ -43,6 +43,8 @@ class Prepared(NamedTuple):
         v_bytes: 8-bit copy of V, transposed in each block: (B H, T_n, width, block_k).
         q_scale, k_scale, v_scale: what the copies are divided by, fp32 (B H, T_m), (B H, T_n) and
             (B H, width).
+        k_tiles, v_tiles: K less `mean` and V, in low bit their 8-bit copies, as sm90/pack.cu and
+            sm90/pack_low.cu lay them out, (B H, T_n, block_k, width).
         states: of the linear branch, 16 bit (B H, T_n, width (width + 1)): phi(K_j)^T V_j / block_k
             row by row, and behind it the column sums of phi(K_j) / block_k.
     """
@@ -59,6 +61,8 @@ class Prepared(NamedTuple):
     q_scale: Pointer = NULL
     k_scale: Pointer = NULL
     v_scale: Pointer = NULL
+    k_tiles: Pointer = NULL
+    v_tiles: Pointer = NULL
     states: Pointer = NULL
 
 
@@ -220,7 +224,13 @@ def pool(
 
 
 def keys(
-    device: Device, problem: Problem, made: Prepared, *, linear: bool = True, save: bool = False
+    device: Device,
+    problem: Problem,
+    made: Prepared,
+    *,
+    linear: bool = True,
+    save: bool = False,
+    tiles: bool = False,
 ) -> Prepared:
     """The second pass over K, and the one over V: what attention needs of them (Alg. 2).
 
@@ -229,21 +239,28 @@ def keys(
         linear: make the states of the linear branch.
         save: write the smoothed K, which backward() reads. `k` then is that, and `mean` NULL.
 
-    A low-bit precision has also k_bytes, k_scale and v_bytes made.
+        tiles: make k_tiles and v_tiles, for blocks of 128 and 64.
+
+    A low-bit precision has also k_scale and, without `tiles`, k_bytes and v_bytes made.
     """
     p, new = problem, device.allocate
     smooth = new((p.pairs, p.n_k, p.width), p.dtype) if save and made.mean.address else NULL
     states = new((p.pairs, p.t_n, p.width * (p.width + 1)), p.dtype) if linear else NULL
     k, mean = made.k, made.mean
     if p.low:
+        made = made._replace(k_scale=new((p.pairs, p.t_n), "float32"))
+    if tiles:
+        shape = (p.pairs, p.t_n, p.block_k, p.width)
+        k_tiles, v_tiles = (new(shape, "uint8" if p.low else p.dtype) for _ in range(2))
+        made = made._replace(k_tiles=k_tiles, v_tiles=v_tiles)
+    elif p.low:
         made = made._replace(
             k_bytes=new((p.pairs, p.n_k, p.width), "uint8"),
-            k_scale=new((p.pairs, p.t_n), "float32"),
             v_bytes=new((p.pairs, p.t_n, p.width, p.block_k), "uint8"),
         )
     if smooth.address:
         made = made._replace(k=Strided.of(smooth, p.heads, p.n_k, p.width), mean=NULL)
-    if not (smooth.address or linear or p.low):
+    if not (smooth.address or linear or p.low or tiles):
         return made
     run_kernel(
         device,
@@ -251,7 +268,7 @@ def keys(
         "sla2_keys",
         (p.t_n, p.pairs),
         *k.arguments,
-        *(made.v if linear or p.low else NOTHING).arguments,
+        *(made.v if linear or p.low or tiles else NOTHING).arguments,
         mean,
         made.v_scale,
         p.kv_lengths,
@@ -260,6 +277,8 @@ def keys(
         made.k_bytes,
         made.k_scale,
         made.v_bytes,
+        made.k_tiles,
+        made.v_tiles,
         *map(np.int32, (p.heads, p.n_k, p.head_dim)),
     )
     return made._replace(states=states)
@@ -522,9 +541,12 @@ def _sparse_by_wgmma(
 ) -> None:
     p, low, q = problem, None, made.q
     if p.low:
-        tiles = hopper.pack_low(device, p, made.k_bytes, made.v_bytes)
         low = hopper.LowBit(made.q_bytes, made.q_scale, made.k_scale, made.v_scale)
-        q = q if linear else Strided(NULL, (0, 0, 0))
+        q = q if linear else NOTHING
+    if made.k_tiles.address:
+        tiles = made.k_tiles, made.v_tiles
+    elif p.low:
+        tiles = hopper.pack_low(device, p, made.k_bytes, made.v_bytes)
     else:
         tiles = hopper.pack(device, p, made.k, made.v, made.mean)
     state, norm = (linear.state, linear.norm) if linear else (NULL, NULL)
@@ -566,7 +588,8 @@ def forward(
     """
     p = problem
     made = made or pool(device, p, q, k, v, smooth_k=smooth_k)
-    made = keys(device, p, made, linear=alpha is not None, save=save)
+    tiles = hopper.takes(device, p) and not (save and p.low)  # a matched backward reads rows
+    made = keys(device, p, made, linear=alpha is not None, save=save, tiles=tiles)
     linear = None if alpha is None else linear_sums(device, p, made.states, block_map)
     alpha = alpha or ONE
     out, lse, out_sparse = sparse_forward(device, p, made, block_map, linear, alpha, save, out)

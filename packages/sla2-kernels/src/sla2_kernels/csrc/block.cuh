@@ -34,9 +34,10 @@ struct Block {
     }
 
     // The block in 8 bit with one scale: bytes (ROWS, D), those of the first `rows` rows. All
-    // threads call it; `tops` has a float a warp.
+    // threads call it; `tops` has a float a warp. `at` gives the offset of a row's 8 bytes.
+    template <class At>
     __device__ __forceinline__ void store_bytes(float* tops, int rows, unsigned char* bytes,
-                                                float* scale) const {
+                                                float* scale, At at) const {
         float top = 0.0f;
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) {
@@ -62,8 +63,14 @@ struct Block {
             packed.x = pack_bytes<QK_FP8>(x[0], x[1], x[2], x[3]);
             packed.y = pack_bytes<QK_FP8>(x[4], x[5], x[6], x[7]);
             if (row(pass) < rows)
-                *reinterpret_cast<uint2*>(bytes + row(pass) * HEAD_DIM +
-                                          8 * (threadIdx.x % ROW_LANES)) = packed;
+                *reinterpret_cast<uint2*>(bytes + at(row(pass), threadIdx.x % ROW_LANES)) = packed;
         }
+    }
+
+    // The same, row by row.
+    __device__ __forceinline__ void store_bytes(float* tops, int rows, unsigned char* bytes,
+                                                float* scale) const {
+        store_bytes(tops, rows, bytes, scale,
+                    [](int row, int lane) { return row * HEAD_DIM + 8 * lane; });
     }
 };

@@ -1,15 +1,16 @@
 // The second pass over K, and the one over V: K less its mean, the linear states h_j = phi(K_j)^T V_j
 // and z_j of each key block, 8-bit K and V. Strides as in pool.cu.
 #include "block.cuh"
+#include "sm90/offsets.cuh"
 #include "tile.cuh"
 
 constexpr int KEYS_THREADS = 2 * HEAD_DIM;        // a warp per 16 channels of phi
 constexpr int KEYS_BLOCKS = 768 / KEYS_THREADS;   // on a multiprocessor: 85 registers for a thread
 
-// V in 8 bit, transposed and permuted (formats.cuh), (D, BLOCK_K). A thread makes 16 keys of a
-// channel at a time. (In low bit a block holds 32 or 64 keys, so the threads' shares are whole.)
+// V in 8 bit, transposed and permuted (formats.cuh), (D, BLOCK_K), row by row or as a tile for
+// wgmma. A thread makes 16 keys of a channel at a time. (In low bit a block holds 32 or 64 keys, so the threads' shares are whole.)
 SLA2_INLINE void store_values(const unsigned char* tile, const float* value_scale,
-                              unsigned char* bytes) {
+                              unsigned char* bytes, bool swizzled) {
     constexpr int SHARES = KEYS_THREADS / HEAD_DIM, GROUPS = BLOCK_K / 16 / SHARES;
     const int c = threadIdx.x % HEAD_DIM, share = threadIdx.x / HEAD_DIM;
     const Divisor by(value_scale[c]);
@@ -30,7 +31,8 @@ SLA2_INLINE void store_values(const unsigned char* tile, const float* value_scal
         }
         uint4 packed;
         packed.x = words[0], packed.y = words[1], packed.z = words[2], packed.w = words[3];
-        *reinterpret_cast<uint4*>(bytes + c * BLOCK_K + 16 * group) = packed;
+        const int at = swizzled ? byte_offset<BLOCK_K>(c, group) : c * BLOCK_K + 16 * group;
+        *reinterpret_cast<uint4*>(bytes + at) = packed;
     }
 }
 
@@ -89,14 +91,16 @@ SLA2_INLINE void store_states(const unsigned char* phi_tile, const unsigned char
 // wanted: smooth (B H, n_k, D), K - mean in 16 bit, from which everything else is made; states
 // (B H, T_n, D (D + 1)) in 16 bit; in 8 bit also k_bytes (B H, n_k, D) with a scale a block
 // (B H, T_n), and v_bytes (B H, T_n, D, BLOCK_K). Tokens past the valid ones come out as zeros.
-// Shared memory: phi(K) | V.
+// k_tiles and v_tiles (B H, T_n, a tile), in 8 bit in place of k_bytes and v_bytes: as sm90/pack.cu
+// and sm90/pack_low.cu lay them out. Shared memory: phi(K) | V.
 extern "C" __global__ void __launch_bounds__(KEYS_THREADS, KEYS_BLOCKS)
 sla2_keys(const half_bits* __restrict__ k, long long k_item, long long k_head, int k_step,
           const half_bits* __restrict__ v, long long v_item, long long v_head, int v_step,
           const float* __restrict__ mean, const float* __restrict__ value_scale,
           const int* __restrict__ kv_lengths, half_bits* __restrict__ smooth,
           half_bits* __restrict__ states, unsigned char* __restrict__ k_bytes,
-          float* __restrict__ k_scale, unsigned char* __restrict__ v_bytes, int num_heads,
+          float* __restrict__ k_scale, unsigned char* __restrict__ v_bytes,
+          unsigned char* __restrict__ k_tiles, unsigned char* __restrict__ v_tiles, int num_heads,
           int n_k, int channels) {
     SLA2_DYNAMIC_SHARED(shared);
     __shared__ float tops[KEYS_THREADS / 32];
@@ -106,7 +110,7 @@ sla2_keys(const half_bits* __restrict__ k, long long k_item, long long k_head, i
     const int first = blockIdx.x * BLOCK_K, item = blockIdx.y / num_heads;
     const int head = blockIdx.y % num_heads, rows = n_k - first;
     const int valid = clamp_int(valid_keys(kv_lengths, item, n_k) - first, 0, BLOCK_K);
-    if (LOW_BIT || states != nullptr)
+    if (LOW_BIT || states != nullptr || v_tiles != nullptr)
         load_tile<BLOCK_K, HALF_ROW, KEYS_THREADS>(
             v_tile, v + item * v_item + head * v_head + static_cast<long long>(first) * v_step,
             2 * v_step, valid);
@@ -135,8 +139,20 @@ sla2_keys(const half_bits* __restrict__ k, long long k_item, long long k_head, i
             if (keys.row(pass) < rows)
                 *reinterpret_cast<uint4*>(smooth + (bh * n_k + first + keys.row(pass)) * HEAD_DIM +
                                           8 * lane) = keys.kept[pass];
-    if (LOW_BIT)
+    const bool tiled = k_tiles != nullptr;
+    if (LOW_BIT && tiled)
+        keys.store_bytes(tops, BLOCK_K, k_tiles + at * (BLOCK_K * HEAD_DIM), k_scale + at,
+                         [](int row, int lane) {
+                             return byte_offset<HEAD_DIM>(row, lane >> 1) + 8 * (lane & 1);
+                         });
+    else if (LOW_BIT)
         keys.store_bytes(tops, rows, k_bytes + (bh * n_k + first) * HEAD_DIM, k_scale + at);
+    else if (tiled)
+#pragma unroll
+        for (int pass = 0; pass < keys.PASSES; ++pass)
+            *reinterpret_cast<uint4*>(k_tiles + at * (BLOCK_K * HALF_ROW) +
+                                      panel_offset<BLOCK_K>(keys.row(pass), lane)) =
+                keys.kept[pass];
     if (states != nullptr) {
         const int inside = channels - 8 * lane;  // at least 8 but where heads are padded
 #pragma unroll
@@ -153,6 +169,14 @@ sla2_keys(const half_bits* __restrict__ k, long long k_item, long long k_head, i
     cp_async_wait<0>();
     __syncthreads();
     if (LOW_BIT)
-        store_values(v_tile, value_scale + bh * HEAD_DIM, v_bytes + at * BLOCK_K * HEAD_DIM);
+        store_values(v_tile, value_scale + bh * HEAD_DIM,
+                     (tiled ? v_tiles : v_bytes) + at * BLOCK_K * HEAD_DIM, tiled);
+    else if (tiled)
+#pragma unroll
+        for (int pass = 0; pass < keys.PASSES; ++pass)
+            *reinterpret_cast<uint4*>(v_tiles + at * (BLOCK_K * HALF_ROW) +
+                                      panel_offset<BLOCK_K>(keys.row(pass), lane)) =
+                *reinterpret_cast<const uint4*>(v_tile +
+                                                tile_offset<HALF_ROW>(keys.row(pass), lane));
     if (states != nullptr) store_states(phi_tile, v_tile, states + at * STATE);
 }

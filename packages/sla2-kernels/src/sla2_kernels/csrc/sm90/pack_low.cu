@@ -1,12 +1,6 @@
 // 8-bit K and V^T in the tiles that the low-bit forward on Hopper copies whole.
 #include "sm90/panels.cuh"
 
-// Byte offset of 16-byte chunk `chunk` of a row of ROW_BYTES, 64 or 128, under a swizzle as wide.
-template <int ROW_BYTES>
-SLA2_INLINE int byte_offset(int row, int chunk) {
-    return row * ROW_BYTES + ((chunk ^ row / (128 / ROW_BYTES) & (ROW_BYTES / 16 - 1)) << 4);
-}
-
 // A tile of ROWS rows; those from `valid` on are zeros. 128 threads.
 template <int ROWS, int ROW_BYTES>
 SLA2_INLINE void pack_tile(const unsigned char* x, int valid, unsigned char* tile) {

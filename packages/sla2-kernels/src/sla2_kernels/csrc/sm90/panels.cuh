@@ -1,20 +1,14 @@
-// Tiles as bulk copies bring them and wgmma reads them: panels of 64 channels in 16 bit, rows of
-// 128 bytes in which chunk c of row r lies at c XOR (r mod 8); descriptors of their parts.
+// Tiles as bulk copies bring them and wgmma reads them, by descriptors of their parts.
 #pragma once
 
 #include "tile.cuh"
+#include "sm90/offsets.cuh"
 #include "sm90/ptx_sm90.cuh"
 
 static_assert(BLOCK_Q == 128 && BLOCK_K == 64, "two warpgroups of 64 rows; keys 64 at a time");
 
 constexpr int HALF_CHUNKS = HALF_ROW / 16;
 constexpr int KEY_BYTES = BLOCK_K * HALF_ROW;  // a K or V tile
-
-// Byte offset of 16-byte chunk `chunk` of a row, in a tile of ROWS rows.
-template <int ROWS>
-SLA2_INLINE int panel_offset(int row, int chunk) {
-    return chunk / 8 * (ROWS * 128) + row * 128 + ((chunk & 7 ^ row & 7) << 4);
-}
 
 // Channels 16 c .. 16 c + 15 of a tile [n][channel], as the B operand of a product over channels.
 template <int ROWS>
