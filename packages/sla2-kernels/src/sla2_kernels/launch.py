@@ -124,7 +124,7 @@ def launch(
     grid, block = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
     if 0 in grid:
         return
-    values = [np.uint64(x[0]) if type(x) is Pointer else x for x in args]
+    values = [np.uint64(x[0]) if isinstance(x, Pointer) else x for x in args]
     if not _SCALARS.issuperset(map(type, values)):
         index = next(i for i, value in enumerate(values) if type(value) not in _SCALARS)
         raise TypeError(
