@@ -118,7 +118,7 @@ def router(
 @CONFIG
 @VIDEOS
 @click.option("--out", type=click.Path(), help="Folder for both stages and the adapter.")
-@click.option("--json", "as_json", is_flag=True, help="Print the dry run as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
 @DRY_RUN
 @GPUS
 @RATE
@@ -147,6 +147,7 @@ def finetune(
     \b
       accelerate launch -m sla2_eval.cli.main train finetune --config ... --out ...
     """
+    from sla2_eval.cli.commands.tables import show
     from sla2_eval.parallel.launch import is_first_process
 
     if dry_run:
@@ -155,7 +156,11 @@ def finetune(
     folder = _folder(out)
     _train(config, videos, folder, tune=True)
     if is_first_process():
-        click.echo(f"{folder}/stage2/adapter")
+        adapter = f"{folder}/stage2/adapter"
+        if as_json:
+            show([{"adapter": adapter}], ("adapter",), as_json=True)
+        else:
+            click.echo(adapter)
 
 
 def _folder(out: str | None) -> str:

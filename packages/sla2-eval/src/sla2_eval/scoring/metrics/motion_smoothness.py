@@ -28,7 +28,8 @@ SPECS = (
         higher_is_better=True,
         licence="CC-BY-NC-4.0 (AMT)",
         weights=("amt_s",),
-        packages=("vbench",),
+        # Its own pins cannot live beside ours; AMT needs torch alone.
+        packages=("vbench (pip install --no-deps vbench decord)",),
         vbench="motion_smoothness",
         settings={"model": {"corr_radius": 3, "corr_lvls": 4, "num_flows": 3}},
     ),
