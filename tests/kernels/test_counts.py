@@ -2,7 +2,7 @@
 
 import pytest
 from sla2_kernels import forward as operator
-from sla2_kernels import hopper
+from sla2_kernels import hopper, prepare
 from sla2_kernels.launch import Pointer
 
 from benchmarks.gpu_model import SHAPE, forward_launches, problem_of
@@ -28,7 +28,7 @@ def test_the_module_makes_the_launches_that_are_counted(monkeypatch):
     counted = forward_launches("sm_90a", problem_of("full", 256, 2), 0.5)
     ran = []
     real = operator.run_kernel
-    for caller in (operator, hopper):
+    for caller in (operator, prepare, hopper):
         monkeypatch.setattr(caller, "run_kernel", lambda *args: ran.append(args[2]) or real(*args))
     with stubbed():
         module()()

@@ -9,15 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sla2_kernels import hopper
-from sla2_kernels.forward import (
-    Forward,
-    contiguous,
-    copy_columns,
-    masked_sum,
-    row_bits,
-    widened,
-)
+from sla2_kernels.forward import Forward, masked_sum, row_bits
 from sla2_kernels.launch import Argument, Pointer, run_kernel
+from sla2_kernels.prepare import contiguous, copy_columns, widened
 from sla2_kernels.problem import NULL, Device, Problem, Strided
 
 

@@ -15,18 +15,26 @@ from torch import Tensor
 
 from sla2_core.backends.base import Backend, Grads, Inputs, Problem
 from sla2_core.backends.means import spread_means
+from sla2_core.backends.pointers import (
+    DTYPES,
+    EMULATED,
+    alpha_of,
+    device_of,
+    int32,
+    map_of,
+    pointer,
+    problem_of,
+    strided,
+)
 from sla2_core.block_map import Geometry, num_blocks
 from sla2_core.options import Options, constant
 
 if TYPE_CHECKING:
     from sla2_kernels.launch import Pointer
-    from sla2_kernels.problem import Alpha, Device, Map, Strided
+    from sla2_kernels.problem import Device, Strided
     from sla2_kernels.problem import Problem as KernelProblem
 
-DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_EMULATED = "sm_90a"
 _BY_WGMMA = "; blocks of 128 and 64 run in 8 bit by wgmma, unless SLA2_WGMMA is 0"
-_MADE = {"uint32": torch.int32}  # bit sets: torch has few operators on uint32
 
 
 @constant
@@ -73,7 +81,7 @@ def _unfit(
         )
     except ValueError as error:
         return str(error)
-    arch = _EMULATED if target == "emulator" else device_architecture(index or 0)
+    arch = EMULATED if target == "emulator" else device_architecture(index or 0)
     if not supports(arch, precision):
         return (
             f"precision: expected 'full' or 'int8_int8' on {arch}, which has no FP8, got"
@@ -102,82 +110,6 @@ def _precision_to_run(arch: str, precision: str) -> str:
     return chosen
 
 
-def _pointer(x: Tensor | None) -> Pointer:
-    """The address of a tensor's first element, which keeps the tensor alive; NULL for None."""
-    from sla2_kernels.launch import Pointer
-
-    return Pointer(0) if x is None else Pointer(x.data_ptr(), x)
-
-
-def _device(x: Tensor, target: str) -> Device:
-    """Where kernels on x run: its GPU and torch's current stream there, or the emulator."""
-    from sla2_kernels.launch import device_architecture
-    from sla2_kernels.problem import Device
-
-    def allocate(shape: tuple[int, ...], dtype: str) -> Pointer:
-        made = _MADE.get(dtype) or getattr(torch, dtype)
-        return _pointer(torch.empty(shape, dtype=made, device=x.device))
-
-    if target == "emulator":
-        return Device(allocate=allocate, target=target, arch=_EMULATED)
-    index = x.device.index
-    stream = torch.cuda.current_stream(index).cuda_stream
-    return Device(allocate=allocate, arch=device_architecture(index), index=index, stream=stream)
-
-
-def _int32(lengths: Tensor | None) -> Pointer:
-    return _pointer(None if lengths is None else lengths.to(torch.int32))
-
-
-def _problem(call: Inputs, options: Options) -> KernelProblem:
-    from sla2_kernels.problem import Problem as KernelProblem
-
-    b, h, n_q, d = call.q.shape
-    return KernelProblem(
-        batch=b,
-        heads=h,
-        n_q=n_q,
-        n_k=call.k.shape[2],
-        head_dim=d,
-        dtype=DTYPES[call.q.dtype],
-        block_q=options.block_q,
-        block_k=options.block_k,
-        precision=options.format.cuda or options.precision,
-        kv_lengths=_int32(call.lengths),
-    )
-
-
-def _steps(x: Tensor) -> tuple[int, int, int]:
-    """Strides of the first three axes in elements, 0 for an axis of size 1."""
-    item, head, row = (0 if size == 1 else step for size, step in zip(x.shape[:3], x.stride()))
-    return item, head, row
-
-
-def _strided(x: Tensor) -> Strided:
-    """x (B, H, N, d) in the layout it has, copied only if its channels are not adjacent."""
-    from sla2_kernels.problem import Strided
-
-    x = x if x.stride(3) == 1 else x.contiguous()
-    return Strided(_pointer(x), _steps(x))
-
-
-def _map(call: Inputs) -> Map:
-    from sla2_kernels.problem import Map
-
-    indices, counts = call.indices.contiguous(), call.counts.contiguous()
-    return Map(_pointer(indices), _pointer(counts), indices.shape[3])
-
-
-def _alpha(alpha: Tensor | None) -> Alpha | None:
-    """alpha (B|1, H|1, T_m|1) in fp32."""
-    from sla2_kernels.problem import Alpha
-
-    if alpha is None:
-        return None
-    alpha = alpha.float()
-    return Alpha(_pointer(alpha), _steps(alpha))
-
-
 def _width(d: int) -> int:
     return 64 if d <= 64 else 128
 
@@ -189,13 +121,13 @@ def pool(
     """Block means of q (B, H, N_q, d) and of k's valid tokens (B, H, N_k, d): (B, H, T_m, d) and
     (B, H, T_n, d), fp32.
     """
-    from sla2_kernels.forward import pool as run
+    from sla2_kernels.prepare import pool as run
 
     nothing = q.new_empty(0)
     call = Inputs(q, k, k, nothing, nothing, None, lengths)
-    problem = _problem(call, Options(block_q=block_q, block_k=block_k))
-    queries, keys = _strided(q), _strided(k)
-    made = run(_device(q, target), problem, queries, keys, keys, smooth_k=False, pooled=True)
+    problem = problem_of(call, Options(block_q=block_q, block_k=block_k))
+    queries, keys = strided(q), strided(k)
+    made = run(device_of(q, target), problem, queries, keys, keys, smooth_k=False, pooled=True)
     b, h, _, d = q.shape
     pooled = (x.owner.view(b, h, -1, _width(d)) for x in (made.pooled_q, made.pooled_k))
     means_q, means_k = (x if d == _width(d) else x[..., :d].contiguous() for x in pooled)
@@ -259,17 +191,17 @@ def route(
         head_dim=d,
         block_q=block_q,
         block_k=block_k,
-        kv_lengths=_int32(lengths),
+        kv_lengths=int32(lengths),
     )
     if (lack := _width(d) - d) > 0:
         pooled_q, pooled_k = (torch.nn.functional.pad(x, (0, lack)) for x in (pooled_q, pooled_k))
     found = run(
-        _device(pooled_q, target),
+        device_of(pooled_q, target),
         problem,
-        _pointer(pooled_q.contiguous()),
-        _pointer(pooled_k.contiguous()),
-        _pointer(None if weight_q is None else weight_q.float().contiguous()),
-        _pointer(None if weight_k is None else weight_k.float().contiguous()),
+        pointer(pooled_q.contiguous()),
+        pointer(pooled_k.contiguous()),
+        pointer(None if weight_q is None else weight_q.float().contiguous()),
+        pointer(None if weight_k is None else weight_k.float().contiguous()),
         1 if weight_q is None else weight_q.shape[0],
         topk,
         routable=routable,
@@ -351,12 +283,12 @@ def routed(
 
     nothing = q.new_empty(0)
     settings = Options.read(options)
-    device = _device(q, target)
-    problem = _problem(Inputs(q, k, v, nothing, nothing, None, lengths), settings)
+    device = device_of(q, target)
+    problem = problem_of(Inputs(q, k, v, nothing, nothing, None, lengths), settings)
     problem = _to_run(device, problem)
 
     def fp32(x: Tensor | None) -> Pointer:
-        return _pointer(None if x is None else x.float().contiguous())
+        return pointer(None if x is None else x.float().contiguous())
 
     rule = AlphaRule()
     if offset is not None:
@@ -364,9 +296,9 @@ def routed(
     found = routed_forward(
         device,
         problem,
-        _strided(q),
-        _strided(k),
-        _strided(v),
+        strided(q),
+        strided(k),
+        strided(v),
         fp32(weight_q),
         fp32(weight_k),
         1 if weight_q is None else weight_q.shape[0],
@@ -374,7 +306,7 @@ def routed(
         routable,
         rule,
         smooth_k=settings.smooth_k,
-        out=_strided(_empty_out(q)) if problem.head_dim == problem.width else None,
+        out=strided(_empty_out(q)) if problem.head_dim == problem.width else None,
     )
     block_map, alpha = found.block_map, found.alpha.values
     return (
@@ -513,18 +445,18 @@ class CudaBackend(Backend):
         from sla2_kernels.forward import forward
 
         q, smooth_k = call.q, options.smooth_k
-        device, problem = _device(q, self.name), _problem(call, options)
+        device, problem = device_of(q, self.name), problem_of(call, options)
         if not save:
             problem = _to_run(device, problem)
-        out = _strided(self.empty_out(q)) if problem.head_dim == problem.width else None
+        out = strided(self.empty_out(q)) if problem.head_dim == problem.width else None
         made = forward(
             device,
             problem,
-            _strided(q),
-            _strided(call.k),
-            _strided(call.v),
-            _map(call),
-            _alpha(call.alpha),
+            strided(q),
+            strided(call.k),
+            strided(call.v),
+            map_of(call),
+            alpha_of(call.alpha),
             smooth_k=smooth_k,
             save=save,
             out=out,
@@ -567,24 +499,25 @@ class CudaBackend(Backend):
         sla2_kernels.backward.backward.
         """
         from sla2_kernels.backward import backward
-        from sla2_kernels.forward import Forward, Linear, Prepared, widened
-        from sla2_kernels.forward import keys as prepare
-        from sla2_kernels.forward import pool as run_pool
+        from sla2_kernels.forward import Forward, Linear
+        from sla2_kernels.prepare import Prepared, widened
+        from sla2_kernels.prepare import keys as prepare
+        from sla2_kernels.prepare import pool as run_pool
         from sla2_kernels.problem import ONE, Strided
 
         q, k, v, alpha = call.q, call.k, call.v, call.alpha
         smooth_k = options.smooth_k
-        device, problem = _device(q, self.name), _problem(call, options)
+        device, problem = device_of(q, self.name), problem_of(call, options)
         out, lse, *kept = results
         keys = kept.pop(0).view(*k.shape[:3], -1) if smooth_k else k
 
         def wide(x: Tensor) -> Strided:
             if x.shape[3] == problem.width:
-                return _strided(x)
-            return widened(device, problem, _strided(x), x.shape[2])
+                return strided(x)
+            return widened(device, problem, strided(x), x.shape[2])
 
         if options.qat_backward == "matched" and problem.low:  # needs the 8-bit copies again
-            made = run_pool(device, problem, *map(_strided, (q, k, v)), smooth_k=smooth_k)
+            made = run_pool(device, problem, *map(strided, (q, k, v)), smooth_k=smooth_k)
             made = prepare(device, problem, made, linear=False)._replace(k=wide(keys))
         else:
             made = Prepared(q=wide(q), k=wide(keys), v=wide(v))
@@ -592,21 +525,21 @@ class CudaBackend(Backend):
         if alpha is None:
             out_sparse = wide(out)
         else:
-            own, bits, rest_inverse, state, norm = map(_pointer, kept)
+            own, bits, rest_inverse, state, norm = map(pointer, kept)
             out_sparse = Strided.of(own, problem.heads, problem.n_q, problem.width)
             linear = Linear(bits=bits, rest_inverse=rest_inverse, state=state, norm=norm)
         saved = Forward(
-            out=_strided(out),
-            lse=_pointer(lse),
+            out=strided(out),
+            lse=pointer(lse),
             made=made,
-            block_map=_map(call),
-            alpha=_alpha(alpha) or ONE,
+            block_map=map_of(call),
+            alpha=alpha_of(alpha) or ONE,
             linear=linear,
             out_sparse=out_sparse,
             smooth_k=smooth_k,
         )
         found = backward(
-            device, problem, saved, _strided(grad_out), qat_backward=options.qat_backward
+            device, problem, saved, strided(grad_out), qat_backward=options.qat_backward
         )
         d_q, d_k, d_v = (
             pointer.owner.view(x.shape)

@@ -1,5 +1,5 @@
-// The second pass over K, and the one over V: K less its mean, the linear states h_j = phi(K_j)^T V_j
-// and z_j of each key block, 8-bit K and V. Strides as in pool.cu.
+// The second pass over K, and the one over V: K less its mean, the linear states h_j = phi(K_j)^T
+// V_j and z_j of each key block, 8-bit K and V. Strides as in pool.cu.
 #include "block.cuh"
 #include "sm90/offsets.cuh"
 #include "tile.cuh"
@@ -8,7 +8,8 @@ constexpr int KEYS_THREADS = 2 * HEAD_DIM;        // a warp per 16 channels of p
 constexpr int KEYS_BLOCKS = 768 / KEYS_THREADS;   // on a multiprocessor: 85 registers for a thread
 
 // V in 8 bit, transposed and permuted (formats.cuh), (D, BLOCK_K), row by row or as a tile for
-// wgmma. A thread makes 16 keys of a channel at a time. (In low bit a block holds 32 or 64 keys, so the threads' shares are whole.)
+// wgmma. A thread makes 16 keys of a channel at a time. (In low bit a block holds 32 or 64 keys, so
+// the threads' shares are whole.)
 SLA2_INLINE void store_values(const unsigned char* tile, const float* value_scale,
                               unsigned char* bytes, bool swizzled) {
     constexpr int SHARES = KEYS_THREADS / HEAD_DIM, GROUPS = BLOCK_K / 16 / SHARES;

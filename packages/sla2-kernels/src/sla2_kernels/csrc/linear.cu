@@ -1,4 +1,5 @@
-// H = (1 - M) h, what the linear branch of each row block sums, as one tensor-core product per head.
+// H = (1 - M) h, what the linear branch of each row block sums, as one tensor-core product per
+// head.
 #include "tile.cuh"
 
 constexpr int SUM_ROWS = 128, SUM_COLUMNS = 128, SUM_DEPTH = 32, SUM_STAGES = 4, SUM_THREADS = 256;

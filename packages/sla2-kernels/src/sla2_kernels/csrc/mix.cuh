@@ -56,8 +56,8 @@ SLA2_INLINE MixArguments mix_arguments(const half_bits* q, int q_step, int chann
     return args;
 }
 
-// sums[m][r] = the product of row row0 + 16 m + 8 r + g of a 16-bit tile with an fp32 vector (D,): by
-// the A operand's own layout each lane adds its channels, and a quad has them all.
+// sums[m][r] = the product of row row0 + 16 m + 8 r + g of a 16-bit tile with an fp32 vector (D,):
+// by the A operand's own layout each lane adds its channels, and a quad has them all.
 SLA2_INLINE void row_products(float (&sums)[FWD_M_TILES][2], const unsigned char* tile,
                               const float* vector, int row0) {
     const int column = (threadIdx.x & 3) * 2;
@@ -142,10 +142,11 @@ SLA2_INLINE void store_rows(float (&o)[FWD_M_TILES][D_TILES][4], unsigned char* 
 }
 
 // Ends a row block. All threads call it after the main loop; `phi_tile` (BLOCK_Q x D halves), which
-// holds the block's 16-bit Q if `q_loaded`, which a mean needs, and becomes phi(Q), and `scratch` ((D + BLOCK_Q) x D
-// halves) are shared memory that no thread reads any more once the barrier below is passed, and no
-// cp.async may be in flight. `log_unit` is the natural logarithm of the unit in which the softmax
-// sums count. `some` and `rest` say whether the row selects any block and whether any is left over.
+// holds the block's 16-bit Q if `q_loaded`, which a mean needs, and becomes phi(Q), and `scratch`
+// ((D + BLOCK_Q) x D halves) are shared memory that no thread reads any more once the barrier below
+// is passed, and no cp.async may be in flight. `log_unit` is the natural logarithm of the unit in
+// which the softmax sums count. `some` and `rest` say whether the row selects any block and whether
+// any is left over.
 SLA2_INLINE void mix_and_store(const MixArguments& args, float (&o)[FWD_M_TILES][D_TILES][4],
                                OnlineSoftmax<FWD_M_TILES>& softmax, float softmax_scale,
                                float log_unit, bool some, bool rest, int first_row, int n_q,

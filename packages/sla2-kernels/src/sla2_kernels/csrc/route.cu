@@ -4,9 +4,9 @@
 
 constexpr int PROJECT_ROWS = 16;
 
-// x W_q of the pooled Q (B H, T_m, D) and x W_k of the pooled K (B H, T_n, D), fp32, weights (H or 1,
-// channels, channels). Grid (ceil(T_m / 16) + ceil(T_n / 16), B H), D threads: a thread makes one
-// column of 16 rows.
+// x W_q of the pooled Q (B H, T_m, D) and x W_k of the pooled K (B H, T_n, D), fp32, weights (H or
+// 1, channels, channels). Grid (ceil(T_m / 16) + ceil(T_n / 16), B H), D threads: a thread makes
+// one column of 16 rows.
 extern "C" __global__ void __launch_bounds__(HEAD_DIM)
 sla2_project(const float* __restrict__ pooled_q, const float* __restrict__ pooled_k,
              const float* __restrict__ weight_q, const float* __restrict__ weight_k,

@@ -1,5 +1,5 @@
-// Where the 16-byte chunks of a row lie in the tiles that wgmma reads; on every architecture, because
-// keys.cu writes such tiles.
+// Where the 16-byte chunks of a row lie in the tiles that wgmma reads; on every architecture,
+// because keys.cu writes such tiles.
 #pragma once
 
 #include "common.cuh"

@@ -27,9 +27,9 @@ SLA2_INLINE void load_rows(unsigned (&a)[HEAD_DIM / 16][4], const unsigned char*
         ldmatrix_x4(a[c], tile + panel_offset<64>(row0 + (lane & 15), 2 * c + (lane >> 4)));
 }
 
-// As sla2_sparse_bwd_q, for whole query blocks and not after a low-bit forward ("matched"). Grid: at
-// most one block a multiprocessor; 384 threads. Tiles of K, V (B H, T_n, BLOCK_K x D) and of Q, dO
-// (B H, ceil(n_q / 64), 64 x D) come from sla2_sm90_pack; `blocks` = B H T_m query blocks.
+// As sla2_sparse_bwd_q, for whole query blocks and not after a low-bit forward ("matched"). Grid:
+// at most one block a multiprocessor; 384 threads. Tiles of K, V (B H, T_n, BLOCK_K x D) and of Q,
+// dO (B H, ceil(n_q / 64), 64 x D) come from sla2_sm90_pack; `blocks` = B H T_m query blocks.
 extern "C" __global__ void __launch_bounds__(384, 1)
 sla2_sm90_sparse_bwd_q(const unsigned char* __restrict__ q_tiles,
                        const unsigned char* __restrict__ k_tiles,

@@ -104,8 +104,8 @@ sla2_sm90_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long lon
     const bool lead = (threadIdx.x & 127) == 0;  // of the warpgroup
     const int row0 = 16 * (warp - 4);
     const float scale = softmax_scale * LOG2_E;
-    const Results results = {out,   out_item,       out_head,       out_step,         out_sparse, lse,
-                             alpha, alpha_stride_b, alpha_stride_h, alpha_stride_row, n_q, channels};
+    const Results results = {out, out_item, out_head, out_step, out_sparse, lse, alpha,
+                             alpha_stride_b, alpha_stride_h, alpha_stride_row, n_q, channels};
     Turn<STAGES> k_turn, v_turn;
     Turn<1> q_turn, state_turn;
     for (int number = blockIdx.x; number < blocks; number += gridDim.x) {

@@ -23,8 +23,8 @@ struct Barriers {
     unsigned long long q_full[Q_STAGES], q_empty[Q_STAGES], state_full, state_empty;
 };
 
-// Accumulators of 8-bit products, as floats: the sum and BIAS. int32 sums that start at BIAS_BITS are
-// the floats 12582912 + sum, bit for bit, while |sum| < 2^22 (128 * 127 * 127 is less).
+// Accumulators of 8-bit products, as floats: the sum and BIAS. int32 sums that start at BIAS_BITS
+// are the floats 12582912 + sum, bit for bit, while |sum| < 2^22 (128 * 127 * 127 is less).
 template <bool FP8, int WORDS>
 struct Sums {
     static constexpr int BIAS_BITS = 0x4b400000;
@@ -69,8 +69,8 @@ SLA2_INLINE void issue_values(Sums<PV_FP8, D_WORDS>& t, const unsigned (&p)[BLOC
         t.multiply(p[c], matrix_descriptor<BLOCK_K>(v_tile + 32 * c, 16, 8 * BLOCK_K), c != 0);
 }
 
-// o = o keep + P V of one tile, whose sums are its own because FP8 tensor cores keep fewer bits than
-// fp32. `keep`, by row, is what has become of the maximum since the tile before.
+// o = o keep + P V of one tile, whose sums are its own because FP8 tensor cores keep fewer bits
+// than fp32. `keep`, by row, is what has become of the maximum since the tile before.
 SLA2_INLINE void add_values(float (&o)[D_WORDS], const Sums<PV_FP8, D_WORDS>& values,
                             const float (&keep)[1][2]) {
 #pragma unroll
@@ -166,8 +166,8 @@ sla2_sm90_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long
     setmaxnreg_inc<232>();
     const bool lead = (threadIdx.x & 127) == 0;  // of the warpgroup
     const int row0 = 16 * (warp - 4), column = (lane & 3) * 2;
-    const Results results = {out,   out_item,       out_head,       out_step,         out_sparse, lse,
-                             alpha, alpha_stride_b, alpha_stride_h, alpha_stride_row, n_q, channels};
+    const Results results = {out, out_item, out_head, out_step, out_sparse, lse, alpha,
+                             alpha_stride_b, alpha_stride_h, alpha_stride_row, n_q, channels};
     Turn<STAGES> k_turn, v_turn;
     Turn<Q_STAGES> q_turn;
     Turn<1> state_turn;

@@ -1,0 +1,212 @@
+"""The first pass of the operator: what routing and attention derive from Q, K and V once, and how
+rows are laid out for the kernels. Read by forward.py and backward.py; nothing reads device memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from sla2_kernels.launch import Pointer, run_kernel
+from sla2_kernels.problem import NOTHING, NULL, Device, Problem, Strided
+
+
+class Prepared(NamedTuple):
+    """What is derived from Q, K and V once and read by the later steps (Alg. 2).
+
+    `width` is 64 or 128, the channels of a row as the kernels see it. NULL: not made.
+
+    Attributes:
+        q, k, v: 16 bit (B, H, N, width).
+        mean: of K over its valid tokens, fp32 (B H, width), where `k` is to be smoothed by it.
+        pooled_q, pooled_k: block means, fp32 (B H, T_m, width) and (B H, T_n, width); of the
+            smoothed K, if it is smoothed.
+        q_bytes, k_bytes: 8-bit copies (B H, N, width), for a low-bit precision.
+        v_bytes: 8-bit copy of V, transposed in each block: (B H, T_n, width, block_k).
+        q_scale, k_scale, v_scale: what the copies are divided by, fp32 (B H, T_m), (B H, T_n) and
+            (B H, width).
+        k_tiles, v_tiles: K less `mean` and V, in low bit their 8-bit copies, as sm90/pack.cu and
+            sm90/pack_low.cu lay them out, (B H, T_n, block_k, width).
+        states: of the linear branch, 16 bit (B H, T_n, width (width + 1)): phi(K_j)^T V_j / block_k
+            row by row, and behind it the column sums of phi(K_j) / block_k.
+    """
+
+    q: Strided
+    k: Strided
+    v: Strided
+    mean: Pointer = NULL
+    pooled_q: Pointer = NULL
+    pooled_k: Pointer = NULL
+    q_bytes: Pointer = NULL
+    k_bytes: Pointer = NULL
+    v_bytes: Pointer = NULL
+    q_scale: Pointer = NULL
+    k_scale: Pointer = NULL
+    v_scale: Pointer = NULL
+    k_tiles: Pointer = NULL
+    v_tiles: Pointer = NULL
+    states: Pointer = NULL
+
+
+def copy_columns(
+    device: Device,
+    problem: Problem,
+    source: Strided,
+    tokens: int,
+    columns: int,
+    target_columns: int,
+) -> Pointer:
+    """The first `columns` channels of every token, cut or padded with zeros to `target_columns`.
+
+    `source` is 16 bit (B, H, tokens, columns) in any layout with adjacent channels; the result is
+    contiguous, (B H, tokens, target_columns).
+    """
+    target = device.allocate((problem.pairs, tokens, target_columns), problem.dtype)
+    grid = min(65535, -(-tokens * target_columns // 256)), problem.pairs
+    sizes = map(np.int32, (problem.heads, tokens, columns, target_columns))
+    run_kernel(device, problem, "sla2_copy_columns", grid, *source.arguments, target, *sizes)
+    return target
+
+
+def widened(device: Device, problem: Problem, x: Strided, tokens: int) -> Strided:
+    """x (B, H, tokens, head_dim) as the kernels read it: itself, or a padded contiguous copy."""
+    p = problem
+    if p.head_dim == p.width and x.fits:
+        return x
+    return Strided.of(
+        copy_columns(device, p, x, tokens, p.head_dim, p.width), p.heads, tokens, p.width
+    )
+
+
+def contiguous(device: Device, problem: Problem, x: Strided, tokens: int) -> Pointer:
+    """x (B, H, tokens, width) as contiguous rows: its own memory, or a copy."""
+    p = problem
+    whole = Strided.of(x.pointer, p.heads, tokens, p.width).strides
+    if x.fits and all(
+        n == 1 or a == b for n, a, b in zip((p.batch, p.heads, tokens), x.strides, whole)
+    ):
+        return x.pointer
+    return copy_columns(device, p, x, tokens, p.width, p.width)
+
+
+def pool(
+    device: Device,
+    problem: Problem,
+    q: Strided,
+    k: Strided,
+    v: Strided,
+    *,
+    smooth_k: bool = True,
+    pooled: bool = False,
+) -> Prepared:
+    """The first pass over Q and K, which routing and attention share; in low bit over V too.
+
+    Args:
+        q: 16 bit (B, H, n_q, d). k, v: 16 bit (B, H, n_k, d).
+        smooth_k: make K's mean over its valid tokens, and take it from pooled_k.
+        pooled: make pooled_q and pooled_k.
+
+    A low-bit precision has also q_bytes, q_scale and v_scale made.
+    """
+    p, new = problem, device.allocate
+    q = widened(device, p, q, p.n_q)
+    k, v = (widened(device, p, x, p.n_k) for x in (k, v))
+    made = Prepared(q=q, k=k, v=v)
+    over_keys, over_queries = smooth_k or pooled or p.low, pooled or p.low
+    if not over_keys:
+        return made
+    per_block = (p.pairs, p.t_n, p.width)
+    means, tops = new(per_block, "float32"), new(per_block, "float32") if p.low else NULL
+    if pooled:
+        made = made._replace(pooled_q=new((p.pairs, p.t_m, p.width), "float32"), pooled_k=means)
+    if p.low:
+        made = made._replace(
+            q_bytes=new((p.pairs, p.n_q, p.width), "uint8"),
+            q_scale=new((p.pairs, p.t_m), "float32"),
+            v_scale=new((p.pairs, p.width), "float32"),
+        )
+    run_kernel(
+        device,
+        p,
+        "sla2_pool",
+        (p.t_n + (p.t_m if over_queries else 0), p.pairs),
+        *(q if over_queries else NOTHING).arguments,
+        *k.arguments,
+        *(v if p.low else NOTHING).arguments,
+        p.kv_lengths,
+        made.pooled_q,
+        means,
+        made.q_bytes,
+        made.q_scale,
+        tops,
+        *map(np.int32, (p.heads, p.n_q, p.n_k, p.t_n)),
+    )
+    if not (smooth_k or p.low):
+        return made
+    mean = new((p.pairs, p.width), "float32")
+    sizes = map(np.int32, (p.heads, p.n_k, p.t_n, True, smooth_k and pooled))
+    args = means, tops, p.kv_lengths, mean, made.v_scale
+    run_kernel(device, p, "sla2_key_mean", (p.pairs,), *args, *sizes)
+    return made._replace(mean=mean) if smooth_k else made
+
+
+def keys(
+    device: Device,
+    problem: Problem,
+    made: Prepared,
+    *,
+    linear: bool = True,
+    save: bool = False,
+    tiles: bool = False,
+) -> Prepared:
+    """The second pass over K, and the one over V: what attention needs of them (Alg. 2).
+
+    Args:
+        made: what pool() made.
+        linear: make the states of the linear branch.
+        save: write the smoothed K, which backward() reads. `k` then is that, and `mean` NULL.
+
+        tiles: make k_tiles and v_tiles, for blocks of 128 and 64.
+
+    A low-bit precision has also k_scale and, without `tiles`, k_bytes and v_bytes made.
+    """
+    p, new = problem, device.allocate
+    smooth = new((p.pairs, p.n_k, p.width), p.dtype) if save and made.mean.address else NULL
+    states = new((p.pairs, p.t_n, p.width * (p.width + 1)), p.dtype) if linear else NULL
+    k, mean = made.k, made.mean
+    if p.low:
+        made = made._replace(k_scale=new((p.pairs, p.t_n), "float32"))
+    if tiles:
+        shape = (p.pairs, p.t_n, p.block_k, p.width)
+        k_tiles, v_tiles = (new(shape, "uint8" if p.low else p.dtype) for _ in range(2))
+        made = made._replace(k_tiles=k_tiles, v_tiles=v_tiles)
+    elif p.low:
+        made = made._replace(
+            k_bytes=new((p.pairs, p.n_k, p.width), "uint8"),
+            v_bytes=new((p.pairs, p.t_n, p.width, p.block_k), "uint8"),
+        )
+    if smooth.address:
+        made = made._replace(k=Strided.of(smooth, p.heads, p.n_k, p.width), mean=NULL)
+    if not (smooth.address or linear or p.low or tiles):
+        return made
+    run_kernel(
+        device,
+        p,
+        "sla2_keys",
+        (p.t_n, p.pairs),
+        *k.arguments,
+        *(made.v if linear or p.low or tiles else NOTHING).arguments,
+        mean,
+        made.v_scale,
+        p.kv_lengths,
+        smooth,
+        states,
+        made.k_bytes,
+        made.k_scale,
+        made.v_bytes,
+        made.k_tiles,
+        made.v_tiles,
+        *map(np.int32, (p.heads, p.n_k, p.head_dim)),
+    )
+    return made._replace(states=states)
