@@ -443,7 +443,7 @@ def test_fp8_runs_in_16_bit_where_it_would_be_emulated_and_that_is_said_once(mon
         ("sm_100a", "int8", False, 128, 64),
     ):
         device = Device(allocate=lambda *_: None, target="cuda", arch=arch)
-        monkeypatch.setattr(cuda_ops, "_device", lambda *_, device=device: device)
+        monkeypatch.setattr(cuda_ops, "device_of", lambda *_, device=device: device)
         options = make_options(*blocks, precision, "paper", True)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
