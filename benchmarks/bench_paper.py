@@ -294,13 +294,16 @@ class _Kernels:
         return self.pointer(torch.empty(shape, dtype=getattr(torch, dtype), device="cuda"))
 
     def pool(self, problem: Problem) -> Any:
-        return self.operator.pool(self.device, problem, *self.inputs, pooled=True)
+        from sla2_kernels import prepare
+
+        return prepare.pool(self.device, problem, *self.inputs, pooled=True)
 
     def keys(self, problem: Problem, made: Any) -> Any:
+        from sla2_kernels import prepare
         from sla2_kernels.hopper import takes
 
         device = self.device
-        return self.operator.keys(device, problem, made, tiles=takes(device, problem))
+        return prepare.keys(device, problem, made, tiles=takes(device, problem))
 
     def route(self, problem: Problem, made: Any) -> Any:
         return self.operator.route(

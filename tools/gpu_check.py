@@ -196,10 +196,11 @@ def tiny() -> None:
 
     import torch
     from sla2_kernels.backward import backward
-    from sla2_kernels.forward import forward, pool, route
+    from sla2_kernels.forward import forward, route
     from sla2_kernels.hopper import takes
     from sla2_kernels.kernels import supports
     from sla2_kernels.launch import Pointer
+    from sla2_kernels.prepare import pool
     from sla2_kernels.problem import Alpha, Device, Problem, Strided
     from sla2_kernels.specs import architecture_of
 

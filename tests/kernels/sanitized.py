@@ -15,15 +15,13 @@ from sla2_kernels.emulator.emulate import EmulatorError, poisoned
 from sla2_kernels.forward import (
     Forward,
     Linear,
-    Prepared,
-    keys,
     linear_sums,
     masked_sum,
-    pool,
     route,
     sparse_forward,
 )
 from sla2_kernels.launch import Pointer, launch, load
+from sla2_kernels.prepare import Prepared, keys, pool
 from sla2_kernels.problem import NULL, Alpha, AlphaRule, Device, Map, Problem, Strided
 from sla2_kernels.specs import KernelSpec
 

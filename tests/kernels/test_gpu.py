@@ -43,8 +43,9 @@ class Operator:
     def run(self):
         """(O, L, dQ, dK, dV) and the map's indices, on the current stream."""
         from sla2_kernels.backward import backward
-        from sla2_kernels.forward import forward, pool, route
+        from sla2_kernels.forward import forward, route
         from sla2_kernels.launch import Pointer
+        from sla2_kernels.prepare import pool
         from sla2_kernels.problem import Alpha, Device, Strided
 
         def pointer(tensor):

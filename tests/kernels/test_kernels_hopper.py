@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import problems
 from sla2_kernels import forward as operator
-from sla2_kernels import hopper, launch
+from sla2_kernels import hopper, launch, prepare
 from sla2_kernels.compile import compile_kernel
 from sla2_kernels.emulator.emulate import ORDERS, lanes
 from sla2_kernels.gate import gate, gate_code
@@ -32,13 +32,13 @@ def make(n_q, n_k, **options):
 def run(case, states=None, *, low=None, save=False, blocks=3):
     """O, L and, with `save`, O_s of the kernels of csrc/sm90, as (B, H, n_q, ...)."""
     p, device = case.problem, problems.DEVICE
-    q = operator.widened(device, p, problems.strided(case.q), p.n_q)
+    q = prepare.widened(device, p, problems.strided(case.q), p.n_q)
     if low:
         q_bytes, k_bytes, v_bytes, *scales = map(problems.pointer, low)
         low = hopper.LowBit(q_bytes, *scales)
         tiles = hopper.pack_low(device, p, k_bytes, v_bytes)
     else:
-        k, v = (operator.widened(device, p, problems.strided(x), p.n_k) for x in (case.k, case.v))
+        k, v = (prepare.widened(device, p, problems.strided(x), p.n_k) for x in (case.k, case.v))
         tiles = hopper.pack(device, p, k, v)
     rows = (p.batch, p.heads, p.n_q, p.width)
     out, sparse = (problems.allocate(rows, p.dtype) for _ in range(2))
@@ -206,7 +206,7 @@ def test_the_results_are_those_of_the_mma_sync_kernel(d, precision):
     case = problems.make(333, 200, d=d, blocks=BLOCKS, lengths=(200, 63), precision=precision)
     p, device = case.problem, problems.DEVICE
     inputs = (problems.strided(x) for x in (case.q, case.k, case.v))
-    made = operator.keys(device, p, operator.pool(device, p, *inputs), save=True)
+    made = prepare.keys(device, p, prepare.pool(device, p, *inputs), save=True)
     linear = operator.linear_sums(device, p, made.states, case.map)
     alpha = Alpha.of(problems.pointer(case.alpha), tuple(case.alpha.shape))
     by_mma_sync = replace(device, wgmma=False)
@@ -307,10 +307,10 @@ def test_keys_writes_the_tiles_that_pack_does(precision, d):
     case = problems.make(130, 200, d=d, blocks=BLOCKS, lengths=(200, 63), precision=precision)
     p, device = case.problem, problems.DEVICE
     inputs = (problems.strided(x) for x in (case.q, case.k, case.v))
-    first = operator.pool(device, p, *inputs)
-    made = operator.keys(device, p, first, linear=False, tiles=True)
+    first = prepare.pool(device, p, *inputs)
+    made = prepare.keys(device, p, first, linear=False, tiles=True)
     if p.low:
-        rows = operator.keys(device, p, first, linear=False)
+        rows = prepare.keys(device, p, first, linear=False)
         expected = hopper.pack_low(device, p, rows.k_bytes, rows.v_bytes)
     else:
         expected = hopper.pack(device, p, made.k, made.v, made.mean)

@@ -8,7 +8,7 @@ from helpers import problems
 from sla2_core.backends.pooling import smooth_keys
 from sla2_core.formats import format_of
 from sla2_core.reference import sla2_reference
-from sla2_kernels import forward as operator
+from sla2_kernels import prepare
 from sla2_kernels.kernels import Geometry, spec_of
 
 pointer = problems.pointer
@@ -28,8 +28,8 @@ def test_low_bit(precision):
     )
     lengths = case.lengths.long()
     inputs = [problems.strided(x) for x in (case.q, case.k, case.v)]
-    made = operator.pool(problems.DEVICE, case.problem, *inputs)
-    made = operator.keys(problems.DEVICE, case.problem, made, save=True)
+    made = prepare.pool(problems.DEVICE, case.problem, *inputs)
+    made = prepare.keys(problems.DEVICE, case.problem, made, save=True)
     valid = (torch.arange(200) < lengths[:, None])[:, None, :, None]
     k = made.k.owner.view(case.k.shape)
     torch.testing.assert_close(

@@ -9,6 +9,7 @@ from sla2_core.backends.pooling import pool, smooth_keys
 from sla2_core.routing import top_k_map
 from sla2_kernels import backward as operator_backward
 from sla2_kernels import forward as operator
+from sla2_kernels import prepare
 from sla2_kernels.emulator.emulate import ORDERS, lanes
 from sla2_kernels.kernels import all_specs
 
@@ -41,7 +42,7 @@ def launched(monkeypatch):
         real(device, problem, name, *more)
 
     real = operator.run_kernel
-    for module in (operator, operator_backward):
+    for module in (prepare, operator, operator_backward):
         monkeypatch.setattr(module, "run_kernel", note)
     return names
 
@@ -56,7 +57,7 @@ def make(precision):
 def route(case):
     """The scores of heuristic routing and the map they give."""
     inputs = [problems.strided(x) for x in (case.q, case.k, case.v)]
-    made = operator.pool(problems.DEVICE, case.problem, *inputs, pooled=True)
+    made = prepare.pool(problems.DEVICE, case.problem, *inputs, pooled=True)
     weight = problems.pointer(torch.eye(48)[None].contiguous())
     found, _, scores = operator.route(
         problems.DEVICE, case.problem, made.pooled_q, made.pooled_k, weight, weight, 1, 0.4

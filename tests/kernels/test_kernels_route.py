@@ -12,6 +12,7 @@ from sla2_core.block_map import Rows
 from sla2_core.registry import MIXINGS
 from sla2_core.routing import top_k_map
 from sla2_kernels import forward as operator
+from sla2_kernels import prepare
 from sla2_kernels.backward import transpose_map
 from sla2_kernels.emulator.emulate import ORDERS, lanes
 
@@ -23,7 +24,7 @@ def test_routing_equals_the_router(weight_heads):
     case = problems.make(111, 600, d=48, lengths=(600, 63))
     lengths = case.lengths.long()
     inputs = [problems.strided(x) for x in (case.q, case.k, case.v)]
-    made = operator.pool(DEVICE, case.problem, *inputs, pooled=True)
+    made = prepare.pool(DEVICE, case.problem, *inputs, pooled=True)
     weights = [torch.randn(weight_heads, 48, 48) * 0.3 for _ in range(2)]
     topk = 0.13
     found, _, scores = operator.route(

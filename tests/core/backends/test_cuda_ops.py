@@ -308,12 +308,13 @@ def test_every_layout_gives_the_same_bits(layout, d, smooth_k):
 
 
 def test_a_model_s_own_layout_is_neither_copied_nor_changed(monkeypatch):
-    from sla2_kernels import forward as operator
+    from sla2_kernels import forward, prepare
 
-    launched, real = [], operator.run_kernel
-    monkeypatch.setattr(
-        operator, "run_kernel", lambda *args: launched.append(args[2]) or real(*args)
-    )
+    launched, real = [], forward.run_kernel
+    for caller in (prepare, forward):
+        monkeypatch.setattr(
+            caller, "run_kernel", lambda *args: launched.append(args[2]) or real(*args)
+        )
     qkv = [tokens_first(x) for x in inputs(b=2)[:3]]
     sizes = {**BLOCKS, "block_k": 32}
     attn = SLA2Attention(
