@@ -34,32 +34,36 @@ LIVE = (
 
 @dataclass(frozen=True)
 class Size:
-    """What two cores do with a model in minutes: videos of each variant, and steps of stage 2."""
+    """What two cores do with a model in minutes: videos of each variant, steps of stage 2, and the
+    shipped adapters.
+    """
 
     prompts: int
     steps: int
+    shipped: tuple[str, ...] = tuple(variant["name"] for variant in SHIPPED)
 
 
 # A step or a video at 4,096 tokens takes several times as long as at 1,024.
-SIZES = {"tiny-4k": Size(prompts=10, steps=30)}
+SIZES = {"tiny-4k": Size(prompts=8, steps=20, shipped=("sla2-97", "sla2-90", "sla-97"))}
 OTHER = Size(prompts=16, steps=200)
 
 
-def variants_of(model: str, steps: int) -> list[dict[str, Any]]:
-    """The quickstart's variants of a model: its shipped adapters and one short training of `steps`
-    steps; of a model without shipped adapters, short trainings alone.
+def variants_of(model: str) -> list[dict[str, Any]]:
+    """The quickstart's variants of a model: its shipped adapters and one short training; of a model
+    without shipped adapters, short trainings alone.
     """
+    size = SIZES.get(model, OTHER)
     folder = weights_of(model) / "adapters" if model in NAMES else None
     if folder is None or not folder.is_dir():
         return [dict(variant) for variant in LIVE]
     found = [
         {**variant, "adapter": folder / variant["name"]}
         for variant in SHIPPED
-        if (folder / variant["name"]).is_dir()
+        if variant["name"] in size.shipped and (folder / variant["name"]).is_dir()
     ]
     live = {
         "name": "sla2-97-here",
-        "label": f"SLA2 97 %, trained here ({steps} steps)",
+        "label": f"SLA2 97 %, trained here ({size.steps} steps)",
         "family": "SLA2, trained here",
     }
     return [*found, LIVE[0] | live]
@@ -88,7 +92,7 @@ def settings(model: str = "tiny", workers: int = 2, **changes: Any) -> AblationS
             "autocast": "auto",
         },
         "generate": {"num_prompts": size.prompts, "steps": 20},
-        "variants": variants_of(model, size.steps),
+        "variants": variants_of(model),
     }
     return validate(values | changes, AblationSettings, "quickstart")
 
