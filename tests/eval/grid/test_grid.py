@@ -96,8 +96,11 @@ def test_the_graph_has_each_training_once(grid, tmp_path):
     tasks = graph(settings, tmp_path)
     assert sum(name.startswith("stage1") for name in tasks) == 1
     assert sum(name.startswith("stage2") for name in tasks) == 1
-    assert list(tasks).index("scores a") < list(tasks).index("videos b")
-    assert set(tasks["scores a"].needs) == {"videos a", "full 0.0", "full 0.1"}
+    assert list(tasks).index("scores a") < list(tasks).index("videos of b (1 of 2)")
+    halves = ("(1 of 2)", "(2 of 2)")
+    wanted = [f"videos of a {half}" for half in halves]
+    wanted += [f"videos of full {half}, seed 0" for half in halves]
+    assert sorted(tasks["scores a"].needs) == wanted
     assert all(need in tasks for task in tasks.values() for need in task.needs)
 
 
@@ -114,7 +117,7 @@ def test_a_variant_with_an_adapter_is_that_one_and_trains_nothing(grid, model, t
     assert (config.topk, config.block_q, config.alpha, config.precision) == (0.2, 16, "one", "int8")
     assert cell.router is None
     assert cell.tuned is None
-    assert graph(settings, tmp_path)["videos shipped"].needs == ()
+    assert graph(settings, tmp_path)["videos of shipped (1 of 2)"].needs == ()
     given["attention"] = {"block_q": 32}
     with pytest.raises(ValueError, match="block_q: expected a field that may change"):
         cells(grid(variants=[given]))
@@ -184,14 +187,14 @@ def test_the_experiments_settings_are_valid():
 
 
 class Deadly(ThisProcess):
-    """One process in which the worker of "videos b" always dies."""
+    """One process in which the worker of the first videos of b always dies."""
 
     def submit(self, name, task):
         super().submit(name, task)
         self.at = name
 
     def wait(self):
-        if self.at == "videos b":
+        if self.at == "videos of b (1 of 2)":
             self._submitted.clear()
             return self.at, WorkerDied("signal SIGKILL")
         return super().wait()
@@ -220,14 +223,15 @@ def test_a_variant_whose_worker_dies_is_listed_and_the_others_are_done(
     errors = [
         line for line in capsys.readouterr().err.splitlines() if line.startswith("sla2: error: ")
     ]
+    task = "videos of b (1 of 2)"
     assert errors == [
-        "sla2: error: videos b: its worker died 2 times (signal SIGKILL); run again to go on",
-        "sla2: error: scores b: needs videos b, whose worker died; run again to go on",
+        f"sla2: error: {task}: its worker died 2 times (signal SIGKILL); run again to go on",
+        f"sla2: error: scores b: needs {task}, whose worker died; run again to go on",
     ]
-    assert said[0] == "videos b: its worker died (signal SIGKILL); trying it once more"
+    assert said[0] == f"{task}: its worker died (signal SIGKILL); trying it once more"
     report = json.loads((out / "report" / "results.json").read_text())
     assert report["not_scored"] == ["b"]
-    assert list(report["lost"]) == ["videos b", "scores b"]
+    assert list(report["lost"]) == [task, "scores b"]
     groups = {group["label"]: group["metrics"] for group in report["groups"]}
     assert groups["A"]["temporal_flickering"]["n"] == 2
     assert groups["B"] == {}

@@ -29,7 +29,6 @@ from sla2_eval.runs.folders import note_settings
 from sla2_eval.runs.progress import Report, noted, silent
 from sla2_eval.runs.store import digest, file_digest, write_atomic
 from sla2_eval.videos.image import write_image
-from sla2_eval.videos.manifest import read_manifest
 from sla2_eval.videos.video import write_video
 
 if TYPE_CHECKING:
@@ -460,18 +459,8 @@ def _write(
     write_video(folder / request.file_name, frames, fps)
 
 
-def is_complete(requests: Sequence[Request], folder: Path) -> bool:
-    """Whether the manifest lists exactly these videos and every file is there."""
-    if not (folder / MANIFEST).exists():
-        return False
-    listed = {entry.file_name for entry in read_manifest(folder)}
-    return listed == {r.file_name for r in requests} and all(
-        (folder / name).exists() for name in listed
-    )
-
-
 def write_manifest(requests: Sequence[Request], folder: Path, config: SamplingConfig) -> Path:
-    """The manifest that scoring reads, one line a video; written once all videos are there."""
+    """The manifest that scoring reads, one line a video."""
     rows = []
     for request in requests:
         row: dict[str, Any] = {"file_name": request.file_name, "prompt": request.prompt}

@@ -30,6 +30,7 @@ from sla2_eval.runs.settings import SettingsError, import_modules
 from sla2_eval.runs.store import digest, write_atomic
 
 REFERENCE = "full"
+SHARES = 2  # tasks that the videos of a variant are divided into
 UNPAIRED = ("temporal_flickering", "motion_smoothness_linear", "caption_accuracy")
 # Fields of SLA2Config that a training does not depend on. A field that is forgotten here costs a
 # training; one too many would reuse a wrong one.
@@ -255,13 +256,18 @@ def task_tune(
     )
 
 
+def _share(name: str, share: int) -> str:
+    """What one share of a variant's videos is called."""
+    return f"videos of {name} ({share + 1} of {SHARES})"
+
+
 def task_full(
     settings: AblationSettings, out: Path, seed: int, share: int, *, report: Report = silent
 ) -> None:
-    """The videos number `seed` of full attention, every second prompt from `share` on."""
+    """One share of the videos number `seed` of full attention."""
     config, folder = sampling(settings), out / "videos" / REFERENCE
-    requests = requests_of(settings, open_source(settings), [seed])[share::2]
-    stage = f"videos of {REFERENCE}, seed {seed}, half {share + 1}"
+    requests = requests_of(settings, open_source(settings), [seed])[share::SHARES]
+    stage = f"{_share(REFERENCE, share)}, seed {seed}"
     if all((folder / request.file_name).exists() for request in requests):
         return
     generator = generation.load_generator(settings.model)
@@ -269,15 +275,16 @@ def task_full(
 
 
 def task_videos(
-    settings: AblationSettings, cell: Cell, out: Path, *, report: Report = silent
+    settings: AblationSettings, cell: Cell, out: Path, share: int, *, report: Report = silent
 ) -> None:
-    """The videos and block maps of one variant at one seed."""
+    """One share of the videos of one variant at one seed; with the first its block maps."""
     from sla2_core.training.stage1.train import load_stage1
 
-    requests = requests_of(settings, open_source(settings), [cell.seed])
+    requests = requests_of(settings, open_source(settings), [cell.seed])[share::SHARES]
     folder, config = out / "videos" / cell.name, sampling(settings)
-    maps = out / "block_maps" / f"{cell.name}.json"
-    if maps.exists() and generation.is_complete(requests, folder):
+    maps = None if share else out / "block_maps" / f"{cell.name}.json"
+    videos_done = all((folder / request.file_name).exists() for request in requests)
+    if videos_done and (maps is None or maps.exists()):
         return
     generator = generation.load_generator(settings.model)
     handle = steps.apply(generator.transformer, cell.attention)
@@ -288,11 +295,9 @@ def task_videos(
     elif cell.router:
         load_stage1(handle, out / "work" / cell.router)
     generator.transformer.eval()
-    generation.open_folder(folder, config, _fingerprint(cell))
-    stage = f"videos of {cell.name}"
+    stage = _share(cell.name, share)
     generation.write_videos(generator, requests, folder, config, stage=stage, report=report)
-    generation.write_manifest(requests, folder, config)
-    if not maps.exists():
+    if maps is not None and not maps.exists():
         video, source = folder / requests[0].file_name, source_of(generator, settings)
         found = steps.block_maps(source, handle, video, requests[0].given)
         write_atomic(maps, json.dumps(found) + "\n")
@@ -361,9 +366,9 @@ def graph(settings: AblationSettings, out: Path) -> dict[str, Task]:
     grid = cells(settings)
     data = add("data", "data", [], work=work)
     full = [
-        add(f"{REFERENCE} {seed}.{share}", "full", [], out=out, seed=seed, share=share)
+        add(f"{_share(REFERENCE, share)}, seed {seed}", "full", [], out=out, seed=seed, share=share)
         for seed in settings.seeds
-        for share in range(2)
+        for share in range(SHARES)
     ]
     add(f"scores {REFERENCE}", "scores", full, out=out, name=REFERENCE)
     for cell in grid:
@@ -374,8 +379,13 @@ def graph(settings: AblationSettings, out: Path) -> dict[str, Task]:
             router = add(cell.router, "router", [captures], cell=cell, work=work)
         if cell.tuned:
             tuned = add(cell.tuned, "tune", [data, router], cell=cell, work=work)
-        videos = add(f"videos {cell.name}", "videos", [router, tuned], cell=cell, out=out)
-        add(f"scores {cell.name}", "scores", [videos, *full], out=out, name=cell.name)
+        videos = [
+            add(
+                _share(cell.name, share), "videos", [router, tuned], cell=cell, out=out, share=share
+            )
+            for share in range(SHARES)
+        ]
+        add(f"scores {cell.name}", "scores", [*videos, *full], out=out, name=cell.name)
     return tasks
 
 
@@ -411,9 +421,11 @@ def run_grid(
     metrics_of(settings, source)
     full = out / "videos" / REFERENCE
     generation.open_folder(full, config, {"model": generation.model_fingerprint(settings.model)})
-    for cell in grid:
-        generation.open_folder(out / "videos" / cell.name, config, _fingerprint(cell))
     generation.write_manifest(requests, full, config)
+    for cell in grid:
+        folder = out / "videos" / cell.name
+        generation.open_folder(folder, config, _fingerprint(cell))
+        generation.write_manifest(requests_of(settings, source, [cell.seed]), folder, config)
     write_run(settings, grid, out, notes)
     with open_pool(settings.workers, ray_address, report=report) as pool:
         try:
