@@ -1,5 +1,6 @@
 """The host's time of a forward, launches stubbed: `python -m benchmarks.host`. What Python and
-torch take to prepare all launches of a call; no GPU, nothing is computed.
+torch take to prepare all launches of a call of a shape that was seen before; no GPU, nothing is
+computed.
 """
 
 from __future__ import annotations
@@ -32,12 +33,17 @@ class _Nothing:
         return None
 
 
+def _multiprocessors(device: int = 0) -> int:
+    return 132
+
+
 @contextmanager
 def stubbed() -> Iterator[None]:
     """CuPy's part of a launch left out: kernels are neither built nor launched."""
     from functools import cache
     from types import SimpleNamespace
 
+    from sla2_core.backends.cuda_routed import plan_of
     from sla2_kernels.launch import LoadedKernel
 
     @cache
@@ -49,10 +55,15 @@ def stubbed() -> Iterator[None]:
     with (
         mock.patch.dict("sys.modules", {"cupy": cupy}),
         mock.patch("sla2_kernels.launch.load", load),
-        mock.patch("sla2_kernels.hopper.multiprocessors", return_value=132),
+        mock.patch("sla2_kernels.plan.load", load),
+        mock.patch("sla2_kernels.hopper.multiprocessors", new=_multiprocessors),
         mock.patch("sla2_kernels.launch._cupy_stream", _Nothing),
     ):
-        yield
+        plan_of.cache_clear()  # a plan holds its kernels
+        try:
+            yield
+        finally:
+            plan_of.cache_clear()
 
 
 def microseconds(call: Callable[[], Any], repetitions: int = 300) -> float:
@@ -68,25 +79,30 @@ def microseconds(call: Callable[[], Any], repetitions: int = 300) -> float:
 
 
 def operator() -> Callable[[], Any]:
-    """A routed forward on raw pointers at the paper's shape, its problem made anew each time."""
+    """The planned launches of a routed forward at the paper's shape, by mma.sync and by wgmma the
+    same in number.
+    """
+    from collections.abc import Sequence
+
     from sla2_kernels.forward import routed_forward
-    from sla2_kernels.problem import AlphaRule
+    from sla2_kernels.launch import Pointer
+    from sla2_kernels.plan import make_plan
+    from sla2_kernels.problem import AlphaRule, Device, Strided
     from sla2_kernels.record import Recorder
 
     from benchmarks.gpu_model import SHAPE, problem_of
 
     n, heads, topk = int(SHAPE["n"]), int(SHAPE["heads"]), 1 - SHAPE["sparsity"]
-    recorder = Recorder("sm_90a")
-    device = replace(recorder.device, record=None)
-    q, k, v = (recorder.tensor(1, heads, n, 128) for _ in range(3))
-    weight = recorder.allocate((1, 128, 128), "float32")
-    offset, slope = (recorder.allocate((heads,), "float32") for _ in range(2))
+    device = replace(Recorder("sm_90a").device, record=None)
 
-    def call() -> Any:
+    def launches(device: Device, given: Sequence[Pointer]) -> list[Pointer]:
+        *qkv, weight, offset, slope = given
+        q, k, v = (Strided.of(x, heads, n, 128) for x in qkv)
         p, rule = problem_of("full", n, heads), AlphaRule(offset, slope, heads)
-        return routed_forward(device, p, q, k, v, weight, weight, 1, topk, None, rule)
+        return [routed_forward(device, p, q, k, v, weight, weight, 1, topk, None, rule).out.pointer]
 
-    return call
+    plan = make_plan(device, [0] * 6, launches)
+    return lambda: plan.run(device, [1 << 40] * 6)
 
 
 def module() -> Callable[[], Any]:

@@ -12,9 +12,10 @@ import pytest
 import torch
 from sla2_core import BlockMap, SLA2Attention, SLA2Config, SLAAttention, backends
 from sla2_core.backends import cuda as cuda_ops
-from sla2_core.backends import ops
+from sla2_core.backends import cuda_routed, ops
 from sla2_core.backends.base import Inputs, Problem
 from sla2_core.backends.pooling import pool
+from sla2_core.backends.run_precision import precision_to_run
 from sla2_core.functional import block_sparse_attention, sla2_attention, sla_attention
 from sla2_core.options import make_options
 from sla2_core.reference import sla2_reference
@@ -307,6 +308,27 @@ def test_every_layout_gives_the_same_bits(layout, d, smooth_k):
         assert torch.equal(plain, other)
 
 
+def test_a_plan_serves_its_own_layout_alone():
+    q, k, v, *_ = inputs(111, 111)
+    config = SLA2Config(head_dim=64, num_heads=2, topk=0.3, backend=TARGET, block_q=32, block_k=32)
+    attn = SLA2Attention(config).to(DEVICE)
+    cuda_routed.plan_of.cache_clear()
+    with torch.no_grad():
+        plain, short = attn(q, k, v), attn(q, k, v, kv_lengths=[70])
+        for change in (tokens_first, part_of_one_projection, channels_apart, at_an_odd_address):
+            assert torch.equal(attn(*map(change, (q, k, v))), plain)
+            assert torch.equal(attn(*map(change, (q, k, v)), kv_lengths=[70]), short)
+        planned = cuda_routed.plan_of.cache_info().misses
+        assert not torch.equal(plain, short)
+        # Other values of the same layouts, and in low bit, which is planned anew.
+        assert torch.equal(attn(q, k, v), plain)
+        assert not torch.equal(attn(q + 1, k, v), plain)
+        assert cuda_routed.plan_of.cache_info().misses == planned
+        attn.config = dataclasses.replace(config, precision="int8")
+        attn(q, k, v)
+        assert cuda_routed.plan_of.cache_info().misses == planned + 1
+
+
 def test_a_model_s_own_layout_is_neither_copied_nor_changed(monkeypatch):
     from sla2_kernels import forward, prepare
 
@@ -432,7 +454,7 @@ def test_fp8_runs_in_16_bit_where_it_would_be_emulated_and_that_is_said_once(mon
     monkeypatch.setattr("sla2_kernels.forward.forward", forward)
     q, k, v, _, alpha, block_map = inputs()
     call = Inputs(q, k, v, block_map.indices, block_map.counts, alpha, None)
-    cuda_ops._precision_to_run.cache_clear()
+    precision_to_run.cache_clear()
     monkeypatch.delenv("SLA2_WGMMA", raising=False)
     for arch, precision, save, *blocks in (
         ("sm_90a", "int8", False, 32, 32),

@@ -10,9 +10,7 @@ import numpy as np
 
 from sla2_kernels.kernels import has_wgmma
 from sla2_kernels.launch import Argument, Pointer, multiprocessors, run_kernel
-from sla2_kernels.problem import NULL, Alpha, Device, Map, Problem, Strided
-
-MULTIPROCESSORS = 132  # of an H100 SXM and an H200, which the emulator stands for
+from sla2_kernels.problem import MULTIPROCESSORS, NULL, Alpha, Device, Map, Problem, Strided
 
 
 def takes(device: Device, problem: Problem) -> bool:
@@ -23,8 +21,9 @@ def takes(device: Device, problem: Problem) -> bool:
 
 
 def _multiprocessors(device: Device) -> int:
-    real = device.target == "cuda" and not device.record
-    return multiprocessors(device.index) if real else MULTIPROCESSORS
+    if device.processors:
+        return device.processors
+    return multiprocessors(device.index) if device.target == "cuda" else MULTIPROCESSORS
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from sla2_kernels.launch import Argument, Pointer
 from sla2_kernels.specs import KernelSpec
 
 NULL = Pointer(0)
+MULTIPROCESSORS = 132  # of an H100 SXM and an H200, which the emulator stands for
 Allocate = Callable[[tuple[int, ...], str], Pointer]
 Record = Callable[[KernelSpec, tuple[int, ...], Sequence[Argument]], None]
 
@@ -77,6 +78,8 @@ class Device:
         stream: a cudaStream_t as an integer; None: the default stream.
         record: takes a launch's spec, grid and arguments in place of the target, which then
             launches nothing: see `record.Recorder`.
+        processors: how many multiprocessors; None: as many as the GPU has, MULTIPROCESSORS of the
+            emulator.
         wgmma: take the kernels of csrc/sm90 where they serve; False: `mma.sync`. Default:
             $SLA2_WGMMA, see `kernels.wgmma_allowed`.
     """
@@ -87,6 +90,7 @@ class Device:
     index: int = 0
     stream: int | None = None
     record: Record | None = None
+    processors: int | None = None
     wgmma: bool = field(default_factory=wgmma_allowed)
 
 

@@ -9,10 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sla2_kernels.launch import Argument, Pointer
-from sla2_kernels.problem import Device, Strided
+from sla2_kernels.problem import MULTIPROCESSORS, Device, Strided
 from sla2_kernels.specs import KernelSpec
 
 _SIZES = {"bfloat16": 2, "float16": 2, "uint8": 1}  # bytes; 4 for the others
+
+
+def bytes_of(shape: tuple[int, ...], dtype: str) -> int:
+    """Of a tensor as `Device.allocate` takes it."""
+    return math.prod(shape) * _SIZES.get(dtype, 4)
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,14 @@ class Recorder:
 
     def __init__(self, arch: str):
         self.launches: list[Launch] = []
-        self.device = Device(allocate=self.allocate, arch=arch, record=self._record)
+        self.device = Device(
+            allocate=self.allocate, arch=arch, record=self._record, processors=MULTIPROCESSORS
+        )
         self._next = 1 << 12
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Pointer:
         """A pointer to no memory, whose owner knows the tensor's bytes."""
-        size = math.prod(shape) * _SIZES.get(dtype, 4)
+        size = bytes_of(shape, dtype)
         address = self._next
         self._next += -(-size // 256) * 256 or 256
         return Pointer(address, Tensor(size))

@@ -6,35 +6,33 @@
 from __future__ import annotations
 
 import functools
-import warnings
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sla2_core.backends.base import Backend, Grads, Inputs, Problem
+from sla2_core.backends.cuda_routed import routed
 from sla2_core.backends.means import spread_means
 from sla2_core.backends.pointers import (
     DTYPES,
     EMULATED,
     alpha_of,
     device_of,
+    empty_out,
     int32,
     map_of,
     pointer,
     problem_of,
     strided,
+    width,
 )
+from sla2_core.backends.run_precision import to_run
 from sla2_core.block_map import Geometry, num_blocks
 from sla2_core.options import Options, constant
 
 if TYPE_CHECKING:
-    from sla2_kernels.launch import Pointer
-    from sla2_kernels.problem import Device, Strided
-    from sla2_kernels.problem import Problem as KernelProblem
-
-_BY_WGMMA = "; blocks of 128 and 64 run in 8 bit by wgmma, unless SLA2_WGMMA is 0"
+    from sla2_kernels.problem import Strided
 
 
 @constant
@@ -90,30 +88,6 @@ def _unfit(
     return None
 
 
-@functools.cache
-def _precision_to_run(arch: str, precision: str) -> str:
-    """The precision of a forward by mma.sync without gradients, whose low bit is for speed alone.
-    One RuntimeWarning says where that is another one than asked for.
-    """
-    from sla2_kernels.kernels import faster_precision, products_of
-
-    chosen = faster_precision(arch, precision)
-    if chosen != precision:
-        qk, pv = products_of(arch, precision)
-        warnings.warn(
-            f"precision: {precision!r} runs in 16 bit on {arch}, which has no FP8 mma.sync (Q K^T"
-            f" would run by {qk}, P V by {pv}: slower than 16 bit); forwards with gradients round"
-            " as asked" + (_BY_WGMMA if arch == "sm_90a" else ""),
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return chosen
-
-
-def _width(d: int) -> int:
-    return 64 if d <= 64 else 128
-
-
 @torch.library.custom_op("sla2::cuda_pool", mutates_args=())
 def pool(
     q: Tensor, k: Tensor, lengths: Tensor | None, block_q: int, block_k: int, target: str
@@ -129,8 +103,8 @@ def pool(
     queries, keys = strided(q), strided(k)
     made = run(device_of(q, target), problem, queries, keys, keys, smooth_k=False, pooled=True)
     b, h, _, d = q.shape
-    pooled = (x.owner.view(b, h, -1, _width(d)) for x in (made.pooled_q, made.pooled_k))
-    means_q, means_k = (x if d == _width(d) else x[..., :d].contiguous() for x in pooled)
+    pooled = (x.owner.view(b, h, -1, width(d)) for x in (made.pooled_q, made.pooled_k))
+    means_q, means_k = (x if d == width(d) else x[..., :d].contiguous() for x in pooled)
     return means_q, means_k
 
 
@@ -193,7 +167,7 @@ def route(
         block_k=block_k,
         kv_lengths=int32(lengths),
     )
-    if (lack := _width(d) - d) > 0:
+    if (lack := width(d) - d) > 0:
         pooled_q, pooled_k = (torch.nn.functional.pad(x, (0, lack)) for x in (pooled_q, pooled_k))
     found = run(
         device_of(pooled_q, target),
@@ -260,105 +234,6 @@ def _differentiate_route(
 route.register_autograd(_differentiate_route, setup_context=_save_route)
 
 
-@torch.library.custom_op("sla2::cuda_routed", mutates_args=())
-def routed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight_q: Tensor | None,
-    weight_k: Tensor | None,
-    lengths: Tensor | None,
-    offset: Tensor | None,
-    slope: Tensor | None,
-    topk: float,
-    routable: int,
-    options: str,
-    target: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Routing, alpha and the operator, without gradients: see Backend.routed. `options` is
-    Options.text.
-    """
-    from sla2_kernels.forward import routed_forward
-    from sla2_kernels.problem import AlphaRule
-
-    nothing = q.new_empty(0)
-    settings = Options.read(options)
-    device = device_of(q, target)
-    problem = problem_of(Inputs(q, k, v, nothing, nothing, None, lengths), settings)
-    problem = _to_run(device, problem)
-
-    def fp32(x: Tensor | None) -> Pointer:
-        return pointer(None if x is None else x.float().contiguous())
-
-    rule = AlphaRule()
-    if offset is not None:
-        rule = AlphaRule(fp32(offset), fp32(slope), offset.shape[0], offset[0].numel())
-    found = routed_forward(
-        device,
-        problem,
-        strided(q),
-        strided(k),
-        strided(v),
-        fp32(weight_q),
-        fp32(weight_k),
-        1 if weight_q is None else weight_q.shape[0],
-        topk,
-        routable,
-        rule,
-        smooth_k=settings.smooth_k,
-        out=strided(_empty_out(q)) if problem.head_dim == problem.width else None,
-    )
-    block_map, alpha = found.block_map, found.alpha.values
-    return (
-        found.out.owner.view(q.shape),
-        block_map.indices.owner,
-        block_map.counts.owner,
-        alpha.owner,
-    )
-
-
-@routed.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight_q: Tensor | None,
-    weight_k: Tensor | None,
-    lengths: Tensor | None,
-    offset: Tensor | None,
-    slope: Tensor | None,
-    topk: float,
-    routable: int,
-    options: str,
-    target: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    settings = Options.read(options)
-    t_m, t_n = num_blocks(q.shape[2], settings.block_q), num_blocks(k.shape[2], settings.block_k)
-    chosen = max(1, round(topk * routable)) if routable else 0
-    indices = q.new_empty((*q.shape[:2], t_m, chosen + t_n - routable), dtype=torch.int32)
-    alpha = q.new_empty((*q.shape[:2], t_m), dtype=torch.float32)
-    return _empty_out(q), indices, indices.new_empty(alpha.shape), alpha
-
-
-def _empty_out(q: Tensor) -> Tensor:
-    """As CudaBackend.empty_out."""
-    b, h, n, d = q.shape
-    if d == _width(d) and q.stride(1) < q.stride(2):
-        return q.new_empty((b, n, h, d)).transpose(1, 2)
-    return q.new_empty(q.shape)
-
-
-def _to_run(device: Device, problem: KernelProblem) -> KernelProblem:
-    """The problem of a forward without gradients: see _precision_to_run. Hopper's own kernels have
-    every precision.
-    """
-    from sla2_kernels import hopper
-
-    if device.target != "cuda" or hopper.takes(device, problem):
-        return problem
-    return replace(problem, precision=_precision_to_run(device.arch, problem.precision))
-
-
 class CudaBackend(Backend):
     """The kernels of sla2_kernels.csrc on a GPU."""
 
@@ -417,7 +292,7 @@ class CudaBackend(Backend):
         """A transposed (B, N, H, d) if q is one, so that the model's own layout comes back without
         a copy.
         """
-        return _empty_out(q)
+        return empty_out(q)
 
     def routed(
         self,
@@ -437,7 +312,7 @@ class CudaBackend(Backend):
 
     def forward(self, call: Inputs, options: Options, save: bool) -> list[Tensor]:
         """As Backend.forward. Without `save`, FP8 runs in 16 bit on GPUs that would emulate it:
-        see `_precision_to_run`. Hopper's own kernels have it.
+        see `run_precision`. Hopper's own kernels have it.
 
         Saved: the smoothed K if K is smoothed; with alpha also O_s, the map as bits, 1 / unselected
         blocks, H and Z (see sla2_kernels.forward.Linear).
@@ -447,7 +322,7 @@ class CudaBackend(Backend):
         q, smooth_k = call.q, options.smooth_k
         device, problem = device_of(q, self.name), problem_of(call, options)
         if not save:
-            problem = _to_run(device, problem)
+            problem = to_run(device, problem)
         out = strided(self.empty_out(q)) if problem.head_dim == problem.width else None
         made = forward(
             device,
@@ -474,17 +349,17 @@ class CudaBackend(Backend):
         """Empty tensors of what forward() saves, in its order; width is 64 or 128 channels."""
         q, indices = call.q, call.indices
         (b, h, n_q, d), n_k = q.shape, call.k.shape[2]
-        pairs, width = b * h, _width(d)
+        pairs, wide = b * h, width(d)
         t_m, t_n = num_blocks(n_q, options.block_q), num_blocks(n_k, options.block_k)
         found = []
         if options.smooth_k:
-            found.append(q.new_empty((pairs, n_k, width)))
+            found.append(q.new_empty((pairs, n_k, wide)))
         if call.alpha is not None:
-            found.append(q.new_empty((pairs, n_q, width)))
+            found.append(q.new_empty((pairs, n_q, wide)))
             found.append(indices.new_empty((pairs, t_m, num_blocks(t_n, 32))))
             found.append(q.new_empty((pairs, t_m), dtype=torch.float32))
-            found.append(q.new_empty((pairs, t_m, width, width)))
-            found.append(q.new_empty((pairs, t_m, width), dtype=torch.float32))
+            found.append(q.new_empty((pairs, t_m, wide, wide)))
+            found.append(q.new_empty((pairs, t_m, wide), dtype=torch.float32))
         return found
 
     def backward(

@@ -27,6 +27,19 @@ def pointer(x: Tensor | None) -> Pointer:
     return Pointer(0) if x is None else Pointer(x.data_ptr(), x)
 
 
+def width(d: int) -> int:
+    """Channels of a row of d as the kernels see it."""
+    return 64 if d <= 64 else 128
+
+
+def empty_out(q: Tensor) -> Tensor:
+    """As CudaBackend.empty_out."""
+    b, h, n, d = q.shape
+    if d == width(d) and q.stride(1) < q.stride(2):
+        return q.new_empty((b, n, h, d)).transpose(1, 2)
+    return q.new_empty(q.shape)
+
+
 def device_of(x: Tensor, target: str) -> Device:
     """Where kernels on x run: its GPU and torch's current stream there, or the emulator."""
     from sla2_kernels.launch import device_architecture
@@ -65,7 +78,7 @@ def problem_of(call: Inputs, options: Options) -> KernelProblem:
     )
 
 
-def _steps(x: Tensor) -> tuple[int, int, int]:
+def steps(x: Tensor) -> tuple[int, int, int]:
     """Strides of the first three axes in elements, 0 for an axis of size 1."""
     item, head, row = (0 if size == 1 else step for size, step in zip(x.shape[:3], x.stride()))
     return item, head, row
@@ -76,7 +89,7 @@ def strided(x: Tensor) -> Strided:
     from sla2_kernels.problem import Strided
 
     x = x if x.stride(3) == 1 else x.contiguous()
-    return Strided(pointer(x), _steps(x))
+    return Strided(pointer(x), steps(x))
 
 
 def map_of(call: Inputs) -> Map:
@@ -93,4 +106,4 @@ def alpha_of(alpha: Tensor | None) -> Alpha | None:
     if alpha is None:
         return None
     alpha = alpha.float()
-    return Alpha(pointer(alpha), _steps(alpha))
+    return Alpha(pointer(alpha), steps(alpha))
