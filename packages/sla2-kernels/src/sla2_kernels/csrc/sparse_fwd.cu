@@ -6,9 +6,9 @@ constexpr int KEY_TILES = BLOCK_K / 8;
 constexpr int KEY_BYTES = BLOCK_K * HALF_ROW;  // one K or V tile
 // What a multiprocessor has shared memory for.
 constexpr int RESIDENT_BLOCKS = FAST_MMA || HEAD_DIM == 64 ? 2 : 1;
-// What keeps the compiler within 255 registers: more unrolling makes it spill a few of them.
+// What keeps every compiler within 255 registers: other unrolling makes some spill a few of them.
 constexpr int SCORE_UNROLL =
-    SLA2_ARCH == 100 ? 1 : (SLA2_ARCH == 80 || SLA2_ARCH == 120 ? 2 : HEAD_DIM / 16);
+    SLA2_ARCH == 100 ? 4 : (SLA2_ARCH == 80 || SLA2_ARCH == 120 ? 2 : HEAD_DIM / 16);
 
 // One block of threads per query block; grid (T_m, B H). q, k, v and out may lie in any layout
 // (strides: item, head, token). mean (B H, D): of K, which the softmax does not see and L is to

@@ -80,6 +80,20 @@ SLA2_PTX void setmaxnreg_inc() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
+// What is to be written to these registers is written before the instructions that follow: else the
+// compiler may do it between the fence and the products that read them.
+template <int WORDS>
+SLA2_PTX void settle(float (&x)[WORDS]) {
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+template <class Word, int WORDS>
+SLA2_PTX void settle(Word (&x)[WORDS]) {
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) asm volatile("" : "+r"(x[i])::"memory");
+}
+
 // Orders what the warpgroup wrote to its registers before the products that follow.
 SLA2_PTX void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 

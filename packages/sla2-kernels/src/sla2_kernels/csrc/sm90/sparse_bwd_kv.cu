@@ -142,8 +142,7 @@ sla2_sm90_sparse_bwd_kv(const unsigned char* __restrict__ q_tiles,
     for (int number = blockIdx.x; number < blocks; number += gridDim.x) {
         const Column w = column_of(number, offsets, column_rows, capacity, kv_lengths, num_heads,
                                    t_n, n_k);
-        const float* alpha_of_head = alpha + static_cast<long long>(w.item) * alpha_stride_b +
-                                     w.head * alpha_stride_h;
+        const int alpha_of_head = w.item * alpha_stride_b + w.head * alpha_stride_h;
         float acc_k[D_WORDS], acc_v[D_WORDS];
 #pragma unroll
         for (int i = 0; i < D_WORDS; ++i) acc_k[i] = acc_v[i] = 0.0f;
@@ -153,7 +152,7 @@ sla2_sm90_sparse_bwd_kv(const unsigned char* __restrict__ q_tiles,
             for (int step = 0; step < w.steps; ++step, turn.next()) {
                 const int row_block = w.list[step];
                 const float weight =
-                    sparse_weight(alpha_of_head, row_block * alpha_stride_row, rest_inverse,
+                    sparse_weight(alpha, alpha_of_head + row_block * alpha_stride_row, rest_inverse,
                                   w.bh * t_m + row_block, true);
                 const unsigned char* rows =
                     shared + ROWS_AT + turn.stage * ROW_STAGE + half * ROW_TILE;
@@ -193,14 +192,14 @@ sla2_sm90_sparse_bwd_kv(const unsigned char* __restrict__ q_tiles,
                         const float2 mean =
                             *reinterpret_cast<const float2*>(values + BLOCK_Q + 8 * n);
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            const int i = 4 * n + e;
-                            p[i] *= weight;
-                            d_p[i] = p[i] * (d_p[i] - (e & 1 ? mean.y : mean.x));
+                        for (int r = 0; r < 2; ++r) {
+                            const int i = 4 * n + 2 * r;
+                            const float x = p[i] * weight, y = p[i + 1] * weight;
+                            a_p[n / 2][2 * (n & 1) + r] = pack_half(x, y);
+                            a_s[n / 2][2 * (n & 1) + r] =
+                                pack_half(x * (d_p[i] - mean.x), y * (d_p[i + 1] - mean.y));
                         }
                     }
-                    pack_operand(a_p, p);
-                    pack_operand(a_s, d_p);
                     wgmma_fence();
 #pragma unroll
                     for (int c = 0; c < 4; ++c)

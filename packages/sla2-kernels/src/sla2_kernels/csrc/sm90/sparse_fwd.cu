@@ -142,10 +142,12 @@ sla2_sm90_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long lon
             // Scores of step t run before P V of step t - 1, whose weights they turn into under it.
             for (int step = 1; step < w.steps; ++step) {
                 mbarrier_wait(&barriers.k_full[k_turn.stage], k_turn.parity);
+                mbarrier_wait(&barriers.v_full[v_turn.stage], v_turn.parity);
+                settle(o);
+                for (auto& x : p) settle(x);
                 wgmma_fence();
                 issue_scores(s, a, shared + K_AT + k_turn.stage * KEY_BYTES);
                 wgmma_commit();
-                mbarrier_wait(&barriers.v_full[v_turn.stage], v_turn.parity);
                 issue_values(o, p, shared + V_AT + v_turn.stage * KEY_BYTES);
                 wgmma_commit();
                 wgmma_wait<1>();  // the scores

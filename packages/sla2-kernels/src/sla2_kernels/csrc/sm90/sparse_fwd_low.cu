@@ -220,6 +220,8 @@ sla2_sm90_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long
                 factor = key_scale[w.list[step]];
                 mbarrier_wait(&barriers.k_full[k_turn.stage], k_turn.parity);
                 mbarrier_wait(&barriers.v_full[v_turn.stage], v_turn.parity);
+                settle(values.c);
+                for (auto& x : p) settle(x);
                 wgmma_fence();
                 issue_scores(sums, a, shared + K_AT + k_turn.stage * TILE_BYTES);
                 wgmma_commit();

@@ -227,6 +227,7 @@ inline Warpgroup::Lane& products_of_lane() {  // guarded
 }
 }  // namespace sla2
 
+template <class Word, int WORDS> void settle(Word (&)[WORDS]) {}  // about the compiler alone
 inline void wgmma_fence() {
     sla2::Guard guard(*sla2::self().block);
     sla2::products_of_lane().fenced = true;
