@@ -133,6 +133,7 @@ sla2_linear_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
                 d_q[(line + row) * HEAD_DIM + 8 * n + column + e] = acc[n][2 * r + e];
     }
     __syncthreads();  // the factors of all rows are written
+#pragma unroll 1  // a trip or two: there are seldom fewer threads
     for (int c = threadIdx.x; c < HEAD_DIM; c += Q_THREADS) {
         float sum = 0.0f;
         for (int row = 0; row < rows; ++row)

@@ -47,11 +47,11 @@ SLA2_INLINE void store_means(const Block<ROWS, POOL_THREADS>& block, int valid,
     for (int e = 0; e < 8; ++e) sums[group][8 * lane + e] = total[e];
     __syncthreads();
     const float share = 1.0f / static_cast<float>(valid > 0 ? valid : 1);
-    for (int c = threadIdx.x; c < HEAD_DIM; c += POOL_THREADS) {
-        float sum = 0.0f;
-        for (int g = 0; g < POOL_GROUPS; ++g) sum += sums[g][c];
-        means[c] = sum * share;
-    }
+    const int c = threadIdx.x;
+    if (c >= HEAD_DIM) return;  // there are more threads than channels
+    float sum = 0.0f;
+    for (int g = 0; g < POOL_GROUPS; ++g) sum += sums[g][c];
+    means[c] = sum * share;
 }
 
 // The largest |x| of each channel, NaN where there is one.
@@ -72,11 +72,11 @@ SLA2_INLINE void store_tops(const Block<ROWS, POOL_THREADS>& block,
 #pragma unroll
     for (int e = 0; e < 8; ++e) tops[group][8 * lane + e] = top[e];
     __syncthreads();
-    for (int c = threadIdx.x; c < HEAD_DIM; c += POOL_THREADS) {
-        float most = 0.0f;
-        for (int g = 0; g < POOL_GROUPS; ++g) most = max_nan(most, tops[g][c]);
-        out[c] = most;
-    }
+    const int c = threadIdx.x;
+    if (c >= HEAD_DIM) return;
+    float most = 0.0f;
+    for (int g = 0; g < POOL_GROUPS; ++g) most = max_nan(most, tops[g][c]);
+    out[c] = most;
 }
 
 // Grid (key_blocks + query blocks, B H). The first key_blocks, T_n or none, make means

@@ -282,6 +282,7 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
         }
     }
     __syncthreads();
+#pragma unroll 1  // a trip or two: there are seldom fewer threads
     for (int c = threadIdx.x; c < HEAD_DIM; c += DKV_THREADS) {
         float sum = 0.0f;
         for (int w = 0; w < DKV_THREADS / 32; ++w) sum += sums[w * HEAD_DIM + c];
