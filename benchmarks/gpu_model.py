@@ -90,7 +90,7 @@ GPUS = {
         bandwidth=1.6e12,
         half=512,
         int8=2048,
-        fp8=1024,
+        fp8=2048,  # with block scales
     ),
     "A100": Gpu(
         arch="sm_80",

@@ -100,7 +100,7 @@ def test_a_gpu_s_products_are_told_by_precision(monkeypatch):
         f" int8_int8: IMMA; fp8: HMMA, widened{slow}"
     )
     assert doctor._products(1, 12, 0).detail == (
-        "sm_120a: full: HMMA; int8: IMMA and QMMA; int8_int8: IMMA; fp8: QMMA"
+        "sm_120a: full: HMMA; int8: IMMA and QMMA.SF; int8_int8: IMMA; fp8: QMMA.SF"
     )
     assert "int8: none, no FP8; int8_int8: IMMA; fp8: none" in doctor._products(0, 8, 6).detail
     assert doctor._products(0, 7, 5).status == "missing"

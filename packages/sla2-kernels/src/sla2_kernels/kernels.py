@@ -116,12 +116,15 @@ def has_wgmma(arch: str, geometry: Geometry) -> bool:
 
 def products_of(arch: str, precision: str, wgmma: bool = False) -> tuple[str, str]:
     """The SASS instructions that multiply Q K^T and P V of the sparse forward: "HMMA" on 16-bit
-    operands, "IMMA" on int8, "QMMA" on FP8; "HMMA, widened" where FP8 is widened to fp16 first;
+    operands, "IMMA" on int8, "QMMA" on FP8, "QMMA.SF" on FP8 with block scales, which are 1 (twice
+    the rate on sm_120a); "HMMA, widened" where FP8 is widened to fp16 first;
     "HGMMA", "IGMMA" and "QGMMA" of the kernels of csrc/sm90, which `wgmma` asks for.
     """
     if wgmma:
         return _WGMMA[precision]
     fp8 = "QMMA" if ARCHITECTURES[arch].fp8_mma else "HMMA, widened"
+    if arch == "sm_120a":  # mma_m16n8k32_e4m3 in ptx.cuh
+        fp8 = "QMMA.SF"
     return {
         "full": ("HMMA", "HMMA"),
         "int8": ("IMMA", fp8),
@@ -142,7 +145,8 @@ def _low_opcodes(arch: str, precision: str) -> tuple[tuple[str, ...], tuple[str,
     products = set(products_of(arch, precision))
     if "HMMA, widened" in products:
         return (*sorted(products - {"HMMA, widened"}), _WIDENS_FP8), ("QMMA",)
-    return tuple(sorted(products)), (_WIDENS_FP8,)
+    unscaled = ("QMMA.16832",) if "QMMA.SF" in products else ()
+    return tuple(sorted(products)), (_WIDENS_FP8, *unscaled)
 
 
 def _none(_: Geometry) -> int:
