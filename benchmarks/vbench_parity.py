@@ -3,9 +3,10 @@ same architectures: the largest difference of a video in each dimension.
 
 Example: python -m benchmarks.vbench_parity --out parity
 
-Needs the environment of `sla2 vbench --setup` (detectron2 is not used); no GPU and no weights. A
-few minutes on a core. This file is run twice: here, and with --theirs in that environment, whose
-code draws the weights and computes VBench's side.
+Needs the environment of `sla2 vbench --setup` (detectron2 is not used), and pyiqa beside our own
+packages; no GPU and no weights. docs/evaluation.md has the commands. A few minutes on a core. This
+file is run twice: here, and with --theirs in that environment, whose code draws the weights and
+computes VBench's side.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 FRAMES, SIZES = 6, ((128, 160), (136, 136))  # RAFT takes no side below 128
+LARGE = 416, 608  # of a third video, for imaging quality, which shrinks beyond 512
 PROMPTS = ("a red circle, zoom in", "Two foxes running over a snowy field at dawn, racking focus")
 CLIP_B32 = {"embed_dim": 512, "image_resolution": 224, "vision_layers": 12, "vision_width": 768}
 CLIP_B32 |= {"vision_patch_size": 32, "context_length": 77, "vocab_size": 49408}
@@ -72,6 +75,8 @@ def theirs(out: Path) -> None:
     videos, prompts = work["videos"], work["prompts"]
     found: dict[str, Any] = {}
     torch.manual_seed(0)
+    # Parameters that ViCLIP leaves undefined are then NaN, which drawn() knows, in every run.
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
     def noted(name: str, result: tuple) -> None:
         found[name] = [float(row["video_results"]) for row in result[1]]
@@ -107,7 +112,7 @@ def theirs(out: Path) -> None:
 
     musiq = drawn(MUSIQ(pretrained=False))
     torch.save(musiq.state_dict(), out / "musiq.pth")
-    noted("imaging_quality", technical_quality(musiq, videos, "cpu"))
+    noted("imaging_quality", technical_quality(musiq, [*videos, work["large"]], "cpu"))
 
     import vbench
     from vbench.motion_smoothness import MotionSmoothness, motion_smoothness
@@ -156,10 +161,8 @@ def theirs(out: Path) -> None:
     (out / "theirs.json").write_text(json.dumps(found))
 
 
-def ours(out: Path, python: Path, frames: list) -> dict[str, Any]:
+def ours(out: Path, python: Path, frames: list, large: Any) -> dict[str, Any]:
     """The same numbers of the metrics here."""
-    from importlib.util import find_spec
-
     from sla2_eval.runs.store import file_digest
     from sla2_eval.scoring import metrics
     from sla2_eval.scoring.metrics import raft
@@ -185,8 +188,6 @@ def ours(out: Path, python: Path, frames: list) -> dict[str, Any]:
         "imaging_quality": given(musiq="musiq"),
         "dynamic_degree": given(raft="raft"),
     }
-    if find_spec("pyiqa") is None:  # VBench's own, of before numpy 2, does not run here
-        del settings["imaging_quality"]
     # VBench's AMT, which needs nothing but torch, after our packages.
     sys.path.append(str(next(python.parent.parent.glob("lib/python*/site-packages"))))
     found: dict[str, Any] = {}
@@ -196,7 +197,8 @@ def ours(out: Path, python: Path, frames: list) -> dict[str, Any]:
     raft.strongest = lambda flow, share: strengths.append(strongest(flow, share)) or strengths[-1]
     for name, chosen in settings.items():
         scorer = metrics.load(name, chosen)
-        of = samples[1:] if name == "subject_consistency" else samples
+        of = samples[1:] if name == "subject_consistency" else list(samples)
+        of += [Sample(large, 8.0, None, None)] if name == "imaging_quality" else []
         found[name] = [scorer(sample) for sample in of]
         print(name, found[name], file=sys.stderr, flush=True)
     return found | {"flow": [strengths[: FRAMES - 1], strengths[FRAMES - 1 :]]}
@@ -204,13 +206,15 @@ def ours(out: Path, python: Path, frames: list) -> dict[str, Any]:
 
 def compare(out: Path, python: Path) -> list[dict[str, Any]]:
     """Rows {"dimension", "vbench", "ours", "difference"} of means and of the largest difference."""
+    if find_spec("pyiqa") is None:
+        raise SystemExit("pyiqa: expected it (uv sync --all-packages --extra musiq), got none")
     import numpy as np
     from sla2_eval.scoring import metrics
     from sla2_eval.videos.video import read_video, write_video
 
     out.mkdir(parents=True, exist_ok=True)
     frames, videos = [], []
-    for number, (height, width) in enumerate(SIZES):
+    for number, (height, width) in enumerate((*SIZES, LARGE)):
         y, x = np.mgrid[:height, :width]
         noise = np.random.default_rng(number).normal(0, 12, (FRAMES, height, width, 3))
         waves = [np.sin((x + 5 * t) / 11) * np.cos((y - 3 * t) / 9) for t in range(FRAMES)]
@@ -219,13 +223,14 @@ def compare(out: Path, python: Path) -> list[dict[str, Any]]:
         videos.append(str(out.resolve() / f"video-{number}.mp4"))
         write_video(videos[-1], frames[-1], 8, lossless=True)
         assert (read_video(videos[-1]).frames == frames[-1]).all()
-    (out / PREPARED).write_text(json.dumps({"videos": videos, "prompts": PROMPTS}))
+    work = {"videos": videos[:-1], "large": videos[-1], "prompts": PROMPTS}
+    (out / PREPARED).write_text(json.dumps(work))
     if not (out / "theirs.json").is_file():
         command = [str(python), str(Path(__file__).resolve()), "--theirs", "--out", str(out)]
         kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         subprocess.run(command, check=True, env=kept)
     first = json.loads((out / "theirs.json").read_text())
-    second = ours(out, python, frames)
+    second = ours(out, python, frames[:-1], frames[-1])
     rows = []
     for name, values in second.items():
         spec = metrics.specs().get(name)

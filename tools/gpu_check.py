@@ -178,7 +178,7 @@ def run_bench(quick: bool) -> dict:
         "bench",
         "--suite",
         "paper",
-        "--json",
+        "--out",
         str(file),
     ]
     code, output, seconds = call(command + ["--quick"] * quick, 60)

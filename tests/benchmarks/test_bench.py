@@ -111,6 +111,6 @@ def test_an_installed_package_says_that_it_needs_a_checkout(tmp_path):
 @pytest.mark.gpu
 def test_the_paper_suite_runs_quickly(capsys, tmp_path):
     assert (
-        main(["bench", "--suite", "paper", "--quick", "--json", str(tmp_path / "paper.json")]) == 0
+        main(["bench", "--suite", "paper", "--quick", "--out", str(tmp_path / "paper.json")]) == 0
     )
     assert "SLA2 forward" in capsys.readouterr().out

@@ -4,9 +4,10 @@ expected.
 
 import json
 
+import click
 import numpy as np
 import pytest
-from sla2_eval.cli.main import COMMANDS, main
+from sla2_eval.cli.main import COMMANDS, main, sla2
 from sla2_eval.videos.video import write_video
 
 SUBCOMMANDS = [[name] for name in COMMANDS] + [
@@ -16,6 +17,8 @@ SUBCOMMANDS = [[name] for name in COMMANDS] + [
     ["import", "turbodiffusion"],
     ["weights", "list"],
     ["weights", "fetch"],
+    ["preference", "page"],
+    ["preference", "count"],
 ]
 
 
@@ -230,6 +233,38 @@ def test_debug_shows_the_traceback(tmp_path):
                 str(tmp_path / "o"),
             ]
         )
+
+
+def leaves(command: click.Command, path: tuple[str, ...] = ()) -> list:
+    """(path, command) of every command that does something itself."""
+    if not isinstance(command, click.Group):
+        return [(path, command)]
+    context = click.Context(command)
+    names = command.list_commands(context)
+    return [leaf for n in names for leaf in leaves(command.get_command(context, n), (*path, n))]
+
+
+def test_every_command_takes_json_and_it_is_a_flag():
+    found = leaves(sla2)
+    assert {path[0] for path, _ in found} == set(COMMANDS)
+    for path, command in found:
+        option = next((p for p in command.params if "--json" in p.opts), None)
+        assert isinstance(option, click.Option), path
+        assert option.is_flag, path
+
+
+def test_json_is_rows_and_nothing_else_on_stdout(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.yaml").write_text("{num_videos: 1, steps: 1, batch_size: 1, dtype: float32}")
+    for words, key in (
+        (["bench", "--model"], "gpu"),
+        (["train", "teacher", "--config", "t.yaml", "--out", "teacher"], "model"),
+    ):
+        assert main([*words, "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert isinstance(rows, list), words
+        assert all(key in row for row in rows), words
+    assert (tmp_path / rows[0]["model"] / "transformer" / "config.json").is_file()
 
 
 def test_json_tables_are_json(capsys):

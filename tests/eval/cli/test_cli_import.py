@@ -21,9 +21,11 @@ def test_an_imported_checkpoint_generates_with_sla_and_rcm(tmp_path, monkeypatch
     pipelines.wan().save_pretrained("base")
     (tmp_path / "p.txt").write_text("a red circle\n")
     given = ["--topk", "0.34", "--block-q", "4", "--block-k", "3", "--dtype", "float32"]
-    command = ["import", "turbodiffusion", "turbo.pth", "--out", "turbo", "--base", "base", *given]
-    assert main(command) == 0
+    command = ["import", "turbodiffusion", "turbo.pth", "--base", "base", *given]
+    assert main([*command, "--out", "turbo"]) == 0
     assert capsys.readouterr().out == "turbo\n"
+    assert main([*command, "--out", "again", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"folder": "again"}]
     assert json.loads((tmp_path / "turbo/transformer/sla2_config.json").read_text())["layers"]
     size = ["--num-frames", "5", "--height", "32", "--width", "48", "--dtype", "float32"]
     videos = {}

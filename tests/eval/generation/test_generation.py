@@ -31,7 +31,7 @@ PROMPTS = [
 class Recorder:
     """A generator that paints each request's noise seed and notes what it was asked for."""
 
-    transformer, fps, upscale = None, 8, 2
+    transformer, fps, upscale, handles = None, 8, 2, ()
 
     def __init__(self):
         self.asked = []

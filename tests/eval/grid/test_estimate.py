@@ -101,7 +101,7 @@ def test_the_command_prints_it_and_writes_nothing(settings, tmp_path, capsys):
     assert "time on 8 GPU" in out
     assert "not measured" in out
     assert main([*command, "--json"]) == 0
-    values = json.loads(capsys.readouterr().out)
+    (values,) = json.loads(capsys.readouterr().out)
     assert values["stage2_hours"] == pytest.approx(of(settings).stage2_hours)
     assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
     assert main(command[:-1]) == 2

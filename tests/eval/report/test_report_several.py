@@ -129,6 +129,21 @@ def test_videos_and_scores_of_one_folder_share_a_row(folders, tmp_path, capsys):
     assert "--reference: expected one of " in capsys.readouterr().err
 
 
+def test_the_cost_of_generated_videos_is_what_was_noted_of_their_batches(folders):
+    batches = [(1, 0.9, 0.2), (3, 0.98, 0.1), (2, None, None)]
+    lines = [
+        {"videos": videos, "seconds": 1.0, "device": "H200"}
+        | ({} if sparsity is None else {"sparsity": sparsity, "flops": flops})
+        for videos, sparsity, flops in batches
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folders["sparse"] / "speed.jsonl").write_text(text)
+    for given in ([folders["scores"]], [folders["dense"], folders["sparse"]], [*folders.values()]):
+        dense, sparse = gather(given)["groups"]
+        assert (dense["sparsity"], dense["flops"]) == (0.0, 1.0)
+        assert (sparse["sparsity"], sparse["flops"]) == pytest.approx((0.96, 0.125))
+
+
 def test_scores_against_other_videos_than_the_reference_s_are_said(folders):
     data = json.loads((folders["scores"] / "results.json").read_text())
     psnr = {**data["metrics"]["temporal_flickering"], "kind": "paired", "title": "PSNR"}

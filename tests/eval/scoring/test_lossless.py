@@ -22,7 +22,7 @@ def clip(index: int, noise: float) -> np.ndarray:
 class Painter:
     """A generator of moving patterns with `noise` on top."""
 
-    transformer, fps, upscale = None, 8, 1
+    transformer, fps, upscale, handles = None, 8, 1, ()
 
     def __init__(self, noise: float):
         self.noise = noise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sla2_core.block_map import BlockMap, num_blocks
+from sla2_core.block_map import BlockMap, Geometry, num_blocks
 from sla2_core.config import SLA2Config
 from sla2_core.registry import COMPLEMENTS
 
@@ -100,15 +100,20 @@ def measured_share(block_map: BlockMap, config: SLA2Config, text_tokens: int = 0
         block_map: of the call's routed queries. config: the layer's.
         text_tokens: so many further queries see every key, as text does beside a video.
     """
+    sizes = {name: getattr(block_map, name) for name in Geometry._fields}
+    return share_at(1 - block_map.sparsity, Geometry(**sizes), config, text_tokens)
+
+
+def share_at(topk: float, geometry: Geometry, config: SLA2Config, text_tokens: int = 0) -> float:
+    """As measured_share, of calls of this geometry whose maps hold a share `topk` of the block
+    pairs.
+    """
     cost = sla2_cost(
-        n_q=block_map.n_q,
-        n_k=block_map.n_k,
+        **geometry._asdict(),
         num_heads=config.num_heads,
         head_dim=config.head_dim,
-        topk=1 - block_map.sparsity,
-        block_q=block_map.block_q,
-        block_k=block_map.block_k,
+        topk=topk,
         complement=config.complement,
     )
-    dense = cost.full_flops * text_tokens / block_map.n_q
+    dense = cost.full_flops * text_tokens / geometry.n_q
     return (cost.flops + dense) / (cost.full_flops + dense)

@@ -335,16 +335,24 @@ class SLA2Handle:
         finally:
             self._switch.recorder = before
 
-    def block_maps(self, run: Callable[[], Any]) -> dict[int, BlockMap]:
-        """{layer: BlockMap} of each layer's last routed call while run() runs the model. Blocks are
-        of tokens in the configuration's token order.
+    @contextlib.contextmanager
+    def observing(self, observer: Callable[[int, BlockMap], None]) -> Iterator[None]:
+        """Call observer(layer, block_map) at every routed call inside a with block. Blocks are of
+        tokens in the configuration's token order.
         """
-        maps: dict[int, BlockMap] = {}
-        before, self._switch.observer = self._switch.observer, maps.__setitem__
+        before, self._switch.observer = self._switch.observer, observer
         try:
-            run()
+            yield
         finally:
             self._switch.observer = before
+
+    def block_maps(self, run: Callable[[], Any]) -> dict[int, BlockMap]:
+        """{layer: BlockMap} of each layer's last routed call while run() runs the model, as
+        observing() has them.
+        """
+        maps: dict[int, BlockMap] = {}
+        with self.observing(maps.__setitem__):
+            run()
         return maps
 
     def dense_copy(self) -> nn.Module:

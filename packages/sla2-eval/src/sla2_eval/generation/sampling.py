@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from sla2_eval.generation.cost import CallCosts
 from sla2_eval.generation.defaults import (
     FRAMES,
     TINY_GUIDANCE,
@@ -33,6 +34,7 @@ from sla2_eval.videos.video import write_video
 
 if TYPE_CHECKING:
     import torch
+    from sla2_core.integrations.handle import SLA2Handle
     from torch import nn
 
 MANIFEST = "manifest.jsonl"
@@ -121,6 +123,7 @@ class Generator(Protocol):
 
     transformer: nn.Module
     upscale: int  # each pixel is written this many times in both directions
+    handles: Sequence[SLA2Handle]  # of the adapters that were loaded; none with full attention
 
     @property
     def fps(self) -> float | None:
@@ -161,6 +164,7 @@ class TinyGenerator:
         from sla2_eval.tiny.shapes import FPS
 
         self.transformer, self.scheduler = transformer.eval(), scheduler
+        self.handles: Sequence[SLA2Handle] = ()
         self.fps: float | None = FPS
 
     def sample(self, requests: Sequence[Request], config: SamplingConfig) -> np.ndarray:
@@ -211,6 +215,7 @@ class PipelineGenerator:
 
     def __init__(self, pipe: Any, fps: float | None = None):
         self.pipe, self.transformer, self.fps = pipe, pipe.transformer, fps
+        self.handles: Sequence[SLA2Handle] = ()
         if type(getattr(pipe, "scheduler", None)).__name__ == "RCMScheduler":
             from sla2_core.integrations.rcm import use_rcm
 
@@ -278,9 +283,11 @@ def load_generator(model: str | Path, adapter: str | Path | None = None) -> Gene
     if adapter is not None:
         from sla2_core.integrations.loading import apply_adapter
 
+        handles = []
         for transformer, folder in _adapted(generator, Path(adapter)):
-            apply_adapter(transformer, folder)
+            handles.append(apply_adapter(transformer, folder))
             transformer.eval()
+        generator.handles = tuple(handles)
     return generator
 
 
@@ -431,12 +438,13 @@ def write_videos(
         batch = requests[start : start + config.batch_size]
         if missing.isdisjoint(batch):
             continue
-        with noted(folder, len(batch)):
+        with noted(folder, len(batch)) as about, CallCosts(generator.handles) as costs:
             for video, request in zip(generator.sample(batch, config), batch):
                 if request in missing:
                     enlarged = video.repeat(generator.upscale, 1).repeat(generator.upscale, 2)
                     _write(enlarged, request, folder, fps, lossless=config.lossless)
                     done += 1
+            about.update(costs.summary())
         report(stage, done, len(requests))
 
 

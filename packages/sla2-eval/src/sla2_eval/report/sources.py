@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sla2_eval.runs.folders import INPUTS
+from sla2_eval.runs.progress import read_batches
 from sla2_eval.videos.manifest import Entry, holds_media, read_manifest
 
 GENERATED = "generation.json"  # in a folder of `sla2 generate`
@@ -172,6 +173,7 @@ def _scores(folder: Path) -> Source:
     label, other = inputs.get("label", videos.stem), theirs.stem if theirs else None
     if theirs and label == other:
         label, other = (f"{path.parent.name}/{path.stem}" for path in (videos, theirs))
+    sparsity, flops = _cost(videos)
     scored = Member(
         name="videos",
         label=label,
@@ -179,6 +181,8 @@ def _scores(folder: Path) -> Source:
         seed=inputs.get("seed"),
         results=results,
         videos=videos,
+        sparsity=sparsity,
+        flops=flops,
     )
     members = [scored]
     if theirs and other:
@@ -197,6 +201,7 @@ def _scores(folder: Path) -> Source:
             for name, about in results["metrics"].items()
             if name in means
         }
+        sparsity, flops = _cost(theirs)
         reference = Member(
             name="reference",
             label=other,
@@ -205,6 +210,8 @@ def _scores(folder: Path) -> Source:
             results={**results, "metrics": described, "videos": rows}
             | {"failed": [], "unavailable": {}},
             videos=theirs,
+            sparsity=sparsity,
+            flops=flops,
         )
         if not rows:
             scored.differences = {
@@ -233,20 +240,18 @@ def _generated(folder: Path) -> Source | None:
     folders = [folder] if _holds_videos(folder) else sorted(filter(_holds_videos, folder.iterdir()))
     members = []
     for found in folders:
-        path = found / GENERATED
-        settings = read_json(path, "how videos were generated") if path.is_file() else {}
-        dense = "adapter" in settings and settings["adapter"] is None
-        name = found.resolve().name
+        settings = _generation(found)
+        name, (sparsity, flops) = found.resolve().name, _cost(found)
         members.append(
             Member(
                 name=name,
                 label=name,
                 family=name,
-                sparsity=0.0 if dense else None,
-                flops=1.0 if dense else None,
-                reference=dense,
+                reference=_is_dense(settings),
                 videos=found,
                 settings=settings,
+                sparsity=sparsity,
+                flops=flops,
             )
         )
     if not members:
@@ -255,6 +260,33 @@ def _generated(folder: Path) -> Source | None:
     return Source(
         path=folder, kind="videos", name=folder.resolve().name, members=members, about=about
     )
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    """How the videos of a folder were generated, as far as it says so."""
+    path = folder / GENERATED
+    return read_json(path, "how videos were generated") if path.is_file() else {}
+
+
+def _is_dense(settings: Mapping[str, Any]) -> bool:
+    return "adapter" in settings and settings["adapter"] is None
+
+
+def _cost(folder: Path) -> tuple[float | None, float | None]:
+    """Sparsity and FLOPs of the attention that videos were generated with: full attention's, or
+    the means over batches of what was noted beside their seconds. None where nothing was.
+    """
+    if _is_dense(_generation(folder)):
+        return 0.0, 1.0
+    batches = [batch for batch in read_batches(folder) if "sparsity" in batch]
+    videos = sum(batch["videos"] for batch in batches)
+    if not videos:
+        return None, None
+    sparsity, flops = (
+        sum(batch["videos"] * batch[key] for batch in batches) / videos
+        for key in ("sparsity", "flops")
+    )
+    return sparsity, flops
 
 
 def _holds_videos(folder: Path) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from statistics import median
 
 import numpy as np
 
 from sla2_eval.report.groups import Group
-from sla2_eval.runs.progress import SPEED
+from sla2_eval.runs.progress import SPEED, read_batches
 
 LEAST_BATCHES = 6  # fewer say too little of the spread for an interval
 
@@ -46,8 +45,7 @@ def _batches(group: Group) -> dict[str, list[tuple[int, float]]]:
         read.add(path.resolve())
         processor = source.about.get("hardware", {}).get("processor")
         unnamed = processor or f"unknown ({source.name})"
-        for line in path.read_text(encoding="utf-8").splitlines():
-            batch = json.loads(line)
+        for batch in read_batches(path.parent):
             if batch["videos"] and batch["seconds"] > 0:
                 timed = (batch["videos"], batch["seconds"])
                 found.setdefault(batch.get("device", unnamed), []).append(timed)

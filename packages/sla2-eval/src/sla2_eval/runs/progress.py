@@ -14,7 +14,8 @@ from typing import Any
 
 from sla2_eval.runs.hardware import device
 
-# in a folder of videos: one line a batch, with its videos, seconds of wall clock, and the machine
+# in a folder of videos: one line a batch, with its videos, seconds of wall clock, and the machine;
+# of an adapter's videos also the sparsity and FLOPs of its attention
 SPEED = "speed.jsonl"
 
 # How library functions report: (stage, done, total). They call it often; it must be cheap.
@@ -70,13 +71,21 @@ class ProgressDisplay:
 
 
 @contextmanager
-def noted(folder: Path, videos: int) -> Iterator[None]:
+def noted(folder: Path, videos: int) -> Iterator[dict[str, float]]:
     """Add the seconds that a batch of videos takes to the folder's speed.jsonl, which the report
-    reads.
+    reads, and what is put into the dict that it yields.
     """
-    began = time.perf_counter()
-    yield
+    began, more = time.perf_counter(), dict[str, float]()
+    yield more
     seconds = round(time.perf_counter() - began, 3)
-    line = json.dumps({"videos": videos, "seconds": seconds, "device": device()})
+    line = json.dumps({"videos": videos, "seconds": seconds, "device": device(), **more})
     with (folder / SPEED).open("a", encoding="utf-8") as log:
         log.write(line + "\n")
+
+
+def read_batches(folder: Path) -> list[dict[str, Any]]:
+    """What noted() wrote into a folder, by batch; nothing where it has no such file."""
+    path = folder / SPEED
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

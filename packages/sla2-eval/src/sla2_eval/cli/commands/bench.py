@@ -36,12 +36,12 @@ SUITES = {
 )
 @click.option("--quick", is_flag=True, help="Fewer settings and repetitions.")
 @click.option(
-    "--json",
-    "json_file",
+    "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write everything to this file; a plot beside it.",
+    help="Write everything to this file, as JSON; a plot beside it.",
 )
-def command(suite: str, model: bool, quick: bool, json_file: Path | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def command(suite: str, model: bool, quick: bool, out: Path | None, as_json: bool) -> None:
     """Time SLA2 whole and by stage against dense attention in one process, interleaved; median and
     spread.
 
@@ -49,20 +49,20 @@ def command(suite: str, model: bool, quick: bool, json_file: Path | None) -> Non
 
     \b
     Example:
-      sla2 bench --suite paper --json benchmarks/results/h200.json
+      sla2 bench --suite paper --out benchmarks/results/h200.json
     """
     from sla2_eval.runs.progress import ProgressDisplay
 
     module = _import_suite("model" if model else suite)
     with ProgressDisplay() as report:
         result = module.measure(report, quick)
-    show(result["rows"], module.COLUMNS, as_json=False)
-    if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(result, indent=1) + "\n")
-        click.echo(f"{json_file}: {len(result['rows'])} rows", err=True)
+    show(result["rows"], module.COLUMNS, as_json=as_json)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        click.echo(f"{out}: {len(result['rows'])} rows", err=True)
         if hasattr(module, "plot"):
-            module.plot(result, json_file.with_suffix(".png"))
+            module.plot(result, out.with_suffix(".png"))
 
 
 def _import_suite(name: str) -> ModuleType:

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from sla2_eval.cli.commands.tables import show
+
 
 @click.group("import")
 def command() -> None:
@@ -39,8 +41,15 @@ def command() -> None:
     show_default=True,
     help="The weights are stored in.",
 )
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the folder.")
 def turbodiffusion(
-    file: str, out: str, low_noise: str | None, base: str | None, dtype: str, **geometry: Any
+    file: str,
+    out: str,
+    low_noise: str | None,
+    base: str | None,
+    dtype: str,
+    as_json: bool,
+    **geometry: Any,
 ) -> None:
     """An SLA checkpoint of TurboDiffusion, of its own layout or FastVideo's or sglang's, as OUT.
 
@@ -60,8 +69,10 @@ def turbodiffusion(
     from sla2_eval.generation.sampling import hide_loading_bars
 
     hide_loading_bars()
-    click.echo(
-        import_turbodiffusion(
-            file, out, low_noise=low_noise, base=base, torch_dtype=getattr(torch, dtype), **geometry
-        )
+    folder = import_turbodiffusion(
+        file, out, low_noise=low_noise, base=base, torch_dtype=getattr(torch, dtype), **geometry
     )
+    if as_json:
+        show([{"folder": str(folder)}], ("folder",), as_json=True)
+    else:
+        click.echo(folder)

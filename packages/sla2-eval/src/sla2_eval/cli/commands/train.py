@@ -48,13 +48,15 @@ def command() -> None:
     type=click.Path(),
     help="Folder of the training.",
 )
-def teacher(config: str, out: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the folder.")
+def teacher(config: str, out: str, as_json: bool) -> None:
     """Train the built-in tiny Wan from scratch; run again, it goes on from its last checkpoint.
 
     \b
     Example:
       sla2 train teacher --config experiments/tiny_wan/teacher.yaml --out runs/teacher
     """
+    from sla2_eval.cli.commands.tables import show
     from sla2_eval.generation.sampling import can_write
     from sla2_eval.runs.progress import ProgressDisplay
     from sla2_eval.runs.settings import load_settings
@@ -66,7 +68,10 @@ def teacher(config: str, out: str) -> None:
         done = train_teacher(
             settings, folder, report=lambda step, loss: report("teacher", step, settings.steps)
         )
-    click.echo(done)
+    if as_json:
+        show([{"model": str(done)}], ("model",), as_json=True)
+    else:
+        click.echo(done)
 
 
 @command.command("router")
@@ -171,7 +176,6 @@ def _folder(out: str | None) -> str:
 
 def _estimate(config: str, gpus: int, rate: float, as_json: bool) -> None:
     """Print what the training would take."""
-    import json
     from dataclasses import asdict
 
     from sla2_eval.cli.commands.tables import show
@@ -182,7 +186,7 @@ def _estimate(config: str, gpus: int, rate: float, as_json: bool) -> None:
     found = estimate(load_settings(config, TrainSettings), gpus=gpus, rate=rate)
     if as_json:
         values = {**asdict(found), "memory_bytes": found.memory_bytes, "rate": rate}
-        click.echo(json.dumps(values, indent=2))
+        show([values], (), as_json=True)
         return
     show(rows(found), ("part", "what", "value"), as_json=False)
     click.echo(
