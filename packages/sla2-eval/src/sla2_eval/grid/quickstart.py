@@ -1,4 +1,4 @@
-"""The quickstart: the whole pipeline on the built-in tiny model, as one small grid of variants."""
+"""The quickstart: the whole pipeline on a built-in tiny model, as one small grid of variants."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ class Size:
     shipped: tuple[str, ...] = tuple(variant["name"] for variant in SHIPPED)
 
 
-# A step or a video at 4,096 tokens takes several times as long as at 1,024.
-SIZES = {"tiny-4k": Size(prompts=8, steps=20, shipped=("sla2-97", "sla2-90", "sla-97"))}
+# A step or a video at 4,096 tokens takes several times as long as at 1,024. SLA has been trained for
+# fewer steps there, and is left out.
+SIZES = {"tiny-4k": Size(prompts=8, steps=20, shipped=("sla2-97", "sla2-95", "sla2-90"))}
 OTHER = Size(prompts=16, steps=200)
 
 
@@ -69,7 +70,7 @@ def variants_of(model: str) -> list[dict[str, Any]]:
     return [*found, LIVE[0] | live]
 
 
-def settings(model: str = "tiny", workers: int = 2, **changes: Any) -> AblationSettings:
+def settings(model: str = "tiny-4k", workers: int = 2, **changes: Any) -> AblationSettings:
     """The quickstart's settings, in INT8: shipped adapters where the model has them, and a few
     minutes of training on one core.
     """
