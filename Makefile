@@ -1,5 +1,5 @@
 # The workspace's commands. Each sets up .venv from uv.lock first, and does nothing twice.
-.PHONY: quickstart test test-full test-wheels lint docs gpu-check
+.PHONY: setup quickstart test test-full test-wheels lint docs gpu-check
 
 PYTHON ?= python3
 # The uv that is installed and runs, else one that pip puts into .cache/uv (--target: allowed in externally managed Pythons).
@@ -7,6 +7,8 @@ UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .cache/uv/bi
 READY := .venv/.synced
 # Two processes share the tests, file by file, each with one thread of torch's: two each would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
+
+setup: $(READY)
 
 quickstart: $(READY)
 	.venv/bin/sla2 quickstart

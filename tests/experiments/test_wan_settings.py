@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 from sla2_eval.cli.main import main
+from sla2_eval.grid.estimate import estimate
 from sla2_eval.grid.settings import TrainSettings
-from sla2_eval.runs.settings import load_settings
+from sla2_eval.runs.settings import load_settings, validate
 
 ROOT = Path(__file__).parents[2] / "experiments"
 
@@ -39,8 +42,49 @@ def test_settings_are_valid_and_the_papers(name, heads, batch, shift, size):
 def test_every_settings_file_of_wan_is_valid(path):
     settings = load_settings(path, TrainSettings)
     assert settings.stage2.batch_size % settings.stage2.accumulate == 0
+    assert settings.stage2.learning_rate == (1e-4 if settings.stage2.lora_rank else 1e-5)
     assert settings.expert == (path.stem if path.stem in ("high", "low") else None)
     assert f"{settings.video.height} x {settings.video.width}" in path.read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "gpus", "changes"),
+    [
+        ("wan2.1_1.3b/train.yaml", 1, {}),
+        ("wan2.1_1.3b/train.yaml", 8, {"accumulate": 8}),
+        ("wan2.1_14b/train_480p.yaml", 1, {}),
+        ("wan2.1_14b/train_480p.yaml", 8, {"accumulate": 8}),
+        ("wan2.1_14b/train_480p.yaml", 8, {"accumulate": 8, "lora_rank": None}),
+        ("wan2.1_14b/train.yaml", 1, {}),
+        ("wan2.1_14b/train.yaml", 5, {"accumulate": 3, "lora_rank": None}),
+        ("wan2.2_a14b/high.yaml", 1, {}),
+        ("wan2.2_a14b/high.yaml", 8, {"accumulate": 2}),
+    ],
+    ids=str,
+)
+def test_the_recipes_table_of_memory_and_time_is_what_the_dry_run_says(
+    file, gpus, changes, tmp_path
+):
+    """Of a folder with the model's configuration alone, its sizes as published."""
+    content = yaml.safe_load((ROOT / file).read_text())
+    heads, ffn, layers = (12, 8960, 30) if "1.3b" in file else (40, 13824, 40)
+    config = {
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": heads,
+        "ffn_dim": ffn,
+        "num_layers": layers,
+        "in_channels": 36 if "a14b" in file else 16,
+    }
+    for part in ("transformer", "transformer_2"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model_index.json").write_text("{}")
+    content |= {"model": str(tmp_path), "stage2": content["stage2"] | changes}
+    found = estimate(validate(content, TrainSettings, file), gpus=gpus)
+    memory, hours = f"{found.memory_bytes / 1e9:.3g} GB", f"{found.stage2_hours:.3g} h"
+    table = (ROOT.parent / "docs" / "training.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("|") and " GB |" in line]
+    assert any(f"| {gpus} |" in row and f"| {memory} | {hours}" in row for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -165,4 +165,4 @@ def test_the_commands_by_hand_of_the_quickstart_run(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "runs/scores/results.json").is_file()
-    assert (tmp_path / "runs/scores/index.html").is_file()
+    assert (tmp_path / "runs/scores/report/index.html").is_file()

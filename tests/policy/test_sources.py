@@ -31,11 +31,11 @@ MACHINE_PATH = re.compile(
 
 
 def files(*suffixes: str) -> list[Path]:
-    """Committed files with these suffixes (hidden folders and bytecode left out)."""
+    """Committed files with these suffixes (no hidden folder, bytecode or .git of a worktree)."""
     found = [
         path
         for path in ROOT.iterdir()
-        if path.is_file() and path.suffix in suffixes and path.name != "uv.lock"
+        if path.is_file() and path.suffix in suffixes and path.name not in ("uv.lock", ".git")
     ]
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*")):

@@ -59,7 +59,7 @@ def test_every_family_is_one_graph_forward_and_backward(name):
 
 @pytest.mark.parametrize(
     "backend",
-    ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],
+    ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
 )
 @pytest.mark.parametrize(
     "changes", [{"alpha": "mass", "precision": "int8"}, tiny_wan.SLA], ids=["sla2", "sla"]

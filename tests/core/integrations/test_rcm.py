@@ -116,6 +116,13 @@ def test_an_import_with_a_base_is_a_pipeline(tmp_path):
     with handle.disabled():
         dense = pipe(**CALL, num_inference_steps=4, generator=generators())[0]
     assert (dense - found).abs().max() > 1e-3
+    pipelines.wan_image("2.1").save_pretrained(tmp_path / "i2v")
+    message = r"base: expected a pipeline of in_channels=16 as \S+turbo.pth has, got 36 in \S+json$"
+    with pytest.raises(ValueError, match=message):
+        import_turbodiffusion(
+            tmp_path / "turbo.pth", tmp_path / "other", base=tmp_path / "i2v", **how
+        )
+    assert not (tmp_path / "other").exists()
     with pytest.raises(ValueError, match="base: expected a pipeline with 2 transformers"):
         import_turbodiffusion(
             tmp_path / "turbo.pth",

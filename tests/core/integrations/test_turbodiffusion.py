@@ -9,6 +9,7 @@ import torch
 from helpers import turbodiffusion as turbo
 from safetensors.torch import save_file
 from sla2_core.integrations.loading import from_pretrained
+from sla2_core.integrations.rcm import RCMScheduler
 from sla2_core.integrations.turbodiffusion import (
     import_turbodiffusion,
     load_turbodiffusion,
@@ -78,10 +79,11 @@ def test_the_published_sizes_are_read_off_the_shapes(sizes, count):
     assert (config.in_channels, config.out_channels) == (sizes["channels"], 16)
     assert model.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
     assert model.blocks[0].norm2.weight.dtype == torch.float32
-    short = {n: v for n, v in tensors.items() if not n.startswith("blocks.29.")}
-    if count == 885:
-        with pytest.raises(ValueError, match="file: expected 30 layers of a model of width 1536"):
-            _transformer("file", convert("file", short), torch.bfloat16)
+    last = sizes["layers"] - 1
+    short = {n: v for n, v in tensors.items() if not n.startswith(f"blocks.{last}.")}
+    message = f"file: expected {last + 1} layers of a model of width {sizes['dim']}, got {last}$"
+    with pytest.raises(ValueError, match=message):
+        _transformer("file", convert("file", short), torch.bfloat16)
 
 
 BROKEN = {
@@ -122,6 +124,34 @@ BROKEN = {
         lambda t: {n: v for n, v in turbo.quantised(t).items() if n != "blocks.0.ffn.0.scale"},
         "expected blocks.0.ffn.0.scale beside",
     ),
+    "scales without weights": (
+        lambda t: t | {"blocks.0.ffn.0.scale": torch.ones(1, 1)},
+        "expected blocks.0.ffn.0.int8_weight beside blocks.0.ffn.0.scale, found none",
+    ),
+    "a layer without any tensor": (
+        lambda t: {n: v for n, v in t.items() if not n.startswith("blocks.0.")},
+        "expected proj_l.bias of every layer, found none of layer 0",
+    ),
+    "a tensor of no model": (
+        lambda t: t | {"blocks.0.self_attn.gate.weight": torch.zeros(24, 24)},
+        "expected Wan's own names .* got the key 'blocks.0.self_attn.gate.weight'",
+    ),
+    "no patch embedding": (
+        lambda t: {n: v for n, v in t.items() if n != "patch_embedding.weight"},
+        "expected a tensor of the whole model under diffusers' name patch_embedding.weight",
+    ),
+    "a projection of another head dimension": (
+        lambda t: {n: v[..., :7][:7] if "proj_l" in n else v for n, v in t.items()},
+        "expected projections of a head dimension that divides 24, got 7",
+    ),
+    "a projection that is not square": (
+        lambda t: t | {"blocks.1.self_attn.attn_op.local_attn.proj_l.weight": torch.zeros(12, 11)},
+        r"expected shape \(12, 12\) for layers.1.complement\S*weight, got \(12, 11\)",
+    ),
+    "integers": (
+        lambda t: t | {"blocks.0.ffn.0.weight": torch.zeros(40, 24, dtype=torch.int64)},
+        "expected floating numbers for blocks.0.ffn.net.0.proj.weight, got torch.int64",
+    ),
     "a nested file": (lambda t: {"state_dict": t}, "expected tensors by name, got dict"),
 }
 
@@ -157,6 +187,32 @@ def test_import_writes_a_folder_that_loads_to_the_same_model(tmp_path):
     assert torch.equal(run(again.transformer, inputs()), run(first.transformer, inputs()))
     with pytest.raises(ValueError, match=f"{folder}: expected a new folder"):
         import_turbodiffusion(tmp_path / "turbo.pth", folder, **FP32)
+
+
+def test_a_folder_is_refused_that_is_empty_or_holds_a_tensor_twice(tmp_path):
+    tensors = turbo.in_layout(turbo.checkpoint(), "fastvideo")
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path}: expected safetensors files, found"):
+        load_turbodiffusion(tmp_path)
+    save_file(tensors, tmp_path / "one.safetensors")
+    save_file({"proj_out.bias": tensors["proj_out.bias"]}, tmp_path / "two.safetensors")
+    message = "two.safetensors: expected each tensor once, got 'proj_out.bias' again$"
+    with pytest.raises(ValueError, match=message):
+        load_turbodiffusion(tmp_path)
+
+
+def test_a_pair_of_wan22_becomes_two_transformers_and_rcm_of_image_to_video(tmp_path):
+    for seed, name in enumerate(("high", "low")):
+        torch.save(turbo.checkpoint(I2V, seed=seed), tmp_path / f"{name}.pth")
+    folder = import_turbodiffusion(
+        tmp_path / "high.pth", tmp_path / "out", low_noise=tmp_path / "low.pth", **FP32
+    )
+    given = inputs(channels=9)
+    for part, name in (("transformer", "high"), ("transformer_2", "low")):
+        again = from_pretrained(folder, subfolder=part)
+        expected = load_turbodiffusion(tmp_path / f"{name}.pth", **FP32)
+        assert torch.equal(run(again.transformer, given), run(expected.transformer, given))
+    sampler = RCMScheduler.from_pretrained(folder, subfolder="scheduler")
+    assert sampler.config.sigma_max == 200.0
 
 
 def test_a_failed_import_leaves_nothing(tmp_path):

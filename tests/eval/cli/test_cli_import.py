@@ -43,6 +43,28 @@ def test_an_imported_checkpoint_generates_with_sla_and_rcm(tmp_path, monkeypatch
     assert "num_inference_steps: expected 1 to 4 for rCM, got 20" in capsys.readouterr().err
 
 
+def test_an_import_without_its_base_is_told_from_a_pipeline(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(turbo.checkpoint(SIZES), "turbo.pth")
+    assert main(["import", "turbodiffusion", "turbo.pth", "--out", "turbo"]) == 0
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    video = {"num_frames": 5, "height": 32, "width": 48}
+    settings = {"model": "turbo", "video": video, "attention": {"topk": 0.5}}
+    (tmp_path / "train.yaml").write_text(json.dumps(settings))
+    for command in (
+        ["generate", "--model", "turbo", "--adapter", "turbo", "--prompts", "p.txt"],
+        ["train", "finetune", "--config", "train.yaml"],
+    ):
+        capsys.readouterr()
+        assert main([*command, "--out", "out"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(
+            "sla2: error: model: expected a pipeline in turbo, got a transformer and its sampler;"
+            " give sla2 import turbodiffusion the --base"
+        )
+        assert error.count("\n") == 1
+
+
 def test_a_bad_file_is_refused_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "turbo.pth").write_bytes(b"not a checkpoint")

@@ -13,6 +13,7 @@ import torch
 import yaml
 from helpers import pipelines
 from sla2_core.integrations.loading import apply_adapter
+from sla2_core.integrations.rcm import RCMScheduler
 from sla2_core.training.cache import CachedData
 from sla2_core.training.capture import Captures
 from sla2_eval.cli.main import main
@@ -118,13 +119,28 @@ def test_the_shift_is_the_schedulers_unless_it_is_given(
     assert with_shift(given, source).stage2.shift == 4.0
 
 
-def test_a_shift_that_depends_on_the_length_must_be_given(wan_folder, wan_training, tmp_path):
+@pytest.mark.parametrize(
+    ("scheduler", "reason"),
+    [
+        (
+            diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            "whose scheduler has another shift for each length",
+        ),
+        (RCMScheduler(), "whose scheduler, rCM's, has no shift"),
+    ],
+    ids=["of the length", "rCM"],
+)
+def test_a_shift_that_no_scheduler_says_must_be_given(
+    wan_folder, wan_training, tmp_path, scheduler, reason
+):
     shutil.copy(wan_folder / "model" / "model_index.json", tmp_path)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.save_pretrained(tmp_path / "scheduler")
     settings = settings_of(wan_training, model=str(tmp_path))
-    with pytest.raises(SettingsError, match=r"stage2\.shift: expected a number for"):
+    message = rf"stage2\.shift: expected a number for \S+, {reason}, got none$"
+    with pytest.raises(SettingsError, match=message):
         with_shift(settings, open_source(settings))
+    given = settings_of(wan_training, model=str(tmp_path), stage2={"shift": 4.0})
+    assert with_shift(given, open_source(given)).stage2.shift == 4.0
 
 
 def test_what_cannot_be_trained_is_refused_in_one_line(wan_training, tmp_path):

@@ -51,7 +51,7 @@ def defaults_of(model: Path | str) -> ModelDefaults:
     if isinstance(model, Path) and not (model / "model_index.json").exists():
         from sla2_eval.tiny.shapes import FPS
 
-        shift = _shift(_config(model, "scheduler"))
+        shift = _shift(config_of(model, "scheduler"))
         return ModelDefaults(
             name="the tiny model",
             steps=TINY_STEPS,
@@ -62,23 +62,23 @@ def defaults_of(model: Path | str) -> ModelDefaults:
         )
     import diffusers
 
-    index = _config(model, None)
+    index = config_of(model, None)
     name = index.get("_class_name")
     if not isinstance(name, str):
         raise ValueError(
             f"model: expected a pipeline, whose model_index.json has _class_name, got {model}"
         )
-    scheduler = _config(model, "scheduler")
+    scheduler = config_of(model, "scheduler")
     kind = getattr(diffusers, name, None)
     given = {} if kind is None else _call_defaults(kind)
-    if scheduler.get("_class_name") == "RCMScheduler":  # of a model distilled to a few steps
+    if samples_by_rcm(scheduler):  # of a model distilled to a few steps
         given |= {"num_inference_steps": 1 + len(scheduler["mid_timesteps"]), "guidance_scale": 1.0}
     return ModelDefaults(
         name=name,
         steps=given.get("num_inference_steps"),
         guidance=given.get("guidance_scale"),
         flow_shift=_shift(scheduler),
-        fps=fps_of(name, given, index, _config(model, "transformer")),
+        fps=fps_of(name, given, index, config_of(model, "transformer")),
         images=kind is not None and frames_argument(given) is None,
         takes_negative=kind is None or "negative_prompt" in given,
     )
@@ -110,7 +110,7 @@ def fps_of(
     return _FPS.get(name)
 
 
-def _config(model: Path | str, part: str | None) -> dict[str, Any]:
+def config_of(model: Path | str, part: str | None) -> dict[str, Any]:
     """The configuration of a part of a pipeline (None: of itself), empty if it has none."""
     file = {None: "model_index.json", "scheduler": "scheduler_config.json"}.get(part, "config.json")
     if isinstance(model, Path):
@@ -132,6 +132,11 @@ def _shift(scheduler: Mapping[str, Any]) -> float | None:
     """The shift of a flow-matching scheduler's configuration; None where it has no single one."""
     key = shift_key(scheduler)
     return None if key is None else float(scheduler[key])
+
+
+def samples_by_rcm(scheduler: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's configuration is rCM's, as an imported checkpoint has it."""
+    return scheduler.get("_class_name") == "RCMScheduler"
 
 
 def shift_key(scheduler: Mapping[str, Any]) -> str | None:

@@ -21,8 +21,10 @@ from sla2_eval.generation.defaults import (
     FRAMES,
     TINY_GUIDANCE,
     TINY_STEPS,
+    config_of,
     defaults_of,
     frames_argument,
+    samples_by_rcm,
     shifted,
 )
 from sla2_eval.generation.prompts import Prompt, Request, plan
@@ -338,6 +340,12 @@ def find_model(model: str | Path) -> Path | str:
     ):
         raise ValueError(
             f"model: expected model_index.json or transformer/config.json in {folder}, got neither"
+        )
+    alone = not (folder / "model_index.json").is_file()
+    if alone and samples_by_rcm(config_of(folder, "scheduler")):
+        raise ValueError(
+            f"model: expected a pipeline in {folder}, got a transformer and its sampler; give"
+            " sla2 import turbodiffusion the --base of its text encoder and VAE"
         )
     return folder
 

@@ -19,6 +19,7 @@ from sla2_core.training.settings import check_same
 from sla2_core.training.stage2.objectives import WHOLE
 from torch import Tensor, nn
 
+from sla2_eval.generation.defaults import samples_by_rcm
 from sla2_eval.generation.sampling import (
     Generator,
     PipelineGenerator,
@@ -254,6 +255,11 @@ def _shift_of(model: Path | str) -> float:
         raise SettingsError(
             f"stage2.shift: expected a number for {model}, whose scheduler has another shift for"
             " each length, got none"
+        )
+    if samples_by_rcm(config):
+        raise SettingsError(
+            f"stage2.shift: expected a number for {model}, whose scheduler, rCM's, has no shift,"
+            " got none"
         )
     return float(config.get("flow_shift", config.get("shift", 1.0)))
 

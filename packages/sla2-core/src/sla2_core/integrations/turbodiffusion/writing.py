@@ -14,6 +14,8 @@ from sla2_core.integrations.loading import local_folder
 from sla2_core.integrations.turbodiffusion.loading import load_turbodiffusion
 
 _TRANSFORMERS = ("transformer", "transformer_2")
+# Sizes of a transformer that the other parts of its pipeline know.
+_SHARED = ("in_channels", "out_channels", "text_dim", "image_dim")
 
 
 def import_turbodiffusion(
@@ -44,7 +46,7 @@ def import_turbodiffusion(
 
     Raises:
         FileNotFoundError, ValueError: as load_turbodiffusion; a folder that holds something, a pair
-            of different sizes, a base with another number of transformers.
+            of different sizes, a base with another number of transformers or with others.
         OSError: a file cannot be written.
     """
     from sla2_core.integrations.rcm import SIGMA_MAX, RCMScheduler
@@ -66,6 +68,8 @@ def import_turbodiffusion(
                 raise ValueError(
                     f"{source}: expected the sizes of {path}, its pair, got others: {sizes[-1]}"
                 )
+            if index is not None:
+                _check_base(index[0], source, sizes[0])
             handle.save(partial / name)
             handle.remove()
             transformer.save_pretrained(partial / name)
@@ -88,7 +92,8 @@ def _index(base: str | Path, count: int) -> tuple[Path, dict[str, Any]]:
     """The folder of a pipeline, without its transformers where it comes from the hub, and the
     content of its model_index.json.
     """
-    names = ["model_index.json", *(f"{n}/*" for n in ("vae", "text_encoder", "tokenizer"))]
+    parts = (f"{name}/*" for name in ("vae", "text_encoder", "tokenizer"))
+    names = ["model_index.json", "transformer/config.json", *parts]
     folder = local_folder(base, names)
     content = read_json(folder / "model_index.json")
     has = sum(bool((content.get(name) or [None])[0]) for name in _TRANSFORMERS)
@@ -98,6 +103,20 @@ def _index(base: str | Path, count: int) -> tuple[Path, dict[str, Any]]:
             f" {has} in {folder}"
         )
     return folder, content
+
+
+def _check_base(folder: Path, source: str | Path, sizes: dict[str, Any]) -> None:
+    """Raise ValueError if the transformer of the pipeline in `folder` is of another kind than that
+    of the checkpoint, such as one of image to video.
+    """
+    path = folder / "transformer" / "config.json"
+    config = read_json(path)
+    for name in _SHARED:
+        if config.get(name) != sizes[name]:
+            raise ValueError(
+                f"base: expected a pipeline of {name}={sizes[name]} as {source} has, got"
+                f" {config.get(name)} in {path}"
+            )
 
 
 def _link(origin: Path, target: Path, content: dict[str, Any]) -> None:
