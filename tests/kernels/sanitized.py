@@ -143,7 +143,6 @@ def run_low_bit():
         q=rows(),
         k=NULL,
         v=NULL,
-        q_bytes=octets(1, N, WIDTH),
         k_bytes=octets(1, N, WIDTH),
         v_bytes=octets(1, T_N, WIDTH, BLOCK_K),
         q_scale=floats(1, T_M),
@@ -175,7 +174,6 @@ def run_matched():
     small = Pointer.of(np.full((1, T_M), 1e-4, np.float32))
     run_backward(
         "int8",
-        q_bytes=octets(1, N, WIDTH),
         k_bytes=octets(1, N, WIDTH),
         q_scale=small,
         k_scale=floats(1, T_N),
@@ -220,7 +218,7 @@ def run_hopper_low():
     state, norm = halves(1, t_m, WIDTH, WIDTH), floats(1, t_m, WIDTH)
     tiles = hopper.pack_low(DEVICE, problem, octets(1, n, WIDTH), octets(1, t_n, WIDTH, 64))
     scales = floats(1, t_m), floats(1, t_n), floats(1, WIDTH)
-    low = hopper.LowBit(octets(1, n, WIDTH), *scales)
+    low = hopper.LowBit(*scales)
     rest = state, norm, ALPHA, out, out_sparse, lse
     hopper.sparse_forward(DEVICE, problem, q, *tiles, block_map(), *rest, low=low, blocks=1)
     written(out, out_sparse, lse)

@@ -34,8 +34,8 @@ def run(case, states=None, *, low=None, save=False, blocks=3):
     p, device = case.problem, problems.DEVICE
     q = prepare.widened(device, p, problems.strided(case.q), p.n_q)
     if low:
-        q_bytes, k_bytes, v_bytes, *scales = map(problems.pointer, low)
-        low = hopper.LowBit(q_bytes, *scales)
+        k_bytes, v_bytes, *scales = map(problems.pointer, low)
+        low = hopper.LowBit(*scales)
         tiles = hopper.pack_low(device, p, k_bytes, v_bytes)
     else:
         k, v = (prepare.widened(device, p, problems.strided(x), p.n_k) for x in (case.k, case.v))
@@ -100,8 +100,8 @@ def formulas(case, states=None):
 
 
 def draw_low(case):
-    """8-bit Q, K and V^T with their scales, as the prologue lays them out, and the case of the
-    values that they stand for.
+    """8-bit K and V^T and the scales, as the prologue lays them out, the case whose Q rounds to the
+    8-bit values drawn, and the case of the values that all of them stand for.
     """
     p = case.problem
     qk = torch.float8_e4m3fn if p.precision == "fp8" else torch.int8
@@ -123,13 +123,14 @@ def draw_low(case):
     blocks = v.view(torch.uint8).view(p.batch, p.heads, p.t_n, 64, p.width)
     v_bytes = blocks[..., key, :].transpose(3, 4).contiguous()
     k_rows, v_rows = k[:, :, : p.n_k], v[:, :, : p.n_k]
-    low = q.view(torch.uint8), k_rows.contiguous().view(torch.uint8), v_bytes
+    low = k_rows.contiguous().view(torch.uint8), v_bytes
+    q = q.double() * q_scale.double().repeat_interleave(128, 2)[:, :, : p.n_q, None]
     exact = case._replace(
-        q=q.double() * q_scale.double().repeat_interleave(128, 2)[:, :, : p.n_q, None],
+        q=q,
         k=k_rows.double() * k_scale.double().repeat_interleave(64, 2)[:, :, : p.n_k, None],
         v=v_rows.double() * v_scale.double()[:, :, None],
     )
-    return (*low, q_scale, k_scale, v_scale), exact
+    return (*low, q_scale, k_scale, v_scale), case._replace(q=q.to(case.q.dtype)), exact
 
 
 def check(found, expected, atol_out=0.01):
@@ -169,7 +170,7 @@ def test_rows_of_no_some_and_all_blocks(density):
 @pytest.mark.parametrize("precision", ["int8", "int8_int8", "fp8"])
 def test_low_bit(precision, d):
     case, states = make(333, 200, d=d, lengths=(200, 63), precision=precision)
-    low, exact = draw_low(case)
+    low, case, exact = draw_low(case)
     phi = formulas(case, states)[0] - alpha_of(case) * formulas(case)[0]
     sparse, lse, _ = formulas(exact)
     expected, kept = (alpha_of(case) * sparse + phi, lse, sparse), None
@@ -214,7 +215,7 @@ def test_the_results_are_those_of_the_mma_sync_kernel(d, precision):
         by_mma_sync, p, made, case.map, linear, alpha, True
     )
     smooth = case._replace(k=made.k.owner.view(case.k.shape))
-    names = ("q_bytes", "k_bytes", "v_bytes", "q_scale", "k_scale", "v_scale")
+    names = ("k_bytes", "v_bytes", "q_scale", "k_scale", "v_scale")
     low = tuple(getattr(made, name).owner for name in names) if p.low else None
     found = run(smooth, (linear.state.owner, linear.norm.owner), low=low, save=True)
     for x, y in zip(found, (plain.owner, lse.owner, sparse.owner)):

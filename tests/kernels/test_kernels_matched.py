@@ -69,7 +69,7 @@ def test_inputs_and_row_values_are_the_definition_s(precision):
     inputs = [problems.strided(x) for x in (case.q, case.k, case.v)]
     saved = operator.forward(problems.DEVICE, case.problem, *inputs, case.map, None, save=True)
     found = _matched(
-        problems.DEVICE, case.problem, saved, problems.pointer(case.v), problems.pointer(case.grad)
+        problems.DEVICE, case.problem, saved, *map(problems.pointer, (case.q, case.v, case.grad))
     )
     k = smooth_keys(case.k)
     rounded = []

@@ -17,6 +17,7 @@ NAMES = ("dq", "dk", "dv", "d alpha")
 ALPHA = 0.6
 ONLY_LOW_BIT = {"sla2_sparse_fwd_low"}
 ONLY_MATCHED = {
+    "sla2_round_queries",
     "sla2_widen",
     "sla2_round_values",
     "sla2_bwd_matched_rows",

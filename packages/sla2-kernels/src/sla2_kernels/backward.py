@@ -99,27 +99,24 @@ class _Sparse:
 
 
 def _matched(
-    device: Device, problem: Problem, saved: Forward, values: Pointer, grad: Pointer
+    device: Device,
+    problem: Problem,
+    saved: Forward,
+    queries: Pointer,
+    values: Pointer,
+    grad: Pointer,
 ) -> _Sparse:
     """Q, K, V as the low-bit forward saw them, and D and the largest P of each row with the
     unrounded P.
     """
     p, new, made, block_map = problem, device.allocate, saved.made, saved.block_map
     heads, n_q, n_k = map(np.int32, (p.heads, p.n_q, p.n_k))
-    wide = []
-    for octets, rows in ((made.q_bytes, p.n_q), (made.k_bytes, p.n_k)):
-        wide.append(new((p.pairs, rows, p.width), p.dtype))
-        count = p.pairs * rows * p.width
-        run_kernel(
-            device,
-            p,
-            "sla2_widen",
-            (min(65535, -(-count // 1024)),),
-            octets,
-            wide[-1],
-            np.int64(count),
-        )
-    v = new((p.pairs, p.n_k, p.width), p.dtype)
+    q, k, v = (new((p.pairs, rows, p.width), p.dtype) for rows in (p.n_q, p.n_k, p.n_k))
+    per_pair = (-(-p.n_q * p.width // 512), p.pairs)
+    run_kernel(device, p, "sla2_round_queries", per_pair, queries, made.q_scale, q, n_q)
+    count = p.pairs * p.n_k * p.width
+    grid = (min(65535, -(-count // 1024)),)
+    run_kernel(device, p, "sla2_widen", grid, made.k_bytes, k, np.int64(count))
     args = values, made.v_scale, p.kv_lengths, v, heads, n_k
     run_kernel(device, p, "sla2_round_values", (-(-p.n_k * p.width // 512), p.pairs), *args)
     row_mean, row_top = (new((p.pairs, p.n_q), "float32") for _ in range(2))
@@ -128,7 +125,8 @@ def _matched(
         p,
         "sla2_bwd_matched_rows",
         (p.t_m * _parts(p), p.pairs),
-        *wide,
+        q,
+        k,
         v,
         grad,
         saved.lse,
@@ -147,8 +145,8 @@ def _matched(
     )
     return _Sparse(
         problem=p,
-        q=wide[0],
-        k=wide[1],
+        q=q,
+        k=k,
         v=v,
         row_mean=row_mean,
         row_top=row_top,
@@ -239,7 +237,7 @@ def backward(
             np.int32(p.head_dim),
         )
     if qat_backward == "matched" and p.low:
-        s = _matched(device, p, saved, v, d_out)
+        s = _matched(device, p, saved, q, v, d_out)
     else:
         s = _Sparse(problem=replace(p, precision="full"), q=q, k=k, v=v, row_mean=row_dot)
     d_q, d_k, d_v = (new((p.pairs, n, p.width), p.dtype) for n in (p.n_q, p.n_k, p.n_k))

@@ -16,7 +16,6 @@ from sla2_kernels import hopper
 from sla2_kernels.launch import Argument, Pointer, run_kernel
 from sla2_kernels.prepare import Prepared, copy_columns, keys, pool
 from sla2_kernels.problem import (
-    NOTHING,
     NULL,
     ONE,
     Alpha,
@@ -275,7 +274,7 @@ def sparse_forward(
     """Softmax over the selected blocks, the linear branch and their mixture, in one kernel.
 
     Args:
-        made: k, v and mean, or the 8-bit copies and scales of q, k and v; q if 16 bit or `linear`.
+        made: q; k, v and mean, or the 8-bit copies of k and v and all scales.
         alpha: of every row block; read only with `linear`.
         save: keep O_s where a linear branch is mixed in.
         out: where to write O, 16 bit (B, H, n_q, width); None: new contiguous memory.
@@ -294,21 +293,19 @@ def sparse_forward(
         _sparse_by_wgmma(device, p, made, block_map, linear, alpha, out, out_sparse, lse)
         return out, lse, kept
     inputs: tuple[Argument, ...]
-    mixed: tuple[Argument, ...]
     if p.low:
         name = "sla2_sparse_fwd_low"
-        inputs = made.q_bytes, made.k_bytes, made.v_bytes, made.q_scale, made.k_scale, made.v_scale
-        q = made.q if linear else NOTHING
+        inputs = made.k_bytes, made.v_bytes, made.q_scale, made.k_scale, made.v_scale
     else:
         name = "sla2_sparse_fwd"
-        inputs = (*made.q.arguments, *made.k.arguments, *made.v.arguments, made.mean)
+        inputs = (*made.k.arguments, *made.v.arguments, made.mean)
     mixed = (linear.state, linear.norm) if linear else (NULL, NULL)
-    mixed = (*q.arguments, *mixed) if p.low else mixed
     run_kernel(
         device,
         p,
         name,
         (p.t_m, p.pairs),
+        *made.q.arguments,
         *inputs,
         block_map.indices,
         block_map.counts,
@@ -340,10 +337,9 @@ def _sparse_by_wgmma(
     out_sparse: Pointer,
     lse: Pointer,
 ) -> None:
-    p, low, q = problem, None, made.q
+    p, low = problem, None
     if p.low:
-        low = hopper.LowBit(made.q_bytes, made.q_scale, made.k_scale, made.v_scale)
-        q = q if linear else NOTHING
+        low = hopper.LowBit(made.q_scale, made.k_scale, made.v_scale)
     if made.k_tiles.address:
         tiles = made.k_tiles, made.v_tiles
     elif p.low:
@@ -351,7 +347,7 @@ def _sparse_by_wgmma(
     else:
         tiles = hopper.pack(device, p, made.k, made.v, made.mean)
     state, norm = (linear.state, linear.norm) if linear else (NULL, NULL)
-    inputs = q, *tiles, block_map, state, norm, alpha
+    inputs = made.q, *tiles, block_map, state, norm, alpha
     hopper.sparse_forward(device, p, *inputs, out, out_sparse, lse, low=low)
 
 

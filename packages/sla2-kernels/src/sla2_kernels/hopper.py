@@ -28,11 +28,8 @@ def _multiprocessors(device: Device) -> int:
 
 @dataclass(frozen=True)
 class LowBit:
-    """8-bit Q, uint8 (B H, n_q, width), and the scales of Q, K and V: fp32 (B H, T_m), (B H, T_n)
-    and (B H, width).
-    """
+    """The scales of Q, K and V: fp32 (B H, T_m), (B H, T_n) and (B H, width)."""
 
-    q_bytes: Pointer
     q_scale: Pointer
     k_scale: Pointer
     v_scale: Pointer
@@ -112,7 +109,7 @@ def sparse_forward(
         k_tiles, v_tiles: what pack(), or pack_low() with `low`, makes.
         state, norm: H and Z of every query block (`forward.Linear`), or NULL: no linear branch.
         out, out_sparse, lse: where to write O, O_s (NULL: nowhere) and L.
-        low: 8-bit Q and the scales, where the problem's precision is a low-bit one.
+        low: the scales, where the problem's precision is a low-bit one.
         blocks: of threads, each of which walks over its query blocks; None: one a multiprocessor.
     """
     p = problem
@@ -125,7 +122,6 @@ def sparse_forward(
         name,
         (min(blocks, count),),
         *q.arguments,
-        *((low.q_bytes,) if low else ()),
         k_tiles,
         v_tiles,
         *((low.q_scale, low.k_scale, low.v_scale) if low else ()),

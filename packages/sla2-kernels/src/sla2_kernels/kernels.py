@@ -208,7 +208,7 @@ def _hopper_forward_shared(g: Geometry) -> int:
 
 def _hopper_forward_low_shared(g: Geometry) -> int:
     tiles = 6 * g.block_k * g.head_dim + g.head_dim * g.row_bytes
-    rows = g.block_q * (3 * (g.row_bytes + 16) + 2 * (g.head_dim + 16))
+    rows = g.block_q * (3 * (g.row_bytes + 16) + g.head_dim + 16)
     return tiles + rows + 4 * g.head_dim + 8 * 18
 
 
@@ -267,6 +267,7 @@ _KERNELS = {
         blocks=_two_that_fit(_backward_kv_shared),
         opcodes=_TILES,
     ),
+    "sla2_round_queries": _Kernel("sparse_bwd_matched.cu", _fixed(256), _none, _LOW),
     "sla2_widen": _Kernel("sparse_bwd_matched.cu", _fixed(256), _none, _LOW),
     "sla2_round_values": _Kernel("sparse_bwd_matched.cu", _fixed(256), _none, _LOW),
     "sla2_bwd_matched_rows": _Kernel(

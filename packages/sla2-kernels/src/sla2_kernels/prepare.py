@@ -22,9 +22,9 @@ class Prepared(NamedTuple):
         mean: of K over its valid tokens, fp32 (B H, width), where `k` is to be smoothed by it.
         pooled_q, pooled_k: block means, fp32 (B H, T_m, width) and (B H, T_n, width); of the
             smoothed K, if it is smoothed.
-        q_bytes, k_bytes: 8-bit copies (B H, N, width), for a low-bit precision.
+        k_bytes: 8-bit copy (B H, n_k, width), for a low-bit precision.
         v_bytes: 8-bit copy of V, transposed in each block: (B H, T_n, width, block_k).
-        q_scale, k_scale, v_scale: what the copies are divided by, fp32 (B H, T_m), (B H, T_n) and
+        q_scale, k_scale, v_scale: what 8-bit values are divided by, fp32 (B H, T_m), (B H, T_n) and
             (B H, width).
         k_tiles, v_tiles: K less `mean` and V, in low bit their 8-bit copies, as sm90/pack.cu and
             sm90/pack_low.cu lay them out, (B H, T_n, block_k, width).
@@ -38,7 +38,6 @@ class Prepared(NamedTuple):
     mean: Pointer = NULL
     pooled_q: Pointer = NULL
     pooled_k: Pointer = NULL
-    q_bytes: Pointer = NULL
     k_bytes: Pointer = NULL
     v_bytes: Pointer = NULL
     q_scale: Pointer = NULL
@@ -107,7 +106,7 @@ def pool(
         smooth_k: make K's mean over its valid tokens, and take it from pooled_k.
         pooled: make pooled_q and pooled_k.
 
-    A low-bit precision has also q_bytes, q_scale and v_scale made.
+    A low-bit precision has also q_scale and v_scale made.
     """
     p, new = problem, device.allocate
     q = widened(device, p, q, p.n_q)
@@ -122,7 +121,6 @@ def pool(
         made = made._replace(pooled_q=new((p.pairs, p.t_m, p.width), "float32"), pooled_k=means)
     if p.low:
         made = made._replace(
-            q_bytes=new((p.pairs, p.n_q, p.width), "uint8"),
             q_scale=new((p.pairs, p.t_m), "float32"),
             v_scale=new((p.pairs, p.width), "float32"),
         )
@@ -137,7 +135,6 @@ def pool(
         p.kv_lengths,
         made.pooled_q,
         means,
-        made.q_bytes,
         made.q_scale,
         tops,
         *map(np.int32, (p.heads, p.n_q, p.n_k, p.t_n)),

@@ -33,11 +33,8 @@ struct Block {
                 kept[pass].x = kept[pass].y = kept[pass].z = kept[pass].w = 0u;
     }
 
-    // The block in 8 bit with one scale: bytes (ROWS, D), those of the first `rows` rows. All
-    // threads call it; `tops` has a float a warp. `at` gives the offset of a row's 8 bytes.
-    template <class At>
-    __device__ __forceinline__ void store_bytes(float* tops, int rows, unsigned char* bytes,
-                                                float* scale, At at) const {
+    // The block's scale in 8 bit. All threads call it; `tops` has a float a warp.
+    __device__ __forceinline__ float scale(float* tops) const {
         float top = 0.0f;
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) {
@@ -50,27 +47,28 @@ struct Block {
         if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
         __syncthreads();
         for (int w = 0; w < THREADS / 32; ++w) top = max_nan(top, tops[w]);
-        const float step = scale_of(top, QK_LIMIT);
-        if (threadIdx.x == 0) *scale = step;
+        return scale_of(top, QK_LIMIT);
+    }
+
+    // The block in 8 bit with one scale: bytes (ROWS, D), those of the first `rows` rows. All
+    // threads call it; `tops` has a float a warp. `at` gives the offset of a row's 8 bytes.
+    template <class At>
+    __device__ __forceinline__ void store_bytes(float* tops, int rows, unsigned char* bytes,
+                                                float* scale_out, At at) const {
+        const float step = scale(tops);
+        if (threadIdx.x == 0) *scale_out = step;
         const Divisor by(step);
 #pragma unroll
-        for (int pass = 0; pass < PASSES; ++pass) {
-            float x[8];
-            unpack_chunk(x, kept[pass]);
-#pragma unroll
-            for (int e = 0; e < 8; ++e) x[e] = by.divide(x[e]);
-            uint2 packed;
-            packed.x = pack_bytes<QK_FP8>(x[0], x[1], x[2], x[3]);
-            packed.y = pack_bytes<QK_FP8>(x[4], x[5], x[6], x[7]);
+        for (int pass = 0; pass < PASSES; ++pass)
             if (row(pass) < rows)
-                *reinterpret_cast<uint2*>(bytes + at(row(pass), threadIdx.x % ROW_LANES)) = packed;
-        }
+                *reinterpret_cast<uint2*>(bytes + at(row(pass), threadIdx.x % ROW_LANES)) =
+                    quantized_chunk(kept[pass], by);
     }
 
     // The same, row by row.
     __device__ __forceinline__ void store_bytes(float* tops, int rows, unsigned char* bytes,
-                                                float* scale) const {
-        store_bytes(tops, rows, bytes, scale,
+                                                float* scale_out) const {
+        store_bytes(tops, rows, bytes, scale_out,
                     [](int row, int lane) { return row * HEAD_DIM + 8 * lane; });
     }
 };

@@ -48,6 +48,18 @@ SLA2_INLINE unsigned pack_bytes(float a, float b, float c, float d) {
     return __byte_perm(low, __byte_perm(round_int8(c), round_int8(d), 0x0040), 0x5410);
 }
 
+// Eight 16-bit values over their scale, as bytes.
+SLA2_INLINE uint2 quantized_chunk(uint4 raw, const Divisor& by) {
+    float x[8];
+    unpack_chunk(x, raw);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] = by.divide(x[e]);
+    uint2 packed;
+    packed.x = pack_bytes<QK_FP8>(x[0], x[1], x[2], x[3]);
+    packed.y = pack_bytes<QK_FP8>(x[4], x[5], x[6], x[7]);
+    return packed;
+}
+
 // x, already divided by its scale, as the nearest value of the format; NaN stays NaN.
 template <bool FP8>
 SLA2_INLINE float round_value(float x) {

@@ -1,5 +1,5 @@
-// The first pass over Q and K, and in 8 bit over V: block means, K's mean over its tokens, 8-bit Q
-// and V's scales. What routing and attention both begin with.
+// The first pass over Q and K, and in 8 bit over V: block means, K's mean over its tokens, the
+// scales of Q and V. What routing and attention both begin with.
 //
 // The caller's Q, K and V may lie in any layout whose channels are adjacent: x_item, x_head and
 // x_step are elements from a batch item, a head and a token to the next, multiples of 8. What is
@@ -82,14 +82,13 @@ SLA2_INLINE void store_tops(const Block<ROWS, POOL_THREADS>& block,
 // Grid (key_blocks + query blocks, B H). The first key_blocks, T_n or none, make means
 // of K over its valid tokens (B H, T_n, D), 0 where there is none, and in 8 bit the largest |V| of
 // each channel (B H, T_n, D). The others, T_m or none, make means of Q (B H, T_m, D), or null, and
-// in 8 bit the copy of Q (B H, n_q, D) with a scale a block (B H, T_m).
+// in 8 bit the scale of each block (B H, T_m).
 extern "C" __global__ void __launch_bounds__(POOL_THREADS, POOL_BLOCKS)
 sla2_pool(const half_bits* __restrict__ q, long long q_item, long long q_head, int q_step,
           const half_bits* __restrict__ k, long long k_item, long long k_head, int k_step,
           const half_bits* __restrict__ v, long long v_item, long long v_head, int v_step,
           const int* __restrict__ kv_lengths, float* __restrict__ pooled_q,
-          float* __restrict__ pooled_k, unsigned char* __restrict__ q_bytes,
-          float* __restrict__ q_scale, float* __restrict__ value_top, int num_heads, int n_q,
+          float* __restrict__ pooled_k, float* __restrict__ q_scale, float* __restrict__ value_top, int num_heads, int n_q,
           int n_k, int key_blocks) {
     __shared__ float sums[POOL_GROUPS][HEAD_DIM];
     __shared__ float tops[POOL_GROUPS][HEAD_DIM];
@@ -121,9 +120,10 @@ sla2_pool(const half_bits* __restrict__ q, long long q_item, long long q_head, i
                  q_step, rows);
     queries.cut(rows);
     if (pooled_q != nullptr) store_means(queries, rows, sums, pooled_q + block * HEAD_DIM);
-    if (LOW_BIT)
-        queries.store_bytes(&tops[0][0], rows, q_bytes + (bh * n_q + first) * HEAD_DIM,
-                            q_scale + block);
+    if (LOW_BIT) {
+        const float scale = queries.scale(&tops[0][0]);
+        if (threadIdx.x == 0) q_scale[block] = scale;
+    }
 }
 
 // Over the key blocks of each head, in a fixed order: mean (B H, D) over the valid tokens, and

@@ -4,8 +4,22 @@
 
 constexpr int ROWS_UNROLL = SLA2_ARCH == 100 ? 2 : HEAD_DIM / 16;  // as DQ_UNROLL
 
-// The 8-bit values of Q or K (rows x D, `count` in all) in 16 bit, which holds them exactly. 256
-// threads, 4 values each.
+// Q (B H, n_q, D) as the low-bit forward sees it: its 8-bit values, without their scale (B H, T_m),
+// in 16 bit, which holds them exactly. Grid (ceil(n_q D / 512), B H), 256 threads, 2 values each.
+extern "C" __global__ void __launch_bounds__(256)
+sla2_round_queries(const half_bits* __restrict__ q, const float* __restrict__ q_scale,
+                   half_bits* __restrict__ out, int n_q) {
+    const long long bh = blockIdx.y, base = bh * n_q * HEAD_DIM;
+    const int i = (blockIdx.x * 256 + threadIdx.x) * 2, token = i / HEAD_DIM;
+    if (token >= n_q) return;
+    const Divisor by(q_scale[bh * ceil_div(n_q, BLOCK_Q) + token / BLOCK_Q]);
+    const unsigned raw = *reinterpret_cast<const unsigned*>(q + base + i);
+    *reinterpret_cast<unsigned*>(out + base + i) =
+        pack_half(round_value<QK_FP8>(by.divide(low_half(raw))),
+                  round_value<QK_FP8>(by.divide(high_half(raw))));
+}
+
+// The 8-bit values of K (rows x D, `count` in all) in the same way. 256 threads, 4 values each.
 extern "C" __global__ void __launch_bounds__(256)
 sla2_widen(const unsigned char* __restrict__ bytes, half_bits* __restrict__ out, long long count) {
     for (long long i = (blockIdx.x * 256ll + threadIdx.x) * 4; i < count; i += gridDim.x * 1024ll) {

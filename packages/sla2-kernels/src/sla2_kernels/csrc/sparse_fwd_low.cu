@@ -37,20 +37,34 @@ struct Sums<true> {
 };
 #endif
 
-// Grid (T_m, B H). q_bytes (B H, n_q, D), k_bytes (B H, n_k, D), v_bytes (B H, T_n, D, BLOCK_K)
-// transposed and permuted, scales (B H, T_m), (B H, T_n), (B H, D); q, in 16 bit, is read for the
-// linear branch alone. Shared memory: Q | two K tiles | two V^T tiles, and at the end
+// The query block in 8 bit, from its `rows` rows of Q, step elements apart; zeros past them.
+SLA2_INLINE void quantize_queries(unsigned char* tile, const half_bits* q, int step, int rows,
+                                  float scale) {
+    constexpr int CHUNKS = HEAD_DIM / 8;
+    const Divisor by(scale);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < BLOCK_Q * CHUNKS; i += FWD_THREADS) {
+        const int row = i / CHUNKS, chunk = i % CHUNKS;
+        uint2 bytes = {0u, 0u};
+        if (row < rows)
+            bytes = quantized_chunk(load_16(q + static_cast<long long>(row) * step + 8 * chunk), by);
+        *reinterpret_cast<uint2*>(tile + tile_offset<HEAD_DIM>(row, chunk / 2) + chunk % 2 * 8) =
+            bytes;
+    }
+}
+
+// Grid (T_m, B H). q in 16 bit; k_bytes (B H, n_k, D), v_bytes (B H, T_n, D, BLOCK_K) transposed
+// and permuted, scales (B H, T_m), (B H, T_n), (B H, D). Shared memory: Q | two K tiles | two V^T tiles, and at the end
 // phi(Q) | H | O. Copies travel as in sparse_fwd.
 extern "C" __global__ void __launch_bounds__(FWD_THREADS, 1)
-sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
-                    const unsigned char* __restrict__ k_bytes,
+sla2_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long long q_head,
+                    int q_step, const unsigned char* __restrict__ k_bytes,
                     const unsigned char* __restrict__ v_bytes, const float* __restrict__ q_scale,
                     const float* __restrict__ k_scale, const float* __restrict__ v_scale,
                     const int* __restrict__ indices, const int* __restrict__ counts,
                     int max_selected, const int* __restrict__ kv_lengths,
-                    const half_bits* __restrict__ q, long long q_item, long long q_head,
-                    int q_step, const half_bits* __restrict__ state,
-                    const float* __restrict__ norm, const float* __restrict__ alpha,
+                    const half_bits* __restrict__ state, const float* __restrict__ norm,
+                    const float* __restrict__ alpha,
                     int alpha_stride_b, int alpha_stride_h, int alpha_stride_row, half_bits* out,
                     long long out_item, long long out_head, int out_step, half_bits* out_sparse,
                     float* lse, int num_heads, int n_q, int n_k, int channels,
@@ -67,6 +81,7 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
     const int* list = indices + (bh * t_m + row_block) * max_selected;
     const int steps = blocks_with_keys(list, counts[bh * t_m + row_block], length);
     const bool some = steps > 0, rest = steps < ceil_div(length, BLOCK_K);
+    q += item * q_item + head * q_head;
     k_bytes += bh * n_k * HEAD_DIM;
     v_bytes += bh * t_n * KEY_BYTES;
     k_scale += bh * t_n;
@@ -77,7 +92,8 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
     OnlineSoftmax<FWD_M_TILES> softmax;
     softmax.init();
     // Without the key block's scale, which goes into the scores.
-    const float row_scale = softmax_scale * q_scale[bh * t_m + row_block];
+    const float query_scale = q_scale[bh * t_m + row_block];
+    const float row_scale = softmax_scale * query_scale;
 
     // Key block of this step and of the next; valid keys of the last one.
     int block = 0, next = 0, tail = BLOCK_K;
@@ -85,8 +101,6 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
         block = list[0];
         next = steps > 1 ? list[1] : 0;
         tail = length - list[steps - 1] * BLOCK_K;
-        load_tile<BLOCK_Q, HEAD_DIM, FWD_THREADS>(
-            q_tile, q_bytes + (bh * n_q + first_row) * HEAD_DIM, HEAD_DIM, n_q - first_row);
         load_tile<BLOCK_K, HEAD_DIM, FWD_THREADS>(
             k_ring, k_bytes + static_cast<long long>(block) * KEY_BYTES, HEAD_DIM,
             length - block * BLOCK_K);
@@ -95,6 +109,8 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
         load_tile<HEAD_DIM, BLOCK_K, FWD_THREADS>(
             v_ring, v_bytes + static_cast<long long>(block) * KEY_BYTES, BLOCK_K, HEAD_DIM);
         cp_async_commit();
+        quantize_queries(q_tile, q + static_cast<long long>(first_row) * q_step, q_step,
+                         n_q - first_row, query_scale);  // seen after the loop's first barrier
     }
     for (int step = 0; step < steps; ++step) {
         const unsigned char* k_tile = k_ring + (step & 1) * KEY_BYTES;
@@ -211,7 +227,7 @@ sla2_sparse_fwd_low(const unsigned char* __restrict__ q_bytes,
                 o[m][n][e] *= channel_scale[8 * n + (e & 1)];
 
     const MixArguments args =
-        mix_arguments(q + item * q_item + head * q_head, q_step, channels, state, norm, alpha,
+        mix_arguments(q, q_step, channels, state, norm, alpha,
                       item * alpha_stride_b + head * alpha_stride_h + row_block * alpha_stride_row,
                       nullptr, out + item * out_item + head * out_head, out_step, out_sparse, lse,
                       n_q);

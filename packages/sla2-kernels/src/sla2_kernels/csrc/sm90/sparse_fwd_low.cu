@@ -12,9 +12,9 @@ constexpr int TILE_BYTES = BLOCK_K * HEAD_DIM;    // one K tile, or one V^T tile
 constexpr int K_AT = 0;
 constexpr int V_AT = K_AT + STAGES * TILE_BYTES;
 constexpr int STATE_AT = V_AT + STAGES * TILE_BYTES;
-constexpr int Q_AT = STATE_AT + HEAD_DIM * HALF_ROW;  // Q in 16 bit, for phi(Q)
-constexpr int Q_BYTES_AT = Q_AT + Q_STAGES * BLOCK_Q * PITCH;
-constexpr int OUT_AT = Q_BYTES_AT + Q_STAGES * BLOCK_Q * BYTE_PITCH;
+constexpr int Q_AT = STATE_AT + HEAD_DIM * HALF_ROW;  // Q in 16 bit
+constexpr int Q_BYTES_AT = Q_AT + Q_STAGES * BLOCK_Q * PITCH;  // and in 8, each warp its rows
+constexpr int OUT_AT = Q_BYTES_AT + BLOCK_Q * BYTE_PITCH;
 constexpr int NORM_AT = OUT_AT + BLOCK_Q * PITCH;
 constexpr int BARRIERS_AT = NORM_AT + HEAD_DIM * 4;
 
@@ -90,13 +90,26 @@ SLA2_INLINE void pack_weights(unsigned (&p)[BLOCK_K / 32][4], const float (&s)[3
         }
 }
 
-// As sla2_sm90_sparse_fwd. q, 16 bit, is read with a state alone; q_bytes (B H, n_q, D); k_tiles
-// and v_tiles (B H, T_n, BLOCK_K x D bytes) from sla2_sm90_pack_low; scales (B H, T_m),
-// (B H, T_n), (B H, D).
+// The warp's 16 rows of Q in 8 bit, from 16-bit rows PITCH apart to rows BYTE_PITCH apart.
+SLA2_INLINE void quantize_queries(unsigned char* bytes, const unsigned char* rows, int row0,
+                                  float scale) {
+    const int lane = threadIdx.x & 31;
+    const Divisor by(scale);
+    __syncwarp();  // the warp has read what it stored here before
+#pragma unroll 4
+    for (int i = lane; i < 16 * HALF_CHUNKS; i += 32) {
+        const int row = row0 + i / HALF_CHUNKS, chunk = i % HALF_CHUNKS;
+        *reinterpret_cast<uint2*>(bytes + row * BYTE_PITCH + 8 * chunk) = quantized_chunk(
+            *reinterpret_cast<const uint4*>(rows + row * PITCH + 16 * chunk), by);
+    }
+    __syncwarp();
+}
+
+// As sla2_sm90_sparse_fwd. k_tiles and v_tiles (B H, T_n, BLOCK_K x D bytes) from
+// sla2_sm90_pack_low; scales (B H, T_m), (B H, T_n), (B H, D).
 extern "C" __global__ void __launch_bounds__(384, 1)
 sla2_sm90_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long long q_head,
-                         int q_step, const unsigned char* __restrict__ q_bytes,
-                         const unsigned char* __restrict__ k_tiles,
+                         int q_step, const unsigned char* __restrict__ k_tiles,
                          const unsigned char* __restrict__ v_tiles,
                          const float* __restrict__ q_scale, const float* __restrict__ k_scale,
                          const float* __restrict__ v_scale, const int* __restrict__ indices,
@@ -130,17 +143,12 @@ sla2_sm90_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long
                                        num_heads, t_m, n_q, n_k);
                 unsigned long long* full = &barriers.q_full[q_turn.stage];
                 mbarrier_wait(&barriers.q_empty[q_turn.stage], q_turn.parity ^ 1);
-                const bool half = state != nullptr && w.rest;
-                if (lead)
-                    mbarrier_arrive_expect(full, w.rows * (HEAD_DIM + (half ? HALF_ROW : 0)));
+                if (lead) mbarrier_arrive_expect(full, w.rows * HALF_ROW);
                 for (int row = lane; row < w.rows; row += 32) {
                     const long long token = w.first_row + row;
-                    bulk_load(shared + Q_BYTES_AT + (q_turn.stage * BLOCK_Q + row) * BYTE_PITCH,
-                              q_bytes + (w.bh * n_q + token) * HEAD_DIM, HEAD_DIM, full);
-                    if (half)
-                        bulk_load(shared + Q_AT + (q_turn.stage * BLOCK_Q + row) * PITCH,
-                                  q + w.item * q_item + w.head * q_head + token * q_step, HALF_ROW,
-                                  full);
+                    bulk_load(shared + Q_AT + (q_turn.stage * BLOCK_Q + row) * PITCH,
+                              q + w.item * q_item + w.head * q_head + token * q_step, HALF_ROW,
+                              full);
                 }
                 q_turn.next();
                 if (lead)
@@ -188,8 +196,9 @@ sla2_sm90_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long
         if (some) {
             const int tail = w.length - w.list[w.steps - 1] * BLOCK_K;  // valid keys of the last
             unsigned a[HEAD_DIM / 32][4], p[BLOCK_K / 32][4];
-            const unsigned char* rows =
-                shared + Q_BYTES_AT + (q_turn.stage * BLOCK_Q + row0 + (lane & 15)) * BYTE_PITCH;
+            quantize_queries(shared + Q_BYTES_AT, shared + Q_AT + q_turn.stage * BLOCK_Q * PITCH,
+                             row0, q_scale[number]);
+            const unsigned char* rows = shared + Q_BYTES_AT + (row0 + (lane & 15)) * BYTE_PITCH;
 #pragma unroll
             for (int c = 0; c < HEAD_DIM / 32; ++c)
                 ldmatrix_x4(a[c], rows + 16 * (2 * c + (lane >> 4)));
