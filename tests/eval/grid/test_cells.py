@@ -19,7 +19,6 @@ from sla2_eval.grid.ablation import cells, graph, sampling
 from sla2_eval.grid.quickstart import settings as quickstart
 from sla2_eval.grid.settings import AblationSettings, Attention
 from sla2_eval.runs.settings import load_settings, validate
-from sla2_eval.tiny.model import WEIGHTS
 
 ROOT = Path(__file__).parents[3]
 # Written by the code of version 0.1: what its settings made of these grids; the quickstart's follow

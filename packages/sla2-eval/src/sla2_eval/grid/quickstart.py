@@ -43,8 +43,8 @@ class Size:
     shipped: tuple[str, ...] = tuple(variant["name"] for variant in SHIPPED)
 
 
-# A step or a video at 4,096 tokens takes several times as long as at 1,024. SLA has been trained for
-# fewer steps there, and is left out.
+# A step or a video at 4,096 tokens takes several times as long as at 1,024. SLA has been trained
+# for fewer steps there, and is left out.
 SIZES = {"tiny-4k": Size(prompts=8, steps=20, shipped=("sla2-97", "sla2-95", "sla2-90"))}
 OTHER = Size(prompts=16, steps=200)
 
