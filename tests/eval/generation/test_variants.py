@@ -231,18 +231,14 @@ def test_two_gpus_share_the_videos_with_ray(files, tmp_path, monkeypatch):
     """
     monkeypatch.setattr(pool, "local_gpus", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert (
-        generate(files, tmp_path / "ray", "--batch-size", "1", "--adapter", str(files / "adapter"))
-        == 0
-    )
+    options = ("--batch-size", "1", "--adapter", str(files / "adapter"))
+    assert generate(files, tmp_path / "ray", *options) == 0
     monkeypatch.undo()
-    assert (
-        generate(files, tmp_path / "one", "--batch-size", "1", "--adapter", str(files / "adapter"))
-        == 0
-    )
+    assert generate(files, tmp_path / "one", *options) == 0
     spread, alone = videos(tmp_path / "ray"), videos(tmp_path / "one")
     assert set(spread) == set(alone)
-    assert all(np.abs(spread[name] - alone[name]).max() <= 2 for name in alone)
+    worst = {name: int(np.abs(spread[name] - alone[name]).max()) for name in alone}
+    assert max(worst.values()) <= 2, worst
     assert (tmp_path / "ray" / "manifest.jsonl").read_text() == (
         tmp_path / "one" / "manifest.jsonl"
     ).read_text()

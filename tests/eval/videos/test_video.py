@@ -87,6 +87,17 @@ def test_lossless_files_give_every_frame_back(tmp_path, decoder):
     np.testing.assert_array_equal(found.frames, frames)
 
 
+def test_the_same_frames_give_the_same_file(tmp_path):
+    rng = np.random.default_rng(0)
+    for shape in ((5, 32, 32, 3), (5, 64, 96, 3)):
+        frames, files = rng.integers(0, 255, shape, dtype=np.uint8), set()
+        for _ in range(30):
+            write_video(tmp_path / "a.mp4", frames, 8)
+            read_video(tmp_path / "a.mp4")  # leaves memory behind that is not zero
+            files.add((tmp_path / "a.mp4").read_bytes())
+        assert len(files) == 1
+
+
 @pytest.mark.parametrize("decoder", [TORCHCODEC])
 def test_torchcodec_gives_pyavs_frames(make_folder, tmp_path, decoder):
     for number, (frames, height, width) in enumerate(
