@@ -56,6 +56,9 @@ def test_the_quickstart_shows_the_shipped_adapters_and_one_short_training(tmp_pa
     few = {cell.name for cell in cells(quickstart())}
     assert few == {"sla2-97", "sla2-95", "sla2-90", live.name}
     assert quickstart().model == "tiny-4k"
+    tasks = list(graph(quickstart(), tmp_path))
+    trained = next(number for number, name in enumerate(tasks) if name.startswith("stage2"))
+    assert trained < tasks.index("videos of sla2-97 (1 of 2)")  # while others make videos
     # A model without shipped adapters trains all of its variants.
     save(tmp_path)
     assert all(cell.tuned for cell in cells(quickstart(str(tmp_path))))

@@ -352,7 +352,8 @@ def graph(settings: AblationSettings, out: Path) -> dict[str, Task]:
     """Every task of the grid with what it needs, variant by variant, so that a half-finished grid
     has whole rows.
 
-    Shared trainings appear once.
+    Shared trainings appear once. Variants that are trained come first: no worker then waits for
+    them at the end.
     """
     here, work, tasks = "sla2_eval.grid.ablation", out / "work", {}
 
@@ -371,7 +372,7 @@ def graph(settings: AblationSettings, out: Path) -> dict[str, Task]:
         for share in range(SHARES)
     ]
     add(f"scores {REFERENCE}", "scores", full, out=out, name=REFERENCE)
-    for cell in grid:
+    for cell in sorted(grid, key=lambda cell: cell.tuned is None):
         router = tuned = None
         if cell.router:
             folder = _captures(settings, cell, work).name
