@@ -294,9 +294,9 @@ def write_video(
             stream.pix_fmt = "rgb24" if lossless else "yuv420p"
             quality = {"qp": "0", "preset": "ultrafast"}
             if not lossless:
-                # Of small frames x264's lookahead reads memory that nothing wrote: the file would
-                # be another each time.
-                quality = {"crf": str(crf), "preset": "veryfast", "x264-params": "rc-lookahead=0"}
+                # Where B frames go x264 decides, of small frames, by memory that nothing wrote: the
+                # file would be another each time.
+                quality = {"crf": str(crf), "preset": "veryfast", "x264-params": "bframes=0"}
             stream.options = {**quality, "threads": "1"}
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -88,8 +88,8 @@ sla2_pool(const half_bits* __restrict__ q, long long q_item, long long q_head, i
           const half_bits* __restrict__ k, long long k_item, long long k_head, int k_step,
           const half_bits* __restrict__ v, long long v_item, long long v_head, int v_step,
           const int* __restrict__ kv_lengths, float* __restrict__ pooled_q,
-          float* __restrict__ pooled_k, float* __restrict__ q_scale, float* __restrict__ value_top, int num_heads, int n_q,
-          int n_k, int key_blocks) {
+          float* __restrict__ pooled_k, float* __restrict__ q_scale,
+          float* __restrict__ value_top, int num_heads, int n_q, int n_k, int key_blocks) {
     __shared__ float sums[POOL_GROUPS][HEAD_DIM];
     __shared__ float tops[POOL_GROUPS][HEAD_DIM];
     const long long bh = blockIdx.y;

@@ -45,17 +45,17 @@ SLA2_INLINE void quantize_queries(unsigned char* tile, const half_bits* q, int s
 #pragma unroll 4
     for (int i = threadIdx.x; i < BLOCK_Q * CHUNKS; i += FWD_THREADS) {
         const int row = i / CHUNKS, chunk = i % CHUNKS;
+        const long long at = static_cast<long long>(row) * step + 8 * chunk;
         uint2 bytes = {0u, 0u};
-        if (row < rows)
-            bytes = quantized_chunk(load_16(q + static_cast<long long>(row) * step + 8 * chunk), by);
+        if (row < rows) bytes = quantized_chunk(load_16(q + at), by);
         *reinterpret_cast<uint2*>(tile + tile_offset<HEAD_DIM>(row, chunk / 2) + chunk % 2 * 8) =
             bytes;
     }
 }
 
 // Grid (T_m, B H). q in 16 bit; k_bytes (B H, n_k, D), v_bytes (B H, T_n, D, BLOCK_K) transposed
-// and permuted, scales (B H, T_m), (B H, T_n), (B H, D). Shared memory: Q | two K tiles | two V^T tiles, and at the end
-// phi(Q) | H | O. Copies travel as in sparse_fwd.
+// and permuted, scales (B H, T_m), (B H, T_n), (B H, D). Shared memory: Q | two K tiles | two V^T
+// tiles, and at the end phi(Q) | H | O. Copies travel as in sparse_fwd.
 extern "C" __global__ void __launch_bounds__(FWD_THREADS, 1)
 sla2_sparse_fwd_low(const half_bits* __restrict__ q, long long q_item, long long q_head,
                     int q_step, const unsigned char* __restrict__ k_bytes,
