@@ -5,6 +5,7 @@ computed.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,21 @@ def _multiprocessors(device: int = 0) -> int:
 
 
 @contextmanager
+def _module(name: str, module: Any) -> Iterator[None]:
+    """What `import name` finds. mock.patch.dict would also forget what else is imported meanwhile,
+    and some extension modules (Triton's) abort when they are loaded again.
+    """
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
+
+
+@contextmanager
 def stubbed() -> Iterator[None]:
     """CuPy's part of a launch left out: kernels are neither built nor launched."""
     from functools import cache
@@ -53,7 +69,7 @@ def stubbed() -> Iterator[None]:
     stream = SimpleNamespace(from_external=_Nothing)
     cupy = SimpleNamespace(cuda=SimpleNamespace(Device=_Nothing, Stream=stream))
     with (
-        mock.patch.dict("sys.modules", {"cupy": cupy}),
+        _module("cupy", cupy),
         mock.patch("sla2_kernels.launch.load", load),
         mock.patch("sla2_kernels.plan.load", load),
         mock.patch("sla2_kernels.hopper.multiprocessors", new=_multiprocessors),
