@@ -105,10 +105,7 @@ def run_quickstart(
     on where it was.
     """
     notes = [
-        (
-            "Stage 2 ran with the low-bit forward on (quantisation-aware training), the published"
-            " SLA too."
-        ),
+        "Stage 2 ran with the low-bit forward on (quantisation-aware training), for every variant.",
         "Every variant starts from the same noise as full attention, prompt by prompt.",
     ]
     if any(variant.adapter is not None for variant in chosen.variants):
