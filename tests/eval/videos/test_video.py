@@ -207,6 +207,16 @@ def test_broken_files_are_refused_in_one_line(tmp_path, decoder, how):
         )
 
 
+def test_a_video_of_an_unknown_codec_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, moving(3, 32, 32), 8)
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"none"))
+    with pytest.raises(
+        VideoError, match=r"a\.mp4: expected a readable video, got an unknown codec"
+    ):
+        read_video(path)
+
+
 def test_pictures_and_playlists_are_no_videos(tmp_path):
     write_video(tmp_path / "other.mp4", moving(9, 32, 48), 8)
     Image.fromarray(moving(1, 32, 48)[0]).save(tmp_path / "picture.mp4", "PNG")

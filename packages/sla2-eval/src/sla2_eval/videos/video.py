@@ -133,6 +133,8 @@ def _pyav(path: Path, whole: str) -> tuple[np.ndarray, float, int]:
                     " stream(s)"
                 )
             stream = videos[0]
+            if stream.codec_context is None:  # a damaged header, or a codec that FFmpeg lacks
+                raise VideoError(f"{path}: expected a readable video, got an unknown codec")
             if stream.codec_context.width * stream.codec_context.height <= 1 << 16:
                 stream.codec_context.thread_count = (
                     1  # threads only wait for one another on small frames
@@ -224,6 +226,8 @@ def _check_upright(path: Path, whole: str) -> None:
 
     try:
         with av.open(whole, options={"format_whitelist": _CONTAINERS}) as container:
+            if container.streams.video[0].codec_context is None:
+                return  # torchcodec says so
             first = next(container.decode(video=0), None)
             if first is not None and _turns(path, container.streams.video[0], first):
                 raise VideoError(
