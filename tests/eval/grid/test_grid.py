@@ -104,6 +104,16 @@ def test_the_graph_has_each_training_once(grid, tmp_path):
     assert all(need in tasks for task in tasks.values() for need in task.needs)
 
 
+def test_a_seed_is_whole_before_the_next_one_begins(grid, tmp_path):
+    shown = {**variant("b", topk=0.2), "finetune": False}
+    tasks = graph(grid(seeds=[3, 1], variants=[variant("a", topk=0.1), shown]), tmp_path)
+    names = list(tasks)
+    assert names.index("scores b-s3") < names.index("videos of full (1 of 2), seed 1")
+    assert names.index("scores a-s3") < names.index("videos of b-s3 (1 of 2)")
+    assert not any("seed 1" in need for need in tasks["scores a-s3"].needs)
+    assert sum("seed" in need for need in tasks["scores full"].needs) == 4
+
+
 def test_a_variant_with_an_adapter_is_that_one_and_trains_nothing(grid, model, tmp_path):
     generator = load_generator(str(model))
     handle = apply(

@@ -349,11 +349,11 @@ def _captures(settings: AblationSettings, cell: Cell, work: Path) -> Path:
 
 
 def graph(settings: AblationSettings, out: Path) -> dict[str, Task]:
-    """Every task of the grid with what it needs, variant by variant, so that a half-finished grid
-    has whole rows.
+    """Every task of the grid with what it needs, seed by seed and variant by variant, so that a
+    half-finished grid has whole rows.
 
-    Shared trainings appear once. Variants that are trained come first: no worker then waits for
-    them at the end.
+    Shared trainings appear once. Of a seed, variants that are trained come first: no worker then
+    waits for them at the end.
     """
     here, work, tasks = "sla2_eval.grid.ablation", out / "work", {}
 
@@ -364,15 +364,20 @@ def graph(settings: AblationSettings, out: Path) -> dict[str, Task]:
             tasks[task] = Task(f"{here}:run_task", given, known)
         return task
 
-    grid = cells(settings)
     data = add("data", "data", [], work=work)
-    full = [
-        add(f"{_share(REFERENCE, share)}, seed {seed}", "full", [], out=out, seed=seed, share=share)
-        for seed in settings.seeds
-        for share in range(SHARES)
-    ]
-    add(f"scores {REFERENCE}", "scores", full, out=out, name=REFERENCE)
-    for cell in sorted(grid, key=lambda cell: cell.tuned is None):
+
+    def full(seed: int) -> list[str]:
+        named = [f"{_share(REFERENCE, share)}, seed {seed}" for share in range(SHARES)]
+        return [
+            add(name, "full", [], out=out, seed=seed, share=share)
+            for share, name in enumerate(named)
+        ]
+
+    def place(cell: Cell) -> tuple[int, bool]:
+        return settings.seeds.index(cell.seed), cell.tuned is None
+
+    for cell in sorted(cells(settings), key=place):
+        reference = full(cell.seed)
         router = tuned = None
         if cell.router:
             folder = _captures(settings, cell, work).name
@@ -386,7 +391,9 @@ def graph(settings: AblationSettings, out: Path) -> dict[str, Task]:
             )
             for share in range(SHARES)
         ]
-        add(f"scores {cell.name}", "scores", [*videos, *full], out=out, name=cell.name)
+        add(f"scores {cell.name}", "scores", [*videos, *reference], out=out, name=cell.name)
+    every = [name for seed in settings.seeds for name in full(seed)]
+    add(f"scores {REFERENCE}", "scores", every, out=out, name=REFERENCE)
     return tasks
 
 
