@@ -155,6 +155,7 @@ def example(readme: str) -> str:
     return code.replace("4096", "300") + "print(tuple(out.shape), out.isfinite().all().item())\n"
 
 
+@pytest.mark.slow  # compiles the CPU's kernels anew; `make test-wheels` runs these lines as well
 def test_the_readmes_lines_run_on_the_installed_packages(installed, built):
     shown = metadata(built, "sla2-core").get_payload(decode=True).decode()  # on its index page
     code = example((ROOT / "README.md").read_text()) + example(shown)
