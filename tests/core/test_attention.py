@@ -14,7 +14,7 @@ from sla2_core import (
     soft_topk,
 )
 from sla2_core.reference import full_attention, sla2_reference
-from sla2_core.variants import paper_alpha, pooled, sla, sparse_only
+from sla2_core.variants import paper_alpha, pooled, sla, sparse_only, training_free
 
 CONFIG = SLA2Config(head_dim=8, num_heads=2, topk=0.3, block_q=16, block_k=8)
 
@@ -79,6 +79,13 @@ def test_all_blocks_and_any_alpha_is_full_attention():
     q, k, v = qkv()
     attn = SLA2Attention(dataclasses.replace(CONFIG, topk=1.0))
     assert (attn(q, k, v) - full_attention(q, k, v)).abs().max() < 1e-5
+
+
+def test_a_configuration_that_is_none_is_refused():
+    with pytest.raises(
+        TypeError, match=r"config: expected an SLA2Config, got dict; .*training_free"
+    ):
+        SLA2Attention(training_free())
 
 
 def test_parameters_exist_from_the_start_and_stay_fp32():

@@ -79,7 +79,8 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(wan, sla2_config, tmp_path
 def test_refusals_name_the_file(wan, sla2_config, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
-        FileNotFoundError, match=r"no/such: expected a folder or a hub id that can be reached"
+        FileNotFoundError,
+        match=r"no/such: expected a folder or a hub id .owner/name. that can be reached",
     ):
         from_pretrained("no/such")
     save_pretrained(apply_sla2(wan(), sla2_config()), tmp_path / "model")

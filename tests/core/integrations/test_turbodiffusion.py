@@ -4,6 +4,8 @@ its operator, refusals in one line, the folder that import writes, and SLA2 from
 
 from __future__ import annotations
 
+import zipfile
+
 import pytest
 import torch
 from helpers import turbodiffusion as turbo
@@ -170,8 +172,14 @@ def test_a_damaged_file_and_one_that_runs_code_are_refused(tmp_path):
     torch.save(turbo.checkpoint(), path := tmp_path / "cut.pth")
     path.write_bytes(path.read_bytes()[:5000])
     (tmp_path / "code.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    for name in ("cut.pth", "code.pth"):
-        with pytest.raises(ValueError, match="expected a readable checkpoint, got: ") as caught:
+    with zipfile.ZipFile(tmp_path / "text.pth", "w") as archive:
+        archive.writestr("notes.txt", "no tensors")
+    for name, words in (
+        ("cut.pth", "a checkpoint of torch.save or a .safetensors file, got another"),
+        ("code.pth", "a checkpoint of torch.save or a .safetensors file, got another"),
+        ("text.pth", "a readable checkpoint, got: "),
+    ):
+        with pytest.raises(ValueError, match=f"expected {words}") as caught:
             load_turbodiffusion(tmp_path / name)
         assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="expected a checkpoint, found none"):

@@ -70,6 +70,6 @@ def test_a_bad_file_is_refused_in_one_line_and_leaves_nothing(tmp_path, monkeypa
     (tmp_path / "turbo.pth").write_bytes(b"not a checkpoint")
     assert main(["import", "turbodiffusion", "turbo.pth", "--out", "turbo"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("sla2: error: turbo.pth: expected a readable checkpoint, got: ")
+    assert error.startswith("sla2: error: turbo.pth: expected a checkpoint of torch.save or ")
     assert error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["turbo.pth"]

@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 from sla2_eval.cli.main import main
-from sla2_eval.grid.estimate import estimate
+from sla2_eval.grid.estimate import estimate, rows
 from sla2_eval.grid.settings import TrainSettings
 from sla2_eval.runs.settings import validate
 
@@ -88,6 +88,19 @@ def test_gpus_share_states_and_time_and_lora_trains_less(settings):
     frozen = of(settings, gradient_checkpointing=False, learning_rate=0)
     assert frozen.stage2_parameters == LAYERS * 12 * 16
     assert frozen.activations_bytes > 5 * one.activations_bytes
+
+
+def test_a_batch_that_the_gpus_cannot_share_is_told(settings):
+    """The settings' accumulate is of one GPU; stage 2 would refuse it on eight."""
+    found = of(settings, gpus=8)
+    assert (found.accumulate, found.activations_bytes) == (8, of(settings).activations_bytes)
+    values = {row["what"]: row["value"] for row in rows(found)}
+    assert values["accumulate"] == "8 (set it: 64 x 8 GPUs do not divide the batch)"
+    assert {row["what"]: row["value"] for row in rows(of(settings))}["accumulate"] == "64"
+    with pytest.raises(
+        ValueError, match=r"stage2.batch_size: expected a multiple of 8 GPUs, got 2"
+    ):
+        of(settings, gpus=8, batch_size=2, accumulate=1)
 
 
 def test_the_command_prints_it_and_writes_nothing(settings, tmp_path, capsys):

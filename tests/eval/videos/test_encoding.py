@@ -221,3 +221,17 @@ def test_sizes_that_do_not_fit_the_model_are_refused(folder, tmp_path):
         ValueError, match=r"num_frames: expected latent frames that 2 divides.* got 3 from 9 frames"
     ):
         encode_folder(folder, deep, tmp_path / "cog", **SIZE | {"num_frames": 9})
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ({"num_frames": 6}, r"video.num_frames: expected 1 more than a multiple of \d+, got 6"),
+        ({"height": 33}, r"video.height: expected a multiple of \d+, got 33"),
+        ({"width": 21}, r"video.width: expected a multiple of \d+, got 21"),
+    ],
+)
+def test_a_size_that_the_pipeline_would_cut_is_refused(folder, tmp_path, size, words):
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        encode_folder(folder, pipelines.wan(), tmp_path / "cache", **{**SIZE, **size})
+    assert not (tmp_path / "cache").exists()

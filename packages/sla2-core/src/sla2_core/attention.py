@@ -71,7 +71,7 @@ class SLA2Attention(nn.Module):
     torch's scaled_dot_product_attention can call sdpa.ScaledDotProductSLA2 instead.
 
     Args:
-        config: fixes the layer.
+        config: fixes the layer. Anything else raises TypeError.
 
     Attributes:
         config: may be replaced by one that leaves the parameters and their meaning as they are.
@@ -86,6 +86,11 @@ class SLA2Attention(nn.Module):
     options: Options
 
     def __init__(self, config: SLA2Config):
+        if not isinstance(config, SLA2Config):
+            raise TypeError(
+                f"config: expected an SLA2Config, got {type(config).__name__}; a variant is made"
+                " from one, as training_free(SLA2Config(...))"
+            )
         super().__init__()
         self._config = config
         self.order: Order = ORDERS.make(config)

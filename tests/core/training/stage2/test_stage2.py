@@ -114,6 +114,8 @@ def test_distilling_at_full_attention_is_at_its_optimum(handle, data, tmp_path):
 
 def test_frozen_groups(handle, data, tmp_path):
     h = handle()
+    with pytest.raises(TypeError, match="handle: expected what apply_sla2 returns, got Linear;"):
+        train_stage2(torch.nn.Linear(2, 2), data, CONFIG, tmp_path / "none")
     before = weights(h)
     train_stage2(h, data, dataclasses.replace(CONFIG, learning_rate=0.0), tmp_path / "a")
     assert changed(h, before) == {name for name in before if "mixing" in name}

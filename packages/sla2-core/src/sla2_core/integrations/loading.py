@@ -35,9 +35,10 @@ def local_folder(source: str | Path, patterns: list[str], revision: str | None =
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except Exception as error:  # every failure of the hub means the same here
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].removeprefix("Got: ")
         raise FileNotFoundError(
-            f"{source}: expected a folder or a hub id that can be reached, got: {reason}"
+            f"{source}: expected a folder or a hub id (owner/name) that can be reached, got:"
+            f" {reason}"
         ) from None
 
 

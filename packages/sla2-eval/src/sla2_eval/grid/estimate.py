@@ -4,7 +4,6 @@ memory and time by the cost model, before any weight is loaded.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,8 @@ class Estimate:
 
     Attributes:
         model: the transformer's class. tokens: of one sample. gpus: that share the work.
+        accumulate: micro-batches a step on each of them: the settings' own, or fewer where GPUs x
+            those would not divide the batch. given_accumulate: the settings' own.
         parameters: of the transformer. stage1_parameters, stage2_parameters: those that are
             trained.
         forward_flops: of one sample, with SLA2. dense_flops: with full attention.
@@ -44,6 +45,8 @@ class Estimate:
     model: str
     tokens: int
     gpus: int
+    accumulate: int
+    given_accumulate: int
     parameters: int
     stage1_parameters: int
     stage2_parameters: int
@@ -84,7 +87,7 @@ def estimate(settings: TrainSettings, *, gpus: int = 1, rate: float = 4e14) -> E
 
     Raises:
         ValueError, FileNotFoundError: a model that is not known or not there, one that fits no
-            integration, or a video that is missing.
+            integration, a video that is missing, or a batch that the GPUs cannot share.
     """
     import torch
     from sla2_core.attention import build_attention
@@ -93,6 +96,7 @@ def estimate(settings: TrainSettings, *, gpus: int = 1, rate: float = 4e14) -> E
     from sla2_core.integrations.inspect import read_config
     from torch import nn
 
+    accumulate = _accumulate(settings.stage2.batch_size, settings.stage2.accumulate, gpus)
     found = find_model(settings.model)
     config = read_config(found)
     transformer = _on_meta(config)
@@ -139,7 +143,7 @@ def estimate(settings: TrainSettings, *, gpus: int = 1, rate: float = 4e14) -> E
     kept = (capture.layers_per_sample or len(layers)) * per_layer * width
     samples = min(capture.samples, max(1, capture.max_bytes // kept))
     whole = stage2.steps * stage2.batch_size * passes
-    micro = math.ceil(stage2.batch_size / (gpus * stage2.accumulate))
+    micro = stage2.batch_size // (gpus * accumulate)
     size = 2 if stage2.autocast in ("bfloat16", "float16") else _FP32
     dim = heads * head_dim
     within = size * sum(m.in_features for m in inside.values()) + 6 * _FP32 * dim * len(layers)
@@ -151,6 +155,8 @@ def estimate(settings: TrainSettings, *, gpus: int = 1, rate: float = 4e14) -> E
         model=str(config.get("_class_name")),
         tokens=tokens,
         gpus=gpus,
+        accumulate=accumulate,
+        given_accumulate=stage2.accumulate,
         parameters=parameters,
         stage1_parameters=of_stage["stage1"],
         stage2_parameters=moved,
@@ -170,9 +176,20 @@ def estimate(settings: TrainSettings, *, gpus: int = 1, rate: float = 4e14) -> E
     )
 
 
+def _accumulate(batch_size: int, given: int, gpus: int) -> int:
+    """The most micro-batches a step, up to `given`, with which the GPUs share a batch evenly."""
+    if batch_size % gpus:
+        raise ValueError(f"stage2.batch_size: expected a multiple of {gpus} GPUs, got {batch_size}")
+    each = batch_size // gpus
+    return max(parts for parts in range(1, min(given, each) + 1) if each % parts == 0)
+
+
 def rows(found: Estimate) -> list[dict[str, Any]]:
     """The estimate as a table: {"part", "what", "value"}."""
     share = f", on each of {found.gpus}" if found.gpus > 1 else ""
+    parts = f"{found.accumulate}"
+    if found.accumulate != found.given_accumulate:
+        parts += f" (set it: {found.given_accumulate} x {found.gpus} GPUs do not divide the batch)"
     table = (
         ("model", found.model, f"{found.parameters:,} parameters"),
         ("model", "tokens of a sample", f"{found.tokens:,}"),
@@ -182,11 +199,12 @@ def rows(found: Estimate) -> list[dict[str, Any]]:
         ("stage 1", "captures on disk", _gb(found.capture_bytes)),
         ("stage 1", "time of the capture", _time(found.capture_hours)),
         ("stage 2", "trained parameters", f"{found.stage2_parameters:,}"),
+        ("stage 2", "accumulate", parts),
         ("stage 2", f"weights{share}", _gb(found.weights_bytes)),
         ("stage 2", f"gradients{share}", _gb(found.gradients_bytes)),
         ("stage 2", f"optimizer{share}", _gb(found.optimizer_bytes)),
         ("stage 2", f"moving average{share}", _gb(found.average_bytes)),
-        ("stage 2", "teacher", _gb(found.teacher_bytes)),
+        ("stage 2", "teacher, whole on each" if share else "teacher", _gb(found.teacher_bytes)),
         ("stage 2", "activations", _gb(found.activations_bytes)),
         ("stage 2", "memory of a GPU", _gb(found.memory_bytes)),
         ("stage 2", "work", f"{found.stage2_flops / 1e18:.4g} EFLOP"),

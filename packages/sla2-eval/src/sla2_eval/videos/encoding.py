@@ -23,9 +23,30 @@ def encode_video(
     them; its arguments and errors.
     """
     encoder = encoder_of(pipe)
+    check_size(pipe, num_frames, height, width)
     frames = read_frames(path, num_frames=num_frames, height=height, width=width)
     pixels = torch.as_tensor(frames).permute(3, 0, 1, 2)[None].float().div(127.5).sub(1.0)
     return {**encoder.video(pipe, pixels), **encoder.text(pipe, caption)}
+
+
+def check_size(pipe: Any, num_frames: int, height: int, width: int) -> None:
+    """Whether VAE and patches of a pipeline divide a video of this size: they would cut off the
+    rest. What the pipeline does not say is not checked.
+
+    Raises:
+        ValueError: naming the setting, the step that it goes in, and its value.
+    """
+    time = getattr(pipe, "vae_scale_factor_temporal", None) or 1
+    space = getattr(pipe, "vae_scale_factor_spatial", None) or 1
+    patch = getattr(getattr(pipe.transformer, "config", None), "patch_size", 1)
+    space *= patch[-1] if isinstance(patch, tuple | list) else patch or 1
+    if (num_frames - 1) % time:
+        raise ValueError(
+            f"video.num_frames: expected 1 more than a multiple of {time}, got {num_frames}"
+        )
+    for name, value in (("height", height), ("width", width)):
+        if value % space:
+            raise ValueError(f"video.{name}: expected a multiple of {space}, got {value}")
 
 
 def encode_folder(
@@ -49,10 +70,11 @@ def encode_folder(
         folder: the cache.
 
     Raises:
-        ValueError: another kind of pipeline, a broken or short video, or a missing caption; names
-            the file, keeps what is done.
+        ValueError: another kind of pipeline, a size that it would cut down, a broken or short
+            video, or a missing caption; names the file, keeps what is done.
     """
     encoder = encoder_of(pipe)
+    check_size(pipe, num_frames, height, width)
     pairs = captioned_files(Path(videos))
     settings = {"model": model, "num_frames": num_frames, "height": height, "width": width}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path}: expected a checkpoint, found none")
     if path.suffix == ".safetensors":
         return read_tensors(path)
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path}: expected a checkpoint of torch.save or a .safetensors file, got another kind"
+            " of file, or part of one"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file fails in as many ways as it has parts

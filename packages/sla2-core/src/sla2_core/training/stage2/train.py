@@ -209,6 +209,11 @@ def train_stage2(
             work here. ModuleNotFoundError: no accelerate.
     """
     folder = Path(folder)
+    if not isinstance(handle, SLA2Handle):
+        raise TypeError(
+            f"handle: expected what apply_sla2 returns, got {type(handle).__name__}; a model of"
+            " your own is trained by a loop of your own"
+        )
     if not handle.enabled:
         raise ValueError("handle: expected SLA2 enabled, got it disabled; call handle.enable()")
     check_plain("handle", handle.model_tensors())
