@@ -258,9 +258,7 @@ class _Kernels:
         first = self.pool(self.problem)
         self.block_map = self.route(self.problem, first)
         self.made = self.keys(self.problem, first)
-        self.linear = operator.linear_sums(
-            self.device, self.problem, self.made.states, self.block_map
-        )
+        self.linear = operator.linear_sums(self.device, self.problem, self.made, self.block_map)
 
     @staticmethod
     def pointer(tensor: Tensor) -> Pointer:
@@ -348,7 +346,7 @@ class _Kernels:
             "SLA2 route": lambda: self.route(problem, self.made),
             "SLA2 keys": lambda: self.keys(problem, self.made),
             "SLA2 linear sums": lambda: op.linear_sums(
-                self.device, problem, self.made.states, self.block_map
+                self.device, problem, self.made, self.block_map
             ),
             "SLA2 sparse forward": self.sparse_forward,
             "SLA2 backward": lambda: backward(self.device, problem, saved, d_out),

@@ -163,12 +163,19 @@ def work_of(entry: str, p: Problem, selected: int, blocks: int) -> Work:
     if entry == "sla2_sm90_sparse_bwd_kv":
         columns, chosen = p.pairs * p.t_n / blocks, selected * p.t_m / p.t_n
         return Work(columns, half=4 * tile, warps=8, steps=chosen, wgmma=True)
-    if entry == "sla2_keys":
+    if entry in ("sla2_keys", "sla2_keys_low"):
         return Work(d / 32, half=2.0 * p.pairs * p.n_k * d * d)
     flops = 2.0 * p.pairs * p.t_m * p.t_n * d * (d + 1)
     # Tiles of 256 rows and 128 columns; the backward has as many steps.
     if entry == "sla2_sm90_masked_sum":
         tiles = -(-p.t_m // 256) * -(-d * (d + 1) // 128) * p.pairs
+        return Work(tiles / blocks, half=flops, warps=8, steps=-(-p.t_n // 64), wgmma=True)
+    # Of states in 8 bit z_j has two values a channel.
+    if entry == "sla2_masked_sum_low":
+        return Work(-(-p.t_n // 32), fp8=2.0 * p.pairs * p.t_m * p.t_n * d * (d + 2))
+    if entry == "sla2_sm90_masked_sum_low":
+        tiles = -(-p.t_m // 256) * (d * (d + 2) // 128) * p.pairs
+        flops = 2.0 * p.pairs * p.t_m * p.t_n * d * (d + 2)
         return Work(tiles / blocks, half=flops, warps=8, steps=-(-p.t_n // 64), wgmma=True)
     if entry == "sla2_masked_sum":
         depth = p.t_n if blocks == _sum_blocks(p, p.t_m) else p.t_m
@@ -235,6 +242,7 @@ def whole(parts: dict[str, float], work: Work) -> float:
 
 STAGES = {  # of the kernels' names; a kernel that is not listed is a stage by itself
     "key_mean": "pool",
+    "keys_low": "keys",
     "project": "route",
     "scores": "route",
     "topk": "route",
@@ -245,7 +253,9 @@ STAGES = {  # of the kernels' names; a kernel that is not listed is a stage by i
     "sparse_fwd_low": "sparse_fwd",
     "sm90_pack": "pack",
     "sm90_pack_low": "pack",
+    "masked_sum_low": "masked_sum",
     "sm90_masked_sum": "masked_sum",
+    "sm90_masked_sum_low": "masked_sum",
     "sm90_sparse_bwd_kv": "sparse_bwd_kv",
     "sm90_sparse_bwd_q": "sparse_bwd_q",
     "sm90_sparse_fwd": "sparse_fwd",

@@ -100,6 +100,11 @@ def run_prepared():
     made = keys(DEVICE, of, pool(DEVICE, of, *inputs, pooled=True), save=True)
     written(made.k, made.pooled_q, made.pooled_k, made.q_scale, made.k_scale, made.v_scale)
     written(made.states)
+    made = keys(DEVICE, of, made)
+    weights = made.state_weights.owner
+    assert weights.shape == (1, 64)
+    assert (np.sort(weights[0, :32])[::-1][:T_N] > 0).all()
+    assert np.count_nonzero(weights) == T_N
 
 
 def run_route():
@@ -122,8 +127,22 @@ def run_route():
 
 def run_states():
     states = halves(1, T_N, WIDTH * (WIDTH + 1))
-    found = linear_sums(DEVICE, problem(), states, block_map())
+    made = Prepared(q=None, k=None, v=None, states=states)
+    found = linear_sums(DEVICE, problem(), made, block_map())
     written(found.state, found.norm, found.rest_inverse)
+    found = linear_sums(DEVICE, problem("int8"), states_in_8_bit(T_N), block_map())
+    written(found.state, found.norm)
+
+
+def states_in_8_bit(blocks):
+    return Prepared(
+        q=None,
+        k=None,
+        v=None,
+        v_scale=floats(1, WIDTH),
+        states=octets(1, blocks, WIDTH * (WIDTH + 2)),
+        state_weights=octets(1, 64),
+    )
 
 
 def states():
@@ -219,6 +238,8 @@ def run_hopper_low():
     tiles = hopper.pack_low(DEVICE, problem, octets(1, n, WIDTH), octets(1, t_n, WIDTH, 64))
     scales = floats(1, t_m), floats(1, t_n), floats(1, WIDTH)
     low = hopper.LowBit(*scales)
+    sums = linear_sums(DEVICE, problem, states_in_8_bit(t_n), block_map())
+    written(sums.state, sums.norm)
     rest = state, norm, ALPHA, out, out_sparse, lse
     hopper.sparse_forward(DEVICE, problem, q, *tiles, block_map(), *rest, low=low, blocks=1)
     written(out, out_sparse, lse)

@@ -208,7 +208,7 @@ def test_the_results_are_those_of_the_mma_sync_kernel(d, precision):
     p, device = case.problem, problems.DEVICE
     inputs = (problems.strided(x) for x in (case.q, case.k, case.v))
     made = prepare.keys(device, p, prepare.pool(device, p, *inputs), save=True)
-    linear = operator.linear_sums(device, p, made.states, case.map)
+    linear = operator.linear_sums(device, p, made, case.map)
     alpha = Alpha.of(problems.pointer(case.alpha), tuple(case.alpha.shape))
     by_mma_sync = replace(device, wgmma=False)
     plain, lse, sparse = operator.sparse_forward(
@@ -238,7 +238,14 @@ def launched(monkeypatch):
 
 
 # What each of both ways has a kernel for.
-PARTS = ("sparse_fwd", "sparse_fwd_low", "masked_sum", "sparse_bwd_q", "sparse_bwd_kv")
+PARTS = (
+    "sparse_fwd",
+    "sparse_fwd_low",
+    "masked_sum",
+    "masked_sum_low",
+    "sparse_bwd_q",
+    "sparse_bwd_kv",
+)
 BOTH = {f"sla2_{where}{part}" for where in ("", "sm90_") for part in PARTS}
 
 
@@ -280,7 +287,7 @@ def test_the_whole_operator_takes_them_in_low_bit(precision, d, launched):
         333, 200, d=d, blocks=BLOCKS, lengths=(200, 63), heads=1, precision=precision
     )
     out, _ = problems.run(case)
-    assert launched & BOTH == {"sla2_sm90_sparse_fwd_low", "sla2_sm90_masked_sum"}
+    assert launched & BOTH == {"sla2_sm90_sparse_fwd_low", "sla2_sm90_masked_sum_low"}
     expected, full = problems.low_bit_oracle(case)[0].double(), problems.oracle(case)
     rounding = (expected - full).square().mean().sqrt()
     assert (out.double() - expected).square().mean().sqrt() < 0.75 * rounding
@@ -289,7 +296,7 @@ def test_the_whole_operator_takes_them_in_low_bit(precision, d, launched):
 @needs_hopper
 def test_other_blocks_and_the_switch_take_mma_sync(monkeypatch, launched):
     problems.run(problems.make(63, 63, heads=1), gradients=True)
-    assert launched & BOTH == {f"sla2_{x}" for x in PARTS if x != "sparse_fwd_low"}
+    assert launched & BOTH == {f"sla2_{x}" for x in PARTS if not x.endswith("low")}
     monkeypatch.setenv("SLA2_WGMMA", "0")
     assert not Device(allocate=problems.allocate).wgmma
     monkeypatch.setenv("SLA2_WGMMA", "no")
@@ -353,6 +360,7 @@ SLOTS = {"full": (540, 580), "int8": (640, 720), "fp8": (560, 650), "int8_int8":
 # Of 1,024, 1,536 and 2,048 clocks that a step's products take at d = 128.
 STEPS = {
     "sla2_sm90_masked_sum": 380,
+    "sla2_sm90_masked_sum_low": 380,
     "sla2_sm90_sparse_bwd_q": 800,
     "sla2_sm90_sparse_bwd_kv": 1070,
 }

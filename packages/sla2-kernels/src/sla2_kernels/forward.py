@@ -186,15 +186,18 @@ def route(
     return Routed(found, ratio, scores if keep_scores else NULL)
 
 
-def linear_sums(device: Device, problem: Problem, states: Pointer, block_map: Map) -> Linear:
+def linear_sums(device: Device, problem: Problem, made: Prepared, block_map: Map) -> Linear:
     """H and Z of every row block: means over the valid key blocks that it does not select.
 
-    `states` are those of keys(). O_l = phi(Q) H / (phi(Q) . Z) is a quotient: means do what sums
+    `made` has the states of keys(). O_l = phi(Q) H / (phi(Q) . Z) is a quotient: means do what sums
     do.
     """
     p = problem
     bits, rest_inverse = row_bits(device, p, block_map)
-    state, norm = masked_sum(device, p, bits, states, rest_inverse, p.t_m, p.t_n)
+    if made.state_weights.address:
+        state, norm = _masked_sum_low(device, p, bits, made, rest_inverse)
+    else:
+        state, norm = masked_sum(device, p, bits, made.states, rest_inverse, p.t_m, p.t_n)
     return Linear(bits=bits, rest_inverse=rest_inverse, state=state, norm=norm)
 
 
@@ -258,6 +261,23 @@ def masked_sum(
         np.int32(rows),
         np.int32(depth),
     )
+    return matrix, vector
+
+
+def _masked_sum_low(
+    device: Device, problem: Problem, bits: Pointer, made: Prepared, rest_inverse: Pointer
+) -> tuple[Pointer, Pointer]:
+    """masked_sum() of states in 8 bit."""
+    p = problem
+    matrix = device.allocate((p.pairs, p.t_m, p.width, p.width), p.dtype)
+    vector = device.allocate((p.pairs, p.t_m, p.width), "float32")
+    args = bits, made.states, made.state_weights, made.v_scale, rest_inverse, matrix, vector
+    if hopper.takes(device, p):
+        hopper.masked_sum_low(device, p, *args)
+        return matrix, vector
+    grid = (p.width * (p.width + 2) // 128, -(-p.t_m // 128), p.pairs)
+    sizes = np.int32(p.t_m), np.int32(p.t_n)
+    run_kernel(device, p, "sla2_masked_sum_low", grid, *args, *sizes)
     return matrix, vector
 
 
@@ -387,7 +407,7 @@ def forward(
     made = made or pool(device, p, q, k, v, smooth_k=smooth_k)
     tiles = hopper.takes(device, p) and not (save and p.low)  # a matched backward reads rows
     made = keys(device, p, made, linear=alpha is not None, save=save, tiles=tiles)
-    linear = None if alpha is None else linear_sums(device, p, made.states, block_map)
+    linear = None if alpha is None else linear_sums(device, p, made, block_map)
     alpha = alpha or ONE
     out, lse, out_sparse = sparse_forward(device, p, made, block_map, linear, alpha, save, out)
     if p.head_dim != p.width:

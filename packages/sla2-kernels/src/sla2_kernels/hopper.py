@@ -163,6 +163,28 @@ def masked_sum(
     run_kernel(device, p, "sla2_sm90_masked_sum", grid, *args, *sizes)
 
 
+def masked_sum_low(
+    device: Device,
+    problem: Problem,
+    bits: Pointer,
+    states: Pointer,
+    weights: Pointer,
+    v_scale: Pointer,
+    rest_inverse: Pointer,
+    matrix: Pointer,
+    vector: Pointer,
+    *,
+    blocks: int | None = None,
+) -> None:
+    """The same of `prepare.Prepared`'s states in 8 bit, for the rows and blocks of the problem."""
+    p = problem
+    tiles = -(-p.t_m // 256) * (p.width * (p.width + 2) // 128) * p.pairs
+    sizes = map(np.int32, (p.t_m, p.t_n, tiles))
+    args = bits, states, weights, v_scale, rest_inverse, matrix, vector
+    grid = (min(blocks or _multiprocessors(device), tiles),)
+    run_kernel(device, p, "sla2_sm90_masked_sum_low", grid, *args, *sizes)
+
+
 def sparse_backward(
     device: Device,
     problem: Problem,

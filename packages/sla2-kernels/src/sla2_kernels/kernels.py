@@ -80,6 +80,7 @@ class _Kernel:
     precisions: tuple[str, ...] = ("full",)
     blocks: Callable[[Geometry, Architecture], int] | None = None  # None: a quarter of the threads
     opcodes: tuple[str, ...] = ()
+    needs_fp8: bool = False
 
 
 _LOW = ("int8", "int8_int8", "fp8")
@@ -225,6 +226,14 @@ _KERNELS = {
         ("full", *_LOW),
         opcodes=(*_WIDE, *_TILES),
     ),
+    "sla2_keys_low": _Kernel(
+        "keys_low.cu",
+        lambda g, _: 2 * g.head_dim,
+        lambda g: 2 * g.block_k * g.row_bytes,
+        _LOW,
+        opcodes=(*_WIDE, *_TILES),
+        needs_fp8=True,
+    ),
     "sla2_project": _Kernel("route.cu", lambda g, _: g.head_dim, _none),
     "sla2_scores": _Kernel("route.cu", _fixed(64), _none),
     "sla2_topk": _Kernel("route.cu", _fixed(128), _none),
@@ -234,6 +243,14 @@ _KERNELS = {
     "sla2_column_rows": _Kernel("route.cu", _fixed(128), _none),
     "sla2_masked_sum": _Kernel(
         "linear.cu", _fixed(256), lambda g: 4 * 32 * 256, blocks=lambda *_: 2, opcodes=_TILES
+    ),
+    "sla2_masked_sum_low": _Kernel(
+        "linear_low.cu",
+        _fixed(256),
+        lambda g: 8 * 32 * 128,
+        ("int8",),
+        blocks=lambda *_: 2,
+        opcodes=_TILES[:2],
     ),
     "sla2_sparse_fwd": _Kernel(
         "sparse_fwd.cu",
@@ -308,6 +325,14 @@ _HOPPER = {  # csrc/sm90
         blocks=lambda *_: 1,
         opcodes=("HGMMA", "LDGSTS.E.BYPASS.128", "USETMAXREG", "SYNCS"),
     ),
+    "sla2_sm90_masked_sum_low": _Kernel(
+        "sm90/masked_sum_low.cu",
+        _fixed(384),
+        lambda g: 4 * 64 * 256 + 8 * 64 * 128 + 8 * 8,
+        ("int8",),
+        blocks=lambda *_: 1,
+        opcodes=("HGMMA", "LDGSTS.E.BYPASS.128", "USETMAXREG", "SYNCS"),
+    ),
     "sla2_sm90_sparse_bwd_q": _Kernel(
         "sm90/sparse_bwd_q.cu",
         _fixed(384),
@@ -352,6 +377,13 @@ def supports(arch: str, precision: str) -> bool:
     return precision in ("full", "int8_int8") or ARCHITECTURES[arch].number >= 89
 
 
+def eight_bit_states(arch: str, precision: str) -> bool:
+    """Whether a forward without gradients keeps the linear branch's states in 8 bit
+    (csrc/states.cuh): in low bit, where E4M3 can be converted. sm_80 and sm_86 keep 16 bit.
+    """
+    return precision != "full" and supports(arch, "fp8")
+
+
 @cache
 def spec_of(name: str, arch: str, geometry: Geometry) -> KernelSpec:
     """The spec of kernel `name` for an architecture such as "sm_90a".
@@ -369,6 +401,8 @@ def spec_of(name: str, arch: str, geometry: Geometry) -> KernelSpec:
     precision = (
         geometry.precision if geometry.precision in kernel.precisions else kernel.precisions[0]
     )
+    if kernel.needs_fp8 and not supports(arch, "fp8"):
+        raise ValueError(f"{name}: expected an architecture with FP8, got {arch}")
     if not supports(arch, precision):
         raise ValueError(
             f"precision: expected 'full' or 'int8_int8' on {arch}, which has no FP8, got"
@@ -380,6 +414,10 @@ def spec_of(name: str, arch: str, geometry: Geometry) -> KernelSpec:
         products, absent = _low_opcodes(arch, precision)
     elif name == "sla2_sm90_sparse_fwd_low":
         products = tuple(sorted(set(_WGMMA[precision])))
+    elif name == "sla2_masked_sum_low":
+        # Where E4M3 is widened, the kernel does it, once for the products of 32 rows.
+        product = products_of(arch, "fp8")[0]
+        products = ("HMMA.16816",) if product == "HMMA, widened" else (product,)
     return KernelSpec(
         source=kernel.source,
         entry=name,
@@ -413,5 +451,5 @@ def all_specs(arch: str) -> list[KernelSpec]:
         for head_dim in HEAD_DIMS
         for dtype in DTYPES
         for precision in kernel.precisions
-        if supports(arch, precision)
+        if supports(arch, "fp8" if kernel.needs_fp8 else precision)
     ]

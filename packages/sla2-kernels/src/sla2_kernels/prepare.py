@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sla2_kernels.kernels import eight_bit_states
 from sla2_kernels.launch import Pointer, run_kernel
 from sla2_kernels.problem import NOTHING, NULL, Device, Problem, Strided
 
@@ -29,7 +30,10 @@ class Prepared(NamedTuple):
         k_tiles, v_tiles: K less `mean` and V, in low bit their 8-bit copies, as sm90/pack.cu and
             sm90/pack_low.cu lay them out, (B H, T_n, block_k, width).
         states: of the linear branch, 16 bit (B H, T_n, width (width + 1)): phi(K_j)^T V_j / block_k
-            row by row, and behind it the column sums of phi(K_j) / block_k.
+            row by row, and behind it the column sums of phi(K_j) / block_k. With state_weights
+            they are 8 bit (B H, T_n, width (width + 2)), as csrc/states.cuh says.
+        state_weights: what a block's 8-bit states are multiplied by, bytes
+            (B H, T_n rounded up to a multiple of 64), as csrc/states.cuh orders them.
     """
 
     q: Strided
@@ -46,6 +50,7 @@ class Prepared(NamedTuple):
     k_tiles: Pointer = NULL
     v_tiles: Pointer = NULL
     states: Pointer = NULL
+    state_weights: Pointer = NULL
 
 
 def copy_columns(
@@ -162,15 +167,22 @@ def keys(
     Args:
         made: what pool() made.
         linear: make the states of the linear branch.
-        save: write the smoothed K, which backward() reads. `k` then is that, and `mean` NULL.
-
+        save: write the smoothed K, which backward() reads. `k` then is that, and `mean` NULL. The
+            states stay in 16 bit.
         tiles: make k_tiles and v_tiles, for blocks of 128 and 64.
 
     A low-bit precision has also k_scale and, without `tiles`, k_bytes and v_bytes made.
     """
     p, new = problem, device.allocate
     smooth = new((p.pairs, p.n_k, p.width), p.dtype) if save and made.mean.address else NULL
-    states = new((p.pairs, p.t_n, p.width * (p.width + 1)), p.dtype) if linear else NULL
+    name = "sla2_keys"
+    kept: tuple[Pointer, ...] = (NULL,)  # the states, in 8 bit with their weights
+    if linear and not save and eight_bit_states(device.arch, p.precision):
+        name = "sla2_keys_low"
+        states = new((p.pairs, p.t_n, p.width * (p.width + 2)), "uint8")
+        kept = states, new((p.pairs, -(-p.t_n // 64) * 64), "uint8")
+    elif linear:
+        kept = (new((p.pairs, p.t_n, p.width * (p.width + 1)), p.dtype),)
     k, mean = made.k, made.mean
     if p.low:
         made = made._replace(k_scale=new((p.pairs, p.t_n), "float32"))
@@ -190,7 +202,7 @@ def keys(
     run_kernel(
         device,
         p,
-        "sla2_keys",
+        name,
         (p.t_n, p.pairs),
         *k.arguments,
         *(made.v if linear or p.low or tiles else NOTHING).arguments,
@@ -198,7 +210,7 @@ def keys(
         made.v_scale,
         p.kv_lengths,
         smooth,
-        states,
+        *kept,
         made.k_bytes,
         made.k_scale,
         made.v_bytes,
@@ -206,4 +218,5 @@ def keys(
         made.v_tiles,
         *map(np.int32, (p.heads, p.n_k, p.head_dim)),
     )
-    return made._replace(states=states)
+    states, weights = (*kept, NULL)[:2]
+    return made._replace(states=states, state_weights=weights)

@@ -51,24 +51,17 @@ struct Block {
     }
 
     // The block in 8 bit with one scale: bytes (ROWS, D), those of the first `rows` rows. All
-    // threads call it; `tops` has a float a warp. `at` gives the offset of a row's 8 bytes.
-    template <class At>
+    // threads call it; `tops` has a float a warp. The thread's 8 bytes of row(0) lie at `first`,
+    // those of its other rows further by whole rows of D.
     __device__ __forceinline__ void store_bytes(float* tops, int rows, unsigned char* bytes,
-                                                float* scale_out, At at) const {
+                                                float* scale_out, int first) const {
         const float step = scale(tops);
         if (threadIdx.x == 0) *scale_out = step;
         const Divisor by(step);
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass)
             if (row(pass) < rows)
-                *reinterpret_cast<uint2*>(bytes + at(row(pass), threadIdx.x % ROW_LANES)) =
+                *reinterpret_cast<uint2*>(bytes + first + pass * GROUPS * HEAD_DIM) =
                     quantized_chunk(kept[pass], by);
-    }
-
-    // The same, row by row.
-    __device__ __forceinline__ void store_bytes(float* tops, int rows, unsigned char* bytes,
-                                                float* scale_out) const {
-        store_bytes(tops, rows, bytes, scale_out,
-                    [](int row, int lane) { return row * HEAD_DIM + 8 * lane; });
     }
 };

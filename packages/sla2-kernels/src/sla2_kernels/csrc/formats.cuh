@@ -11,19 +11,25 @@ constexpr float QK_LIMIT = QK_FP8 ? 448.0f : 127.0f;
 constexpr float PV_LIMIT = PV_FP8 ? 448.0f : 127.0f;
 constexpr float LOG2_PV_LIMIT = PV_FP8 ? 8.807354922057604f : 6.988684686772166f;
 
-// NaN and inf maxima give NaN and inf scales, so that they show in everything the scale touches.
+// maximum, a 16-bit value, / limit, a constant, as IEEE rounds it: the remainder corrects maximum
+// (1 / limit). NaN and inf maxima give NaN and inf scales, so that they show in everything that the
+// scale touches.
 SLA2_INLINE float scale_of(float maximum, float limit) {
-    return maximum == 0.0f ? 1.0f : maximum / limit;
+    const float inverse = 1.0f / limit, quotient = maximum * inverse;
+    const float remainder = __fmaf_rn(-quotient, limit, maximum);
+    if (maximum == 0.0f) return 1.0f;
+    return remainder == remainder ? __fmaf_rn(remainder, inverse, quotient) : quotient;
 }
 
 // x / divisor for many x: as exact as a division once the quotient is rounded to 8 bits, in four
 // instructions. x (1 / divisor) alone may fall on the wrong side of a tie; its remainder corrects
-// it. A small divisor and x are lifted, so that neither 1 / divisor nor the remainder leaves fp32.
+// it, and the inverse's own last bit. A small divisor and x are lifted, so that neither 1 / divisor
+// nor the remainder leaves fp32.
 struct Divisor {
     float inverse, divisor, lift;
     __device__ __forceinline__ explicit Divisor(float by) {
         lift = by < 0x1p-64f ? 0x1p64f : 1.0f;
-        inverse = 1.0f / (by * lift);
+        inverse = inverse_approx(by * lift);
         divisor = inverse == 0.0f ? 0.0f : by * lift;  // x / inf = 0, where the remainder is NaN
     }
     __device__ __forceinline__ float divide(float x) const {

@@ -116,7 +116,28 @@ SLA2_PTX float e4m3_to_f32(unsigned char x) {
         : "h"(static_cast<unsigned short>(x)));
     return r;
 }
+
+// Two FP8 E4M3 values -> two fp16; the first in the lower bits of both.
+SLA2_PTX unsigned e4m3x2_to_f16x2(unsigned short x) {
+    unsigned r;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(x));
+    return r;
+}
 #endif
+
+// Products of two pairs of fp16.
+SLA2_PTX unsigned mul_f16x2(unsigned a, unsigned b) {
+    unsigned r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+// Each byte becomes eight copies of its highest bit.
+SLA2_PTX unsigned byte_signs(unsigned x) {
+    unsigned r;
+    asm("prmt.b32 %0, %1, 0, 0xba98;" : "=r"(r) : "r"(x));
+    return r;
+}
 
 // Two floats -> two 16-bit floats, nearest even; `low` is in bits 0-15.
 SLA2_PTX unsigned pack_f16x2(float low, float high) {

@@ -154,6 +154,16 @@ inline float log2_approx(float x) { return std::log2(x); }
 inline unsigned short cvt_e4m3x2(float low, float high) {
     return static_cast<unsigned short>(f32_to_e4m3(low) | f32_to_e4m3(high) << 8);
 }
+inline unsigned e4m3x2_to_f16x2(unsigned short x) {
+    return f32_to_f16(e4m3_to_f32(static_cast<unsigned char>(x & 0xff))) |
+           unsigned(f32_to_f16(e4m3_to_f32(static_cast<unsigned char>(x >> 8)))) << 16;
+}
+inline unsigned mul_f16x2(unsigned a, unsigned b) {
+    auto half = [](unsigned x, int i) { return f16_to_f32(static_cast<unsigned short>(x >> i)); };
+    return f32_to_f16(half(a, 0) * half(b, 0)) |
+           unsigned(f32_to_f16(half(a, 16) * half(b, 16))) << 16;
+}
+inline unsigned byte_signs(unsigned x) { return (x >> 7 & 0x01010101u) * 0xffu; }
 inline unsigned pack_bf16x2(float low, float high) {
     return f32_to_bf16(low) | unsigned(f32_to_bf16(high)) << 16;
 }
