@@ -2,6 +2,7 @@
 go wrong with a cache.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 from sla2_kernels import artifacts, compile
 from sla2_kernels.compile import compile_kernel, kernel_key, parse_log, parse_warnings
 from sla2_kernels.gate import gate
-from sla2_kernels.kernels import all_specs, supports
+from sla2_kernels.kernels import DTYPES, all_specs, supports
 from sla2_kernels.specs import ARCHITECTURES, CSRC, KernelSpec
 
 KERNEL = """#include "scale.cuh"
@@ -42,16 +43,19 @@ def files(suffix):
     return sorted(artifacts.folder().glob(f"*{suffix}"))
 
 
-# One architecture in every run, beside those that test_gate.py looks at; `make test-full` compiles
-# every kernel for all of them.
-QUICK = ("sm_90a",)
+# What every run compiles, beside what test_gate.py looks at; `make test-full` compiles all.
+QUICK = ("sm_90a", "bfloat16")
 
 
 @pytest.mark.parametrize(
-    "arch", [a if a in QUICK else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES]
+    ("arch", "dtype"),
+    [
+        pair if pair == QUICK else pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in itertools.product(ARCHITECTURES, DTYPES)
+    ],
 )
-def test_every_kernel_compiles_within_its_limits(arch):
-    specs = all_specs(arch)
+def test_every_kernel_compiles_within_its_limits(arch, dtype):
+    specs = [spec for spec in all_specs(arch) if f" {dtype}" in spec.label]
     everywhere = set(CSRC.glob("*.cu"))
     if not supports(arch, "fp8"):
         everywhere -= {CSRC / "keys_low.cu", CSRC / "linear_low.cu"}

@@ -146,6 +146,7 @@ def test_compiled_code_is_cached_and_a_folder_that_cannot_be_written_is_no_error
     child(tmp_path / "file" / "folder")
 
 
+@pytest.mark.slow  # compiles every kernel anew
 def test_a_full_disk_is_no_error_and_a_damaged_entry_is_made_anew(tmp_path):
     child(tmp_path, FULL_DISK + CHILD)
     child(tmp_path)

@@ -35,7 +35,12 @@ def check(case, orders, **options):
 
 @pytest.mark.parametrize(
     ("precision", "dtype"),
-    [*((precision, "bfloat16") for precision in PRECISIONS), ("int8_int8", "float16")],
+    [
+        ("int8", "bfloat16"),
+        ("int8_int8", "float16"),
+        pytest.param("fp8", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("int8_int8", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_matched_gradients(precision, dtype):
     problems.skip_unless_supported(precision)

@@ -155,7 +155,8 @@ def example(readme: str) -> str:
     return code.replace("4096", "300") + "print(tuple(out.shape), out.isfinite().all().item())\n"
 
 
-@pytest.mark.slow  # compiles the CPU's kernels anew; `make test-wheels` runs these lines as well
+# These two compile the CPU's kernels anew; `make test-wheels` runs the same.
+@pytest.mark.slow
 def test_the_readmes_lines_run_on_the_installed_packages(installed, built):
     shown = metadata(built, "sla2-core").get_payload(decode=True).decode()  # on its index page
     code = example((ROOT / "README.md").read_text()) + example(shown)
@@ -168,6 +169,7 @@ def test_the_readmes_lines_run_on_the_installed_packages(installed, built):
     assert len(files) == len(PACKAGES)
 
 
+@pytest.mark.slow
 def test_the_doctor_finds_nothing_broken(installed):
     found = {entry["what"]: entry for entry in json.loads(installed("sla2", "doctor", "--json"))}
     assert found["backend cpu"]["status"] == "works"

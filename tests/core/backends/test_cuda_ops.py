@@ -65,8 +65,17 @@ def assert_as_good(found, exact, plain):
         ), index
 
 
-@pytest.mark.parametrize(("n_q", "n_k", "d"), [(63, 111, 64), (33, 17, 40), (100, 95, 128)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("n_q", "n_k", "d", "dtype"),
+    [
+        (63, 111, 64, torch.bfloat16),
+        (33, 17, 40, torch.bfloat16),
+        (33, 17, 40, torch.float16),
+        (100, 95, 128, torch.float16),
+        pytest.param(63, 111, 64, torch.float16, marks=pytest.mark.slow),
+        pytest.param(100, 95, 128, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_sla2_attention_against_the_reference_with_every_gradient(n_q, n_k, d, dtype):
     *leaves, grad, alpha, block_map = inputs(n_q, n_k, d, dtype)
 

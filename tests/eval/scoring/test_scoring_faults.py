@@ -327,6 +327,7 @@ print(*(resource.getrusage(one).ru_maxrss for one in who))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_videos(make_folder, tmp_path):
     peaks = []
     for count in (20, 200):
