@@ -23,7 +23,7 @@ from sla2_kernels.specs import KernelSpec
 SCHEMA = "emulator 1"
 INCLUDE = Path(__file__).parent / "include"
 SANITIZERS = ("", "address", "thread")
-# -O1: a test compiles for longer than it runs, and with -O2 both together take a quarter longer.
+# Not -O2: a test compiles for longer than it runs.
 _FLAGS = (
     "-std=c++17",
     "-O1",
