@@ -219,6 +219,9 @@ def test_the_fingerprint_follows_the_weights(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"1")
     before = model_fingerprint(tmp_path)
     assert model_fingerprint(tmp_path) == before
+    (tmp_path / "adapters" / "sla2-97").mkdir(parents=True)
+    (tmp_path / "adapters" / "sla2-97" / "a.safetensors").write_bytes(b"3")
+    assert model_fingerprint(tmp_path) == before
     (tmp_path / "a.safetensors").write_bytes(b"2")
     assert model_fingerprint(tmp_path) != before
     assert model_fingerprint("owner/name") == {"id": "owner/name"}

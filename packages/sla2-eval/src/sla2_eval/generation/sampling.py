@@ -388,17 +388,23 @@ def _load_tiny(folder: Path) -> tuple[Any, Any]:
 
 def model_fingerprint(model: str | Path) -> dict:
     """What identifies a model: its hub id, or the sha256 of each weights file in its folder (the
-    size, above 256 MB).
+    size, above 256 MB). Adapters that lie beside the weights do not count: a new one leaves the
+    model as it was.
     """
     folder = find_model(model)
     if isinstance(folder, str):
         return {"id": folder}
-    return {"files": folder_digest(folder)}
+    return {"files": folder_digest(folder, without="adapters")}
 
 
-def folder_digest(folder: Path) -> str:
+def folder_digest(folder: Path, without: str | None = None) -> str:
+    """A digest of the weights and JSON files of a folder, but for those of its subfolder
+    `without`.
+    """
     files = {}
     for path in sorted(p for pattern in ("*.safetensors", "*.json") for p in folder.rglob(pattern)):
+        if path.relative_to(folder).parts[0] == without:
+            continue
         small = path.stat().st_size <= 256 << 20
         files[path.relative_to(folder).as_posix()] = (
             file_digest(path) if small else path.stat().st_size
