@@ -6,7 +6,8 @@ PYTHON ?= python3
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .cache/uv/bin/uv)
 READY := .venv/.synced
 # Two processes share the tests, file by file, each with one thread of torch's: two each would wait for one another.
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
+# tests/conftest.py says which files go first.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 setup: $(READY)
 

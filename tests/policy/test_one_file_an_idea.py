@@ -211,7 +211,7 @@ def test_toys_are_a_row_of_a_grid_and_a_toy_metric_is_a_column(tmp_path, monkeyp
     settings = {
         "model": str(tmp_path / "model"),
         "imports": ["helpers.toys"],
-        "workers": 2,
+        "workers": 1,
         "seeds": [0],
         "attention": {"block_q": 32, "block_k": 16, "topk": 0.1},
         "data": {"num_videos": 4},
