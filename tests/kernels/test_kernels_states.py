@@ -136,7 +136,8 @@ def exact_states(case, device):
 
 @every_way
 @pytest.mark.parametrize(
-    ("precision", "d"), [("int8", 64), ("int8_int8", 64), pytest.param("fp8", 128, marks=SLOW)]
+    ("precision", "d"),
+    [("int8", 64), pytest.param("int8_int8", 64, marks=SLOW), pytest.param("fp8", 128, marks=SLOW)],
 )
 def test_states_are_those_of_the_blocks(precision, d, arch, wgmma):
     device = device_of(arch, wgmma)

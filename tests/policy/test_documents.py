@@ -67,6 +67,7 @@ def test_the_notebook_is_kept_without_what_it_printed():
     assert all(cell.outputs == [] and cell.execution_count is None for cell in cells)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     from nbclient import NotebookClient
 

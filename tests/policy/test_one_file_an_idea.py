@@ -65,7 +65,13 @@ def test_a_toy_equals_its_dense_definition_with_every_gradient(changes, backend)
         torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(changes, id=name, marks=() if name == "all" else pytest.mark.slow)
+        for name, changes in CHANGES.items()
+    ],
+)
 def test_a_toy_goes_through_adapter_stage_1_stage_2_and_torch_compile(changes, tmp_path):
     torch._dynamo.reset()
     config = tiny_wan.config(**changes)

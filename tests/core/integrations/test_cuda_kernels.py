@@ -11,9 +11,16 @@ from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.family import family_of
 from sla2_core.variants import sla
 
+PUBLISHED = [
+    pytest.param(name, True, id=f"sla-{name}", marks=() if name == "wan" else pytest.mark.slow)
+    for name in families.BUILDERS
+]
 
-@pytest.mark.parametrize("name", list(families.BUILDERS))
-@pytest.mark.parametrize("published", [False, True], ids=["sla2", "sla"])
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [*(pytest.param(name, False, id=f"sla2-{name}") for name in families.BUILDERS), *PUBLISHED],
+)
 def test_output_and_gradients_are_those_of_the_cpu_kernels(name, published):
     transformer, sample, _ = families.build(name)
     family = family_of(transformer)
