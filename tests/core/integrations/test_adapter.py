@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import tiny_wan
 from safetensors.torch import load_file, save_file
+from sla2_core.adapter import write_tensors
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.loading import apply_adapter
 
@@ -174,6 +175,12 @@ def test_a_configuration_of_another_form_is_refused(
     transformer = wan()
     with pytest.raises(ValueError, match=rf"sla2_config\.json: {message}"):
         apply_adapter(transformer, tmp_path)
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    (tmp_path / "plain").touch()
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_full_disk_names_the_file(tmp_path):

@@ -44,11 +44,15 @@ class Adapter:
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Call write(temporary path) in the same folder, then rename the file to `path`. If write
-    fails, its error comes through, `path` is as it was, and no temporary file stays.
+    fails, its error comes through, `path` is as it was, and no temporary file stays. Others may
+    read the file as the umask says, also where `write` makes it for its owner alone.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         write(partial)
+        partial.chmod(mode)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ the rest.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from sla2_core.adapter import write_tensors
 from sla2_core.training.settings import check_fields
 from torch import Tensor
 
@@ -143,12 +143,6 @@ def _draw(
     return index, sigma, dropped, noise
 
 
-def _write(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
-    partial = folder / f".{name}.partial"
-    save_file(tensors, partial)
-    os.replace(partial, folder / name)
-
-
 def _save(
     folder: Path, step: int, transformer: Any, ema: dict[str, Tensor], optimizers: Optimizers
 ) -> None:
@@ -160,9 +154,7 @@ def _save(
                 f"opt{number}.{index}.{k}": v for k, v in state.items() if isinstance(v, Tensor)
             }
     tensors["step"] = torch.tensor(step)
-    _write(
-        folder, "checkpoint.safetensors", {k: v.contiguous().clone() for k, v in tensors.items()}
-    )
+    write_tensors(folder / "checkpoint.safetensors", tensors)
 
 
 def _load(path: Path, transformer: Any, ema: dict[str, Tensor], optimizers: Optimizers) -> int:
