@@ -48,6 +48,22 @@ class Linear(NamedTuple):
     norm: Pointer
 
 
+class Pooled(NamedTuple):
+    """The keys of the pooled complement, one for each key block.
+
+    Attributes:
+        k, v: the means of K (less its mean over tokens where K is smoothed) and of V over the
+            block's valid tokens, 16 bit (B H, T_n, width); zeros where it has none.
+        bits: the block map, as `Linear` has it: a set bit masks the pooled key.
+        bias: b, fp32, in an `Alpha`.
+    """
+
+    k: Pointer
+    v: Pointer
+    bits: Pointer
+    bias: Alpha
+
+
 class Routed(NamedTuple):
     """What route() returns.
 
@@ -67,11 +83,11 @@ class Forward(NamedTuple):
 
     Attributes:
         out: O (B, H, n_q, d), 16 bit.
-        lse: the natural log-sum-exp L of the selected scores, fp32 (B, H, n_q); -inf where a row
-            selects nothing.
+        lse: the natural log-sum-exp L of the selected scores, and of the pooled keys' logits
+            where those join, fp32 (B, H, n_q); -inf where a row has neither.
         out_sparse: O_s (B, H, n_q, width), 16 bit; without a linear branch it is O. NULL without
             `save`.
-        made, block_map, alpha, linear, smooth_k: for backward().
+        made, block_map, alpha, linear, smooth_k, pooled: for backward().
     """
 
     out: Strided
@@ -82,6 +98,7 @@ class Forward(NamedTuple):
     linear: Linear | None
     out_sparse: Strided
     smooth_k: bool
+    pooled: Pooled | None = None
 
 
 def route(
