@@ -173,6 +173,15 @@ def _sparse_forward_low_shared(g: Geometry) -> int:
     return max(ring, (2 * g.block_q + g.head_dim) * g.row_bytes)
 
 
+def _pooled_forward_shared(g: Geometry) -> int:
+    return (g.block_q + 4 * g.block_k) * g.row_bytes
+
+
+def _pooled_forward_low_shared(g: Geometry) -> int:
+    selected = g.block_q * g.head_dim + 4 * g.block_k * g.head_dim
+    return max(selected, 3 * g.block_k * g.row_bytes) + (g.block_k + g.block_q) * g.row_bytes
+
+
 def _room(shared_bytes: int, arch: Architecture) -> int:
     """Blocks that a multiprocessor has shared memory for."""
     return arch.resident_blocks(32, 0, shared_bytes)
@@ -263,6 +272,21 @@ _KERNELS = {
         "sparse_fwd_low.cu",
         lambda g, _: 2 * g.block_q,
         _sparse_forward_low_shared,
+        _LOW,
+        blocks=lambda *_: 1,
+        opcodes=_TILES,
+    ),
+    "sla2_pooled_fwd": _Kernel(
+        "pooled_fwd.cu",
+        _forward_threads,
+        _pooled_forward_shared,
+        blocks=_two_that_fit(_pooled_forward_shared),
+        opcodes=_TILES,
+    ),
+    "sla2_pooled_fwd_low": _Kernel(
+        "pooled_fwd_low.cu",
+        lambda g, _: 2 * g.block_q,
+        _pooled_forward_low_shared,
         _LOW,
         blocks=lambda *_: 1,
         opcodes=_TILES,
@@ -410,7 +434,7 @@ def spec_of(name: str, arch: str, geometry: Geometry) -> KernelSpec:
         )
     products: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
-    if name == "sla2_sparse_fwd_low":
+    if name in ("sla2_sparse_fwd_low", "sla2_pooled_fwd_low"):
         products, absent = _low_opcodes(arch, precision)
     elif name == "sla2_sm90_sparse_fwd_low":
         products = tuple(sorted(set(_WGMMA[precision])))

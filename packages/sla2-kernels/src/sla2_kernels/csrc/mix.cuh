@@ -141,17 +141,41 @@ SLA2_INLINE void store_rows(float (&o)[FWD_M_TILES][D_TILES][4], unsigned char* 
     }
 }
 
+// Divides o by the row sums and stores L of the `rows` rows from `lse`, of scores less `shift`. No
+// row has a key unless `some`: then o is 0 and L -inf. `log_unit`: the natural logarithm of the
+// unit in which the sums count.
+SLA2_INLINE void normalise(float (&o)[FWD_M_TILES][D_TILES][4],
+                           OnlineSoftmax<FWD_M_TILES>& softmax,
+                           const float (&shift)[FWD_M_TILES][2], float softmax_scale,
+                           float log_unit, bool some, float* lse, int row0, int rows) {
+    const int lane = threadIdx.x & 31, g = lane >> 2;
+    softmax.finish();
+#pragma unroll
+    for (int m = 0; m < FWD_M_TILES; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float inverse = some ? 1.0f / softmax.sum[m][r] : 0.0f;
+#pragma unroll
+            for (int n = 0; n < D_TILES; ++n)
+                o[m][n][2 * r] *= inverse, o[m][n][2 * r + 1] *= inverse;
+            const int row = row0 + 16 * m + 8 * r + g;
+            if (row < rows && (lane & 3) == 0)
+                lse[row] = some ? (softmax.maximum[m][r] - shift[m][r]) * softmax_scale +
+                                      logf(softmax.sum[m][r]) - log_unit
+                                : MINUS_INFINITY;
+        }
+}
+
 // Ends a row block. All threads call it after the main loop; `phi_tile` (BLOCK_Q x D halves), which
 // holds the block's 16-bit Q if `q_loaded`, which a mean needs, and becomes phi(Q), and `scratch`
 // ((D + BLOCK_Q) x D halves) are shared memory that no thread reads any more once the barrier below
-// is passed, and no cp.async may be in flight. `log_unit` is the natural logarithm of the unit in
-// which the softmax sums count. `some` and `rest` say whether the row selects any block and whether
-// any is left over.
+// is passed, and no cp.async may be in flight. `log_unit` as in normalise(). `some` and `rest` say
+// whether the row selects any block and whether any is left over.
 SLA2_INLINE void mix_and_store(const MixArguments& args, float (&o)[FWD_M_TILES][D_TILES][4],
                                OnlineSoftmax<FWD_M_TILES>& softmax, float softmax_scale,
                                float log_unit, bool some, bool rest, int first_row, int n_q,
                                bool q_loaded, unsigned char* phi_tile, unsigned char* scratch) {
-    const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * FWD_WARP_ROWS, g = lane >> 2;
+    const int row0 = threadIdx.x / 32 * FWD_WARP_ROWS;
     const int rows = n_q - first_row < BLOCK_Q ? n_q - first_row : BLOCK_Q;
     const long long first_at = static_cast<long long>(first_row) * HEAD_DIM;
     const bool linear = args.state != nullptr && rest;
@@ -171,22 +195,7 @@ SLA2_INLINE void mix_and_store(const MixArguments& args, float (&o)[FWD_M_TILES]
         load_tile<HEAD_DIM, HALF_ROW, FWD_THREADS>(state_tile, args.state, HALF_ROW, HEAD_DIM);
         cp_async_commit();
     }
-    softmax.finish();
-#pragma unroll
-    for (int m = 0; m < FWD_M_TILES; ++m)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const float inverse = some ? 1.0f / softmax.sum[m][r] : 0.0f;
-#pragma unroll
-            for (int n = 0; n < D_TILES; ++n)
-                o[m][n][2 * r] *= inverse, o[m][n][2 * r + 1] *= inverse;
-            const int row = row0 + 16 * m + 8 * r + g;
-            if (row < rows && (lane & 3) == 0)
-                args.lse[first_row + row] =
-                    some ? (softmax.maximum[m][r] - shift[m][r]) * softmax_scale +
-                               logf(softmax.sum[m][r]) - log_unit
-                         : MINUS_INFINITY;
-        }
+    normalise(o, softmax, shift, softmax_scale, log_unit, some, args.lse + first_row, row0, rows);
     if (args.out_sparse != nullptr)
         store_rows(o, out_tile, args.out_sparse + first_at, HEAD_DIM, row0, rows);
     if (linear) {
