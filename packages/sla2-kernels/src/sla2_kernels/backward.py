@@ -333,6 +333,7 @@ def backward(
             p.kv_lengths,
             mean,
             NULL,
+            NULL,
             heads,
             n_k,
             t_n,

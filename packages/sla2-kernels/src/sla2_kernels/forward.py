@@ -1,5 +1,6 @@
 """The whole operator on raw pointers, forward: pool -> route -> keys -> linear sums -> sparse
-forward, on GPU or emulator.
+forward, on GPU or emulator. With the pooled complement: pool -> route -> pooled forward, in low bit
+with keys before it.
 
 Nothing here reads device memory, so nothing waits for the device: every launch goes to the caller's
 stream. Memory comes from the caller's allocator. Q, K, V and O are `Strided`, all other tensors
@@ -68,7 +69,7 @@ class Routed(NamedTuple):
     """What route() returns.
 
     Attributes:
-        block_map: with its bits, if alpha was made.
+        block_map: with its bits, if those or alpha were made.
         alpha: fp32 (B, H, T_m); ONE where it was not made.
         scores: fp32 (B, H, T_m, T_n), -inf for blocks without a valid token; NULL if not kept.
     """
@@ -114,6 +115,7 @@ def route(
     *,
     keep_scores: bool = True,
     alpha: AlphaRule | None = None,
+    bits: bool = False,
 ) -> Routed:
     """The block map of every row by the router's scores (Eq. 16), and alpha.
 
@@ -131,6 +133,7 @@ def route(
             without any text. None: all T_n.
         keep_scores: return the scores. Else they are held SCORE_BYTES at a time, by query blocks.
         alpha: how alpha is made; the map then has its bits. None: not made.
+        bits: make the map's bits also without alpha.
 
     Raises:
         ValueError: for `routable` outside [0, T_n].
@@ -158,9 +161,12 @@ def route(
     width, per_row = chosen + p.t_n - routable, (p.batch, p.heads, p.t_m)
     found = Map(new((*per_row, width), "int32"), new(per_row, "int32"), width)
     ratio = ONE
+    if alpha or bits:
+        found = found._replace(
+            bits=new((p.pairs, p.t_m, -(-p.t_n // 32)), "uint32"),
+            rest_inverse=new((p.pairs, p.t_m), "float32"),
+        )
     if alpha:
-        bits = new((p.pairs, p.t_m, -(-p.t_n // 32)), "uint32")
-        found = found._replace(bits=bits, rest_inverse=new((p.pairs, p.t_m), "float32"))
         ratio = Alpha.of(new(per_row, "float32"), per_row)
     rule = alpha or AlphaRule()
     rows = p.t_m
@@ -329,21 +335,13 @@ def sparse_forward(
     if hopper.takes(device, p):
         _sparse_by_wgmma(device, p, made, block_map, linear, alpha, out, out_sparse, lse)
         return out, lse, kept
-    inputs: tuple[Argument, ...]
-    if p.low:
-        name = "sla2_sparse_fwd_low"
-        inputs = made.k_bytes, made.v_bytes, made.q_scale, made.k_scale, made.v_scale
-    else:
-        name = "sla2_sparse_fwd"
-        inputs = (*made.k.arguments, *made.v.arguments, made.mean)
     mixed = (linear.state, linear.norm) if linear else (NULL, NULL)
     run_kernel(
         device,
         p,
-        name,
+        "sla2_sparse_fwd_low" if p.low else "sla2_sparse_fwd",
         (p.t_m, p.pairs),
-        *made.q.arguments,
-        *inputs,
+        *_selected(p, made),
         block_map.indices,
         block_map.counts,
         np.int32(block_map.width),
@@ -361,6 +359,59 @@ def sparse_forward(
         p.softmax_scale,
     )
     return out, lse, kept
+
+
+def _selected(problem: Problem, made: Prepared) -> tuple[Argument, ...]:
+    """Q, K and V as the forward kernels by `mma.sync` list them."""
+    if problem.low:
+        low = made.k_bytes, made.v_bytes, made.q_scale, made.k_scale, made.v_scale
+        return (*made.q.arguments, *low)
+    return (*made.q.arguments, *made.k.arguments, *made.v.arguments, made.mean)
+
+
+def pooled_forward(
+    device: Device,
+    problem: Problem,
+    made: Prepared,
+    block_map: Map,
+    pooled: Pooled,
+    out: Strided | None = None,
+) -> tuple[Strided, Pointer]:
+    """One softmax over the selected blocks and the pooled keys of the others, in one kernel.
+
+    Args:
+        made: as of sparse_forward().
+        pooled: its k is of the smoothed K where `made` has a mean or 8-bit copies of such a K.
+        out: as of sparse_forward().
+
+    Returns:
+        O and L (natural, fp32 (B, H, n_q)).
+    """
+    p, new = problem, device.allocate
+    rows = (p.pairs, p.n_q, p.width)
+    out = out or Strided.of(new(rows, p.dtype), p.heads, p.n_q, p.width)
+    lse = new((p.batch, p.heads, p.n_q), "float32")
+    run_kernel(
+        device,
+        p,
+        "sla2_pooled_fwd_low" if p.low else "sla2_pooled_fwd",
+        (p.t_m, p.pairs),
+        *_selected(p, made),
+        block_map.indices,
+        block_map.counts,
+        np.int32(block_map.width),
+        p.kv_lengths,
+        pooled.k,
+        pooled.v,
+        pooled.bits,
+        pooled.bias.values,
+        *map(np.int32, pooled.bias.strides),
+        *out.arguments,
+        lse,
+        *map(np.int32, (p.heads, p.n_q, p.n_k)),
+        p.softmax_scale,
+    )
+    return out, lse
 
 
 def _sparse_by_wgmma(
@@ -401,8 +452,10 @@ def forward(
     save: bool = False,
     made: Prepared | None = None,
     out: Strided | None = None,
+    complement: str = "linear",
 ) -> Forward:
-    """O = alpha O_s + (1 - alpha) O_l (Eq. 13-16).
+    """O = alpha O_s + (1 - alpha) O_l (Eq. 13-16), or the softmax over the selected tokens and one
+    pooled key for each of the other blocks.
 
     Where K is smoothed without `save` in 16 bit, the sparse branch takes it as it is: its softmax
     does not see the mean.
@@ -410,23 +463,35 @@ def forward(
     Args:
         q: 16 bit (B, H, n_q, d). k, v: 16 bit (B, H, n_k, d).
         block_map: on the same device. Indices ascend; values are not checked.
-        alpha: fp32, or None for the sparse branch alone.
+        alpha: fp32, or None for the sparse branch alone. With complement="pooled" it is b, what is
+            added to the logits of the pooled keys.
         smooth_k: subtract the mean over tokens from K first; as in pool(), where it made `made`.
         save: keep what backward() needs.
-        made: what pool() made, if route() needed it before.
+        made: what pool() made, if route() needed it before; for the pooled complement with `means`.
+        complement: "linear" or "pooled", what joins the sparse branch.
         out: where to write O, if d is 64 or 128 and it `fits`; None: new contiguous memory.
 
     Raises:
         ValueError: the device's architecture cannot run the problem's precision.
         RuntimeError: what is needed to compile or run a kernel is missing, or one does not compile.
     """
-    p = problem
-    made = made or pool(device, p, q, k, v, smooth_k=smooth_k)
-    tiles = hopper.takes(device, p) and not (save and p.low)  # a matched backward reads rows
-    made = keys(device, p, made, linear=alpha is not None, save=save, tiles=tiles)
-    linear = None if alpha is None else linear_sums(device, p, made, block_map)
-    alpha = alpha or ONE
-    out, lse, out_sparse = sparse_forward(device, p, made, block_map, linear, alpha, save, out)
+    p, linear, pooled = problem, None, None
+    joins = alpha is not None and complement == "pooled"
+    made = made or pool(device, p, q, k, v, smooth_k=smooth_k, means=joins)
+    # A matched backward reads rows.
+    tiles = hopper.takes(device, p, joins) and not (save and p.low)
+    made = keys(device, p, made, linear=not joins and alpha is not None, save=save, tiles=tiles)
+    if alpha and joins:
+        bits = row_bits(device, p, block_map)[0]
+        pooled = Pooled(k=made.key_means, v=made.value_means, bits=bits, bias=alpha)
+        alpha = ONE
+        out, lse = pooled_forward(device, p, made, block_map, pooled, out)
+        out_sparse = out
+    else:
+        if alpha:
+            linear = linear_sums(device, p, made, block_map)
+        alpha = alpha or ONE
+        out, lse, out_sparse = sparse_forward(device, p, made, block_map, linear, alpha, save, out)
     if p.head_dim != p.width:
         out = Strided.of(
             copy_columns(device, p, out, p.n_q, p.width, p.head_dim), p.heads, p.n_q, p.head_dim
@@ -440,6 +505,7 @@ def forward(
         linear=linear,
         out_sparse=out_sparse,
         smooth_k=smooth_k,
+        pooled=pooled,
     )
 
 
@@ -454,17 +520,18 @@ def routed_forward(
     weight_heads: int,
     topk: float,
     routable: int | None,
-    alpha: AlphaRule,
+    alpha: AlphaRule | Alpha,
     *,
     smooth_k: bool = True,
     out: Strided | None = None,
 ) -> Forward:
     """route() and forward() after one first pass over Q and K, for a call without gradients.
 
-    Arguments, results and errors are theirs.
+    Arguments, results and errors are theirs, but for `alpha`: an AlphaRule for the linear
+    complement, b for the pooled one.
     """
-    p = problem
-    made = pool(device, p, q, k, v, smooth_k=smooth_k, pooled=True)
+    p, joins = problem, isinstance(alpha, Alpha)
+    made = pool(device, p, q, k, v, smooth_k=smooth_k, pooled=True, means=joins)
     found = route(
         device,
         p,
@@ -476,7 +543,19 @@ def routed_forward(
         topk,
         routable,
         keep_scores=False,
-        alpha=alpha,
+        alpha=None if isinstance(alpha, Alpha) else alpha,
+        bits=joins,
     )
-    block_map, ratio = found.block_map, found.alpha
-    return forward(device, p, q, k, v, block_map, ratio, smooth_k=smooth_k, made=made, out=out)
+    return forward(
+        device,
+        p,
+        q,
+        k,
+        v,
+        found.block_map,
+        alpha if isinstance(alpha, Alpha) else found.alpha,
+        smooth_k=smooth_k,
+        made=made,
+        out=out,
+        complement="pooled" if joins else "linear",
+    )

@@ -13,11 +13,11 @@ from sla2_kernels.launch import Argument, Pointer, multiprocessors, run_kernel
 from sla2_kernels.problem import MULTIPROCESSORS, NULL, Alpha, Device, Map, Problem, Strided
 
 
-def takes(device: Device, problem: Problem) -> bool:
+def takes(device: Device, problem: Problem, pooled: bool = False) -> bool:
     """Whether these kernels run a problem: for query blocks of 128 and key blocks of 64, if the
-    device allows and has them.
+    device allows and has them. The forward of the pooled complement is by `mma.sync`.
     """
-    return device.wgmma and has_wgmma(device.arch, problem.geometry)
+    return device.wgmma and not pooled and has_wgmma(device.arch, problem.geometry)
 
 
 def _multiprocessors(device: Device) -> int:

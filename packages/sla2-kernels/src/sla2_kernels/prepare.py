@@ -23,6 +23,8 @@ class Prepared(NamedTuple):
         mean: of K over its valid tokens, fp32 (B H, width), where `k` is to be smoothed by it.
         pooled_q, pooled_k: block means, fp32 (B H, T_m, width) and (B H, T_n, width); of the
             smoothed K, if it is smoothed.
+        key_means, value_means: block means of K, smoothed if it is, and of V over the valid tokens,
+            16 bit (B H, T_n, width), 0 where there is none: the keys of the pooled complement.
         k_bytes: 8-bit copy (B H, n_k, width), for a low-bit precision.
         v_bytes: 8-bit copy of V, transposed in each block: (B H, T_n, width, block_k).
         q_scale, k_scale, v_scale: what 8-bit values are divided by, fp32 (B H, T_m), (B H, T_n) and
@@ -42,6 +44,8 @@ class Prepared(NamedTuple):
     mean: Pointer = NULL
     pooled_q: Pointer = NULL
     pooled_k: Pointer = NULL
+    key_means: Pointer = NULL
+    value_means: Pointer = NULL
     k_bytes: Pointer = NULL
     v_bytes: Pointer = NULL
     q_scale: Pointer = NULL
@@ -103,13 +107,16 @@ def pool(
     *,
     smooth_k: bool = True,
     pooled: bool = False,
+    means: bool = False,
 ) -> Prepared:
-    """The first pass over Q and K, which routing and attention share; in low bit over V too.
+    """The first pass over Q and K, which routing and attention share; in low bit and with `means`
+    over V too.
 
     Args:
         q: 16 bit (B, H, n_q, d). k, v: 16 bit (B, H, n_k, d).
-        smooth_k: make K's mean over its valid tokens, and take it from pooled_k.
+        smooth_k: make K's mean over its valid tokens, and take it from pooled_k and key_means.
         pooled: make pooled_q and pooled_k.
+        means: make key_means and value_means.
 
     A low-bit precision has also q_scale and v_scale made.
     """
@@ -117,13 +124,16 @@ def pool(
     q = widened(device, p, q, p.n_q)
     k, v = (widened(device, p, x, p.n_k) for x in (k, v))
     made = Prepared(q=q, k=k, v=v)
-    over_keys, over_queries = smooth_k or pooled or p.low, pooled or p.low
+    over_keys, over_queries = smooth_k or pooled or means or p.low, pooled or p.low
     if not over_keys:
         return made
     per_block = (p.pairs, p.t_n, p.width)
-    means, tops = new(per_block, "float32"), new(per_block, "float32") if p.low else NULL
+    of_keys, tops = new(per_block, "float32"), new(per_block, "float32") if p.low else NULL
     if pooled:
-        made = made._replace(pooled_q=new((p.pairs, p.t_m, p.width), "float32"), pooled_k=means)
+        made = made._replace(pooled_q=new((p.pairs, p.t_m, p.width), "float32"), pooled_k=of_keys)
+    if means:
+        key_means, value_means = (new(per_block, p.dtype) for _ in range(2))
+        made = made._replace(key_means=key_means, value_means=value_means)
     if p.low:
         made = made._replace(
             q_scale=new((p.pairs, p.t_m), "float32"),
@@ -136,19 +146,20 @@ def pool(
         (p.t_n + (p.t_m if over_queries else 0), p.pairs),
         *(q if over_queries else NOTHING).arguments,
         *k.arguments,
-        *(v if p.low else NOTHING).arguments,
+        *(v if p.low or means else NOTHING).arguments,
         p.kv_lengths,
         made.pooled_q,
-        means,
+        of_keys,
+        made.value_means,
         made.q_scale,
         tops,
         *map(np.int32, (p.heads, p.n_q, p.n_k, p.t_n)),
     )
-    if not (smooth_k or p.low):
+    if not (smooth_k or means or p.low):
         return made
     mean = new((p.pairs, p.width), "float32")
-    sizes = map(np.int32, (p.heads, p.n_k, p.t_n, True, smooth_k and pooled))
-    args = means, tops, p.kv_lengths, mean, made.v_scale
+    sizes = map(np.int32, (p.heads, p.n_k, p.t_n, True, smooth_k and (pooled or means)))
+    args = of_keys, tops, p.kv_lengths, mean, made.v_scale, made.key_means
     run_kernel(device, p, "sla2_key_mean", (p.pairs,), *args, *sizes)
     return made._replace(mean=mean) if smooth_k else made
 

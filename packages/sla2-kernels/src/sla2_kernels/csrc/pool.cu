@@ -28,10 +28,13 @@ sla2_copy_columns(const half_bits* __restrict__ source, long long source_item,
     }
 }
 
-// Means over the first `valid` rows of a block, whose other rows are zeros.
-template <int ROWS>
+SLA2_INLINE void put(float* to, float x) { *to = x; }
+SLA2_INLINE void put(half_bits* to, float x) { *to = float_to_half(x); }
+
+// Means over the first `valid` rows of a block, whose other rows are zeros, in fp32 or 16 bit.
+template <int ROWS, typename T>
 SLA2_INLINE void store_means(const Block<ROWS, POOL_THREADS>& block, int valid,
-                             float (&sums)[POOL_GROUPS][HEAD_DIM], float* means) {
+                             float (&sums)[POOL_GROUPS][HEAD_DIM], T* means) {
     const int lane = threadIdx.x % ROW_LANES, group = threadIdx.x / ROW_LANES;
     float total[8];
 #pragma unroll
@@ -51,7 +54,7 @@ SLA2_INLINE void store_means(const Block<ROWS, POOL_THREADS>& block, int valid,
     if (c >= HEAD_DIM) return;  // there are more threads than channels
     float sum = 0.0f;
     for (int g = 0; g < POOL_GROUPS; ++g) sum += sums[g][c];
-    means[c] = sum * share;
+    put(means + c, sum * share);
 }
 
 // The largest |x| of each channel, NaN where there is one.
@@ -80,16 +83,16 @@ SLA2_INLINE void store_tops(const Block<ROWS, POOL_THREADS>& block,
 }
 
 // Grid (key_blocks + query blocks, B H). The first key_blocks, T_n or none, make means
-// of K over its valid tokens (B H, T_n, D), 0 where there is none, and in 8 bit the largest |V| of
-// each channel (B H, T_n, D). The others, T_m or none, make means of Q (B H, T_m, D), or null, and
+// of K over its valid tokens (B H, T_n, D), 0 where there is none, of V in 16 bit, or null, and in 8
+// bit the largest |V| of each channel (B H, T_n, D). The others, T_m or none, make means of Q (B H, T_m, D), or null, and
 // in 8 bit the scale of each block (B H, T_m).
 extern "C" __global__ void __launch_bounds__(POOL_THREADS, POOL_BLOCKS)
 sla2_pool(const half_bits* __restrict__ q, long long q_item, long long q_head, int q_step,
           const half_bits* __restrict__ k, long long k_item, long long k_head, int k_step,
           const half_bits* __restrict__ v, long long v_item, long long v_head, int v_step,
           const int* __restrict__ kv_lengths, float* __restrict__ pooled_q,
-          float* __restrict__ pooled_k, float* __restrict__ q_scale,
-          float* __restrict__ value_top, int num_heads, int n_q, int n_k, int key_blocks) {
+          float* __restrict__ pooled_k, half_bits* __restrict__ pooled_v,
+          float* __restrict__ q_scale, float* __restrict__ value_top, int num_heads, int n_q, int n_k, int key_blocks) {
     __shared__ float sums[POOL_GROUPS][HEAD_DIM];
     __shared__ float tops[POOL_GROUPS][HEAD_DIM];
     const long long bh = blockIdx.y;
@@ -101,12 +104,16 @@ sla2_pool(const half_bits* __restrict__ q, long long q_item, long long q_head, i
         Block<BLOCK_K, POOL_THREADS> keys;
         keys.load(k + item * k_item + head * k_head + static_cast<long long>(first) * k_step,
                   k_step, n_k - first);
-        if (LOW_BIT) {
+        if (LOW_BIT || pooled_v != nullptr) {
             Block<BLOCK_K, POOL_THREADS> values;
             values.load(v + item * v_item + head * v_head + static_cast<long long>(first) * v_step,
                         v_step, n_k - first);
             values.cut(valid);
-            store_tops(values, tops, value_top + at);
+            if (LOW_BIT) store_tops(values, tops, value_top + at);
+            if (pooled_v != nullptr) {
+                store_means(values, valid, sums, pooled_v + at);
+                __syncthreads();  // `sums` serves the keys next
+            }
         }
         keys.cut(valid);
         store_means(keys, valid, sums, pooled_k + at);
@@ -129,11 +136,13 @@ sla2_pool(const half_bits* __restrict__ q, long long q_item, long long q_head, i
 // Over the key blocks of each head, in a fixed order: mean (B H, D) over the valid tokens, and
 // value_scale (B H, D), the largest value_top / limit (null: not wanted). `x` (B H, T_n, D) holds
 // sums over the valid tokens of each block, or with `means` their means, from which `shift` then
-// takes the mean away. Grid (B H), 512 threads. Also ends the backward's mean of dK.
+// takes the mean away; `rounded` takes them in 16 bit, 0 where there is no token (null: not
+// wanted). Grid (B H), 512 threads. Also ends the backward's mean of dK.
 extern "C" __global__ void __launch_bounds__(512)
 sla2_key_mean(float* x, const float* __restrict__ value_top, const int* __restrict__ kv_lengths,
-              float* __restrict__ mean, float* __restrict__ value_scale, int num_heads, int n_k,
-              int t_n, int means, int shift) {
+              float* __restrict__ mean, float* __restrict__ value_scale,
+              half_bits* __restrict__ rounded, int num_heads, int n_k, int t_n, int means,
+              int shift) {
     constexpr int GROUPS = 512 / HEAD_DIM;
     __shared__ float sums[GROUPS][HEAD_DIM];
     __shared__ float tops[GROUPS][HEAD_DIM];
@@ -156,7 +165,11 @@ sla2_key_mean(float* x, const float* __restrict__ value_top, const int* __restri
         mean[bh * HEAD_DIM + c] = whole;
         if (value_top != nullptr) value_scale[bh * HEAD_DIM + c] = scale_of(top, PV_LIMIT);
     }
-    if (shift)
-        for (int block = group; block < t_n; block += GROUPS)
-            x[(bh * t_n + block) * HEAD_DIM + c] -= whole;
+    if (!shift && rounded == nullptr) return;
+    for (int block = group; block < t_n; block += GROUPS) {
+        const long long at = (bh * t_n + block) * HEAD_DIM + c;
+        const float left = shift ? x[at] - whole : x[at];
+        if (shift) x[at] = left;
+        if (rounded != nullptr) rounded[at] = float_to_half(block * BLOCK_K < length ? left : 0.0f);
+    }
 }
