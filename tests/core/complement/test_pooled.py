@@ -204,24 +204,6 @@ def test_the_cpu_kernels_take_it_in_one_call_on_any_number_of_threads(precision,
     torch.library.opcheck(backends.ops.attention, (*call, options.text, "cpu", True))
 
 
-def test_without_gradients_the_cuda_kernels_do_the_selected_part(monkeypatch):
-    q, k, v = torch.randn(3, 2, 2, 150, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    mask = (
-        torch.tensor([[1, 0, 1, 0, 0], [0, 1, 0, 0, 1], [0, 0, 0, 0, 0]]).bool().expand(2, 2, 3, 5)
-    )
-    block_map = BlockMap.from_mask(mask, block_q=64, block_k=32, n_q=150, n_k=150)
-    bias, how = torch.tensor([0.5, -0.5]), {"kv_lengths": [150, 141]}
-    expected = pooled_attention(q, k, v, block_map, bias, backend="reference", **how)
-    monkeypatch.setattr("sla2_core.backends.blocked.BlockedBackend.forward", None)
-    with torch.no_grad():
-        out = pooled_attention(q, k, v, block_map, bias, backend="emulator", **how)
-    torch.testing.assert_close(out, expected, rtol=2e-2, atol=1e-2)
-    monkeypatch.undo()
-    backends._warn_once.cache_clear()
-    with pytest.warns(RuntimeWarning, match="emulator has no gradient of the log-sum-exp"):
-        pooled_attention(q, k, v.requires_grad_(), block_map, bias, backend="emulator", **how)
-
-
 def soft(q, k, v, mask, bias):
     """soft_attend with the pooled complement, in blocks of 16 x 8; bias (H,) or None."""
     config = SLA2Config(

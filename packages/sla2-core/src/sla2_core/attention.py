@@ -274,11 +274,14 @@ class SLA2Attention(nn.Module):
             self.mixing,
             self.options,
         )
-        linear = complement.kernel == mixing.kernel == "linear" and not complement.everywhere
-        if not (linear and router.projects and router.by_row and backend.fuses(options)):
+        kernel = None if complement.everywhere else complement.kernel
+        fused = kernel is not None and kernel == mixing.kernel
+        if not (fused and router.projects and router.by_row and backend.fuses(options)):
             return None
         rule = mixing.rule(heads)
-        leaves = (q, k, v, *router.parameters(), *mixing.parameters())
+        if mixing.joins and (bias := complement.fused(None, q, heads)) is not None:
+            rule = bias.flatten(), None
+        leaves = (q, k, v, *router.parameters(), *complement.parameters(), *mixing.parameters())
         if rule is None or (torch.is_grad_enabled() and any(x.requires_grad for x in leaves)):
             return None
         geometry = Geometry(options.block_q, options.block_k, q.shape[2], k.shape[2])
@@ -300,7 +303,7 @@ class SLA2Attention(nn.Module):
             return None
         out, indices, counts, alpha = found
         block_map = BlockMap._trusted(Rows(indices, counts), **geometry._asdict())
-        return Result(out, block_map, alpha)
+        return Result(out, block_map, None if mixing.joins else alpha)
 
     def _in_steps(
         self,

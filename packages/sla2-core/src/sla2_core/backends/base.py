@@ -151,15 +151,15 @@ class Backend(ABC):
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """Routing, alpha and the operator in one go, without gradients, for a router that projects
-        and the linear complement; None where the backend has no kernels for that.
+        and a complement that the backend fuses; None where it has no kernels for that.
 
         Args:
             q, k, v, lengths: as of Inputs. weights, topk, routable: as of route().
-            rule: Mixing.rule of the mixing.
+            rule: Mixing.rule of the mixing; for the pooled complement b (1|H,) and None.
 
         Returns:
             O (B, H, N_q, d) in q's dtype; indices int32 (B, H, T_m, width) and counts int32
-            (B, H, T_m) as of route(); alpha fp32 (B, H, T_m).
+            (B, H, T_m) as of route(); alpha fp32 (B, H, T_m), empty for the pooled complement.
         """
         return None
 

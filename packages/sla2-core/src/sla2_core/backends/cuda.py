@@ -234,6 +234,11 @@ def _differentiate_route(
 route.register_autograd(_differentiate_route, setup_context=_save_route)
 
 
+def _joins(call: Inputs, options: Options) -> bool:
+    """Whether pooled keys join the softmax."""
+    return call.alpha is not None and options.complement == "pooled"
+
+
 class CudaBackend(Backend):
     """The kernels of sla2_kernels.csrc on a GPU."""
 
@@ -248,7 +253,11 @@ class CudaBackend(Backend):
         return missing()
 
     def fuses(self, options: Options) -> bool:
-        """Whether it is the linear complement, which the kernels have for every precision."""
+        """Whether the kernels have this complement: the linear one for every precision, the pooled
+        one as yet without gradients.
+        """
+        if options.complement == "pooled":
+            return not torch.is_grad_enabled()
         return options.complement == "linear"
 
     def unfit(self, problem: Problem) -> str | None:
@@ -315,14 +324,15 @@ class CudaBackend(Backend):
         see `run_precision`. Hopper's own kernels have it.
 
         Saved: the smoothed K if K is smoothed; with alpha also O_s, the map as bits, 1 / unselected
-        blocks, H and Z (see sla2_kernels.forward.Linear).
+        blocks, H and Z (see sla2_kernels.forward.Linear), or of the pooled complement its keys, its
+        values and the map as bits (Pooled).
         """
         from sla2_kernels.forward import forward
 
         q, smooth_k = call.q, options.smooth_k
         device, problem = device_of(q, self.name), problem_of(call, options)
         if not save:
-            problem = to_run(device, problem)
+            problem = to_run(device, problem, _joins(call, options))
         out = strided(self.empty_out(q)) if problem.head_dim == problem.width else None
         made = forward(
             device,
@@ -335,6 +345,7 @@ class CudaBackend(Backend):
             smooth_k=smooth_k,
             save=save,
             out=out,
+            complement=options.complement,
         )
         found = [made.out.owner.view(q.shape), made.lse.owner]
         if save and smooth_k:
@@ -343,6 +354,8 @@ class CudaBackend(Backend):
             linear = made.linear
             kept = (made.out_sparse, linear.bits, linear.rest_inverse)
             found += [x.owner for x in (*kept, linear.state, linear.norm)]
+        if save and made.pooled:
+            found += [x.owner for x in (made.pooled.k, made.pooled.v, made.pooled.bits)]
         return found
 
     def saved(self, call: Inputs, options: Options) -> list[Tensor]:
@@ -354,9 +367,13 @@ class CudaBackend(Backend):
         found = []
         if options.smooth_k:
             found.append(q.new_empty((pairs, n_k, wide)))
-        if call.alpha is not None:
+        bits = (pairs, t_m, num_blocks(t_n, 32))
+        if _joins(call, options):
+            found += [q.new_empty((pairs, t_n, wide)) for _ in range(2)]
+            found.append(indices.new_empty(bits))
+        elif call.alpha is not None:
             found.append(q.new_empty((pairs, n_q, wide)))
-            found.append(indices.new_empty((pairs, t_m, num_blocks(t_n, 32))))
+            found.append(indices.new_empty(bits))
             found.append(q.new_empty((pairs, t_m), dtype=torch.float32))
             found.append(q.new_empty((pairs, t_m, wide, wide)))
             found.append(q.new_empty((pairs, t_m, wide), dtype=torch.float32))

@@ -34,8 +34,8 @@ class _Layout(NamedTuple):
 
 class _Call(NamedTuple):
     """What the launches of a call depend on. `heads` of the router's weights, 0 without; `rule`:
-    heads and knots of alpha's, and whether it has a slope, or None; `device`: target, architecture,
-    number, and whether wgmma may be used.
+    heads and knots of alpha's (of b: heads and 1), and whether it has a slope, or None; `device`:
+    target, architecture, number, and whether wgmma may be used.
     """
 
     q: _Layout
@@ -65,7 +65,7 @@ def plan_of(call: _Call) -> Plan:
     """The launches of such calls; see `sla2_kernels.plan`."""
     from sla2_kernels.forward import routed_forward
     from sla2_kernels.plan import make_plan
-    from sla2_kernels.problem import NULL, AlphaRule, Problem, Strided
+    from sla2_kernels.problem import NULL, Alpha, AlphaRule, Problem, Strided
     from sla2_kernels.problem import Device as KernelDevice
 
     options, (target, arch, index, wgmma) = Options.read(call.options), call.device
@@ -85,9 +85,15 @@ def plan_of(call: _Call) -> Plan:
             precision=options.format.cuda or options.precision,
             kv_lengths=lengths,
         )
+        joins = options.complement == "pooled"
+        alpha: AlphaRule | Alpha = AlphaRule()
+        if call.rule:
+            heads, knots = call.rule[:2]
+            rule = AlphaRule(offset, slope, heads, knots)
+            alpha = Alpha.of(offset, (1, heads, 1)) if joins else rule
         found = routed_forward(
             device,
-            to_run(device, problem),
+            to_run(device, problem, joins),
             Strided(q, call.q.steps),
             Strided(k, call.k.steps),
             Strided(v, call.v.steps),
@@ -96,13 +102,15 @@ def plan_of(call: _Call) -> Plan:
             call.heads or 1,
             call.topk,
             call.routable,
-            AlphaRule(offset, slope, *call.rule[:2]) if call.rule else AlphaRule(),
+            alpha,
             smooth_k=options.smooth_k,
             out=Strided(out, call.out.steps) if call.out else None,
         )
         block_map = found.block_map
-        own = [] if call.out else [found.out.pointer]
-        return [*own, block_map.indices, block_map.counts, found.alpha.values]
+        made = [block_map.indices, block_map.counts]
+        if not call.out:
+            made.insert(0, found.out.pointer)
+        return made if joins else [*made, found.alpha.values]
 
     weights, rule = (0 if call.heads else None), call.rule
     inputs = [
@@ -168,7 +176,8 @@ def routed(
     results = [x.owner for x in made]
     if out is None:
         out = results.pop(0).view(q.shape)
-    indices, counts, alpha = results
+    indices, counts, *made_alpha = results
+    alpha = made_alpha[0] if made_alpha else q.new_empty(0, dtype=torch.float32)
     return out, indices, counts, alpha
 
 
@@ -191,5 +200,7 @@ def _(
     t_m, t_n = num_blocks(q.shape[2], settings.block_q), num_blocks(k.shape[2], settings.block_k)
     chosen = max(1, round(topk * routable)) if routable else 0
     indices = q.new_empty((*q.shape[:2], t_m, chosen + t_n - routable), dtype=torch.int32)
-    alpha = q.new_empty((*q.shape[:2], t_m), dtype=torch.float32)
-    return empty_out(q), indices, indices.new_empty(alpha.shape), alpha
+    per_row = (*q.shape[:2], t_m)
+    none = settings.complement == "pooled"
+    alpha = q.new_empty(0 if none else per_row, dtype=torch.float32)
+    return empty_out(q), indices, indices.new_empty(per_row), alpha

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sla2_kernels.problem import Device, Problem
 
-_BY_WGMMA = "; blocks of 128 and 64 run in 8 bit by wgmma, unless SLA2_WGMMA is 0"
+_BY_WGMMA = (
+    "; blocks of 128 and 64 run in 8 bit by wgmma, but for the pooled complement, unless SLA2_WGMMA"
+    " is 0"
+)
 
 
 @functools.cache
@@ -33,12 +36,12 @@ def precision_to_run(arch: str, precision: str) -> str:
     return chosen
 
 
-def to_run(device: Device, problem: Problem) -> Problem:
+def to_run(device: Device, problem: Problem, pooled: bool = False) -> Problem:
     """The problem of a forward without gradients: see precision_to_run. Hopper's own kernels have
-    every precision.
+    every precision, but not the pooled complement.
     """
     from sla2_kernels import hopper
 
-    if device.target != "cuda" or hopper.takes(device, problem):
+    if device.target != "cuda" or hopper.takes(device, problem, pooled):
         return problem
     return replace(problem, precision=precision_to_run(device.arch, problem.precision))
