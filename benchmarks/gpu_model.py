@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +124,7 @@ class Work:
         warps: of a block that do it; 0: all.
         steps: of the inner loop a trip; None: as many as `looped` asks for.
         wgmma: whether `wgmma` multiplies.
+        selected: the loop over selected blocks where the hot loop is that over pooled keys.
     """
 
     trips: float = 1
@@ -134,6 +135,7 @@ class Work:
     warps: int = 0
     steps: float | None = None
     wgmma: bool = False
+    selected: Work | None = None
 
 
 def work_of(entry: str, p: Problem, selected: int, blocks: int) -> Work:
@@ -145,6 +147,12 @@ def work_of(entry: str, p: Problem, selected: int, blocks: int) -> Work:
     tile = 2.0 * p.block_q * p.block_k * d * p.pairs * p.t_m * selected  # one product of the branch
     if entry == "sla2_sparse_fwd":
         return Work(selected, half=2 * tile + 2.0 * rows * d * d, looped=2 * tile)
+    if entry in ("sla2_pooled_fwd", "sla2_pooled_fwd_low"):
+        chosen = work_of(sibling_of(entry), p, selected, blocks)
+        tiles = -(-p.t_n // p.block_k)
+        looped = 2 * tile * tiles / selected
+        half = chosen.half - 2.0 * rows * d * d + looped  # there is no phi(Q) H
+        return replace(chosen, trips=tiles, half=half, looped=looped, selected=chosen)
     if entry in ("sla2_sparse_fwd_low", "sla2_sm90_sparse_fwd_low"):
         qk = {"fp8": tile} if p.precision == "fp8" else {"int8": tile}
         pv = {"int8": tile} if p.precision == "int8_int8" else {"fp8": tile}
@@ -187,6 +195,11 @@ def work_of(entry: str, p: Problem, selected: int, blocks: int) -> Work:
     return Work({"sla2_topk": 32, "sla2_scores": d / 32, "sla2_project": d / 4}.get(entry, 1))
 
 
+def sibling_of(name: str) -> str:
+    """The kernel that has the loop over selected blocks of a pooled kernel."""
+    return name.replace("sla2_pooled_fwd", "sla2_sparse_fwd")
+
+
 def _persistent(p: Problem, selected: int, blocks: int, flops: dict[str, float]) -> Work:
     """Blocks whose eight consumer warps walk over query blocks. The code of a query block has a
     first and a last half step besides its loop, which scores the second to last key block.
@@ -203,16 +216,32 @@ def issue_slots(figures: dict[str, Any], work: Work, warps: float) -> float:
     """Instructions that all warps of a launch issue: what stands outside the hot loop once, and
     each trip; an inner loop as often as the work says.
     """
-    loop = figures.get("loop", 0)
-    outside = figures["instructions"] - loop - figures.get("rare", 0)
-    trip = float(loop)
+    outside = figures["instructions"] - figures.get("loop", 0) - figures.get("rare", 0)
+    return warps * outside + loop_slots(figures, work, warps)
+
+
+def loop_slots(figures: dict[str, Any], work: Work, warps: float) -> float:
+    """Those inside the hot loop."""
+    trip = float(figures.get("loop", 0))
     inner = figures.get("inner")
     if inner and work.steps is not None:
         trip += inner[0] * (work.steps - 1)
     elif inner:
         wanted = work.looped / MMA_FLOPS / warps / work.trips
         trip += inner[0] * ((wanted - figures["tensor"]) / inner[1])
-    return warps * (outside + work.trips * trip)
+    return warps * work.trips * trip
+
+
+def slots_of(figures: dict[str, Any], name: str, work: Work, warps: float) -> float:
+    """issue_slots() of kernel `name` of the committed file. Of a kernel with a second loop that
+    loop's trips beyond the one that is counted as outside, by the kernel that has it alone.
+    """
+    slots = issue_slots(figures[name], work, warps)
+    if work.selected is None:
+        return slots
+    shared = figures[sibling_of(name)]
+    once = shared.get("loop", 0) + shared.get("rare", 0)
+    return slots + loop_slots(shared, work.selected, warps) - warps * once
 
 
 def seconds(gpu: Gpu, bytes_moved: float, slots: float, work: Work) -> dict[str, float]:
@@ -251,6 +280,7 @@ STAGES = {  # of the kernels' names; a kernel that is not listed is a stage by i
     "column_offsets": "columns",
     "column_rows": "columns",
     "sparse_fwd_low": "sparse_fwd",
+    "pooled_fwd_low": "pooled_fwd",
     "sm90_pack": "pack",
     "sm90_pack_low": "pack",
     "masked_sum_low": "masked_sum",
@@ -274,7 +304,7 @@ def model(
         spec = launch.spec
         work = work_of(spec.entry, p, selected, launch.blocks)
         warps = launch.blocks * (work.warps or spec.threads / 32)
-        slots = issue_slots(figures[sass_figures.name_of(spec)], work, warps)
+        slots = slots_of(figures, sass_figures.name_of(spec), work, warps)
         parts = seconds(gpu, launch.bytes, slots, work)
         kernel = spec.entry.removeprefix("sla2_")
         new = {"launches": 1, "MB": launch.bytes / 1e6, "ms": 1e3 * whole(parts, work)}
@@ -293,10 +323,12 @@ def problem_of(precision: str, n: int, heads: int) -> Problem:
     return Problem(batch=1, heads=heads, n_q=n, n_k=n, head_dim=128, precision=precision)
 
 
-def forward_launches(arch: str, p: Problem, topk: float) -> list[Launch]:
-    """The launches of a routed forward without gradient, as SLA2Attention makes them."""
+def forward_launches(arch: str, p: Problem, topk: float, pooled: bool = False) -> list[Launch]:
+    """The launches of a routed forward without gradient, as SLA2Attention makes them; with the
+    linear complement, or the pooled one.
+    """
     from sla2_kernels.forward import routed_forward
-    from sla2_kernels.problem import AlphaRule
+    from sla2_kernels.problem import Alpha, AlphaRule
     from sla2_kernels.record import Recorder
 
     recorder = Recorder(arch)
@@ -305,7 +337,8 @@ def forward_launches(arch: str, p: Problem, topk: float) -> list[Launch]:
     weight = recorder.allocate((1, p.head_dim, p.head_dim), "float32")
     offset, slope = (recorder.allocate((p.heads,), "float32") for _ in range(2))
     rule = AlphaRule(offset, slope, p.heads)  # alpha from the mass, the default
-    routed_forward(device, p, q, k, v, weight, weight, 1, topk, None, rule)
+    alpha = Alpha.of(offset, (1, p.heads, 1)) if pooled else rule
+    routed_forward(device, p, q, k, v, weight, weight, 1, topk, None, alpha)
     return recorder.launches
 
 
@@ -346,13 +379,13 @@ def measured(gpu: str, precision: str, results: Path = sass_figures.FILE.parent)
 
 
 def measure(report: Callable[[str, int, int], None], quick: bool) -> dict[str, Any]:
-    """The forward at the paper's shape on every GPU, in every precision that it runs, and the
-    backward, at BACKWARD_SPARSITY, on those whose kernels multiply by `wgmma`, where it is not
-    shared memory that it waits for: {"suite", "shape", "nvrtc", "gpus", "rows"}. Reads the
-    committed figures of the code; needs neither a GPU nor NVRTC.
+    """The forward at the paper's shape on every GPU, in every precision that it runs, with either
+    complement; and the backward, at BACKWARD_SPARSITY, on those whose kernels multiply by `wgmma`,
+    where it is not shared memory that it waits for: {"suite", "shape", "nvrtc", "gpus", "rows"}.
+    Reads the committed figures of the code; needs neither a GPU nor NVRTC.
     """
     from sla2_kernels.hopper import takes
-    from sla2_kernels.kernels import supports
+    from sla2_kernels.kernels import faster_precision, supports
     from sla2_kernels.record import Recorder
 
     committed = sass_figures.read()
@@ -366,10 +399,14 @@ def measure(report: Callable[[str, int, int], None], quick: bool) -> dict[str, A
             p = problem_of(precision, int(n), int(heads))
             topk = 1 - SHAPE["sparsity"]
             selected = max(1, round(topk * p.t_n))
-            launches = forward_launches(gpu.arch, p, topk)
-            found = model(gpu, launches, p, selected, committed["figures"][gpu.arch])
-            rows += [{"gpu": name, "precision": precision, **row} for row in found]
-            rows[-1]["measured"] = measured(name, precision)
+            runs = faster_precision(gpu.arch, precision) == precision  # where wgmma does not
+            for pooled in (False, True) if runs else (False,):
+                launches = forward_launches(gpu.arch, p, topk, pooled)
+                found = model(gpu, launches, p, selected, committed["figures"][gpu.arch])
+                label = f"{precision}, pooled" if pooled else precision
+                rows += [{"gpu": name, "precision": label, **row} for row in found]
+                if not pooled:
+                    rows[-1]["measured"] = measured(name, precision)
         p, topk = problem_of("full", int(n), int(heads)), 1 - BACKWARD_SPARSITY
         if takes(Recorder(gpu.arch).device, p):
             launches, selected = backward_launches(gpu.arch, p, topk), round(topk * p.t_n)
@@ -395,7 +432,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         if row["stage"] != "sum" and not row["precision"].startswith("backward"):
             bars.setdefault(f"{row['gpu']} {row['precision']}", {})[row["stage"]] = row["ms"]
     stages = list(dict.fromkeys(stage for parts in bars.values() for stage in parts))
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 7.5), layout="constrained")
     axes = figure.add_subplot()
     left = dict.fromkeys(bars, 0.0)
     for stage in stages:

@@ -121,14 +121,16 @@ def operator() -> Callable[[], Any]:
     return lambda: plan.run(device, [1 << 40] * 6)
 
 
-def module() -> Callable[[], Any]:
+def module(complement: str = "linear") -> Callable[[], Any]:
     """SLA2Attention without gradient on small tensors, which has the launches of any shape. Its
     few torch operators run on the CPU.
     """
     import torch
     from sla2_core import SLA2Attention, SLA2Config
 
-    config = SLA2Config(head_dim=128, num_heads=2, topk=0.5, backend="emulator")
+    config = SLA2Config(
+        head_dim=128, num_heads=2, topk=0.5, backend="emulator", complement=complement
+    )
     attention = SLA2Attention(config).eval()
     q, k, v = (torch.zeros(1, 2, 256, 128, dtype=torch.bfloat16) for _ in range(3))
 

@@ -29,6 +29,23 @@ def test_the_sparse_forward_by_hand():
     assert parts["tensor"] == pytest.approx(0.339e-3 + 0.0226e-3, rel=0.01)
 
 
+def test_the_pooled_forward_by_hand():
+    p = gpu_model.problem_of("full", 32760, 12)
+    work = work_of("sla2_pooled_fwd", p, 15, 12 * 256)
+    tile = 4 * 128 * 64 * 128 * 12 * 256
+    # 512 pooled keys are 8 tiles; there is no phi(Q) H.
+    assert (work.trips, work.looped, work.half) == (8, 8 * tile, 23 * tile)
+    assert (work.selected.trips, work.selected.looped) == (15, 15 * tile)
+    figures = {
+        "sla2_pooled_fwd full": {"instructions": 4000, "loop": 1000, "rare": 300},
+        "sla2_sparse_fwd full": {"instructions": 9999, "loop": 900, "rare": 200},
+    }
+    slots = gpu_model.slots_of(figures, "sla2_pooled_fwd full", work, 4)
+    assert slots == 4 * (4000 - 1300 - 1100 + 8 * 1000 + 15 * 900)
+    low = work_of("sla2_pooled_fwd_low", replace(p, precision="int8"), 15, 12 * 256)
+    assert (low.half, low.int8, low.fp8) == (8 * tile, 15 * tile / 2, 15 * tile / 2)
+
+
 def test_the_sparse_forward_by_wgmma_by_hand():
     p = gpu_model.problem_of("int8", 32760, 12)
     work = work_of("sla2_sm90_sparse_fwd_low", p, 15, 132)

@@ -17,6 +17,7 @@ NAMES = ("dq", "dk", "dv", "d alpha")
 ALPHA = 0.6
 ONLY_LOW_BIT = {"sla2_sparse_fwd_low"}
 ONLY_STATES = {"sla2_keys_low", "sla2_masked_sum_low"}  # test_kernels_states.py
+ONLY_POOLED = {"sla2_pooled_fwd", "sla2_pooled_fwd_low"}  # test_kernels_pooled.py
 ONLY_MATCHED = {
     "sla2_round_queries",
     "sla2_widen",
@@ -102,7 +103,7 @@ def test_16_bit(launched):
             problems.assert_as_good(found, expected, dense, 3.0, f"{name}, {order}")
         kept = kept or (out, lse, *grads, *routed)
         assert same(kept, (out, lse, *grads, *routed)), order
-    elsewhere = ONLY_LOW_BIT | ONLY_STATES | ONLY_MATCHED | ONLY_HOPPER
+    elsewhere = ONLY_LOW_BIT | ONLY_STATES | ONLY_POOLED | ONLY_MATCHED | ONLY_HOPPER
     assert launched == {spec.entry for spec in all_specs("sm_90a")} - elsewhere
 
 

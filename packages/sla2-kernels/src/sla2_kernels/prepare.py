@@ -139,11 +139,12 @@ def pool(
             q_scale=new((p.pairs, p.t_m), "float32"),
             v_scale=new((p.pairs, p.width), "float32"),
         )
+    value_blocks = p.t_n if means and not p.low else 0
     run_kernel(
         device,
         p,
         "sla2_pool",
-        (p.t_n + (p.t_m if over_queries else 0), p.pairs),
+        (p.t_n + value_blocks + (p.t_m if over_queries else 0), p.pairs),
         *(q if over_queries else NOTHING).arguments,
         *k.arguments,
         *(v if p.low or means else NOTHING).arguments,
@@ -153,7 +154,7 @@ def pool(
         made.value_means,
         made.q_scale,
         tops,
-        *map(np.int32, (p.heads, p.n_q, p.n_k, p.t_n)),
+        *map(np.int32, (p.heads, p.n_q, p.n_k, p.t_n, value_blocks)),
     )
     if not (smooth_k or means or p.low):
         return made

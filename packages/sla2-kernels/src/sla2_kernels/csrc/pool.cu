@@ -28,13 +28,12 @@ sla2_copy_columns(const half_bits* __restrict__ source, long long source_item,
     }
 }
 
-SLA2_INLINE void put(float* to, float x) { *to = x; }
-SLA2_INLINE void put(half_bits* to, float x) { *to = float_to_half(x); }
-
-// Means over the first `valid` rows of a block, whose other rows are zeros, in fp32 or 16 bit.
-template <int ROWS, typename T>
+// Means over the first `valid` rows of a block, whose other rows are zeros, to `means` or, where
+// that is null, in 16 bit to `rounded`.
+template <int ROWS>
 SLA2_INLINE void store_means(const Block<ROWS, POOL_THREADS>& block, int valid,
-                             float (&sums)[POOL_GROUPS][HEAD_DIM], T* means) {
+                             float (&sums)[POOL_GROUPS][HEAD_DIM], float* means,
+                             half_bits* rounded) {
     const int lane = threadIdx.x % ROW_LANES, group = threadIdx.x / ROW_LANES;
     float total[8];
 #pragma unroll
@@ -54,7 +53,8 @@ SLA2_INLINE void store_means(const Block<ROWS, POOL_THREADS>& block, int valid,
     if (c >= HEAD_DIM) return;  // there are more threads than channels
     float sum = 0.0f;
     for (int g = 0; g < POOL_GROUPS; ++g) sum += sums[g][c];
-    put(means + c, sum * share);
+    if (means != nullptr) means[c] = sum * share;
+    else rounded[c] = float_to_half(sum * share);
 }
 
 // The largest |x| of each channel, NaN where there is one.
@@ -82,54 +82,62 @@ SLA2_INLINE void store_tops(const Block<ROWS, POOL_THREADS>& block,
     out[c] = most;
 }
 
-// Grid (key_blocks + query blocks, B H). The first key_blocks, T_n or none, make means
-// of K over its valid tokens (B H, T_n, D), 0 where there is none, of V in 16 bit, or null, and in 8
-// bit the largest |V| of each channel (B H, T_n, D). The others, T_m or none, make means of Q (B H, T_m, D), or null, and
-// in 8 bit the scale of each block (B H, T_m).
+// Grid (key_blocks + value_blocks + query blocks, B H). The first key_blocks, T_n, make means of K
+// over its valid tokens (B H, T_n, D), 0 where there is none; in 8 bit they read V too, for the
+// largest |V| of each channel (B H, T_n, D) and its means in 16 bit (B H, T_n, D), or null. In 16 bit
+// the value_blocks, T_n or none, make those. The others, T_m or none, make means of Q (B H, T_m, D),
+// or null, and in 8 bit the scale of each block (B H, T_m).
 extern "C" __global__ void __launch_bounds__(POOL_THREADS, POOL_BLOCKS)
 sla2_pool(const half_bits* __restrict__ q, long long q_item, long long q_head, int q_step,
           const half_bits* __restrict__ k, long long k_item, long long k_head, int k_step,
           const half_bits* __restrict__ v, long long v_item, long long v_head, int v_step,
           const int* __restrict__ kv_lengths, float* __restrict__ pooled_q,
           float* __restrict__ pooled_k, half_bits* __restrict__ pooled_v,
-          float* __restrict__ q_scale, float* __restrict__ value_top, int num_heads, int n_q, int n_k, int key_blocks) {
+          float* __restrict__ q_scale, float* __restrict__ value_top, int num_heads, int n_q,
+          int n_k, int key_blocks, int value_blocks) {
     __shared__ float sums[POOL_GROUPS][HEAD_DIM];
     __shared__ float tops[POOL_GROUPS][HEAD_DIM];
     const long long bh = blockIdx.y;
     const int item = blockIdx.y / num_heads, head = blockIdx.y % num_heads;
-    if (static_cast<int>(blockIdx.x) < key_blocks) {
-        const int first = blockIdx.x * BLOCK_K;
+    int block = blockIdx.x;
+    if (block < key_blocks + value_blocks) {
+        const bool values = !LOW_BIT && block >= key_blocks;
+        if (values) block -= key_blocks;
+        const int first = block * BLOCK_K, step = values ? v_step : k_step;
         const int valid = clamp_int(valid_keys(kv_lengths, item, n_k) - first, 0, BLOCK_K);
-        const long long at = (bh * key_blocks + blockIdx.x) * HEAD_DIM;
-        Block<BLOCK_K, POOL_THREADS> keys;
-        keys.load(k + item * k_item + head * k_head + static_cast<long long>(first) * k_step,
-                  k_step, n_k - first);
-        if (LOW_BIT || pooled_v != nullptr) {
-            Block<BLOCK_K, POOL_THREADS> values;
-            values.load(v + item * v_item + head * v_head + static_cast<long long>(first) * v_step,
-                        v_step, n_k - first);
-            values.cut(valid);
-            if (LOW_BIT) store_tops(values, tops, value_top + at);
+        const long long at = (bh * key_blocks + block) * HEAD_DIM;
+        const half_bits* x = values ? v + item * v_item + head * v_head
+                                    : k + item * k_item + head * k_head;
+        Block<BLOCK_K, POOL_THREADS> tokens;
+        tokens.load(x + static_cast<long long>(first) * step, step, n_k - first);
+        if (LOW_BIT) {
+            Block<BLOCK_K, POOL_THREADS> own;
+            own.load(v + item * v_item + head * v_head + static_cast<long long>(first) * v_step,
+                     v_step, n_k - first);
+            own.cut(valid);
+            store_tops(own, tops, value_top + at);
             if (pooled_v != nullptr) {
-                store_means(values, valid, sums, pooled_v + at);
+                store_means(own, valid, sums, nullptr, pooled_v + at);
                 __syncthreads();  // `sums` serves the keys next
             }
         }
-        keys.cut(valid);
-        store_means(keys, valid, sums, pooled_k + at);
+        tokens.cut(valid);
+        store_means(tokens, valid, sums, values ? nullptr : pooled_k + at, pooled_v + at);
         return;
     }
-    const int row_block = blockIdx.x - key_blocks, first = row_block * BLOCK_Q;
+    block -= key_blocks + value_blocks;
+    const int first = block * BLOCK_Q;
     const int rows = n_q - first < BLOCK_Q ? n_q - first : BLOCK_Q;
-    const long long block = bh * (gridDim.x - key_blocks) + row_block;
+    const long long row_block = bh * (gridDim.x - key_blocks - value_blocks) + block;
     Block<BLOCK_Q, POOL_THREADS> queries;
     queries.load(q + item * q_item + head * q_head + static_cast<long long>(first) * q_step,
                  q_step, rows);
     queries.cut(rows);
-    if (pooled_q != nullptr) store_means(queries, rows, sums, pooled_q + block * HEAD_DIM);
+    if (pooled_q != nullptr)
+        store_means(queries, rows, sums, pooled_q + row_block * HEAD_DIM, nullptr);
     if (LOW_BIT) {
         const float scale = queries.scale(&tops[0][0]);
-        if (threadIdx.x == 0) q_scale[block] = scale;
+        if (threadIdx.x == 0) q_scale[row_block] = scale;
     }
 }
 
