@@ -84,9 +84,9 @@ SLA2_INLINE void store_tops(const Block<ROWS, POOL_THREADS>& block,
 
 // Grid (key_blocks + value_blocks + query blocks, B H). The first key_blocks, T_n, make means of K
 // over its valid tokens (B H, T_n, D), 0 where there is none; in 8 bit they read V too, for the
-// largest |V| of each channel (B H, T_n, D) and its means in 16 bit (B H, T_n, D), or null. In 16 bit
-// the value_blocks, T_n or none, make those. The others, T_m or none, make means of Q (B H, T_m, D),
-// or null, and in 8 bit the scale of each block (B H, T_m).
+// largest |V| of each channel (B H, T_n, D) and its means in 16 bit (B H, T_n, D), or null. In 16
+// bit the value_blocks, T_n or none, make those. The others, T_m or none, make means of Q
+// (B H, T_m, D), or null, and in 8 bit the scale of each block (B H, T_m).
 extern "C" __global__ void __launch_bounds__(POOL_THREADS, POOL_BLOCKS)
 sla2_pool(const half_bits* __restrict__ q, long long q_item, long long q_head, int q_step,
           const half_bits* __restrict__ k, long long k_item, long long k_head, int k_step,

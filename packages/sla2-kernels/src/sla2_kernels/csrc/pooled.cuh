@@ -106,8 +106,9 @@ SLA2_INLINE void attend_pooled(float (&o)[FWD_M_TILES][D_TILES][4],
     cp_async_wait<0>();
 }
 
-// Ends a row block: normalises and stores O and L. `whole`: log_size of a whole block. `tile` (BLOCK_Q x D halves): shared memory of which each warp has read its own rows alone.
-// `out` (n_q, D), rows out_step apart, and `lse` (n_q,) are the head's.
+// Ends a row block: normalises and stores O and L. `whole`: log_size of a whole block. `tile`
+// (BLOCK_Q x D halves): shared memory of which each warp has read its own rows alone. `out`
+// (n_q, D), rows out_step apart, and `lse` (n_q,) are the head's.
 SLA2_INLINE void store_joint(float (&o)[FWD_M_TILES][D_TILES][4],
                              OnlineSoftmax<FWD_M_TILES>& softmax, float softmax_scale, float whole,
                              bool some, unsigned char* tile, half_bits* out, int out_step,
