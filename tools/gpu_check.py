@@ -90,10 +90,8 @@ def kernel_tests() -> dict:
 
 def operator_tests() -> dict:
     """The GPU's own tests, and the custom ops' on CUDA."""
-    tests = ROOT / "tests"
-    return run_tests(
-        [tests / "kernels" / "test_gpu.py", tests / "core" / "backends" / "test_cuda_ops.py"]
-    )
+    names = "kernels/test_gpu", "core/backends/test_cuda_ops", "core/backends/test_cuda_pooled"
+    return run_tests([ROOT / "tests" / f"{name}.py" for name in names])
 
 
 def run_tests(files: list[Path], **more: str) -> dict:

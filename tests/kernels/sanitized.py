@@ -15,8 +15,10 @@ from sla2_kernels.emulator.emulate import EmulatorError, poisoned
 from sla2_kernels.forward import (
     Forward,
     Linear,
+    Pooled,
     linear_sums,
     masked_sum,
+    pooled_forward,
     route,
     sparse_forward,
 )
@@ -157,6 +159,27 @@ def run_forward():
     written(*sparse_forward(DEVICE, problem(), made, block_map(), states(), ALPHA, True))
 
 
+def run_pooled():
+    bits = Pointer.of(np.array([[[3], [1 << 16]]], np.uint32))
+    pooled = Pooled(halves(1, T_N, WIDTH), halves(1, T_N, WIDTH), bits, ALPHA)
+    made = Prepared(q=rows(), k=rows(), v=rows(), mean=floats(1, WIDTH))
+    written(*pooled_forward(DEVICE, problem(), made, block_map(), pooled))
+    low = Prepared(
+        q=rows(),
+        k=NULL,
+        v=NULL,
+        k_bytes=octets(1, N, WIDTH),
+        v_bytes=octets(1, T_N, WIDTH, BLOCK_K),
+        q_scale=floats(1, T_M),
+        k_scale=floats(1, T_N),
+        v_scale=floats(1, WIDTH),
+    )
+    written(*pooled_forward(DEVICE, problem("int8"), low, block_map(), pooled))
+    inputs = (Strided.of(halves(1, 1, N, 48), 1, N, 48) for _ in range(3))
+    made = pool(DEVICE, problem(head_dim=48), *inputs, means=True)
+    written(made.key_means, made.value_means)
+
+
 def run_low_bit():
     made = Prepared(
         q=rows(),
@@ -251,6 +274,7 @@ KERNELS = {
     "states": run_states,
     "forward": run_forward,
     "low_bit": run_low_bit,
+    "pooled": run_pooled,
     "backward": run_backward,
     "matched": run_matched,
     "hopper": run_hopper,

@@ -19,6 +19,7 @@ SCRIPT = Path(__file__).with_name("sanitized.py")
 KERNELS = (
     "forward",
     "low_bit",
+    "pooled",
     "backward",
     "matched",
     "prepared",

@@ -102,7 +102,11 @@ def test_the_tests_need_no_package_beyond_torch(tool, monkeypatch):
     tool.kernel_tests()
     tool.operator_tests()
     files = [part for command, _ in called for part in command if part.endswith(".py")]
-    assert files[-2:] == ["tests/kernels/test_gpu.py", "tests/core/backends/test_cuda_ops.py"]
+    assert files[-3:] == [
+        "tests/kernels/test_gpu.py",
+        "tests/core/backends/test_cuda_ops.py",
+        "tests/core/backends/test_cuda_pooled.py",
+    ]
     assert "tests/kernels/test_kernels_forward.py" in files
     assert all((tool.ROOT / file).is_file() for file in files)
     assert [env.get("CUDA_LAUNCH_BLOCKING") for _, env in called] == [
