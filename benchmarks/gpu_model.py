@@ -441,7 +441,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         left = {name: left[name] + width for name, width in zip(bars, widths)}
     axes.invert_yaxis()
     axes.set(xlabel="ms")
-    axes.set_title(
+    figure.suptitle(
         f"Modelled, not measured: the forward at N = {result['shape']['n']:,},"
         f" H = {result['shape']['heads']}, d = 128, {result['shape']['sparsity']:.0%}",
         fontsize=10,
