@@ -246,10 +246,12 @@ def run_hopper():
     )
     rows = (x.pointer for x in (q, k, v, out))
     lse = Pointer.of(np.full((1, n), 40.0, np.float32))
-    linear = floats(1, n, WIDTH), floats(1, n, WIDTH)
-    rest = block_map(), (*columns, 3), inverse, ALPHA, linear, d_q, *found, key_sum
-    hopper.sparse_backward(DEVICE, problem, *rows, lse, floats(1, n), *rest, blocks=1)
-    written(d_q, *found, key_sum)
+    given = *rows, lse, floats(1, n), block_map(), (*columns, 3), inverse, ALPHA
+    by_token = hopper.Rest(floats(1, n, WIDTH), found[0], floats(1, n, WIDTH))
+    by_block = hopper.Rest(NULL, floats(1, t_n, WIDTH), floats(1, t_n, WIDTH), by_block=True)
+    for rest in (by_token, by_block):
+        hopper.sparse_backward(DEVICE, problem, *given, rest, d_q, *found, key_sum, blocks=1)
+        written(d_q, *found, key_sum)
 
 
 def run_hopper_low():

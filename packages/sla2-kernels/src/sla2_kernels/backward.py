@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sla2_kernels import hopper
-from sla2_kernels.forward import Forward, masked_sum, row_bits
+from sla2_kernels.forward import Forward, Linear, masked_sum, row_bits
 from sla2_kernels.launch import Argument, Pointer, run_kernel
 from sla2_kernels.prepare import contiguous, copy_columns, widened
 from sla2_kernels.problem import NULL, Device, Problem, Strided
@@ -80,6 +80,53 @@ def transpose_map(device: Device, problem: Problem, bits: Pointer, width: int) -
         np.int64(capacity),
     )
     return Columns(bits=column_bits, counts=counts, offsets=offsets, rows=rows, capacity=capacity)
+
+
+def _linear(
+    device: Device,
+    problem: Problem,
+    saved: Forward,
+    linear: Linear,
+    columns: Columns,
+    q: Pointer,
+    k: Pointer,
+    v: Pointer,
+    grad: Pointer,
+    row_dot: Pointer,
+) -> tuple[hopper.Rest, Pointer]:
+    """What the linear branch adds, and d alpha. q, k, v and dO are contiguous; row_dot is
+    dO . O_s.
+    """
+    p, new, alpha = problem, device.allocate, saved.alpha
+    heads, head_dim = np.int32(p.heads), np.int32(p.head_dim)
+    d_q, d_k, d_v = (new((p.pairs, n, p.width), "float32") for n in (p.n_q, p.n_k, p.n_k))
+    d_alpha = new((p.batch, p.heads, p.t_m), "float32")
+    d_states = new((p.pairs, p.t_m, p.width * (p.width + 1)), p.dtype)
+    run_kernel(
+        device,
+        p,
+        "sla2_linear_bwd_q",
+        (p.t_m, p.pairs),
+        q,
+        grad,
+        linear.state,
+        linear.norm,
+        row_dot,
+        saved.lse,
+        linear.rest_inverse,
+        alpha.values,
+        *map(np.int32, alpha.strides),
+        d_q,
+        d_states,
+        d_alpha,
+        heads,
+        np.int32(p.n_q),
+        head_dim,
+    )
+    d_state, d_norm = masked_sum(device, p, columns.bits, d_states, NULL, p.t_n, p.t_m)
+    args = k, v, d_state, d_norm, p.kv_lengths, d_k, d_v, heads, np.int32(p.n_k), head_dim
+    run_kernel(device, p, "sla2_linear_bwd_kv", (p.t_n, p.pairs), *args)
+    return hopper.Rest(q=d_q, k=d_k, v=d_v), d_alpha
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,55 +239,15 @@ def backward(
     run_kernel(device, p, "sla2_bwd_row_dot", (p.t_m, p.pairs), d_out, out_sparse, row_dot, n_q)
     bits = linear.bits if linear else row_bits(device, p, block_map)[0]
     columns = transpose_map(device, p, bits, block_map.width)
-    d_k_sum = new((p.pairs, p.n_k, p.width), "float32")
-    d_q_linear = d_v_linear = d_alpha = NULL
+    rest, d_alpha = hopper.Rest(), NULL
     if linear:
-        d_q_linear = new((p.pairs, p.n_q, p.width), "float32")
-        d_v_linear = new((p.pairs, p.n_k, p.width), "float32")
-        d_alpha = new((p.batch, p.heads, p.t_m), "float32")
-        d_states = new((p.pairs, p.t_m, p.width * (p.width + 1)), p.dtype)
-        run_kernel(
-            device,
-            p,
-            "sla2_linear_bwd_q",
-            (p.t_m, p.pairs),
-            q,
-            d_out,
-            linear.state,
-            linear.norm,
-            row_dot,
-            saved.lse,
-            rest_inverse,
-            *alpha,
-            d_q_linear,
-            d_states,
-            d_alpha,
-            heads,
-            n_q,
-            np.int32(p.head_dim),
-        )
-        d_state, d_norm = masked_sum(device, p, columns.bits, d_states, NULL, p.t_n, p.t_m)
-        run_kernel(
-            device,
-            p,
-            "sla2_linear_bwd_kv",
-            (p.t_n, p.pairs),
-            k,
-            v,
-            d_state,
-            d_norm,
-            p.kv_lengths,
-            d_k_sum,
-            d_v_linear,
-            heads,
-            n_k,
-            np.int32(p.head_dim),
-        )
+        rest, d_alpha = _linear(device, p, saved, linear, columns, q, k, v, d_out, row_dot)
     if qat_backward == "matched" and p.low:
         s = _matched(device, p, saved, q, v, d_out)
     else:
         s = _Sparse(problem=replace(p, precision="full"), q=q, k=k, v=v, row_mean=row_dot)
     d_q, d_k, d_v = (new((p.pairs, n, p.width), p.dtype) for n in (p.n_q, p.n_k, p.n_k))
+    d_k_sum = rest.k if linear else new((p.pairs, p.n_k, p.width), "float32")
     key_sum = new((p.pairs, p.t_n, p.width), "float32")
     if hopper.takes(device, p) and not s.problem.low:
         hopper.sparse_backward(
@@ -256,7 +263,7 @@ def backward(
             (columns.offsets, columns.rows, columns.capacity),
             rest_inverse,
             saved.alpha,
-            (d_q_linear, d_v_linear),
+            rest,
             d_q,
             d_k_sum,
             d_v,
@@ -282,7 +289,7 @@ def backward(
             p.kv_lengths,
             rest_inverse,
             *alpha,
-            d_q_linear,
+            rest.q,
             d_q,
             heads,
             n_q,
@@ -309,7 +316,8 @@ def backward(
             p.kv_lengths,
             rest_inverse,
             *alpha,
-            d_v_linear,
+            rest.k,
+            rest.v,
             d_k_sum,
             d_v,
             key_sum,
@@ -317,7 +325,7 @@ def backward(
             n_q,
             n_k,
             t_m,
-            np.int32(linear is not None),
+            np.int32(rest.by_block),
             p.softmax_scale,
         )
     mean = NULL

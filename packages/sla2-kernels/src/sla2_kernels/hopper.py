@@ -5,6 +5,7 @@ warps, for the same results as the `mma.sync` kernels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -185,6 +186,20 @@ def masked_sum_low(
     run_kernel(device, p, "sla2_sm90_masked_sum_low", grid, *args, *sizes)
 
 
+class Rest(NamedTuple):
+    """What a complement adds to the gradients of the sparse branch, fp32, or NULL.
+
+    Attributes:
+        q: (B H, n_q, width).
+        k, v: (B H, n_k, width); `by_block`, (B H, T_n, width), for each token of a block.
+    """
+
+    q: Pointer = NULL
+    k: Pointer = NULL
+    v: Pointer = NULL
+    by_block: bool = False
+
+
 def sparse_backward(
     device: Device,
     problem: Problem,
@@ -198,7 +213,7 @@ def sparse_backward(
     columns: tuple[Pointer, Pointer, int],
     rest_inverse: Pointer,
     alpha: Alpha,
-    d_linear: tuple[Pointer, Pointer],
+    rest: Rest,
     d_q: Pointer,
     d_k: Pointer,
     d_v: Pointer,
@@ -213,9 +228,9 @@ def sparse_backward(
         lse, row_mean: L and dO . O_s of every row, fp32 (B H, n_q).
         columns: offsets, rows and capacity of `backward.Columns`.
         rest_inverse: see `forward.Linear`; NULL without a linear branch.
-        d_linear: what the linear branch adds to dQ and dV, fp32, or NULL.
+        rest: what the complement adds.
         d_q, d_v: where to write dQ and dV, 16 bit.
-        d_k: where to write dK, fp32; on entry it holds the linear branch's part if there is one.
+        d_k: where to write dK, fp32; it may be rest.k.
         key_sum: takes dK's sums over each key block, fp32 (B H, T_n, width).
         blocks: as in sparse_forward.
     """
@@ -237,7 +252,7 @@ def sparse_backward(
         block_map.counts,
         np.int32(block_map.width),
         *mixed,
-        d_linear[0],
+        rest.q,
         d_q,
         *sizes,
         np.int32(p.pairs * p.t_m),
@@ -254,12 +269,13 @@ def sparse_backward(
         column_rows,
         np.int64(capacity),
         *mixed,
-        d_linear[1],
+        rest.k,
+        rest.v,
         d_k,
         d_v,
         key_sum,
         *sizes,
-        np.int32(bool(d_linear[1].address)),
+        np.int32(rest.by_block),
         np.int32(p.pairs * p.t_n),
         p.softmax_scale,
     )

@@ -133,9 +133,10 @@ sla2_sparse_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
     }
 }
 
-// dK = sum over the query blocks that chose this key block of dS^T Q, dV of (w P)^T dO. d_k is fp32
-// and, with `accumulate`, holds the linear branch's part on entry, as d_v_linear does; d_v is
-// 16 bit; key_sum (B H, T_n, D) takes the block's column sums of dK for the smoothing's backward.
+// dK = sum over the query blocks that chose this key block of dS^T Q, dV of (w P)^T dO. d_k is
+// fp32, d_v 16 bit. rest_k and rest_v, fp32 or null, are added: a row of D a token (B H, n_k, D), of
+// the linear branch, where rest_k may be d_k; or, `by_block`, a row a key block (B H, T_n, D), of the
+// pooled complement. key_sum (B H, T_n, D) takes the block's column sums of dK for the smoothing's backward.
 // row_mean, q_scale, k_scale as in sparse_bwd_q; row_top (B H, n_q), the largest P of a row, is
 // null unless the backward is matched. Grid (T_n, B H). Shared memory:
 // K | V | two Q tiles | two dO tiles | L, row_mean and row_top of their rows.
@@ -148,9 +149,9 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
                    const int* __restrict__ column_rows, long long capacity,
                    const int* __restrict__ kv_lengths, const float* __restrict__ rest_inverse,
                    const float* __restrict__ alpha, int alpha_stride_b, int alpha_stride_h,
-                   int alpha_stride_row, const float* __restrict__ d_v_linear, float* d_k,
-                   half_bits* __restrict__ d_v, float* __restrict__ key_sum, int num_heads,
-                   int n_q, int n_k, int t_m, int accumulate, float softmax_scale) {
+                   int alpha_stride_row, const float* rest_k, const float* __restrict__ rest_v,
+                   float* d_k, half_bits* __restrict__ d_v, float* __restrict__ key_sum,
+                   int num_heads, int n_q, int n_k, int t_m, int by_block, float softmax_scale) {
     SLA2_DYNAMIC_SHARED(shared);
     unsigned char* k_tile = shared;
     unsigned char* v_tile = k_tile + KEY_BYTES;
@@ -254,25 +255,40 @@ sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
     __syncthreads();  // `sums` takes the place of the Q ring
 
 #pragma unroll
+    for (int n = 0; n < D_TILES; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc_k[n][e] *= OUT_FACTOR;
+    if (rest_k != nullptr) {
+        const long long rest_at = by_block ? (bh * gridDim.x + blockIdx.x) * HEAD_DIM : key_at;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = row0 + 8 * r + g;
+            if (row >= valid) continue;
+            const long long from = rest_at + (by_block ? 0 : row * HEAD_DIM) + column;
+#pragma unroll
+            for (int n = 0; n < D_TILES; ++n) {
+                const float2 x = *reinterpret_cast<const float2*>(rest_k + from + 8 * n);
+                const float2 y = *reinterpret_cast<const float2*>(rest_v + from + 8 * n);
+                acc_k[n][2 * r] += x.x, acc_k[n][2 * r + 1] += x.y;
+                acc_v[n][2 * r] += y.x, acc_v[n][2 * r + 1] += y.y;
+            }
+        }
+    }
+#pragma unroll
     for (int n = 0; n < D_TILES; ++n) {
         float below[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = row0 + 8 * r + g;
             if (first_key + row >= n_k) continue;
-            const long long at = key_at + static_cast<long long>(row) * HEAD_DIM + 8 * n + column;
-            float x[2], y[2];
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                x[e] = row < valid
-                           ? acc_k[n][2 * r + e] * OUT_FACTOR + (accumulate ? d_k[at + e] : 0.0f)
-                           : 0.0f;
-                y[e] = row < valid ? acc_v[n][2 * r + e] + (accumulate ? d_v_linear[at + e] : 0.0f)
-                                   : 0.0f;
-                d_k[at + e] = x[e];
-                below[e] += x[e];
-            }
-            *reinterpret_cast<unsigned*>(d_v + at) = pack_half(y[0], y[1]);
+            const long long at = key_at + row * HEAD_DIM + 8 * n + column;
+            float2 x;
+            x.x = row < valid ? acc_k[n][2 * r] : 0.0f;
+            x.y = row < valid ? acc_k[n][2 * r + 1] : 0.0f;
+            *reinterpret_cast<float2*>(d_k + at) = x;
+            *reinterpret_cast<unsigned*>(d_v + at) =
+                row < valid ? pack_half(acc_v[n][2 * r], acc_v[n][2 * r + 1]) : 0u;
+            below[0] += x.x, below[1] += x.y;
         }
 #pragma unroll
         for (int e = 0; e < 2; ++e) {

@@ -68,9 +68,10 @@ sla2_sm90_sparse_bwd_kv(const unsigned char* __restrict__ q_tiles,
                         long long capacity, const int* __restrict__ kv_lengths,
                         const float* __restrict__ rest_inverse, const float* __restrict__ alpha,
                         int alpha_stride_b, int alpha_stride_h, int alpha_stride_row,
-                        const float* __restrict__ d_v_linear, float* d_k,
-                        half_bits* __restrict__ d_v, float* __restrict__ key_sum, int num_heads,
-                        int n_q, int n_k, int accumulate, int blocks, float softmax_scale) {
+                        const float* rest_k, const float* __restrict__ rest_v,
+                        float* d_k, half_bits* __restrict__ d_v, float* __restrict__ key_sum,
+                        int num_heads, int n_q, int n_k, int by_block, int blocks,
+                        float softmax_scale) {
     SLA2_ALIGNED_SHARED(shared);
     Barriers& barriers = *reinterpret_cast<Barriers*>(shared + BARRIERS_AT);
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
@@ -226,6 +227,8 @@ sla2_sm90_sparse_bwd_kv(const unsigned char* __restrict__ q_tiles,
             key_turn.next();
         }
         const long long key_at = (w.bh * n_k + w.block * BLOCK_K) * HEAD_DIM + column;
+        const long long rest_at = by_block ? (w.bh * t_n + w.block) * HEAD_DIM + column : key_at;
+        const int rest_step = by_block ? 0 : HEAD_DIM;
         const int row0 = 16 * (warp & 3), inside = n_k - w.block * BLOCK_K;
         if (half == 1) {
 #pragma unroll
@@ -236,9 +239,9 @@ sla2_sm90_sparse_bwd_kv(const unsigned char* __restrict__ q_tiles,
 #pragma unroll
                 for (int n = 0; n < HEAD_DIM / 8; ++n) {
                     float2 y = {acc_v[4 * n + 2 * r], acc_v[4 * n + 2 * r + 1]};
-                    if (accumulate) {
-                        const float2 rest =
-                            *reinterpret_cast<const float2*>(d_v_linear + at + 8 * n);
+                    if (rest_v != nullptr) {
+                        const float2 rest = *reinterpret_cast<const float2*>(
+                            rest_v + rest_at + row * rest_step + 8 * n);
                         y.x += rest.x, y.y += rest.y;
                     }
                     *reinterpret_cast<unsigned*>(d_v + at + 8 * n) =
@@ -258,7 +261,9 @@ sla2_sm90_sparse_bwd_kv(const unsigned char* __restrict__ q_tiles,
                 float2* at = reinterpret_cast<float2*>(d_k + key_at + row * HEAD_DIM + 8 * n);
                 float2 x = {0.0f, 0.0f};
                 if (row < w.valid) {
-                    if (accumulate) x = *at;
+                    if (rest_k != nullptr)
+                        x = *reinterpret_cast<const float2*>(rest_k + rest_at + row * rest_step +
+                                                             8 * n);
                     x.x += acc_k[4 * n + 2 * r] * softmax_scale;
                     x.y += acc_k[4 * n + 2 * r + 1] * softmax_scale;
                 }
