@@ -30,6 +30,16 @@ def forward(case, *, smooth_k=True, save=False, bias=None) -> operator.Forward:
     )
 
 
+def gradients(case, function, dtype):
+    """dQ, dK, dV and db (1, H, T_m) of `function`, oracle() or same_dtype(), in a dtype."""
+    leaves = [x.to(dtype).requires_grad_() for x in (case.q, case.k, case.v)]
+    bias = bias_of(case).requires_grad_()
+    q, k, v = leaves
+    out = function(case._replace(q=q, k=k, v=v), bias=bias)
+    out = out[0] if isinstance(out, tuple) else out
+    return torch.autograd.grad(out, (*leaves, bias), case.grad.to(out.dtype))
+
+
 def _selected(case) -> tuple[torch.Tensor, torch.Tensor]:
     """Valid keys (B|1, 1, 1, N_k), and which of them each query selects (B, H, N_q, N_k)."""
     block_map = case.block_map

@@ -194,17 +194,18 @@ def run_low_bit():
     written(*sparse_forward(DEVICE, problem("int8"), made, block_map(), states(), ALPHA, True))
 
 
-def run_backward(precision="full", **low_bit):
+def run_backward(precision="full", pooled=None, **low_bit):
     q, k, v, out, out_sparse, grad = (rows() for _ in range(6))
     saved = Forward(
         out=out,
         lse=Pointer.of(np.full((1, 1, N), 40.0, np.float32)),
         block_map=block_map(),
         alpha=ALPHA,
-        linear=states(),
+        linear=None if pooled else states(),
         made=Prepared(q=q, k=k, v=v, **low_bit),
         out_sparse=out_sparse,
         smooth_k=True,
+        pooled=pooled,
     )
     found = backward(
         DEVICE, problem(precision), saved, grad, qat_backward="matched" if low_bit else "paper"
@@ -221,6 +222,11 @@ def run_matched():
         k_scale=floats(1, T_N),
         v_scale=floats(1, WIDTH),
     )
+
+
+def run_pooled_backward():
+    bits = Pointer.of(np.array([[[1 | 1 << 1], [1 << 16]]], np.uint32))
+    run_backward(pooled=Pooled(halves(1, T_N, WIDTH), halves(1, T_N, WIDTH), bits, ALPHA))
 
 
 def run_hopper():
@@ -279,6 +285,7 @@ KERNELS = {
     "pooled": run_pooled,
     "backward": run_backward,
     "matched": run_matched,
+    "pooled_backward": run_pooled_backward,
     "hopper": run_hopper,
     "hopper_low": run_hopper_low,
 }

@@ -17,13 +17,19 @@ NAMES = ("dq", "dk", "dv", "d alpha")
 ALPHA = 0.6
 ONLY_LOW_BIT = {"sla2_sparse_fwd_low"}
 ONLY_STATES = {"sla2_keys_low", "sla2_masked_sum_low"}  # test_kernels_states.py
-ONLY_POOLED = {"sla2_pooled_fwd", "sla2_pooled_fwd_low"}  # test_kernels_pooled.py
 ONLY_MATCHED = {
     "sla2_round_queries",
     "sla2_widen",
     "sla2_round_values",
     "sla2_bwd_matched_rows",
 }  # test_kernels_matched.py
+ONLY_POOLED = {
+    "sla2_pooled_fwd",
+    "sla2_pooled_fwd_low",
+    "sla2_pooled_bwd_q",
+    "sla2_pooled_bwd_kv",
+    "sla2_pooled_bwd_sum",
+}  # test_kernels_pooled.py, test_kernels_pooled_backward.py
 ONLY_HOPPER = {
     "sla2_sm90_masked_sum",
     "sla2_sm90_masked_sum_low",

@@ -22,6 +22,7 @@ KERNELS = (
     "pooled",
     "backward",
     "matched",
+    "pooled_backward",
     "prepared",
     "route",
     "states",

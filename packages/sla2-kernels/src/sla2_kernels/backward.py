@@ -1,4 +1,4 @@
-"""The whole operator on raw pointers, backward: row sums, the linear branch, dQ by rows, dK and dV
+"""The whole operator on raw pointers, backward: row sums, the complement, dQ by rows, dK and dV
 by columns (Alg. 3).
 """
 
@@ -9,10 +9,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sla2_kernels import hopper
-from sla2_kernels.forward import Forward, Linear, masked_sum, row_bits
+from sla2_kernels.forward import Forward, Linear, Pooled, masked_sum, row_bits
 from sla2_kernels.launch import Argument, Pointer, run_kernel
 from sla2_kernels.prepare import contiguous, copy_columns, widened
 from sla2_kernels.problem import NULL, Device, Problem, Strided
+
+# At most so many blocks of threads, or one a tile, sum the gradients of the pooled keys: four
+# rounds of two on each of an H100's multiprocessors. It bounds the memory of their parts, too.
+POOLED_BLOCKS = 1056
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +44,8 @@ class Gradients:
 
     Attributes:
         d_q, d_k, d_v: 16 bit, contiguous, (B, H, n_q, d) and (B, H, n_k, d).
-        d_alpha: fp32 (B, H, T_m), NULL without a linear branch. The gradient of a shared alpha is
-            its sum over the axes that share it.
+        d_alpha: fp32 (B, H, T_m), of alpha, or of b with pooled keys; NULL without either. The
+            gradient of a shared one is its sum over the axes that share it.
     """
 
     d_q: Pointer
@@ -127,6 +131,40 @@ def _linear(
     args = k, v, d_state, d_norm, p.kv_lengths, d_k, d_v, heads, np.int32(p.n_k), head_dim
     run_kernel(device, p, "sla2_linear_bwd_kv", (p.t_n, p.pairs), *args)
     return hopper.Rest(q=d_q, k=d_k, v=d_v), d_alpha
+
+
+def _pooled(
+    device: Device,
+    problem: Problem,
+    lse: Pointer,
+    pooled: Pooled,
+    q: Pointer,
+    grad: Pointer,
+    row_dot: Pointer,
+) -> tuple[hopper.Rest, Pointer]:
+    """What the pooled complement adds, and the gradient of b. q and dO are contiguous; row_dot is
+    dO . O.
+    """
+    p, new = replace(problem, precision="full"), device.allocate
+    heads, n_q, n_k = map(np.int32, (p.heads, p.n_q, p.n_k))
+    inputs = q, pooled.k, pooled.v, grad, lse, row_dot, pooled.bits, p.kv_lengths
+    given: tuple[Argument, ...]
+    given = (*inputs, pooled.bias.values, *map(np.int32, pooled.bias.strides))
+    d_q = new((p.pairs, p.n_q, p.width), "float32")
+    d_bias = new((p.batch, p.heads, p.t_m), "float32")
+    by_rows = d_q, d_bias, heads, n_q, n_k, p.softmax_scale
+    run_kernel(device, p, "sla2_pooled_bwd_q", (p.t_m, p.pairs), *given, *by_rows)
+    # Query blocks are split among so many blocks of threads, by shapes alone: so are the sums.
+    tiles = -(-p.t_n // p.block_k)
+    blocks = -(-p.t_m // min(p.t_m, max(1, POOLED_BLOCKS // (tiles * p.pairs))))
+    parts = -(-p.t_m // blocks)
+    d_k, d_v = (new((p.pairs, parts, p.t_n, p.width), "float32") for _ in range(2))
+    by_keys = d_k, d_v, heads, n_q, n_k, np.int32(blocks), p.softmax_scale
+    run_kernel(device, p, "sla2_pooled_bwd_kv", (tiles, parts, p.pairs), *given, *by_keys)
+    share_k, share_v = (new((p.pairs, p.t_n, p.width), "float32") for _ in range(2))
+    args = d_k, d_v, p.kv_lengths, share_k, share_v, heads, n_k, np.int32(parts)
+    run_kernel(device, p, "sla2_pooled_bwd_sum", (p.t_n, p.pairs), *args)
+    return hopper.Rest(q=d_q, k=share_k, v=share_v, by_block=True), d_bias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,10 +260,13 @@ def backward(
             `saved.made` then needs its 8-bit tensors and scales.
 
     Raises:
-        ValueError: the device's architecture cannot run the problem's precision.
+        ValueError: the device's architecture cannot run the problem's precision, or `qat_backward`
+            is "matched" after a low-bit forward with pooled keys, which no kernel has.
         RuntimeError: what is needed to compile or run a kernel is missing, or one does not compile.
     """
     p, new, made = problem, device.allocate, saved.made
+    if saved.pooled and p.low and qat_backward == "matched":
+        raise ValueError("qat_backward: expected 'paper' with pooled keys, got 'matched'")
     # These kernels read rows many times over: contiguous ones, copied here where the caller's are
     # not.
     d_out = contiguous(device, p, widened(device, p, grad, p.n_q), p.n_q)
@@ -237,11 +278,14 @@ def backward(
     rest_inverse = linear.rest_inverse if linear else NULL
     row_dot = new((p.pairs, p.n_q), "float32")
     run_kernel(device, p, "sla2_bwd_row_dot", (p.t_m, p.pairs), d_out, out_sparse, row_dot, n_q)
-    bits = linear.bits if linear else row_bits(device, p, block_map)[0]
+    complement = linear or saved.pooled
+    bits = complement.bits if complement else row_bits(device, p, block_map)[0]
     columns = transpose_map(device, p, bits, block_map.width)
     rest, d_alpha = hopper.Rest(), NULL
     if linear:
         rest, d_alpha = _linear(device, p, saved, linear, columns, q, k, v, d_out, row_dot)
+    elif saved.pooled:
+        rest, d_alpha = _pooled(device, p, saved.lse, saved.pooled, q, d_out, row_dot)
     if qat_backward == "matched" and p.low:
         s = _matched(device, p, saved, q, v, d_out)
     else:

@@ -208,6 +208,10 @@ def _backward_kv_shared(g: Geometry) -> int:
     return (2 * g.block_k + 4 * rows) * g.row_bytes + 2 * row_values * rows * 4
 
 
+def _pooled_kv_shared(g: Geometry) -> int:
+    return _backward_kv_shared(g) + 2 * g.block_k * 4
+
+
 # As sm90/*.cu lay it out: rings of three K and V tiles, H, rows of Q and O 16 bytes apart, Z,
 # mbarriers.
 def _hopper_forward_shared(g: Geometry) -> int:
@@ -320,6 +324,21 @@ _KERNELS = {
         opcodes=_TILES,
     ),
     "sla2_finish_dk": _Kernel("sparse_bwd.cu", _fixed(256), _none),
+    "sla2_pooled_bwd_q": _Kernel(
+        "pooled_bwd.cu",
+        lambda g, _: 2 * _backward_rows(g),
+        _backward_q_shared,
+        blocks=_two_that_fit(_backward_q_shared),
+        opcodes=_TILES,
+    ),
+    "sla2_pooled_bwd_kv": _Kernel(
+        "pooled_bwd.cu",
+        lambda g, _: 2 * g.block_k,
+        _pooled_kv_shared,
+        blocks=_two_that_fit(_pooled_kv_shared),
+        opcodes=_TILES,
+    ),
+    "sla2_pooled_bwd_sum": _Kernel("pooled_bwd.cu", lambda g, _: 2 * g.head_dim, _none),
     "sla2_linear_bwd_q": _Kernel(
         "linear_bwd.cu",
         lambda g, _: 2 * g.block_q,
