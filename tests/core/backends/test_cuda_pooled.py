@@ -3,10 +3,12 @@
 On the emulator, or with SLA2_TEST_TARGET=cuda (`make gpu-check` sets it) on the GPU.
 """
 
+import dataclasses
 import os
 
 import pytest
 import torch
+from helpers import problems
 from sla2_core import BlockMap, SLA2Attention, SLA2Config, backends, pooled_attention
 from sla2_core.backends import cuda_routed, ops
 from sla2_core.options import make_options
@@ -96,12 +98,55 @@ def test_shapes_for_torch_compile():
     call = (q, k, v, block_map.indices, block_map.counts, given, None, text, TARGET)
     for save, count in ((True, 6), (False, 2)):
         with torch.no_grad():
-            assert len(ops.attention(*call, save)) == count
+            results = ops.attention(*call, save)
+        assert len(results) == count
         torch.library.opcheck(ops.attention, (*call, save), **fakes)
+        if save:
+            arguments = (torch.randn_like(q), None, *call[:-2], results, *call[-2:])
+            torch.library.opcheck(ops.attention_backward, arguments, **fakes)
 
 
-def test_as_yet_gradients_are_plain_torch_s():
+def differentiated(leaves, block_map, grad, **options):
+    """O and dQ, dK, dV, db (H,) in fp64."""
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    q, k, v, bias = leaves
+    out = pooled_attention(q, k, v, block_map, bias, **options)
+    found = out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))
+    return [x.detach().double() for x in found]
+
+
+@pytest.mark.parametrize("precision", ["full", "int8_int8"])
+def test_every_gradient(precision, monkeypatch):
+    *qkv, block_map = inputs()
+    bias, grad = torch.tensor([0.5, -0.5], device=DEVICE), torch.randn(qkv[0].shape, device=DEVICE)
+    how = {"kv_lengths": [150, 141], "precision": precision}
+    wide = [x.double() for x in (*qkv, bias)]
+    exact = differentiated(wide, block_map, grad, backend="reference", **how)
+    plain = differentiated((*qkv, bias), block_map, grad, backend="reference", **how)
+    monkeypatch.setattr("sla2_core.attend.rest_branch", None)
+    found = differentiated((*qkv, bias), block_map, grad, backend=TARGET, **how)
+    for name, x, right, rounded in zip(("out", "dq", "dk", "dv", "db"), found, exact, plain):
+        problems.assert_as_good(x, right, rounded, 3.0 if name[0] == "d" else 2.0, name)
+
+
+def test_the_module_learns_b_by_the_kernels(monkeypatch):
+    q, k, v, _ = inputs()
+    config = SLA2Config(head_dim=48, num_heads=2, topk=0.3, complement="pooled", **BLOCKS)
+    attn = SLA2Attention(dataclasses.replace(config, backend=TARGET)).to(DEVICE)
+    torch.nn.init.normal_(attn.complement.bias, std=0.3)
+    monkeypatch.setattr("sla2_core.attend.rest_branch", None)
+    attn(q, k, v).float().square().sum().backward()
+    found = attn.complement.bias.grad.clone()
+    attn.zero_grad()
+    monkeypatch.undo()
+    attn.config = dataclasses.replace(config, backend="blocked")
+    attn(q, k, v).float().square().sum().backward()
+    torch.testing.assert_close(found, attn.complement.bias.grad, rtol=0.02, atol=0.02)
+
+
+def test_the_matched_backward_is_plain_torch_s():
     q, k, v, block_map = inputs()
     backends._warn_once.cache_clear()
+    how = {"backend": TARGET, "precision": "int8_int8", "qat_backward": "matched"}
     with pytest.warns(RuntimeWarning, match="has no gradient of the log-sum-exp"):
-        pooled_attention(q, k, v.requires_grad_(), block_map, backend=TARGET)
+        pooled_attention(q, k, v.requires_grad_(), block_map, **how)

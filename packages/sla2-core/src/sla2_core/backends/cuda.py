@@ -253,11 +253,12 @@ class CudaBackend(Backend):
         return missing()
 
     def fuses(self, options: Options) -> bool:
-        """Whether the kernels have this complement: the linear one for every precision, the pooled
-        one as yet without gradients.
+        """Whether the kernels have this complement: the linear one, and the pooled one but for the
+        gradients of a low-bit forward by qat_backward="matched".
         """
         if options.complement == "pooled":
-            return not torch.is_grad_enabled()
+            matched = options.format.low and options.qat_backward == "matched"
+            return not (matched and torch.is_grad_enabled())
         return options.complement == "linear"
 
     def unfit(self, problem: Problem) -> str | None:
@@ -391,7 +392,7 @@ class CudaBackend(Backend):
         sla2_kernels.backward.backward.
         """
         from sla2_kernels.backward import backward
-        from sla2_kernels.forward import Forward, Linear
+        from sla2_kernels.forward import Forward, Linear, Pooled
         from sla2_kernels.prepare import Prepared, widened
         from sla2_kernels.prepare import keys as prepare
         from sla2_kernels.prepare import pool as run_pool
@@ -413,22 +414,27 @@ class CudaBackend(Backend):
             made = prepare(device, problem, made, linear=False)._replace(k=wide(keys))
         else:
             made = Prepared(q=wide(q), k=wide(keys), v=wide(v))
-        linear = None
-        if alpha is None:
+        linear, pooled = None, None
+        if alpha is None or _joins(call, options):
             out_sparse = wide(out)
         else:
             own, bits, rest_inverse, state, norm = map(pointer, kept)
             out_sparse = Strided.of(own, problem.heads, problem.n_q, problem.width)
             linear = Linear(bits=bits, rest_inverse=rest_inverse, state=state, norm=norm)
+        ratio = alpha_of(alpha) or ONE
+        if _joins(call, options):
+            means_k, means_v, bits = map(pointer, kept)
+            pooled, ratio = Pooled(k=means_k, v=means_v, bits=bits, bias=ratio), ONE
         saved = Forward(
             out=strided(out),
             lse=pointer(lse),
             made=made,
             block_map=map_of(call),
-            alpha=alpha_of(alpha) or ONE,
+            alpha=ratio,
             linear=linear,
             out_sparse=out_sparse,
             smooth_k=smooth_k,
+            pooled=pooled,
         )
         found = backward(
             device, problem, saved, strided(grad_out), qat_backward=options.qat_backward
