@@ -166,6 +166,13 @@ def work_of(entry: str, p: Problem, selected: int, blocks: int) -> Work:
     if entry == "sla2_sparse_bwd_kv":
         parts = p.block_q / min(64, p.block_q)
         return Work(selected * p.t_m / p.t_n * parts, half=4 * tile, looped=4 * tile)
+    if entry in ("sla2_pooled_bwd_q", "sla2_pooled_bwd_kv"):
+        tiles, row_tiles = -(-p.t_n // p.block_k), p.block_q / min(64, p.block_q)
+        product = tile * tiles / selected
+        if entry == "sla2_pooled_bwd_q":  # an inner loop walks over the tiles
+            return Work(row_tiles, half=3 * product, looped=3 * product, steps=tiles)
+        row_tiles *= p.t_m * tiles * p.pairs / blocks
+        return Work(row_tiles, half=4 * product, looped=4 * product)
     if entry == "sla2_sm90_sparse_bwd_q":
         return Work(p.pairs * p.t_m / blocks, half=3 * tile, warps=8, steps=selected, wgmma=True)
     if entry == "sla2_sm90_sparse_bwd_kv":
@@ -342,7 +349,7 @@ def forward_launches(arch: str, p: Problem, topk: float, pooled: bool = False) -
     return recorder.launches
 
 
-def backward_launches(arch: str, p: Problem, topk: float) -> list[Launch]:
+def backward_launches(arch: str, p: Problem, topk: float, pooled: bool = False) -> list[Launch]:
     """The launches of the backward of such a forward."""
     from sla2_kernels.backward import backward
     from sla2_kernels.forward import forward
@@ -357,7 +364,8 @@ def backward_launches(arch: str, p: Problem, topk: float) -> list[Launch]:
     width = max(1, round(topk * p.t_n))
     indices, counts = (recorder.allocate(shape, "int32") for shape in ((*rows, width), rows))
     alpha = Alpha.of(recorder.allocate(rows, "float32"), rows)
-    saved = forward(device, p, q, k, v, Map(indices, counts, width), alpha, save=True)
+    of, complement = Map(indices, counts, width), "pooled" if pooled else "linear"
+    saved = forward(device, p, q, k, v, of, alpha, save=True, complement=complement)
     first = len(recorder.launches)
     backward(device, p, saved, grad)
     return recorder.launches[first:]
@@ -380,9 +388,9 @@ def measured(gpu: str, precision: str, results: Path = sass_figures.FILE.parent)
 
 def measure(report: Callable[[str, int, int], None], quick: bool) -> dict[str, Any]:
     """The forward at the paper's shape on every GPU, in every precision that it runs, with either
-    complement; and the backward, at BACKWARD_SPARSITY, on those whose kernels multiply by `wgmma`,
-    where it is not shared memory that it waits for: {"suite", "shape", "nvrtc", "gpus", "rows"}.
-    Reads the committed figures of the code; needs neither a GPU nor NVRTC.
+    complement; and their backward, at BACKWARD_SPARSITY, on those whose sparse kernels multiply by
+    `wgmma`, where it is not shared memory that they wait for: {"suite", "shape", "nvrtc", "gpus",
+    "rows"}. Reads the committed figures of the code; needs neither a GPU nor NVRTC.
     """
     from sla2_kernels.hopper import takes
     from sla2_kernels.kernels import faster_precision, supports
@@ -409,10 +417,12 @@ def measure(report: Callable[[str, int, int], None], quick: bool) -> dict[str, A
                     rows[-1]["measured"] = measured(name, precision)
         p, topk = problem_of("full", int(n), int(heads)), 1 - BACKWARD_SPARSITY
         if takes(Recorder(gpu.arch).device, p):
-            launches, selected = backward_launches(gpu.arch, p, topk), round(topk * p.t_n)
-            found = model(gpu, launches, p, selected, committed["figures"][gpu.arch])
-            label = f"backward, {BACKWARD_SPARSITY:.0%}"
-            rows += [{"gpu": name, "precision": label, **row} for row in found]
+            for pooled in (False, True):
+                launches = backward_launches(gpu.arch, p, topk, pooled)
+                selected = round(topk * p.t_n)
+                found = model(gpu, launches, p, selected, committed["figures"][gpu.arch])
+                label = f"backward, {BACKWARD_SPARSITY:.0%}" + (", pooled" if pooled else "")
+                rows += [{"gpu": name, "precision": label, **row} for row in found]
     return {
         "suite": "model",
         "shape": SHAPE,

@@ -80,6 +80,22 @@ def test_the_backward_by_wgmma_multiplies_seven_times():
     assert q.trips * q.steps == pytest.approx(kv.trips * kv.steps)
 
 
+def test_the_pooled_backward_multiplies_seven_times():
+    p = gpu_model.problem_of("full", 32760, 12)
+    found = {
+        launch.spec.entry: work_of(launch.spec.entry, p, 26, launch.blocks)
+        for launch in gpu_model.backward_launches("sm_90a", p, 0.05, pooled=True)
+    }
+    assert not any("linear" in entry or "masked" in entry for entry in found)
+    q, kv = found["sla2_pooled_bwd_q"], found["sla2_pooled_bwd_kv"]
+    product = 2 * 128 * 64 * 128 * 12 * 256 * 8  # 512 pooled keys are 8 tiles
+    assert (q.half, kv.half) == (3 * product, 4 * product)
+    # A block of threads takes two tiles of 64 rows, and 8 tiles of keys for each; or a tile of
+    # keys, and the rows of an eleventh of 256 query blocks.
+    assert (q.trips, q.steps) == (2, 8)
+    assert kv.trips == pytest.approx(2 * 256 / 11)
+
+
 def test_an_inner_loop_runs_until_the_flops_are_done():
     # 3 tensor instructions outside the inner loop of 2; a trip needs 11, so it runs 5 times, not 1.
     figures = {"instructions": 50, "loop": 30, "tensor": 5, "inner": [7, 2]}

@@ -5,7 +5,13 @@ from sla2_kernels import forward as operator
 from sla2_kernels import hopper, prepare
 from sla2_kernels.launch import Pointer
 
-from benchmarks.gpu_model import SHAPE, forward_launches, problem_of
+from benchmarks.gpu_model import (
+    BACKWARD_SPARSITY,
+    SHAPE,
+    backward_launches,
+    forward_launches,
+    problem_of,
+)
 from benchmarks.host import module, stubbed
 
 
@@ -33,6 +39,23 @@ def test_a_routed_forward_makes_so_many_launches_and_moves_so_many_bytes(
 def test_with_the_pooled_complement(arch, precision, launches, expected):
     p = problem_of(precision, SHAPE["n"], SHAPE["heads"])
     found = forward_launches(arch, p, 1 - SHAPE["sparsity"], pooled=True)
+    megabytes = round(sum(launch.bytes for launch in found) / 1e6)
+    assert (len(found), megabytes) == (launches, expected)
+
+
+# On Hopper Q, K, V and dO are written in tiles, too.
+@pytest.mark.parametrize(
+    ("arch", "complement", "launches", "expected"),
+    [
+        ("sm_89", "linear", 11, 3853),
+        ("sm_89", "pooled", 11, 2696),
+        ("sm_90a", "linear", 13, 4659),
+        ("sm_90a", "pooled", 13, 3501),
+    ],
+)
+def test_a_backward(arch, complement, launches, expected):
+    p = problem_of("full", SHAPE["n"], SHAPE["heads"])
+    found = backward_launches(arch, p, 1 - BACKWARD_SPARSITY, complement == "pooled")
     megabytes = round(sum(launch.bytes for launch in found) / 1e6)
     assert (len(found), megabytes) == (launches, expected)
 
