@@ -60,6 +60,7 @@ def stubbed() -> Iterator[None]:
     from types import SimpleNamespace
 
     from sla2_core.backends.cuda_routed import plan_of
+    from sla2_kernels import plan  # not under the patches, whose `load` it would keep
     from sla2_kernels.launch import LoadedKernel
 
     @cache
@@ -71,7 +72,7 @@ def stubbed() -> Iterator[None]:
     with (
         _module("cupy", cupy),
         mock.patch("sla2_kernels.launch.load", load),
-        mock.patch("sla2_kernels.plan.load", load),
+        mock.patch.object(plan, "load", load),
         mock.patch("sla2_kernels.hopper.multiprocessors", new=_multiprocessors),
         mock.patch("sla2_kernels.launch._cupy_stream", _Nothing),
     ):
