@@ -1,7 +1,7 @@
-// Backward of the pooled complement, whose keys, the means of the blocks that a row does not select,
-// are in the softmax of the selected ones: with the L and D = dO . O of that softmax, dQ and the
-// gradient of b by rows, then the gradients of the means, in parts, and their sum. Formulas:
-// README.md, "Pooled complement". A tile is BLOCK_K pooled keys.
+// Backward of the pooled complement, whose keys, the means of the blocks that a row does not
+// select, are in the softmax of the selected ones: with the L and D = dO . O of that softmax, dQ
+// and the gradient of b by rows, then the gradients of the means, in parts, and their sum.
+// Formulas: README.md, "Pooled complement". A tile is BLOCK_K pooled keys.
 #include "sparse_bwd.cuh"
 
 static_assert(!MATCHED, "the pooled part is in 16 bit");
@@ -254,8 +254,8 @@ sla2_pooled_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
 }
 
 // What each token of a block gets of the gradients of its means, fp32 (B H, T_n, D): the sum of the
-// parts, in their order, over the number of its tokens; 0 without one. Grid (T_n, B H); 2 D threads,
-// for K and for V.
+// parts, in their order, over the number of its tokens; 0 without one. Grid (T_n, B H); 2 D
+// threads, for K and for V.
 extern "C" __global__ void __launch_bounds__(2 * HEAD_DIM)
 sla2_pooled_bwd_sum(const float* __restrict__ parts_k, const float* __restrict__ parts_v,
                     const int* __restrict__ kv_lengths, float* __restrict__ share_k,

@@ -134,11 +134,11 @@ sla2_sparse_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
 }
 
 // dK = sum over the query blocks that chose this key block of dS^T Q, dV of (w P)^T dO. d_k is
-// fp32, d_v 16 bit. rest_k and rest_v, fp32 or null, are added: a row of D a token (B H, n_k, D), of
-// the linear branch, where rest_k may be d_k; or, `by_block`, a row a key block (B H, T_n, D), of the
-// pooled complement. key_sum (B H, T_n, D) takes the block's column sums of dK for the smoothing's backward.
-// row_mean, q_scale, k_scale as in sparse_bwd_q; row_top (B H, n_q), the largest P of a row, is
-// null unless the backward is matched. Grid (T_n, B H). Shared memory:
+// fp32, d_v 16 bit. rest_k and rest_v, fp32 or null, are added: a row of D a token (B H, n_k, D),
+// of the linear branch, where rest_k may be d_k; or, `by_block`, a row a key block (B H, T_n, D),
+// of the pooled complement. key_sum (B H, T_n, D) takes the block's column sums of dK for the
+// smoothing's backward. row_mean, q_scale, k_scale as in sparse_bwd_q; row_top (B H, n_q), the
+// largest P of a row, is null unless the backward is matched. Grid (T_n, B H). Shared memory:
 // K | V | two Q tiles | two dO tiles | L, row_mean and row_top of their rows.
 extern "C" __global__ void __launch_bounds__(DKV_THREADS, 1)
 sla2_sparse_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict__ k,

@@ -33,8 +33,8 @@ constexpr float OUT_FACTOR = MATCHED ? 1.0f / QK_LIMIT : 1.0f;
 
 // Takes the key blocks of `list` through two K tiles and two V tiles, by DQ_THREADS threads:
 // with_k(k_tile, block) runs while V of the block may still travel, with_v(k_tile, v_tile, block)
-// while K of the next may. `list` is indexed from 0 to steps - 1. Copies that the caller has issued and not committed have landed by the
-// first with_k.
+// while K of the next may. `list` is indexed from 0 to steps - 1. Copies that the caller has issued
+// and not committed have landed by the first with_k.
 template <class List, class WithK, class WithV>
 SLA2_INLINE void walk_blocks(const half_bits* k, const half_bits* v, List list, int steps,
                              int length, unsigned char* k_ring, unsigned char* v_ring, WithK with_k,
