@@ -15,6 +15,7 @@ from sla2_eval.tiny.model import NAMES, weights_of
 # Variants whose adapters are shipped beside the weights of a built-in model.
 SHIPPED = (
     {"name": "pooled-97", "label": "SLA2 97 %, pooled", "family": "SLA2, pooled complement"},
+    {"name": "pooled-90", "label": "SLA2 90 %, pooled", "family": "SLA2, pooled complement"},
     {"name": "sla2-97", "label": "SLA2 97 %", "family": "SLA2"},
     {"name": "sla2-95", "label": "SLA2 95 %", "family": "SLA2"},
     {"name": "sla2-90", "label": "SLA2 90 %", "family": "SLA2"},
@@ -46,7 +47,7 @@ class Size:
 
 # A step or a video at 4,096 tokens takes several times as long as at 1,024. SLA has been trained
 # for fewer steps there, and is left out.
-SIZES = {"tiny-4k": Size(prompts=8, steps=20, shipped=("pooled-97", "sla2-97", "sla2-90"))}
+SIZES = {"tiny-4k": Size(prompts=8, steps=20, shipped=("pooled-97", "pooled-90", "sla2-97"))}
 OTHER = Size(prompts=16, steps=200)
 
 
