@@ -118,3 +118,11 @@ def test_values_that_are_nearly_all_alike_get_student_s_interval():
     found = over_prompts(prompts([1.0] * 15 + [0.9]))
     assert found.method == "Student's t over prompts"
     assert found.low < 1.0 - 0.1 / 16 < found.high
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("last", [0.5, 0.75])  # all resamples are constant; about a third are
+def test_a_sample_that_is_nearly_constant_warns_of_nothing(last):
+    values = {str(i): [0.5] for i in range(7)} | {"7": [last]}
+    assert studentised(np.array([0.5] * 7 + [last]), resamples=199) is None
+    assert over_prompts(values).method == "Student's t over prompts"

@@ -19,6 +19,7 @@ distribution's means, BCa about as much, the studentised bootstrap 94 %.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -164,14 +165,16 @@ def studentised(sample: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, 
     """The studentised bootstrap interval of the mean (Efron and Tibshirani 1993, section 12.5);
     None where too many resamples are constant.
     """
-    from scipy.stats import bootstrap
+    from scipy.stats import DegenerateDataWarning, bootstrap
 
     root, mean = math.sqrt(len(sample)), sample.mean()
 
     def statistic(drawn: np.ndarray, axis: int) -> np.ndarray:
         return (drawn.mean(axis) - mean) * root / drawn.std(axis, ddof=1)
 
-    with np.errstate(invalid="ignore", divide="ignore"):  # of constant resamples
+    # Constant resamples have no statistic; those are counted below.
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)
         drawn = bootstrap(
             (sample,),
             statistic,
