@@ -36,18 +36,23 @@ LIVE = (
 
 @dataclass(frozen=True)
 class Size:
-    """What two cores do with a model in minutes: videos of each variant, steps of stage 2, and the
-    shipped adapters.
+    """What two cores do with a model in minutes: videos of each variant, steps of stage 2 and of
+    stage 1, and the shipped adapters.
     """
 
     prompts: int
     steps: int
+    stage1_steps: int = 200
     shipped: tuple[str, ...] = tuple(variant["name"] for variant in SHIPPED)
 
 
 # A step or a video at 4,096 tokens takes several times as long as at 1,024. SLA has been trained
 # for fewer steps there, and is left out.
-SIZES = {"tiny-4k": Size(prompts=8, steps=20, shipped=("pooled-97", "pooled-90", "sla2-97"))}
+SIZES = {
+    "tiny-4k": Size(
+        prompts=8, steps=15, stage1_steps=100, shipped=("pooled-97", "pooled-90", "sla2-97")
+    )
+}
 OTHER = Size(prompts=16, steps=200)
 
 
@@ -84,7 +89,7 @@ def settings(model: str = "tiny-4k", workers: int = 2, **changes: Any) -> Ablati
         "attention": {"precision": "int8", "block_q": 32, "block_k": 16},
         "data": {"num_videos": 256},
         "capture": {"samples": 8},
-        "stage1": {"steps": 200, "topk": (0.03, 0.1), "max_scores": 1 << 22},
+        "stage1": {"steps": size.stage1_steps, "topk": (0.03, 0.1), "max_scores": 1 << 22},
         "stage2": {
             "steps": size.steps,
             "batch_size": 4,
