@@ -2,9 +2,6 @@
 // pooled key for each of the others.
 #include "pooled.cuh"
 
-// What a multiprocessor has shared memory for.
-constexpr int RESIDENT_BLOCKS = FAST_MMA || HEAD_DIM == 64 ? 2 : 1;
-
 // Whether the first pooled tiles travel while the last selected ones are computed; on sm_100 ptxas
 // spills with it.
 constexpr bool EARLY_POOLED = SLA2_ARCH != 100;

@@ -6,6 +6,8 @@
 
 constexpr int KEY_TILES = BLOCK_K / 8;
 constexpr int KEY_BYTES = BLOCK_K * HALF_ROW;  // one K or V tile
+// Blocks of a 16-bit kernel that a multiprocessor has shared memory for.
+constexpr int RESIDENT_BLOCKS = FAST_MMA || HEAD_DIM == 64 ? 2 : 1;
 // What keeps every compiler within 255 registers: other unrolling makes some spill a few of them.
 constexpr int SCORE_UNROLL =
     SLA2_ARCH == 100 ? 4 : (SLA2_ARCH == 80 || SLA2_ARCH == 120 ? 2 : HEAD_DIM / 16);

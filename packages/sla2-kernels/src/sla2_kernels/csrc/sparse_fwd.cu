@@ -2,9 +2,6 @@
 // in its epilogue.
 #include "selected.cuh"
 
-// What a multiprocessor has shared memory for.
-constexpr int RESIDENT_BLOCKS = FAST_MMA || HEAD_DIM == 64 ? 2 : 1;
-
 // One block of threads per query block; grid (T_m, B H). q, k, v and out may lie in any layout
 // (strides: item, head, token). mean (B H, D): of K, which the softmax does not see and L is to
 // leave out, or null. Shared memory: Q | two K tiles | two V tiles, reused at the end for
