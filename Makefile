@@ -1,4 +1,5 @@
-# The workspace's commands. Each sets up .venv from uv.lock first, and does nothing twice.
+# The workspace's commands. Each sets up .venv from uv.lock first, and does nothing twice. Libraries are compiled to
+# bytecode once: where Python may not write it ($PYTHONDONTWRITEBYTECODE), each process would compile torch again.
 .PHONY: setup quickstart test test-full test-wheels lint docs gpu-check
 
 PYTHON ?= python3
@@ -41,5 +42,5 @@ gpu-check:
 
 $(READY): uv.lock pyproject.toml $(wildcard packages/*/pyproject.toml)
 	$(UV) --version >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet --target .cache/uv --upgrade uv
-	$(UV) sync --frozen --all-packages
+	$(UV) sync --frozen --all-packages --compile-bytecode
 	touch $@
