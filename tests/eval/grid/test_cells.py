@@ -64,6 +64,26 @@ def test_the_quickstart_shows_the_shipped_adapters_and_one_short_training(tmp_pa
     assert all(cell.tuned for cell in cells(quickstart(str(tmp_path))))
 
 
+def test_shipped_adapters_were_trained_by_the_files_that_they_name():
+    """A grid's file that is edited after its adapters were shipped no longer makes them."""
+    folder = ROOT / "packages/sla2-eval/src/sla2_eval/tiny/weights"
+    logs = sorted(folder.glob("*/adapters/*/training.json"))
+    assert len(logs) >= 10
+    for path in logs:
+        log = json.loads(path.read_text())
+        file = ROOT / log["command"].split("--config ")[1].split()[0]
+        now = load_settings(file, AblationSettings).model_dump(mode="json")
+        now["stage2"]["shift"] = log["settings"]["stage2"]["shift"]  # else the model's
+        model = log["settings"].pop("model")
+        assert now["model"] == model, path
+        for section, then in log["settings"].items():  # settings that came later have defaults
+            assert {name: now[section][name] for name in then} == then, (path, section)
+        variants = {variant["name"]: variant for variant in now["variants"]}
+        variant = log["variant"]
+        given = {"attention": variant["attention"], "stage2": variant.get("stage2", {})}
+        assert {name: variants[variant["name"]][name] for name in given} == given, path
+
+
 @pytest.mark.parametrize("name", BEFORE)
 def test_the_committed_grids_have_the_cells_they_had(name):
     before = copy.deepcopy(BEFORE[name])
