@@ -5,7 +5,8 @@ and what is returned.
 import pytest
 import torch
 from sla2_core import BlockMap, SLA2Attention, SLA2Config, sla2_attention
-from sla2_core.backends import kernels, ops
+from sla2_core.backends import BACKENDS, kernels, ops, register_backend
+from sla2_core.backends.blocked import BlockedBackend
 from sla2_core.options import make_options
 from sla2_core.reference import full_attention, sla2_reference
 
@@ -191,3 +192,40 @@ def test_strided_inputs_and_gradients():
         grad = torch.ones(out.shape[::-1]).permute(3, 2, 1, 0)
         found.append((out, *torch.autograd.grad(out, leaves, grad)))
     assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+class Counting(BlockedBackend):
+    """A backend from outside the package: plain torch that counts its forward calls."""
+
+    name = "counting"
+    calls = 0
+
+    def forward(self, call, options, save):
+        """As `blocked`."""
+        type(self).calls += 1
+        return super().forward(call, options, save)
+
+
+def test_a_backend_of_one_s_own_is_chosen_by_its_name(monkeypatch):
+    monkeypatch.setattr(Counting, "calls", 0)
+    monkeypatch.setitem(BACKENDS, "counting", None)  # gone again after the test
+    register_backend(Counting())
+    q, k, v, alpha, bm = inputs()
+    out = sla2_attention(q, k, v, bm, alpha, backend="counting")
+    expected = sla2_attention(q, k, v, bm, alpha, backend="blocked")
+    assert torch.equal(out, expected)
+    assert Counting.calls == 1
+    config = SLA2Config(head_dim=8, num_heads=2, topk=0.3, backend="counting", **BLOCKS)
+    SLA2Attention(config)(q, k, v)
+    assert Counting.calls == 2
+    assert SLA2Config.from_dict(config.to_dict()) == config
+
+
+def test_an_unknown_backend_is_refused_with_the_names_there_are():
+    q, k, v, alpha, bm = inputs()
+    names = "auto, blocked, cpu, cuda, emulator, reference"
+    message = f"backend: expected one of {names}, got 'counting'"
+    with pytest.raises(ValueError, match=message):
+        SLA2Config(head_dim=8, num_heads=2, topk=0.3, backend="counting")
+    with pytest.raises(ValueError, match=message):
+        sla2_attention(q, k, v, bm, alpha, backend="counting")

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from sla2_core.block_map import BlockMap
-from sla2_core.config import BACKENDS
-from sla2_core.registry import FORMATS
+from sla2_core.registry import BACKENDS, FORMATS
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -182,5 +181,5 @@ def check_precision(precision: str) -> None:
 
 
 def check_backend(backend: str) -> None:
-    """Raise ValueError unless `backend` is one of config.BACKENDS."""
-    check_choice("backend", backend, BACKENDS)
+    """Raise ValueError unless `backend` is "auto" or a registered backend's name."""
+    check_choice("backend", backend, ("auto", *BACKENDS))

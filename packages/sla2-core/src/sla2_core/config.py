@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sla2_core.registry import AXES, COMPLEMENTS, FORMATS, MIXINGS, ORDERS, Described
+from sla2_core.registry import AXES, BACKENDS, COMPLEMENTS, FORMATS, MIXINGS, ORDERS, Described
 
 QAT_BACKWARDS = ("paper", "matched")
-BACKENDS = ("auto", "reference", "blocked", "cpu", "cuda", "emulator")
 CHANGEABLE = ("topk", "tau", "precision", "qat_backward", "backend")
 # Fields that fix parameters or their meaning, whichever members are chosen.
 _BOUND = (
@@ -61,7 +60,8 @@ class SLA2Config:
         precision: number format of the sparse branch's forward, a member of formats/.
         qat_backward: "paper" (16-bit from the original Q, K, V) or "matched" (straight-through of
             the low-bit forward).
-        backend: see functional.sla2_attention.
+        backend: where it is computed: "auto", or a registered backend, see
+            functional.block_sparse_attention.
         options: {name: value} of settings that the chosen members have of their own.
     """
 
@@ -95,7 +95,10 @@ class SLA2Config:
         for axis in AXES:
             axis.get(getattr(self, axis.field))
         self._check_company()
-        for name, allowed in (("qat_backward", QAT_BACKWARDS), ("backend", BACKENDS)):
+        for name, allowed in (
+            ("qat_backward", QAT_BACKWARDS),
+            ("backend", ("auto", *BACKENDS)),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"

@@ -111,8 +111,9 @@ def block_sparse_attention(
         qat_backward: "paper" or "matched", what the backward of a low-bit forward recomputes.
         kv_lengths: None, or one integer in [1, N_k] per batch item. On a GPU the values are not
             read and not checked.
-        backend: "auto" | "reference" | "blocked" | "cpu" | "cuda" | "emulator". "auto" takes the
-            kernels of the tensors' device, and `blocked` with one warning where they cannot.
+        backend: "auto" | "reference" | "blocked" | "cpu" | "cuda" | "emulator", or one that
+            backends.register_backend made known. "auto" takes the kernels of the tensors' device,
+            and `blocked` with one warning where they cannot.
 
     Returns:
         O_s (B, H, N_q, d) in q's dtype (autocast's under autocast), and L (B, H, N_q), the natural

@@ -174,3 +174,5 @@ COMPLEMENTS: Axis[Any] = Axis("complement")
 MIXINGS: Axis[Any] = Axis("alpha")
 FORMATS: Axis[Any] = Axis("precision")
 AXES: tuple[Axis[Any], ...] = (ORDERS, ROUTERS, COMPLEMENTS, MIXINGS, FORMATS)
+# Where the operator is computed, by name: backends.register_backend puts them in.
+BACKENDS: dict[str, Any] = {}

@@ -10,12 +10,14 @@ from torch import Tensor
 from sla2_core.backends.base import Backend, Inputs, work_dtype
 from sla2_core.checks import without_autocast
 from sla2_core.options import Options
-
-BACKENDS: dict[str, Backend] = {}
+from sla2_core.registry import BACKENDS
 
 
 def register_backend(backend: Backend) -> Backend:
-    """Make a backend known by its name, in place of one that had it; returns it."""
+    """Make a backend known by its name, in place of one that had it; returns it.
+
+    `backend=NAME` then chooses it everywhere; "auto" never does.
+    """
     BACKENDS[backend.name] = backend
     return backend
 
