@@ -45,6 +45,12 @@ def test_the_pooled_complement_costs_1_6_percent_and_makes_no_states():
     assert (linear.bytes - none.bytes) / (pooled.bytes - none.bytes) == pytest.approx(129)
 
 
+def test_sla_s_projection_is_counted_beside_its_linear_attention():
+    sizes = dict(n_q=100, n_k=60, num_heads=2, head_dim=8, topk=0.5, block_q=32, block_k=16)
+    linear, projected = (sla2_cost(**sizes, complement=name) for name in ("linear", "projected"))
+    assert projected.linear_flops - linear.linear_flops == 2 * 100 * 8 * 8 * 2
+
+
 @pytest.mark.parametrize(("kw", "match"), [({"topk": 0}, "topk"), ({"n_q": 0}, "n_q")])
 def test_bad_values_are_named(kw, match):
     with pytest.raises(ValueError, match=f"{match}: expected"):

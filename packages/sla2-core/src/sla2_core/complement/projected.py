@@ -37,6 +37,12 @@ class Projected(Linear):
         d = self.head_dim
         return {"weight": torch.zeros(d, d), "bias": torch.zeros(d)}
 
+    @classmethod
+    def flops(cls, *, n_q: int, n_k: int, t_n: int, head_dim: int) -> float:
+        """Those of linear attention, and 2 N_q d^2 for the projection."""
+        whole = super().flops(n_q=n_q, n_k=n_k, t_n=t_n, head_dim=head_dim)
+        return whole + 2.0 * n_q * head_dim**2
+
     def finish(self, out: Tensor, heads: Heads = None) -> Tensor:
         """out through the projection."""
         return project(out, self.weight, self.bias)
