@@ -64,3 +64,28 @@ def test_other_data_or_settings_are_refused(tmp_path):
         ValueError, match=r"000001.safetensors: expected a readable safetensors file"
     ):
         CachedData(tmp_path)[1]
+
+
+def test_a_changed_sample_is_encoded_again_until_the_folder_is_finished(tmp_path):
+    calls = []
+
+    def broken(index):
+        calls.append(index)
+        if index == 2:
+            raise ValueError("c.mp4: broken")
+        return encode(index)
+
+    with pytest.raises(ValueError, match="broken"):
+        encode_samples(NAMES, broken, tmp_path, settings={}, keys=["a", "b", "c"])
+
+    def whole(index):
+        calls.append(index)
+        return encode(index)
+
+    encode_samples(NAMES, whole, tmp_path, settings={}, keys=["a", "b2", "c2"])
+    assert calls == [0, 1, 2, 1, 2]
+    encode_samples(NAMES, whole, tmp_path, settings={}, keys=["a", "b2", "c2"])
+    assert len(calls) == 5
+    message = f"plan.json: expected {NAMES[0]} as it was encoded, got another file or caption"
+    with pytest.raises(ValueError, match=message):
+        encode_samples(NAMES, whole, tmp_path, settings={}, keys=["a2", "b2", "c2"])

@@ -163,6 +163,10 @@ def test_what_cannot_be_trained_is_refused_in_one_line(wan_training, tmp_path):
         with pytest.raises(SettingsError, match=message) as error:
             open_source(settings_of(wan_training, **changes))
         assert "\n" not in str(error.value)
+    grid = {**wan_training, "expert": "low"}
+    grid["variants"] = [{"name": "sla2", "label": "SLA2", "family": "SLA2"}]
+    with pytest.raises(SettingsError, match="expert: expected none in a grid, .* got low"):
+        validate(grid, AblationSettings, "test")
 
 
 def test_each_expert_of_two_is_trained_on_its_own_noise_levels(wan_training, tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.training.stage2.train import Stage2Config, train_stage2
 from sla2_eval.videos.dataset import captioned_files, read_frames, write_folder
-from sla2_eval.videos.encoding import encode_folder
+from sla2_eval.videos.encoding import check_videos, encode_folder
 
 CAPTIONS = ["a red circle", "a blue square moving"]
 SIZE = dict(num_frames=5, height=32, width=48)
@@ -178,6 +178,17 @@ def test_a_broken_video_or_missing_caption_is_named_and_nothing_is_lost(folder, 
         ValueError, match=r"00000\.mp4: expected a caption in 00000\.txt or metadata.jsonl"
     ):
         encode_folder(folder, pipe, tmp_path / "other", **SIZE)
+
+
+def test_a_corrected_caption_is_noticed(folder, tmp_path, pipe):
+    encode_folder(folder, pipe, tmp_path / "cache", **SIZE)
+    check_videos(folder, tmp_path / "cache")
+    manifest = folder / "metadata.jsonl"
+    manifest.write_text(manifest.read_text().replace(CAPTIONS[1], "another"))
+    with pytest.raises(ValueError, match=r"plan.json: expected 00001.mp4 as it was encoded"):
+        check_videos(folder, tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"plan.json: expected 00001.mp4 as it was encoded"):
+        encode_folder(folder, pipe, tmp_path / "cache", **SIZE)
 
 
 def named(name, **parts):

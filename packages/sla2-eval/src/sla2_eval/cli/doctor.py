@@ -37,7 +37,7 @@ class Finding:
 
 _REQUIRED = ("torch", "diffusers", "accelerate", "peft", "tensorboard", "av", "numba", "pydantic")
 _OPTIONAL = {  # import name -> what it is for
-    "torchmetrics": "PSNR and SSIM",
+    "torchmetrics": "PSNR",
     "lpips": "LPIPS",
     "open_clip": "CLIP metrics",
     "timm": "subject consistency",

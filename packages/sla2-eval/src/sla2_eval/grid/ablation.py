@@ -171,7 +171,7 @@ def requests_of(
 
 
 def metrics_of(settings: AblationSettings, source: TrainSource) -> list[str]:
-    """The metrics asked for; by default all that suit the model: MS-SSIM needs 160 pixels, and the
+    """The metrics asked for; by default all that suit the model: MS-SSIM needs 176 pixels, and the
     exact detector of captions knows the tiny model's scenes.
     """
     from sla2_eval.scoring import metrics

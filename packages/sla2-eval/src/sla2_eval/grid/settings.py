@@ -271,6 +271,15 @@ class AblationSettings(TrainingSettings):
     variants: tuple[VariantSettings, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
+    def _both_experts_make_the_videos(self) -> Self:
+        if self.expert is not None:
+            raise ValueError(
+                "expert: expected none in a grid, whose videos both transformers make, got"
+                f" {self.expert}; sla2 train finetune trains one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _variants_are_whole(self) -> Self:
         for number, variant in enumerate(self.variants):
             where = f"variants.{number} ({variant.name})"

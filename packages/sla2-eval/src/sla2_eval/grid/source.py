@@ -183,11 +183,13 @@ class PipelineSource:
         return _shift_of(find_model(self.name))
 
     def encode(self, data: DataSettings, folder: Path, *, report: Report = silent) -> CachedData:
-        from sla2_eval.videos.encoding import encode_folder
+        from sla2_eval.videos.encoding import check_videos, encode_folder
 
         size = self.video.model_dump()
         if (folder / INDEX_NAME).exists():
             check_same(folder / INDEX_NAME, {"settings": {"model": self.name, **size}})
+            if data.videos is not None and data.videos.exists():  # they may be gone by now
+                check_videos(data.videos, folder)
             return CachedData(folder)
         if data.videos is None:
             raise SettingsError(

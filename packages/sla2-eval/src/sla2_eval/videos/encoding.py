@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from sla2_core.integrations.encoding import encoder_of
-from sla2_core.training.cache import CachedData, encode_samples
+from sla2_core.training.cache import CachedData, check_keys, encode_samples
 from torch import Tensor
 
+from sla2_eval.runs.store import digest
 from sla2_eval.videos.dataset import captioned_files, read_frames
 
 
@@ -49,6 +50,18 @@ def check_size(pipe: Any, num_frames: int, height: int, width: int) -> None:
             raise ValueError(f"video.{name}: expected a multiple of {space}, got {value}")
 
 
+def check_videos(videos: Path, folder: Path) -> None:
+    """Check that encode_folder made the cache `folder` from these videos and captions; their sizes
+    in bytes stand for the files. Raises ValueError naming what differs.
+    """
+    pairs = captioned_files(videos)
+    check_keys(folder, [path.name for path, _ in pairs], _keys(pairs))
+
+
+def _keys(pairs: list[tuple[Path, str]]) -> list[str]:
+    return [digest([path.stat().st_size, caption])[:16] for path, caption in pairs]
+
+
 def encode_folder(
     videos: str | Path,
     pipe: Any,
@@ -70,7 +83,7 @@ def encode_folder(
         folder: the cache.
 
     Raises:
-        ValueError: another kind of pipeline, a size that it would cut down, a broken or short
+        ValueError: another kind of pipeline, a cache of other videos or captions, a size that it would cut down, a broken or short
             video, or a missing caption; names the file, keeps what is done.
     """
     encoder = encoder_of(pipe)
@@ -87,6 +100,7 @@ def encode_folder(
         encode,
         folder,
         settings=settings,
+        keys=_keys(pairs),
         unconditional=lambda: encoder.text(pipe, ""),
         progress=progress,
     )
