@@ -36,7 +36,7 @@ lint: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
-# Needs a GPU and a python3 with torch, numpy, click and CuPy; installs nothing.
+# Needs a GPU and a python3 with torch, numpy, click and CuPy; where pytest is missing, pip puts it into .cache.
 gpu-check:
 	$(PYTHON) tools/gpu_check.py
 

@@ -102,8 +102,7 @@ class Call:
 
     def top_mask(self, ranking: Tensor, count: Tensor) -> Tensor:
         """bool (B, H, rows, T_n): the best `count` (B, H, rows, 1) routable blocks by `ranking`,
-        and
-        the forced ones.
+        and the forced ones.
         """
         routable = ranking.masked_fill(self.forced | self.dead, -torch.inf)
         rank = torch.argsort(routable, dim=-1, descending=True, stable=True).argsort(-1)
