@@ -1,8 +1,9 @@
 """Checks and times the kernels on this machine's GPU: tests marked gpu, compute-sanitizer on tiny
 shapes, the paper's bench.
 
-Runs under a plain python3 with torch, numpy, click and CuPy, from the checkout; where pytest is missing,
-pip puts it into .cache/gpu-check. Writes one JSON file and ends with 0 only if everything passed.
+Runs under a plain python3 with torch, numpy, click and CuPy, from the checkout; where pytest is
+missing, pip puts it into .cache/gpu-check. Writes one JSON file and ends with 0 only if everything
+passed.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(wan_training, tmp_path):
         assert "\n" not in str(error.value)
     grid = {**wan_training, "expert": "low"}
     grid["variants"] = [{"name": "sla2", "label": "SLA2", "family": "SLA2"}]
-    with pytest.raises(SettingsError, match="expert: expected none in a grid, .* got low"):
+    with pytest.raises(SettingsError, match=r"expert: expected none in a grid, .* got low"):
         validate(grid, AblationSettings, "test")
 
 

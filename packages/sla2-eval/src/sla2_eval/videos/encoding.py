@@ -83,8 +83,9 @@ def encode_folder(
         folder: the cache.
 
     Raises:
-        ValueError: another kind of pipeline, a cache of other videos or captions, a size that it would cut down, a broken or short
-            video, or a missing caption; names the file, keeps what is done.
+        ValueError: another kind of pipeline, a cache of other videos or captions, a size that the
+            pipeline would cut down, a broken or short video, or a missing caption; names the file,
+            keeps what is done.
     """
     encoder = encoder_of(pipe)
     check_size(pipe, num_frames, height, width)
