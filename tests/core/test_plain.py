@@ -44,9 +44,26 @@ def test_grouped_queries():
             {"attn_mask": torch.arange(45).view(1, 1, 1, 45) != 3},
             "attn_mask: expected the valid keys first",
         ),
+        (
+            {"attn_mask": torch.ones(3, 1, 1, 45, dtype=torch.bool)},
+            r"attn_mask: expected a bool mask of keys \(2, 1, 1, 45\) .* \(3, 1, 1, 45\)",
+        ),
+        (
+            {"attn_mask": torch.zeros(2, 1, 1, 45, dtype=torch.bool)},
+            "attn_mask: expected a valid key for each item",
+        ),
+        ({"query": torch.zeros(45, 12)}, r"query: expected 4 dimensions .* got shape \(45, 12\)"),
     ],
 )
 def test_what_has_no_block_form_is_refused(given, message):
     q, k, v = torch.randn(3, 2, 4, 45, 12)
     with pytest.raises(ValueError, match=message):
-        ScaledDotProductSLA2(CONFIG)(q, k, v, **given)
+        ScaledDotProductSLA2(CONFIG)(**{"query": q, "key": k, "value": v, **given})
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "attn_mask"])
+def test_what_is_no_tensor_is_named(name):
+    q, k, v = torch.randn(3, 2, 4, 45, 12)
+    given = {"query": q, "key": k, "value": v, "scale": 12**-0.5, name: [1, 2]}
+    with pytest.raises(TypeError, match=f"^{name}: expected a torch.Tensor.*, got list$"):
+        ScaledDotProductSLA2(CONFIG)(**given)

@@ -60,6 +60,13 @@ class ScaledDotProductSLA2(nn.Module):
             ValueError: an argument outside of these. TypeError: no tensor, or another dtype. The
                 message names the argument.
         """
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+            if x.ndim != 4:
+                raise ValueError(
+                    f"{name}: expected 4 dimensions (B, H, N, d), got shape {tuple(x.shape)}"
+                )
         if dropout_p:
             raise ValueError(f"dropout_p: expected 0.0 with SLA2, got {dropout_p}")
         if is_causal:
@@ -85,18 +92,18 @@ class ScaledDotProductSLA2(nn.Module):
 
 def _lengths(mask: Tensor, batch: int, n_k: int) -> Tensor:
     """Valid keys of each item, int64 (B,)."""
-    if (
-        mask.dtype != torch.bool
-        or mask.ndim != 4
-        or mask.shape[1:3] != (1, 1)
-        or mask.shape[3] != n_k
-    ):
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask: expected a torch.Tensor or None, got {type(mask).__name__}")
+    shapes = ((batch, 1, 1, n_k), (1, 1, 1, n_k))
+    if mask.dtype != torch.bool or tuple(mask.shape) not in shapes:
         raise ValueError(
-            f"attn_mask: expected a bool mask of keys (B, 1, 1, {n_k}) with SLA2, got {mask.dtype}"
+            f"attn_mask: expected a bool mask of keys {shapes[0]} with SLA2, got {mask.dtype}"
             f" {tuple(mask.shape)}"
         )
     valid = mask[:, 0, 0].expand(batch, n_k)
     lengths = valid.sum(-1)
+    if mask.device.type == "cpu" and not bool(lengths.all()):
+        raise ValueError("attn_mask: expected a valid key for each item with SLA2, got none")
     if mask.device.type == "cpu" and not torch.equal(
         valid, torch.arange(n_k, device=mask.device) < lengths[:, None]
     ):
