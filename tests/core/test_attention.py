@@ -302,6 +302,9 @@ def test_text_keys_are_always_selected_and_text_queries_see_everything():
         torch.testing.assert_close(out[:, :, 98:], dense, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match=r"text_tokens: expected an integer in \[0, 111\), got 1"):
         attn(q, k, v, text_tokens=111)
+    message = r"kv_lengths: expected values in \[98, 111\] \(padding .* text\), got \[97, 111\]"
+    with pytest.raises(ValueError, match=message):
+        attn(q, k, v, text_tokens=13, kv_lengths=[97, 111])
 
 
 def test_a_layout_that_cannot_be_told_from_the_shape_is_warned_about_once():

@@ -156,8 +156,8 @@ class SLA2Attention(nn.Module):
             q: (B, H, N_q, d), or (B, N_q, H, d) with layout="bnhd", in float64, float32, bfloat16
                 or float16. k, v: the same with N_k. Under autocast they are taken in its dtype, as
                 by scaled_dot_product_attention.
-            kv_lengths: None, or one integer in [1, N_k] per batch item. On a GPU the values are
-                not read and not checked.
+            kv_lengths: None, or one integer in [1, N_k] per batch item, with text in
+                [N_k - text_tokens, N_k]. On a GPU the values are not read and not checked.
             text_tokens: so many tokens at the end are text, of queries and of keys: their keys are
                 always selected, their queries see every key.
             grid: (frames, height, width) of the other tokens, which then come in raster order and
@@ -181,7 +181,7 @@ class SLA2Attention(nn.Module):
         q, k, v = autocast_qkv(q, k, v)
         check_qkv(q, k, v)
         self._check_sizes(q, k, layout, text_tokens, grid)
-        lengths = check_kv_lengths(kv_lengths, q, k)
+        lengths = check_kv_lengths(kv_lengths, q, k, text_tokens)
         (q, k, v), restore = self.in_order((q, k, v), text_tokens, grid, lengths)
         if self.recorder is not None:
             self.recorder(q, k, v, text_tokens, lengths)

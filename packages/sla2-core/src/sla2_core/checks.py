@@ -132,29 +132,34 @@ def check_alpha(alpha: Any, q: Tensor, num_rows: int) -> Tensor:
 
 
 @torch.library.custom_op("sla2::kv_lengths", mutates_args=())
-def _within(lengths: Tensor, n_k: int) -> Tensor:
+def _within(lengths: Tensor, least: int, n_k: int) -> Tensor:
     """int64 lengths, their values checked: an operator, because torch.compile does not
     know them.
     """
-    if int(lengths.min()) < 1 or int(lengths.max()) > n_k:
-        raise ValueError(f"kv_lengths: expected values in [1, {n_k}], got {lengths.tolist()}")
+    if int(lengths.min()) < least or int(lengths.max()) > n_k:
+        why = " (padding is at the end of the text)" if least > 1 else ""
+        raise ValueError(
+            f"kv_lengths: expected values in [{least}, {n_k}]{why}, got {lengths.tolist()}"
+        )
     return lengths.to(torch.int64, copy=True)
 
 
 @_within.register_fake
-def _(lengths: Tensor, n_k: int) -> Tensor:
+def _(lengths: Tensor, least: int, n_k: int) -> Tensor:
     return lengths.new_empty(lengths.shape, dtype=torch.int64)
 
 
-def check_kv_lengths(kv_lengths: Any, q: Tensor, k: Tensor) -> Tensor | None:
+def check_kv_lengths(kv_lengths: Any, q: Tensor, k: Tensor, text_tokens: int = 0) -> Tensor | None:
     """The lengths as int64 (B,) on q's device, or None.
 
     Args:
         kv_lengths: None, or one integer in [1, N_k] per batch item, as a sequence or an integer
             tensor. Values on a GPU are not checked, for reading them would wait for the device.
+        text_tokens: so many keys at the end are text, of which alone may be padding.
 
     Raises:
-        TypeError: no integers. ValueError: another shape, or a value outside [1, N_k].
+        TypeError: no integers. ValueError: another shape, or a value outside [1, N_k], or below
+            N_k - text_tokens.
     """
     if kv_lengths is None:
         return None
@@ -172,7 +177,8 @@ def check_kv_lengths(kv_lengths: Any, q: Tensor, k: Tensor) -> Tensor | None:
         )
     if kv_lengths.device.type != "cpu":
         return kv_lengths.to(q.device, torch.int64)
-    return _within(kv_lengths, k.shape[2]).to(q.device)
+    least = k.shape[2] - text_tokens if text_tokens else 1
+    return _within(kv_lengths, least, k.shape[2]).to(q.device)
 
 
 def check_precision(precision: str) -> None:
