@@ -97,6 +97,18 @@ def test_an_adapter_with_the_model_holds_its_weights_without_the_lora(tmp_path):
     assert torch.equal(run(other.transformer), run(with_lora.transformer))
 
 
+def test_an_adapter_whose_lora_cannot_be_read_leaves_the_model_as_it_was(tmp_path):
+    model = tiny_wan.model()
+    apply_sla2(tiny_wan.model(seed=4), tiny_wan.config()).save(tmp_path, include_model=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(ValueError, match=r"pytorch_lora_weights\.safetensors"):
+        apply_adapter(model, tmp_path)
+    after = model.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 @pytest.mark.parametrize("order", ["LoRA, SLA2", "SLA2, LoRA"])
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "kept"])
 def test_a_lora_trains_beside_a_loaded_one_with_router_and_mixing(order, merge, tmp_path):

@@ -54,6 +54,12 @@ def of(settings, gpus=1, **stage2):
     return estimate(validate(settings | {"stage2": stage2}, TrainSettings, "test"), gpus=gpus)
 
 
+def test_the_5b_model_s_vae_makes_latents_of_a_16th(settings, tmp_path):
+    path = tmp_path / "wan" / "transformer" / "config.json"
+    path.write_text(json.dumps({**WAN, "in_channels": 48}))
+    assert of(settings).tokens == TOKENS // 4
+
+
 def test_counts_of_wan_1_3b_are_those_by_hand(settings):
     found = of(settings)
     assert found.tokens == TOKENS

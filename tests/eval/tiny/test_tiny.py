@@ -22,7 +22,7 @@ from sla2_eval.tiny.shapes import (
     render,
     sample,
 )
-from sla2_eval.tiny.teacher import TeacherConfig, cached_attention, train_teacher
+from sla2_eval.tiny.teacher import TeacherConfig, _cut, cached_attention, train_teacher
 from sla2_eval.videos.dataset import read_folder, write_folder
 
 
@@ -215,3 +215,12 @@ def test_teacher_training_resumes_to_the_bit(tmp_path, monkeypatch):
     first, second = load_file(whole / name), load_file(part / name)
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert json.loads((part / "training.json").read_text())["steps"] == 4
+
+
+def test_a_resumed_teacher_s_log_has_each_step_once(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps({"step": step}) + "\n" for step in (50, 100, 150)))
+    _cut(log, 100)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [50, 100]
+    _cut(tmp_path / "none.jsonl", 0)
+    assert not (tmp_path / "none.jsonl").exists()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     fails, its error comes through, `path` is as it was, and no temporary file stays. Others may
     read the file as the umask says, also where `write` makes it for its owner alone.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.touch()
         mode = partial.stat().st_mode

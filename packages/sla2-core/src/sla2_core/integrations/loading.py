@@ -67,10 +67,13 @@ def apply_adapter(
         handle = _apply(transformer, found, base_model)
     except ValueError as error:
         raise ValueError(f"{folder / files.CONFIG_NAME}: {error}") from None
+    added = None
     try:
-        handle.load(folder)
-        lora.load(transformer, folder)
+        added = lora.load(transformer, folder)
+        handle.load(folder)  # the weights come last: nothing takes them back
     except Exception:
+        if added is not None:
+            lora.take_out(transformer, added)
         handle.remove()
         raise
     return handle

@@ -105,8 +105,9 @@ def save(model: Any, name: str, folder: Path, state: dict[str, Tensor] | None = 
     return folder / FILE
 
 
-def load(model: Any, folder: Path) -> None:
-    """Load the LoRA that save() wrote, if the folder has one, beside those that are active.
+def load(model: Any, folder: Path) -> str | None:
+    """Load the LoRA that save() wrote, if the folder has one, beside those that are active; its
+    name in the model.
 
     Raises:
         ValueError: a file that cannot be read or does not fit the model, or a fused LoRA; the
@@ -114,7 +115,7 @@ def load(model: Any, folder: Path) -> None:
     """
     path = folder / FILE
     if not path.is_file():
-        return
+        return None
     check_not_fused(model)
     found, others = read_tensors(path), active(model)
     name = "sla2"
@@ -126,3 +127,4 @@ def load(model: Any, folder: Path) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: expected a LoRA of this model, got: {reason}") from None
     model.set_adapter([*others, name])
+    return name

@@ -334,7 +334,7 @@ def task_scores(
         out / "scores" / name,
         allow_failures=True,
         store=out / "scores" / "store",
-        device="cpu",
+        num_workers=1,
     )
     report(f"scores of {name}", 1, 1)
     return len(results["failed"])

@@ -20,6 +20,8 @@ _COMPRESSION = {
     "flux": (1, 8),
     "ltx2": (8, 32),
 }
+# Wan2.2 5B's own VAE makes latents of 48 channels.
+_COMPRESSION_OF_48 = (4, 16)
 _FP32 = 4
 
 
@@ -104,7 +106,9 @@ def estimate(settings: TrainSettings, *, gpus: int = 1, rate: float = 4e14) -> E
     layers: dict[str, Any] = family.attention_layers(transformer)
     heads, head_dim = family.heads(next(iter(layers.values())))
     attention = settings.attention.config(head_dim=head_dim, num_heads=heads)
-    tokens = family.tokens(transformer.config, *_latents(found, family.name, settings.video))
+    tokens = family.tokens(
+        transformer.config, *_latents(found, family.name, transformer.config, settings.video)
+    )
     with torch.device("meta"):
         members = build_attention(attention).members().values()
     of_stage = {
@@ -227,7 +231,9 @@ def _on_meta(config: dict[str, Any]) -> Any:
         return getattr(diffusers, name).from_config(config)
 
 
-def _latents(model: Path | str, family: str, video: VideoSettings | None) -> tuple[int, int, int]:
+def _latents(
+    model: Path | str, family: str, config: Any, video: VideoSettings | None
+) -> tuple[int, int, int]:
     """(frames, height, width) of the latents."""
     if isinstance(model, Path) and not (model / "model_index.json").exists():
         from sla2_eval.tiny.model import LATENT_SHAPE
@@ -238,6 +244,8 @@ def _latents(model: Path | str, family: str, video: VideoSettings | None) -> tup
     if family not in _COMPRESSION:
         raise ValueError(f"model: expected one of {', '.join(_COMPRESSION)}, got {family}")
     time, space = _COMPRESSION[family]
+    if family == "wan" and config.in_channels == 48:
+        time, space = _COMPRESSION_OF_48
     return (video.num_frames - 1) // time + 1, video.height // space, video.width // space
 
 

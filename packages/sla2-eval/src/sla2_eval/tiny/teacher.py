@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from sla2_core.adapter import write_tensors
+from sla2_core.adapter import read_tensors, write_atomically, write_tensors
 from sla2_core.training.settings import check_fields
 from torch import Tensor
 
@@ -98,7 +97,7 @@ def _start(config: TeacherConfig) -> dict[str, Tensor]:
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     if not path.is_file():
         raise ValueError(f"start: expected a tiny model's weights at {path}, got none")
-    return tiny.with_smaller_patches(load_file(path), config.model)
+    return tiny.with_smaller_patches(read_tensors(path), config.model)
 
 
 def _optimizers(transformer: Any, config: TeacherConfig) -> Optimizers:
@@ -158,7 +157,7 @@ def _save(
 
 
 def _load(path: Path, transformer: Any, ema: dict[str, Tensor], optimizers: Optimizers) -> int:
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     transformer.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     for name in ema:
         ema[name].copy_(tensors[f"ema.{name}"])
@@ -170,6 +169,14 @@ def _load(path: Path, transformer: Any, ema: dict[str, Tensor], optimizers: Opti
                 state["state"].setdefault(int(index), {})[field] = value
         optimizer.load_state_dict(state)
     return int(tensors["step"])
+
+
+def _cut(log: Path, step: int) -> None:
+    """Leave out the lines behind the step of the checkpoint: those steps are run again."""
+    if log.exists():
+        lines = log.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        write_atomically(log, lambda partial: partial.write_text("".join(kept)))
 
 
 def write_dataset(folder: Path, config: TeacherConfig) -> None:
@@ -217,6 +224,7 @@ def train_teacher(
     checkpoint = out / "checkpoint.safetensors"
     first = _load(checkpoint, transformer, ema, optimizers) if checkpoint.exists() else 0
     log, started, recent = out / "log.jsonl", time.time(), []
+    _cut(log, first)
     for step in range(first, config.steps):
         index, sigma, dropped, noise = _draw(step, config, len(data.captions))
         clean, text = tiny.to_latents(data.videos[index]), captions[index].clone()

@@ -92,10 +92,9 @@ def _index(base: str | Path, count: int) -> tuple[Path, dict[str, Any]]:
     """The folder of a pipeline, without its transformers where it comes from the hub, and the
     content of its model_index.json.
     """
-    parts = (f"{name}/*" for name in ("vae", "text_encoder", "tokenizer"))
-    names = ["model_index.json", "transformer/config.json", *parts]
-    folder = local_folder(base, names)
-    content = read_json(folder / "model_index.json")
+    names = ["model_index.json", "transformer/config.json"]
+    content = read_json(local_folder(base, names) / "model_index.json")
+    folder = local_folder(base, [*names, *(f"{name}/*" for name in _parts(content))])
     has = sum(bool((content.get(name) or [None])[0]) for name in _TRANSFORMERS)
     if has != count:
         raise ValueError(
@@ -119,12 +118,19 @@ def _check_base(folder: Path, source: str | Path, sizes: dict[str, Any]) -> None
             )
 
 
+def _parts(content: dict[str, Any]) -> list[str]:
+    """The folders of a pipeline's parts but transformers and scheduler."""
+    return [
+        name
+        for name, value in content.items()
+        if isinstance(value, list) and len(value) == 2 and value[0] is not None
+        if name not in (*_TRANSFORMERS, "scheduler")
+    ]
+
+
 def _link(origin: Path, target: Path, content: dict[str, Any]) -> None:
     """The parts of a pipeline but transformers and scheduler, linked into `target` or copied."""
-    for name, value in content.items():
-        part = isinstance(value, list) and len(value) == 2 and value[0] is not None
-        if not part or name in (*_TRANSFORMERS, "scheduler"):
-            continue
+    for name in _parts(content):
         if not (origin / name).is_dir():
             raise ValueError(f"base: expected {name} in {origin}, found none")
         shutil.copytree(origin / name, target / name, copy_function=_link_or_copy)

@@ -206,7 +206,8 @@ class _Data:
             {} if captures.bytes <= config.cache_bytes else None
         )
         samples = sorted({call["sample"] for call in captures.calls})
-        held = 0 if len(samples) < 2 else max(1, round(config.holdout * len(samples)))
+        held = max(1, round(config.holdout * len(samples)))
+        held = min(held, len(samples) - 1)  # one is left to learn from; of one sample none is held
         self.held = set(samples[len(samples) - held :]) if held else set(samples)
         learnt = set(samples[: len(samples) - held]) if held else set(samples)
         self.train = {
@@ -220,7 +221,8 @@ class _Data:
         for layer in layers:
             if not self.train[layer]:
                 raise ValueError(
-                    f"captures: expected calls of layer {layer}, got none in {captures.name}"
+                    f"captures: expected calls of layer {layer} in the {len(learnt)} of"
+                    f" {len(samples)} samples that are not held out, got none in {captures.name}"
                 )
             self.test[layer] = self.test[layer] or self.train[layer][-1:]
 
