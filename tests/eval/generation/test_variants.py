@@ -5,6 +5,10 @@ several processes, Ray.
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -104,6 +108,34 @@ def test_one_adapter_goes_into_the_folder_itself(files, tmp_path):
     settings = json.loads((tmp_path / "a" / "generation.json").read_text())
     assert settings["sampling"]["num_frames"] == 5
     assert len(list((tmp_path / "a").glob("*.mp4"))) == 6
+
+
+def test_an_adapter_of_a_member_from_outside_wants_its_module(files, tmp_path, capsys):
+    """In a process of its own, where nothing else has imported the member."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(files / "adapter", adapter)
+    path = adapter / "sla2_config.json"
+    path.write_text(path.read_text().replace('"learned"', '"cosine"'))
+    module = tmp_path / "cosine.py"
+    module.write_text(
+        "from sla2_core.registry import ROUTERS\n"
+        "from sla2_core.routing.learned import LearnedRouter\n"
+        "ROUTERS.register('cosine')(type('Cosine', (LearnedRouter,), {}))\n"
+    )
+    assert generate(files, tmp_path / "none", "--adapter", str(adapter)) == 2
+    assert "router: expected one of" in capsys.readouterr().err
+    given = ["generate", "--model", str(files / "model"), "--adapter", str(adapter), *SIZE]
+    given += ["--prompts", str(files / "prompts.txt"), "--out", str(tmp_path / "out")]
+    made = subprocess.run(
+        [sys.executable, "-m", "sla2_eval.cli.main", *given, "--imports", "cosine"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0, made.stderr
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 6
+    assert generate(files, tmp_path / "none", "--imports", "no_such_module") == 2
+    assert "imports: expected modules that can be imported" in capsys.readouterr().err
 
 
 def test_both_transformers_of_wan22_have_their_adapter(files, tmp_path, capsys):

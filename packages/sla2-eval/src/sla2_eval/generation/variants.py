@@ -23,6 +23,7 @@ from sla2_eval.parallel.cluster import check_address
 from sla2_eval.parallel.pool import open_pool
 from sla2_eval.parallel.tasks import Task
 from sla2_eval.runs.progress import Report, silent
+from sla2_eval.runs.settings import import_modules
 
 
 def generate_part(
@@ -32,12 +33,14 @@ def generate_part(
     folder: Path,
     config: SamplingConfig,
     *,
+    imports: Sequence[str] = (),
     stage: str = "generate",
     report: Report = silent,
 ) -> None:
     """Load the model and write the videos of these requests that are not there yet: the work of one
-    process.
+    process, which imports `imports` first.
     """
+    import_modules(imports)
     if all((folder / request.file_name).exists() for request in requests):
         report(stage, len(requests), len(requests))
         return
@@ -68,6 +71,7 @@ def generate_variants(
     config: SamplingConfig,
     *,
     indices: Sequence[int] | None = (0,),
+    imports: Sequence[str] = (),
     workers: int = 1,
     ray_address: str | None = None,
     report: Report = silent,
@@ -83,6 +87,8 @@ def generate_variants(
     Args:
         variants: {folder: adapter, or None for full attention}. indices: numbers of the videos of
             each prompt; None: as many as its benchmark asks for.
+        imports: modules that register members of their own, which adapters name; every process
+            imports them.
 
     Returns:
         The manifests, in the order of `variants`.
@@ -93,6 +99,7 @@ def generate_variants(
             RuntimeError: Ray cannot be started or joined, or workers died over some videos every
             time.
     """
+    import_modules(imports)
     if ray_address is not None:
         check_address(ray_address)
     for adapter in variants.values():
@@ -116,6 +123,7 @@ def generate_variants(
                     "requests": requests[number::parts],
                 }
                 arguments |= {"folder": folder, "config": config, "stage": stage}
+                arguments |= {"imports": tuple(imports)}
                 tasks[stage] = Task("sla2_eval.generation.variants:generate_part", arguments)
         pool.run(tasks)
     return [write_manifest(requests, folder, config) for folder in variants]

@@ -40,6 +40,12 @@ def _number_or_benchmark(ctx: click.Context, _: click.Parameter, value: str) -> 
     help="NAME=ADAPTER or NAME=full, into OUT/NAME; any number of them.",
 )
 @click.option(
+    "--imports",
+    multiple=True,
+    metavar="MODULE",
+    help="A module that registers members of your own, which an adapter names; any number of them.",
+)
+@click.option(
     "--prompts",
     required=True,
     type=click.Path(),
@@ -106,6 +112,7 @@ def command(
     model: str,
     adapter: str | None,
     given: tuple[str, ...],
+    imports: tuple[str, ...],
     prompts: str,
     names: str | None,
     info: str | None,
@@ -149,6 +156,7 @@ def command(
             lines,
             SamplingConfig(**sampling),
             indices=None if videos_per_prompt is None else range(videos_per_prompt),
+            imports=imports,
             workers=workers,
             ray_address=ray_address,
             report=report,
