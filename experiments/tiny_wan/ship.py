@@ -1,17 +1,17 @@
-"""Puts the adapters of a finished grid beside the weights of the tiny model that they belong to.
+"""Puts adapters of a finished grid beside the weights of the tiny model that they belong to.
 
-    python experiments/tiny_wan/ship.py experiments/tiny_wan/adapters.yaml runs/adapters
+    python experiments/tiny_wan/ship.py experiments/tiny_wan/adapters.yaml runs/adapters \\
+        f3b8f82 sla2-97
 
-writes packages/sla2-eval/src/sla2_eval/tiny/weights/MODEL/adapters/VARIANT/ for each variant that
-was fine-tuned: the model's weights in bf16, router and mixing in fp32, and training.json, which
-says what was run and how the loss went.
+writes packages/sla2-eval/src/sla2_eval/tiny/weights/MODEL/adapters/VARIANT/ for each variant named:
+the model's weights in bf16, router and mixing in fp32, and training.json, which says what was run,
+by the code of which commit, and how the loss went.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,16 +27,17 @@ from sla2_eval.tiny.model import weights_of
 EVERY = 50  # steps that one entry of the log averages
 
 
-def ship(config: Path, run: Path) -> None:
-    """Raises FileNotFoundError for a variant whose training is not finished."""
+def ship(config: Path, run: Path, commit: str, variants: list[str]) -> None:
+    """Raises FileNotFoundError for a variant whose training is not finished, ValueError for one
+    that the grid does not fine-tune.
+    """
     settings = load_settings(config, AblationSettings)
     settings = with_shift(settings, open_source(settings))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    for cell in cells(settings):
-        if cell.tuned is None:
-            continue
+    tuned = {cell.name: cell for cell in cells(settings) if cell.tuned is not None}
+    for name in variants:
+        if name not in tuned:
+            raise ValueError(f"variant: expected one of {', '.join(tuned)}, got {name!r}")
+    for cell in (tuned[name] for name in variants):
         trained = run / "work" / cell.tuned
         found = load_adapter(trained / "adapter")
         small = {
@@ -64,4 +65,4 @@ def ship(config: Path, run: Path) -> None:
 
 
 if __name__ == "__main__":
-    ship(Path(sys.argv[1]), Path(sys.argv[2]))
+    ship(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -7,6 +7,7 @@ from sla2_core.block_map import num_blocks
 from sla2_core.integrations import family
 from sla2_core.integrations.diffusers import apply_sla2
 from sla2_core.integrations.family import Family, family_of, register_family
+from sla2_core.integrations.inspect import inspect_model
 from sla2_core.integrations.processor import SLA2Processor
 from torch import nn
 
@@ -89,3 +90,5 @@ def test_a_registered_family_is_applied_like_the_others(monkeypatch):
     torch.testing.assert_close(model(x, time), expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="class_name: expected a class without a family"):
         register_family("MyTransformer", family_of(tiny_wan.model()))
+    with pytest.raises(ValueError, match="_class_name: expected a class of diffusers, got 'My"):
+        inspect_model({"_class_name": "MyTransformer"}, topk=0.1, block_q=16, block_k=5)

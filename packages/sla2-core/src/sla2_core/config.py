@@ -15,6 +15,9 @@ from sla2_core.registry import AXES, BACKENDS, COMPLEMENTS, FORMATS, MIXINGS, OR
 
 QAT_BACKWARDS = ("paper", "matched")
 CHANGEABLE = ("topk", "tau", "precision", "qat_backward", "backend")
+# What a finished stage 1 does not depend on. A field that is forgotten here costs a training; one
+# too many would reuse a wrong one.
+NOT_STAGE1 = ("topk", "precision", "qat_backward", "backend")
 # Fields that fix parameters or their meaning, whichever members are chosen.
 _BOUND = (
     *("head_dim", "num_heads", "block_q", "block_k", "smooth_k"),
@@ -210,8 +213,7 @@ class SLA2Config:
 
     def stage1_settings(self) -> dict[str, Any]:
         """What a finished stage 1 depends on: all but k%, the number format and the backend."""
-        apart = ("topk", "precision", "qat_backward", "backend")
-        found = {name: value for name, value in self.to_dict().items() if name not in apart}
+        found = {name: value for name, value in self.to_dict().items() if name not in NOT_STAGE1}
         formats = FORMATS.get(self.precision).options
         found["options"] = {n: v for n, v in found["options"].items() if n not in formats}
         return found

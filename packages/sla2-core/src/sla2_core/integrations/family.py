@@ -97,6 +97,21 @@ def known_classes() -> tuple[str, ...]:
     return tuple(_FAMILIES)
 
 
+def transformer_class(name: Any, where: str) -> Any:
+    """The transformer class that diffusers has under this name.
+
+    Raises ValueError, which begins with `where`, for a class without an integration, or one of your
+    own, which is not in diffusers: make such a model yourself and call apply_sla2.
+    """
+    import diffusers
+
+    if name not in known_classes():
+        raise ValueError(f"{where}: expected one of {', '.join(known_classes())}, got {name!r}")
+    if not hasattr(diffusers, name):
+        raise ValueError(f"{where}: expected a class of diffusers, got {name!r}")
+    return getattr(diffusers, name)
+
+
 def family_of(transformer: nn.Module) -> Family:
     """The family of a transformer. Raises ValueError for a class without an integration."""
     return _FAMILIES[class_name(transformer)]

@@ -16,7 +16,7 @@ from sla2_core.attention import build_attention
 from sla2_core.block_map import num_blocks
 from sla2_core.config import SLA2Config
 from sla2_core.cost import sla2_cost
-from sla2_core.integrations.family import family_of, known_classes
+from sla2_core.integrations.family import family_of, transformer_class
 from sla2_core.integrations.loading import local_folder
 
 
@@ -72,13 +72,9 @@ def inspect_model(
     Raises:
         ValueError: a class without an integration, or a k% or block size outside its range.
     """
-    import diffusers
-
-    name = config.get("_class_name")
-    if name not in known_classes():
-        raise ValueError(f"_class_name: expected one of {', '.join(known_classes())}, got {name!r}")
+    kind = transformer_class(config.get("_class_name"), "_class_name")
     with torch.device("meta"):
-        transformer = getattr(diffusers, name).from_config(config)
+        transformer = kind.from_config(config)
     family = family_of(transformer)
     shape = latent_shape or family.latent_shape
     tokens = family.tokens(transformer.config, *shape)

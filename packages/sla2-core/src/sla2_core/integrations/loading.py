@@ -13,7 +13,7 @@ from torch import nn
 from sla2_core import adapter as files
 from sla2_core.integrations import lora
 from sla2_core.integrations.diffusers import apply_sla2
-from sla2_core.integrations.family import family_of, known_classes
+from sla2_core.integrations.family import family_of, transformer_class
 from sla2_core.integrations.handle import SLA2Handle
 from sla2_core.integrations.quantized import check_plain
 
@@ -135,17 +135,11 @@ def from_pretrained(
         FileNotFoundError, ValueError: no such folder, no SLA2 in it, or files that do not fit; each
             names the file.
     """
-    import diffusers
-
     prefix = f"{subfolder}/" if subfolder else ""
     folder = local_folder(source, [f"{prefix}*.json", f"{prefix}*.safetensors"], revision) / prefix
     found = files.load_adapter(folder)
     name = files.read_json(folder / "config.json").get("_class_name")
-    if name not in known_classes():
-        raise ValueError(
-            f"{folder / 'config.json'}: expected one of {', '.join(known_classes())}, got {name!r}"
-        )
-    transformer = getattr(diffusers, name).from_pretrained(
+    transformer = transformer_class(name, str(folder / "config.json")).from_pretrained(
         folder, torch_dtype=torch_dtype, use_safetensors=True
     )
     handle = _apply(transformer, found, found.base_model)

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sla2_core.config import SLA2Config
+from sla2_core.config import NOT_STAGE1, SLA2Config
 
 from sla2_eval.generation import sampling as generation
 from sla2_eval.generation.prompts import Prompt, Request, plan, read_prompts
@@ -32,10 +32,7 @@ from sla2_eval.runs.store import digest, write_atomic
 REFERENCE = "full"
 SHARES = 2  # tasks that the videos of a variant are divided into
 UNPAIRED = ("temporal_flickering", "motion_smoothness_linear", "caption_accuracy")
-# Fields of SLA2Config that a training does not depend on. A field that is forgotten here costs a
-# training; one too many would reuse a wrong one.
-_NOT_STAGE1 = ("topk", "precision", "qat_backward", "backend")
-_NOT_STAGE2 = ("backend",)
+_NOT_STAGE2 = ("backend",)  # as config.NOT_STAGE1, of stage 2
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def cells(settings: AblationSettings) -> list[Cell]:
         for seed in seeds:
             router = tuned = None
             if learns:
-                what = _without(_for_stage1(settings, attention), _NOT_STAGE1)
+                what = _without(_for_stage1(settings, attention), NOT_STAGE1)
                 what |= {"stage1": asdict(settings.stage1)}
                 what |= {"captures": _captures_key(settings, attention)}
                 router = f"stage1/{digest(what)[:10]}-s{seed}"

@@ -218,17 +218,12 @@ def rows(found: Estimate) -> list[dict[str, Any]]:
 
 
 def _on_meta(config: dict[str, Any]) -> Any:
-    import diffusers
     import torch
-    from sla2_core.integrations.family import known_classes
+    from sla2_core.integrations.family import transformer_class
 
-    name = config.get("_class_name")
-    if name not in known_classes():
-        raise ValueError(
-            f"model: expected a transformer of {', '.join(known_classes())}, got {name!r}"
-        )
+    kind = transformer_class(config.get("_class_name"), "model")
     with torch.device("meta"):
-        return getattr(diffusers, name).from_config(config)
+        return kind.from_config(config)
 
 
 def _latents(

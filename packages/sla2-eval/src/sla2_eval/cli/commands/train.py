@@ -93,7 +93,7 @@ def router(
 ) -> None:
     """Stage 1: capture Q, K, V and train router and alpha; run again, it goes on where it was.
 
-    The model is the built-in tiny one or a text-to-video pipeline of diffusers. Prints, for each
+    The model is the built-in tiny one or a video pipeline of diffusers. Prints, for each
     layer and k%, the softmax mass that the learned router finds beside the heuristic one and the
     best.
 
