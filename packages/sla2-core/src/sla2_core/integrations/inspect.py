@@ -121,7 +121,7 @@ def inspect_model(
     }
     totals |= {key: max(layer[key] for layer in layers) for key in ("bytes_before", "bytes_after")}
     return {
-        "class": name,
+        "class": kind.__name__,
         "family": family.name,
         "latent_shape": list(shape),
         "tokens": tokens,
