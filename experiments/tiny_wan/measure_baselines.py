@@ -33,12 +33,12 @@ ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     *(
         ("vmoba", {"topk": k, "options": {"own_block": own}})
         for own in (False, True)
-        for k in (0.03, 0.05, 0.10, 0.15, 0.25)
+        for k in (0.03, 0.05, 0.10, 0.14, 0.15, 0.25)
     ),
     *(
         ("sparge_attention2", {"topk": k, "options": {"top_p": p}})
         for k in (0.015, 0.03)
-        for p in (0.05, 0.1, 0.15, 0.2)
+        for p in (0.03, 0.05, 0.1, 0.15, 0.2)
     ),
 )
 
