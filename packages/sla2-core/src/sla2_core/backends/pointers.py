@@ -57,10 +57,12 @@ def device_of(x: Tensor, target: str) -> Device:
 
 
 def int32(lengths: Tensor | None) -> Pointer:
+    """Lengths (B,) as int32, NULL for None."""
     return pointer(None if lengths is None else lengths.to(torch.int32))
 
 
 def problem_of(call: Inputs, options: Options) -> KernelProblem:
+    """Sizes, dtype and precision of a call as the kernels take them."""
     from sla2_kernels.problem import Problem as KernelProblem
 
     b, h, n_q, d = call.q.shape
@@ -93,6 +95,7 @@ def strided(x: Tensor) -> Strided:
 
 
 def map_of(call: Inputs) -> Map:
+    """The block map of a call: indices (B, H, T_m, K) and counts (B, H, T_m), int32."""
     from sla2_kernels.problem import Map
 
     indices, counts = call.indices.contiguous(), call.counts.contiguous()

@@ -23,6 +23,7 @@ class Group:
 
     @property
     def family(self) -> str:
+        """Of its members, which share it."""
         return self.members[0][1].family
 
     @property
@@ -43,9 +44,11 @@ class Group:
         return sum(sum(values) / len(values) for values in known) / len(known)
 
     def seeds(self) -> list[int | None]:
+        """The seeds of its members, each once; None where a folder names none."""
         return list(dict.fromkeys(member.seed for _, member in self.members))
 
     def of_seed(self, seed: int | None) -> list[Member]:
+        """The members of one seed."""
         return [member for _, member in self.members if member.seed == seed]
 
     def rows(self, seed: int | None) -> dict[str, dict]:
