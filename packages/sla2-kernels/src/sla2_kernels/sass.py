@@ -20,7 +20,7 @@ from typing import Any
 from sla2_kernels.artifacts import get, key_of
 from sla2_kernels.compile import Compiled
 
-SCHEMA = "sass 3"
+SCHEMA = "sass 4"
 TENSOR = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "OMMA")
 _MEMORY = ("LD", "ST", "RED", "ATOM", "UBLKCP", "BAR", "SYNCS")
 _LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P[T\d]+)\s+)?([A-Z][\w.]*)([^;]*);")
@@ -40,7 +40,7 @@ class Loop:
             nor multiply matrices: the rescaling of sums, the mask of the last keys.
         tensor: how many of `instructions` multiply matrices.
         inner: instructions, without rare ones, and tensor instructions of the inner loop with most
-            of the latter, (0, 0) if none multiplies matrices.
+            of the latter, of several the longest, (0, 0) if none multiplies matrices.
     """
 
     instructions: int
@@ -183,7 +183,7 @@ def _hot_loop(code: list[_Instruction]) -> Loop | None:
         for lines in bodies
         if first <= lines[0].address and lines[-1].address <= last and len(lines) < len(body)
     ]
-    inner = max(inside, key=lambda pair: pair[1], default=(0, 0))
+    inner = max(inside, key=lambda pair: (pair[1], pair[0]), default=(0, 0))
     return Loop(len(body) - rare, rare, _tensor(body), inner if inner[1] else (0, 0))
 
 
