@@ -2,18 +2,16 @@
 // further tiles of the same online softmax, in 16 bit for every precision.
 #pragma once
 
+#include "pooled_keys.cuh"
 #include "selected.cuh"
 
-constexpr int POOLED_UNROLL = 4;  // as SCORE_UNROLL: with 8 sm_90 spills
+// As SCORE_UNROLL: with more, sm_80 and sm_100 spill.
+constexpr int POOLED_UNROLL = SLA2_ARCH == 100 ? 1 : 2;
 
 // The pooled keys of a head and what a row block reads of them.
-struct PooledKeys {
-    const half_bits* k;    // (T_n, D): means of K over each block's valid tokens
-    const half_bits* v;    // (T_n, D): of V
-    const unsigned* bits;  // the row block's map (ceil(T_n / 32)): a set bit masks the key
-    int length;            // valid tokens
-    int blocks;            // those that hold one
-    int tiles;             // of BLOCK_K pooled keys; 0: every block is selected
+struct PooledKeys : PooledBlocks {
+    const half_bits* k;  // (T_n, D): means of K over each block's valid tokens
+    const half_bits* v;  // (T_n, D): of V
 };
 
 // `block`: the row block, counted over all heads.
@@ -22,18 +20,11 @@ SLA2_INLINE PooledKeys pooled_keys(const half_bits* k, const half_bits* v, const
                                    int n_k) {
     const int t_n = ceil_div(n_k, BLOCK_K);
     PooledKeys keys;
+    static_cast<PooledBlocks&>(keys) =
+        pooled_blocks(bits, block, selected.steps, selected.length, n_k);
     keys.k = k + bh * t_n * HEAD_DIM;
     keys.v = v + bh * t_n * HEAD_DIM;
-    keys.bits = bits + block * ceil_div(t_n, 32);
-    keys.length = selected.length;
-    keys.blocks = ceil_div(selected.length, BLOCK_K);
-    keys.tiles = selected.steps < keys.blocks ? ceil_div(keys.blocks, BLOCK_K) : 0;
     return keys;
-}
-
-// log(tokens) + bias in units of raw scores: what a pooled key's logit is more than its score.
-SLA2_INLINE float log_size(int tokens, float bias, float softmax_scale) {
-    return (logf(static_cast<float>(tokens)) + bias) / softmax_scale;
 }
 
 // Starts the copy of tile t of the means `x` of K or V; rows past the valid blocks become zeros.
@@ -42,37 +33,6 @@ SLA2_INLINE void load_pooled(unsigned char* slot, const half_bits* x, const Pool
     load_tile<BLOCK_K, HALF_ROW, FWD_THREADS>(
         slot, x + static_cast<long long>(t) * BLOCK_K * HEAD_DIM, HALF_ROW,
         keys.blocks - t * BLOCK_K);
-}
-
-// Raw scores s of tile t become logits, in their unit and less log_size of a whole block: -inf for
-// blocks that are selected or hold no valid token.
-SLA2_INLINE void pooled_logits(float (&s)[FWD_M_TILES][KEY_TILES][4], const PooledKeys& keys, int t,
-                               float softmax_scale) {
-    const int first = t * BLOCK_K, q = threadIdx.x & 3, words = ceil_div(keys.blocks, 32);
-#pragma unroll
-    for (int n = 0; n < KEY_TILES; ++n) {
-        const int column = first + 8 * n, word = column >> 5;
-        // Columns 2 i and 2 i + 1 of a word are bits i and 16 + i (bit_of).
-        const unsigned pair =
-            keys.bits[word < words ? word : words - 1] >> ((column & 31) / 2 + q);
-#pragma unroll
-        for (int m = 0; m < FWD_M_TILES; ++m)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                if (pair & (e & 1 ? 0x10000u : 1u)) s[m][n][e] = MINUS_INFINITY;
-    }
-    if (t + 1 < keys.tiles) return;
-    const int left = keys.blocks - first;
-    mask_tail(s, left);
-    const int tail = keys.length - (keys.blocks - 1) * BLOCK_K;  // tokens of the last block
-    const float less = log_size(tail, 0.0f, softmax_scale) - log_size(BLOCK_K, 0.0f, softmax_scale);
-#pragma unroll
-    for (int m = 0; m < FWD_M_TILES; ++m)
-#pragma unroll
-        for (int n = 0; n < KEY_TILES; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                if (8 * n + 2 * q + (e & 1) == left - 1) s[m][n][e] += less;
 }
 
 // The online softmax of a row block goes on over its pooled keys. Q lies in q_tile, or travels
@@ -94,7 +54,8 @@ SLA2_INLINE void attend_pooled(float (&o)[FWD_M_TILES][D_TILES][4],
 
         float s[FWD_M_TILES][KEY_TILES][4];
         score_keys<POOLED_UNROLL>(s, q_tile, row0, k_ring + slot * KEY_BYTES);
-        pooled_logits(s, keys, t, softmax_scale);
+        pooled_logits(s, keys, t, softmax_scale,
+                      [&](int column) { return map_word(keys, column); });
         softmax.update(s, o, softmax_scale * LOG2_E, 8.0f);
 
         cp_async_wait<1>();  // V of this step is here
