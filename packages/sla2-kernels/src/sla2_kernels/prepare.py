@@ -25,12 +25,15 @@ class Prepared(NamedTuple):
             smoothed K, if it is smoothed.
         key_means, value_means: block means of K, smoothed if it is, and of V over the valid tokens,
             16 bit (B H, T_n, width), 0 where there is none: the keys of the pooled complement.
+        key_mean_tiles, value_mean_tiles: the same as the tiles of pooled keys that Hopper's forward
+            copies whole, 16 bit (B H, T_n / block_k rounded up, block_k, width).
         k_bytes: 8-bit copy (B H, n_k, width), for a low-bit precision.
         v_bytes: 8-bit copy of V, transposed in each block: (B H, T_n, width, block_k).
         q_scale, k_scale, v_scale: what 8-bit values are divided by, fp32 (B H, T_m), (B H, T_n) and
             (B H, width).
         k_tiles, v_tiles: K less `mean` and V, in low bit their 8-bit copies, as sm90/pack.cu and
-            sm90/pack_low.cu lay them out, (B H, T_n, block_k, width).
+            sm90/pack_low.cu lay them out, (B H, T_n, block_k, width). Where pool() makes them, K as
+            it is.
         states: of the linear branch, 16 bit (B H, T_n, width (width + 1)): phi(K_j)^T V_j / block_k
             row by row, and behind it the column sums of phi(K_j) / block_k. With state_weights
             they are 8 bit (B H, T_n, width (width + 2)), as csrc/states.cuh says.
@@ -46,6 +49,8 @@ class Prepared(NamedTuple):
     pooled_k: Pointer = NULL
     key_means: Pointer = NULL
     value_means: Pointer = NULL
+    key_mean_tiles: Pointer = NULL
+    value_mean_tiles: Pointer = NULL
     k_bytes: Pointer = NULL
     v_bytes: Pointer = NULL
     q_scale: Pointer = NULL
@@ -108,6 +113,8 @@ def pool(
     smooth_k: bool = True,
     pooled: bool = False,
     means: bool = False,
+    tiles: bool = False,
+    save: bool = False,
 ) -> Prepared:
     """The first pass over Q and K, which routing and attention share; in low bit and with `means`
     over V too.
@@ -117,6 +124,9 @@ def pool(
         smooth_k: make K's mean over its valid tokens, and take it from pooled_k and key_means.
         pooled: make pooled_q and pooled_k.
         means: make key_means and value_means.
+        tiles: make these in tiles, key_means in nothing else, and in 16 bit k_tiles and v_tiles.
+        save: with `tiles`, make key_means besides, which backward() reads, but neither k_tiles nor
+            v_tiles, which keys() makes of the smoothed K.
 
     A low-bit precision has also q_scale and v_scale made.
     """
@@ -132,8 +142,17 @@ def pool(
     if pooled:
         made = made._replace(pooled_q=new((p.pairs, p.t_m, p.width), "float32"), pooled_k=of_keys)
     if means:
-        key_means, value_means = (new(per_block, p.dtype) for _ in range(2))
-        made = made._replace(key_means=key_means, value_means=value_means)
+        made = made._replace(value_means=new(per_block, p.dtype))
+    if means and (save or not tiles):
+        made = made._replace(key_means=new(per_block, p.dtype))
+    if means and tiles:
+        shape = (p.pairs, -(-p.t_n // p.block_k), p.block_k, p.width)
+        of_k, of_v = (new(shape, p.dtype) for _ in range(2))
+        made = made._replace(key_mean_tiles=of_k, value_mean_tiles=of_v)
+        if not (save or p.low):
+            shape = (p.pairs, p.t_n, p.block_k, p.width)
+            k_tiles, v_tiles = (new(shape, p.dtype) for _ in range(2))
+            made = made._replace(k_tiles=k_tiles, v_tiles=v_tiles)
     if p.low:
         made = made._replace(
             q_scale=new((p.pairs, p.t_m), "float32"),
@@ -152,6 +171,8 @@ def pool(
         made.pooled_q,
         of_keys,
         made.value_means,
+        made.k_tiles,
+        made.v_tiles,
         made.q_scale,
         tops,
         *map(np.int32, (p.heads, p.n_q, p.n_k, p.t_n, value_blocks)),
@@ -160,8 +181,22 @@ def pool(
         return made
     mean = new((p.pairs, p.width), "float32")
     sizes = map(np.int32, (p.heads, p.n_k, p.t_n, True, smooth_k and (pooled or means)))
-    args = of_keys, tops, p.kv_lengths, mean, made.v_scale, made.key_means
-    run_kernel(device, p, "sla2_key_mean", (p.pairs,), *args, *sizes)
+    run_kernel(
+        device,
+        p,
+        "sla2_key_mean",
+        (p.pairs,),
+        of_keys,
+        tops,
+        p.kv_lengths,
+        mean,
+        made.v_scale,
+        made.key_means,
+        made.value_means if tiles else NULL,
+        made.key_mean_tiles,
+        made.value_mean_tiles,
+        *sizes,
+    )
     return made._replace(mean=mean) if smooth_k else made
 
 

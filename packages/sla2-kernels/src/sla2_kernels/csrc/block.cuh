@@ -2,6 +2,7 @@
 #pragma once
 
 #include "formats.cuh"
+#include "sm90/offsets.cuh"
 
 constexpr int ROW_LANES = HEAD_DIM / 8;  // lanes of a row, 8 channels (16 bytes) each
 
@@ -31,6 +32,14 @@ struct Block {
         for (int pass = 0; pass < PASSES; ++pass)
             if (row(pass) >= valid)
                 kept[pass].x = kept[pass].y = kept[pass].z = kept[pass].w = 0u;
+    }
+
+    // The block as a tile that wgmma reads.
+    __device__ __forceinline__ void store_tile(unsigned char* tile) const {
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass)
+            *reinterpret_cast<uint4*>(
+                tile + panel_offset<ROWS>(row(pass), threadIdx.x % ROW_LANES)) = kept[pass];
     }
 
     // The block's scale in 8 bit. All threads call it; `tops` has a float a warp.

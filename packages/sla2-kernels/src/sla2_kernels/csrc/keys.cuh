@@ -3,7 +3,6 @@
 #pragma once
 
 #include "block.cuh"
-#include "sm90/offsets.cuh"
 #include "tile.cuh"
 
 constexpr float SHARE = 1.0f / BLOCK_K;           // of a token in h_j and z_j
@@ -168,11 +167,7 @@ SLA2_INLINE void make_keys(const KeysArguments& a, bool linear, unsigned char* s
                                : a.k_bytes + (bh * a.n_k + first) * HEAD_DIM,
                          a.k_scale + at, tiled ? swizzled : row * HEAD_DIM + 8 * lane);
     } else if (tiled)
-#pragma unroll
-        for (int pass = 0; pass < keys.PASSES; ++pass)
-            *reinterpret_cast<uint4*>(a.k_tiles + at * (BLOCK_K * HALF_ROW) +
-                                      panel_offset<BLOCK_K>(keys.row(pass), lane)) =
-                keys.kept[pass];
+        keys.store_tile(a.k_tiles + at * (BLOCK_K * HALF_ROW));
     if (linear) {
         const int inside = a.channels - 8 * lane;  // at least 8 but where heads are padded
 #pragma unroll

@@ -85,7 +85,8 @@ SLA2_INLINE void store_tops(const Block<ROWS, POOL_THREADS>& block,
 // Grid (key_blocks + value_blocks + query blocks, B H). The first key_blocks, T_n, make means of K
 // over its valid tokens (B H, T_n, D), 0 where there is none; in 8 bit they read V too, for the
 // largest |V| of each channel (B H, T_n, D) and its means in 16 bit (B H, T_n, D), or null. In 16
-// bit the value_blocks, T_n or none, make those. The others, T_m or none, make means of Q
+// bit the value_blocks, T_n or none, make those. k_tiles and v_tiles (B H, T_n, BLOCK_K x D): K and
+// V as sm90/pack.cu lays them out, in 16 bit, or null. The others, T_m or none, make means of Q
 // (B H, T_m, D), or null, and in 8 bit the scale of each block (B H, T_m).
 extern "C" __global__ void __launch_bounds__(POOL_THREADS, POOL_BLOCKS)
 sla2_pool(const half_bits* __restrict__ q, long long q_item, long long q_head, int q_step,
@@ -93,6 +94,7 @@ sla2_pool(const half_bits* __restrict__ q, long long q_item, long long q_head, i
           const half_bits* __restrict__ v, long long v_item, long long v_head, int v_step,
           const int* __restrict__ kv_lengths, float* __restrict__ pooled_q,
           float* __restrict__ pooled_k, half_bits* __restrict__ pooled_v,
+          unsigned char* __restrict__ k_tiles, unsigned char* __restrict__ v_tiles,
           float* __restrict__ q_scale, float* __restrict__ value_top, int num_heads, int n_q,
           int n_k, int key_blocks, int value_blocks) {
     __shared__ float sums[POOL_GROUPS][HEAD_DIM];
@@ -122,6 +124,8 @@ sla2_pool(const half_bits* __restrict__ q, long long q_item, long long q_head, i
             }
         }
         tokens.cut(valid);
+        if (!LOW_BIT && k_tiles != nullptr)
+            tokens.store_tile((values ? v_tiles : k_tiles) + at * (BLOCK_K * 2));
         store_means(tokens, valid, sums, values ? nullptr : pooled_k + at, pooled_v + at);
         return;
     }
@@ -145,12 +149,14 @@ sla2_pool(const half_bits* __restrict__ q, long long q_item, long long q_head, i
 // value_scale (B H, D), the largest value_top / limit (null: not wanted). `x` (B H, T_n, D) holds
 // sums over the valid tokens of each block, or with `means` their means, from which `shift` then
 // takes the mean away; `rounded` takes them in 16 bit, 0 where there is no token (null: not
-// wanted). Grid (B H), 512 threads. Also ends the backward's mean of dK.
+// wanted). k_tiles and v_tiles, or null, take the same and value_means (B H, T_n, D) as tiles of
+// pooled keys that end with zeros. Grid (B H), 512 threads. Also ends the backward's mean of dK.
 extern "C" __global__ void __launch_bounds__(512)
 sla2_key_mean(float* x, const float* __restrict__ value_top, const int* __restrict__ kv_lengths,
               float* __restrict__ mean, float* __restrict__ value_scale,
-              half_bits* __restrict__ rounded, int num_heads, int n_k, int t_n, int means,
-              int shift) {
+              half_bits* __restrict__ rounded, const half_bits* __restrict__ value_means,
+              unsigned char* __restrict__ k_tiles, unsigned char* __restrict__ v_tiles,
+              int num_heads, int n_k, int t_n, int means, int shift) {
     constexpr int GROUPS = 512 / HEAD_DIM;
     __shared__ float sums[GROUPS][HEAD_DIM];
     __shared__ float tops[GROUPS][HEAD_DIM];
@@ -173,6 +179,17 @@ sla2_key_mean(float* x, const float* __restrict__ value_top, const int* __restri
         mean[bh * HEAD_DIM + c] = whole;
         if (value_top != nullptr) value_scale[bh * HEAD_DIM + c] = scale_of(top, PV_LIMIT);
     }
+    if (k_tiles != nullptr)
+        for (int block = group; block < ceil_div(t_n, BLOCK_K) * BLOCK_K; block += GROUPS) {
+            const bool there = block < t_n;
+            const long long at = (bh * t_n + block) * HEAD_DIM + c;
+            const float left = there && block * BLOCK_K < length
+                                   ? (shift ? x[at] - whole : x[at])
+                                   : 0.0f;
+            *pooled_place(k_tiles, bh, t_n, block, c) = float_to_half(left);
+            *pooled_place(v_tiles, bh, t_n, block, c) =
+                there ? value_means[at] : static_cast<half_bits>(0);
+        }
     if (!shift && rounded == nullptr) return;
     for (int block = group; block < t_n; block += GROUPS) {
         const long long at = (bh * t_n + block) * HEAD_DIM + c;
