@@ -147,11 +147,14 @@ def work_of(entry: str, p: Problem, selected: int, blocks: int) -> Work:
     tile = 2.0 * p.block_q * p.block_k * d * p.pairs * p.t_m * selected  # one product of the branch
     if entry == "sla2_sparse_fwd":
         return Work(selected, half=2 * tile + 2.0 * rows * d * d, looped=2 * tile)
-    if entry in ("sla2_pooled_fwd", "sla2_pooled_fwd_low"):
+    if "pooled_fwd" in entry:
         chosen = work_of(sibling_of(entry), p, selected, blocks)
         tiles = -(-p.t_n // p.block_k)
         looped = 2 * tile * tiles / selected
         half = chosen.half - 2.0 * rows * d * d + looped  # there is no phi(Q) H
+        if "sm90" in entry:  # in 8 bit the first tile stands before the loop over the others
+            steps = tiles - 1 if p.low else tiles
+            return replace(chosen, half=half, steps=steps, selected=chosen)
         return replace(chosen, trips=tiles, half=half, looped=looped, selected=chosen)
     if entry in ("sla2_sparse_fwd_low", "sla2_sm90_sparse_fwd_low"):
         qk = {"fp8": tile} if p.precision == "fp8" else {"int8": tile}
@@ -204,7 +207,7 @@ def work_of(entry: str, p: Problem, selected: int, blocks: int) -> Work:
 
 def sibling_of(name: str) -> str:
     """The kernel that has the loop over selected blocks of a pooled kernel."""
-    return name.replace("sla2_pooled_fwd", "sla2_sparse_fwd")
+    return name.replace("pooled_fwd", "sparse_fwd")
 
 
 def _persistent(p: Problem, selected: int, blocks: int, flops: dict[str, float]) -> Work:
@@ -241,12 +244,15 @@ def loop_slots(figures: dict[str, Any], work: Work, warps: float) -> float:
 
 def slots_of(figures: dict[str, Any], name: str, work: Work, warps: float) -> float:
     """issue_slots() of kernel `name` of the committed file. Of a kernel with a second loop that
-    loop's trips beyond the one that is counted as outside, by the kernel that has it alone.
+    loop's trips beyond the one that is counted as outside, by the kernel that has it alone; where
+    blocks of threads stay, both are inner loops.
     """
     slots = issue_slots(figures[name], work, warps)
     if work.selected is None:
         return slots
     shared = figures[sibling_of(name)]
+    if work.selected.steps is not None:
+        return slots + warps * work.trips * shared["inner"][0] * (work.selected.steps - 1)
     once = shared.get("loop", 0) + shared.get("rare", 0)
     return slots + loop_slots(shared, work.selected, warps) - warps * once
 
@@ -288,6 +294,8 @@ STAGES = {  # of the kernels' names; a kernel that is not listed is a stage by i
     "column_rows": "columns",
     "sparse_fwd_low": "sparse_fwd",
     "pooled_fwd_low": "pooled_fwd",
+    "sm90_pooled_fwd": "pooled_fwd",
+    "sm90_pooled_fwd_low": "pooled_fwd",
     "sm90_pack": "pack",
     "sm90_pack_low": "pack",
     "masked_sum_low": "masked_sum",
@@ -407,7 +415,8 @@ def measure(report: Callable[[str, int, int], None], quick: bool) -> dict[str, A
             p = problem_of(precision, int(n), int(heads))
             topk = 1 - SHAPE["sparsity"]
             selected = max(1, round(topk * p.t_n))
-            runs = faster_precision(gpu.arch, precision) == precision  # where wgmma does not
+            by_wgmma = takes(Recorder(gpu.arch).device, p)
+            runs = by_wgmma or faster_precision(gpu.arch, precision) == precision
             for pooled in (False, True) if runs else (False,):
                 launches = forward_launches(gpu.arch, p, topk, pooled)
                 found = model(gpu, launches, p, selected, committed["figures"][gpu.arch])

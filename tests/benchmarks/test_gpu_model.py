@@ -65,6 +65,26 @@ def test_the_sparse_forward_by_wgmma_by_hand():
     assert by_mma_sync == pytest.approx(gpu_model.LAUNCH_SECONDS + longer + shorter)
 
 
+def test_the_pooled_forward_by_wgmma_by_hand():
+    p = gpu_model.problem_of("full", 32760, 12)
+    work = work_of("sla2_sm90_pooled_fwd", p, 15, 132)
+    tile = 4 * 128 * 64 * 128 * 12 * 256
+    assert work.half == 23 * tile  # 512 pooled keys are 8 tiles
+    figures = {
+        "sla2_sm90_pooled_fwd full": {
+            "instructions": 3800,
+            "loop": 1900,
+            "rare": 600,
+            "tensor": 36,
+            "inner": [360, 12],
+        },
+        "sla2_sm90_sparse_fwd full": {"instructions": 9999, "inner": [286, 12]},
+    }
+    slots = gpu_model.slots_of(figures, "sla2_sm90_pooled_fwd full", work, 8 * 132)
+    # Of both loops one trip is in `loop`; the first selected block is scored before them.
+    assert slots == pytest.approx(8 * (132 * 1300 + 12 * 256 * (1900 + 7 * 360 + 13 * 286)))
+
+
 def test_the_backward_by_wgmma_multiplies_seven_times():
     p = gpu_model.problem_of("full", 32760, 12)
     launches = gpu_model.backward_launches("sm_90a", p, 0.05)

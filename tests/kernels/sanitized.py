@@ -175,9 +175,12 @@ def run_pooled():
         v_scale=floats(1, WIDTH),
     )
     written(*pooled_forward(DEVICE, problem("int8"), low, block_map(), pooled))
-    inputs = (Strided.of(halves(1, 1, N, 48), 1, N, 48) for _ in range(3))
+    inputs = [Strided.of(halves(1, 1, N, 48), 1, N, 48) for _ in range(3)]
     made = pool(DEVICE, problem(head_dim=48), *inputs, means=True)
     written(made.key_means, made.value_means)
+    whole = Problem(batch=1, heads=1, n_q=N, n_k=N, head_dim=48, kv_lengths=problem().kv_lengths)
+    made = pool(DEVICE, whole, *inputs, means=True, tiles=True)
+    written(made.value_mean_tiles, made.k_tiles, made.v_tiles)
 
 
 def run_low_bit():
@@ -244,6 +247,10 @@ def run_hopper():
         DEVICE, problem, q, *tiles, block_map(), state, norm, ALPHA, out, out_sparse, lse, blocks=1
     )
     written(*tiles, out, out_sparse, lse)
+    means, lse = [halves(1, 1, 64, WIDTH) for _ in range(2)], allocate((1, n), "float32")
+    given = *tiles, floats(1, WIDTH), block_map(), *means, bits, ALPHA, out, lse
+    hopper.pooled_forward(DEVICE, problem, q, *given, blocks=1)
+    written(out, lse)
     found = floats(1, n, WIDTH), allocate((1, n, WIDTH), "bfloat16")
     d_q, key_sum = allocate((1, n, WIDTH), "bfloat16"), allocate((1, t_n, WIDTH), "float32")
     columns = (
@@ -274,6 +281,11 @@ def run_hopper_low():
     rest = state, norm, ALPHA, out, out_sparse, lse
     hopper.sparse_forward(DEVICE, problem, q, *tiles, block_map(), *rest, low=low, blocks=1)
     written(out, out_sparse, lse)
+    bits = Pointer.of(np.array([[[3], [1 << 16]]], np.uint32))
+    means, lse = [halves(1, 1, 64, WIDTH) for _ in range(2)], allocate((1, n), "float32")
+    given = *tiles, NULL, block_map(), *means, bits, ALPHA, out, lse
+    hopper.pooled_forward(DEVICE, problem, q, *given, low=low, blocks=1)
+    written(out, lse)
 
 
 KERNELS = {

@@ -241,6 +241,7 @@ def launched(monkeypatch):
 PARTS = (
     "sparse_fwd",
     "sparse_fwd_low",
+    "pooled_fwd",
     "masked_sum",
     "masked_sum_low",
     "sparse_bwd_q",
@@ -296,7 +297,8 @@ def test_the_whole_operator_takes_them_in_low_bit(precision, d, launched):
 @needs_hopper
 def test_other_blocks_and_the_switch_take_mma_sync(monkeypatch, launched):
     problems.run(problems.make(63, 63, heads=1), gradients=True)
-    assert launched & BOTH == {f"sla2_{x}" for x in PARTS if not x.endswith("low")}
+    parts = {"sparse_fwd", "masked_sum", "sparse_bwd_q", "sparse_bwd_kv"}
+    assert launched & BOTH == {f"sla2_{x}" for x in parts}
     monkeypatch.setenv("SLA2_WGMMA", "0")
     assert not Device(allocate=problems.allocate).wgmma
     monkeypatch.setenv("SLA2_WGMMA", "no")
@@ -356,7 +358,13 @@ def test_masked_sum(rows, depth, d):
         assert all(torch.equal(y, z) for y, z in zip(kept, found)), order
 
 
-SLOTS = {"full": (540, 580), "int8": (640, 720), "fp8": (560, 650), "int8_int8": (840, 1060)}
+SLOTS = {
+    "full": (540, 580),
+    "pooled": (680, 730),
+    "int8": (640, 720),
+    "fp8": (560, 650),
+    "int8_int8": (840, 1060),
+}
 # Of 1,024, 1,536 and 2,048 clocks that a step's products take at d = 128.
 STEPS = {
     "sla2_sm90_masked_sum": 380,
@@ -383,8 +391,9 @@ def test_code_is_what_the_budget_says(spec):
     assert gate(spec, built) + gate_code(spec, code) == []
     if spec.entry in STEPS:
         assert 2 * code.loop.inner[0] <= STEPS[spec.entry]
-    if "sparse_fwd" in spec.entry:
+    if "_fwd" in spec.entry:
         assert built.kernels[spec.entry].registers == 168  # 384 threads: 64,512
         d = dict(spec.macros)["SLA2_HEAD_DIM"]
         # Two warps a scheduler.
-        assert 2 * code.loop.inner[0] <= SLOTS[spec.label.split()[-1]][d == 128]
+        name = "pooled" if "pooled" in spec.entry else spec.label.split()[-1]
+        assert 2 * code.loop.inner[0] <= SLOTS[name][d == 128]

@@ -54,7 +54,8 @@ class Pooled(NamedTuple):
 
     Attributes:
         k, v: the means of K (less its mean over tokens where K is smoothed) and of V over the
-            block's valid tokens, 16 bit (B H, T_n, width); zeros where it has none.
+            block's valid tokens, 16 bit (B H, T_n, width); zeros where it has none. On Hopper,
+            whose forward reads them in tiles, k is NULL if nothing is saved for backward().
         bits: the block map, as `Linear` has it: a set bit masks the pooled key.
         bias: b, fp32, in an `Alpha`.
     """
@@ -380,7 +381,7 @@ def pooled_forward(
     """One softmax over the selected blocks and the pooled keys of the others, in one kernel.
 
     Args:
-        made: as of sparse_forward().
+        made: as of sparse_forward(); on Hopper with the tiles of K, V and their means.
         pooled: its k is of the smoothed K where `made` has a mean or 8-bit copies of such a K.
         out: as of sparse_forward().
 
@@ -391,6 +392,12 @@ def pooled_forward(
     rows = (p.pairs, p.n_q, p.width)
     out = out or Strided.of(new(rows, p.dtype), p.heads, p.n_q, p.width)
     lse = new((p.batch, p.heads, p.n_q), "float32")
+    if hopper.takes(device, p):
+        low = hopper.LowBit(made.q_scale, made.k_scale, made.v_scale) if p.low else None
+        tiles = made.k_tiles, made.v_tiles, made.mean, block_map
+        means = made.key_mean_tiles, made.value_mean_tiles, pooled.bits, pooled.bias
+        hopper.pooled_forward(device, p, made.q, *tiles, *means, out, lse, low=low)
+        return out, lse
     run_kernel(
         device,
         p,
@@ -467,7 +474,8 @@ def forward(
             added to the logits of the pooled keys.
         smooth_k: subtract the mean over tokens from K first; as in pool(), where it made `made`.
         save: keep what backward() needs.
-        made: what pool() made, if route() needed it before; for the pooled complement with `means`.
+        made: what pool() made, if route() needed it before; for the pooled complement with `means`,
+            and with the same `save`.
         complement: "linear" or "pooled", what joins the sparse branch.
         out: where to write O, if d is 64 or 128 and it `fits`; None: new contiguous memory.
 
@@ -477,9 +485,12 @@ def forward(
     """
     p, linear, pooled = problem, None, None
     joins = alpha is not None and complement == "pooled"
-    made = made or pool(device, p, q, k, v, smooth_k=smooth_k, means=joins)
-    # A matched backward reads rows.
-    tiles = hopper.takes(device, p, joins) and not (save and p.low)
+    on_hopper = hopper.takes(device, p)
+    if not made:
+        made = pool(device, p, q, k, v, smooth_k=smooth_k, means=joins, tiles=on_hopper, save=save)
+    # A matched backward reads rows; there is none with pooled keys.
+    rows = save and p.low and not joins
+    tiles = on_hopper and not rows and not made.k_tiles.address
     made = keys(device, p, made, linear=not joins and alpha is not None, save=save, tiles=tiles)
     if alpha and joins:
         bits = row_bits(device, p, block_map)[0]
@@ -531,7 +542,8 @@ def routed_forward(
     complement, b for the pooled one.
     """
     p, joins = problem, isinstance(alpha, Alpha)
-    made = pool(device, p, q, k, v, smooth_k=smooth_k, pooled=True, means=joins)
+    tiles = hopper.takes(device, p)
+    made = pool(device, p, q, k, v, smooth_k=smooth_k, pooled=True, means=joins, tiles=tiles)
     found = route(
         device,
         p,

@@ -1,5 +1,5 @@
-"""The sparse branch and the masked sum on Hopper (csrc/sm90): wgmma, bulk copies and specialised
-warps, for the same results as the `mma.sync` kernels.
+"""The sparse branch, the pooled complement and the masked sum on Hopper (csrc/sm90): wgmma, bulk
+copies and specialised warps, for the same results as the `mma.sync` kernels.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from sla2_kernels.launch import Argument, Pointer, multiprocessors, run_kernel
 from sla2_kernels.problem import MULTIPROCESSORS, NULL, Alpha, Device, Map, Problem, Strided
 
 
-def takes(device: Device, problem: Problem, pooled: bool = False) -> bool:
+def takes(device: Device, problem: Problem) -> bool:
     """Whether these kernels run a problem: for query blocks of 128 and key blocks of 64, if the
-    device allows and has them. The forward of the pooled complement is by `mma.sync`.
+    device allows and has them.
     """
-    return device.wgmma and not pooled and has_wgmma(device.arch, problem.geometry)
+    return device.wgmma and has_wgmma(device.arch, problem.geometry)
 
 
 def _multiprocessors(device: Device) -> int:
@@ -138,6 +138,60 @@ def sparse_forward(
         out_sparse,
         lse,
         *map(np.int32, (p.heads, p.n_q, p.n_k, p.head_dim, count)),
+        p.softmax_scale,
+    )
+
+
+def pooled_forward(
+    device: Device,
+    problem: Problem,
+    q: Strided,
+    k_tiles: Pointer,
+    v_tiles: Pointer,
+    mean: Pointer,
+    block_map: Map,
+    key_means: Pointer,
+    value_means: Pointer,
+    bits: Pointer,
+    bias: Alpha,
+    out: Strided,
+    lse: Pointer,
+    *,
+    low: LowBit | None = None,
+    blocks: int | None = None,
+) -> None:
+    """One softmax over the selected blocks and the pooled keys of the others, in one kernel.
+
+    Args:
+        mean: by which the pooled keys are smoothed and k_tiles are not, fp32 (B H, width); NULL: 0,
+            as always in low bit.
+        key_means, value_means: in tiles, see `prepare.Prepared`.
+        bits, bias: as `forward.Pooled` has them.
+        others: as in sparse_forward().
+    """
+    p = problem
+    count = p.pairs * p.t_m
+    run_kernel(
+        device,
+        p,
+        "sla2_sm90_pooled_fwd_low" if low else "sla2_sm90_pooled_fwd",
+        (min(blocks or _multiprocessors(device), count),),
+        *q.arguments,
+        k_tiles,
+        v_tiles,
+        *((low.q_scale, low.k_scale, low.v_scale) if low else (mean,)),
+        block_map.indices,
+        block_map.counts,
+        np.int32(block_map.width),
+        p.kv_lengths,
+        key_means,
+        value_means,
+        bits,
+        bias.values,
+        *map(np.int32, bias.strides),
+        *out.arguments,
+        lse,
+        *map(np.int32, (p.heads, p.n_q, p.n_k, count)),
         p.softmax_scale,
     )
 

@@ -213,9 +213,13 @@ def _pooled_kv_shared(g: Geometry) -> int:
 
 
 # As sm90/*.cu lay it out: rings of three K and V tiles, H, rows of Q and O 16 bytes apart, Z,
-# mbarriers.
+# mbarriers; with the pooled complement no H, and K's mean for Z.
 def _hopper_forward_shared(g: Geometry) -> int:
-    tiles = 6 * g.block_k + g.head_dim
+    return _hopper_pooled_shared(g) + g.head_dim * g.row_bytes
+
+
+def _hopper_pooled_shared(g: Geometry) -> int:
+    tiles = 6 * g.block_k
     rows = 2 * g.block_q * (g.row_bytes + 16)
     return tiles * g.row_bytes + rows + 4 * g.head_dim + 8 * 16
 
@@ -224,6 +228,12 @@ def _hopper_forward_low_shared(g: Geometry) -> int:
     tiles = 6 * g.block_k * g.head_dim + g.head_dim * g.row_bytes
     rows = g.block_q * (3 * (g.row_bytes + 16) + g.head_dim + 16)
     return tiles + rows + 4 * g.head_dim + 8 * 18
+
+
+def _hopper_pooled_low_shared(g: Geometry) -> int:
+    tiles = 6 * g.block_k * g.row_bytes
+    rows = g.block_q * (3 * (g.row_bytes + 16) + g.head_dim + 16)
+    return tiles + rows + 8 * 18
 
 
 _KERNELS = {
@@ -361,6 +371,13 @@ _HOPPER = {  # csrc/sm90
         blocks=lambda *_: 1,
         opcodes=_ROLES,
     ),
+    "sla2_sm90_pooled_fwd": _Kernel(
+        "sm90/sparse_fwd.cu",
+        _fixed(384),
+        _hopper_pooled_shared,
+        blocks=lambda *_: 1,
+        opcodes=_ROLES,
+    ),
     "sla2_sm90_masked_sum": _Kernel(
         "sm90/masked_sum.cu",
         _fixed(384),
@@ -395,6 +412,14 @@ _HOPPER = {  # csrc/sm90
         "sm90/sparse_fwd_low.cu",
         _fixed(384),
         _hopper_forward_low_shared,
+        _LOW,
+        blocks=lambda *_: 1,
+        opcodes=_ROLES,
+    ),
+    "sla2_sm90_pooled_fwd_low": _Kernel(
+        "sm90/sparse_fwd_low.cu",
+        _fixed(384),
+        _hopper_pooled_low_shared,
         _LOW,
         blocks=lambda *_: 1,
         opcodes=_ROLES,
@@ -455,7 +480,7 @@ def spec_of(name: str, arch: str, geometry: Geometry) -> KernelSpec:
     absent: tuple[str, ...] = ()
     if name in ("sla2_sparse_fwd_low", "sla2_pooled_fwd_low"):
         products, absent = _low_opcodes(arch, precision)
-    elif name == "sla2_sm90_sparse_fwd_low":
+    elif name in ("sla2_sm90_sparse_fwd_low", "sla2_sm90_pooled_fwd_low"):
         products = tuple(sorted(set(_WGMMA[precision])))
     elif name == "sla2_masked_sum_low":
         # Where E4M3 is widened, the kernel does it, once for the products of 32 rows.

@@ -333,7 +333,7 @@ class CudaBackend(Backend):
         q, smooth_k = call.q, options.smooth_k
         device, problem = device_of(q, self.name), problem_of(call, options)
         if not save:
-            problem = to_run(device, problem, _joins(call, options))
+            problem = to_run(device, problem)
         out = strided(self.empty_out(q)) if problem.head_dim == problem.width else None
         made = forward(
             device,

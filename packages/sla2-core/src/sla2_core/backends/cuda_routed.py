@@ -93,7 +93,7 @@ def plan_of(call: _Call) -> Plan:
             alpha = Alpha.of(offset, (1, heads, 1)) if joins else rule
         found = routed_forward(
             device,
-            to_run(device, problem, joins),
+            to_run(device, problem),
             Strided(q, call.q.steps),
             Strided(k, call.k.steps),
             Strided(v, call.v.steps),

@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sla2_kernels.problem import Device, Problem
 
-_BY_WGMMA = (
-    "; blocks of 128 and 64 run in 8 bit by wgmma, but for the pooled complement, unless SLA2_WGMMA"
-    " is 0"
-)
+_BY_WGMMA = "; blocks of 128 and 64 run in 8 bit by wgmma, unless SLA2_WGMMA is 0"
 
 
 @functools.cache
@@ -36,12 +33,12 @@ def precision_to_run(arch: str, precision: str) -> str:
     return chosen
 
 
-def to_run(device: Device, problem: Problem, pooled: bool = False) -> Problem:
+def to_run(device: Device, problem: Problem) -> Problem:
     """The problem of a forward without gradients: see precision_to_run. Hopper's own kernels have
-    every precision, but not the pooled complement.
+    every precision.
     """
     from sla2_kernels import hopper
 
-    if device.target != "cuda" or hopper.takes(device, problem, pooled):
+    if device.target != "cuda" or hopper.takes(device, problem):
         return problem
     return replace(problem, precision=precision_to_run(device.arch, problem.precision))

@@ -61,20 +61,29 @@ SLA2_INLINE void init_rings(Barriers& barriers) {
     mbarrier_init(&barriers.state_empty, 8);
 }
 
-// Brings the key blocks of a query block, tiles of BYTES, into the rings at k_ring and v_ring; run
-// by one thread of the producer.
-template <int BYTES, int STAGES, class Barriers>
+// Brings a tile of K and one of V, of BYTES, into the rings at k_ring and v_ring, whose stages take
+// STAGE_BYTES; run by one thread of the producer.
+template <int BYTES, int STAGE_BYTES, int STAGES, class Barriers>
+SLA2_INLINE void bring_tiles(const unsigned char* k_tile, const unsigned char* v_tile,
+                             unsigned char* k_ring, unsigned char* v_ring, Barriers& barriers,
+                             Turn<STAGES>& turn) {
+    const int i = turn.stage;
+    mbarrier_wait(&barriers.k_empty[i], turn.parity ^ 1);
+    mbarrier_arrive_expect(&barriers.k_full[i], BYTES);
+    bulk_load(k_ring + i * STAGE_BYTES, k_tile, BYTES, &barriers.k_full[i]);
+    mbarrier_wait(&barriers.v_empty[i], turn.parity ^ 1);
+    mbarrier_arrive_expect(&barriers.v_full[i], BYTES);
+    bulk_load(v_ring + i * STAGE_BYTES, v_tile, BYTES, &barriers.v_full[i]);
+    turn.next();
+}
+
+// The key blocks of a query block.
+template <int BYTES, int STAGE_BYTES, int STAGES, class Barriers>
 SLA2_INLINE void bring_keys(const Work& w, int t_n, const unsigned char* k_tiles,
                             const unsigned char* v_tiles, unsigned char* k_ring,
                             unsigned char* v_ring, Barriers& barriers, Turn<STAGES>& turn) {
-    for (int step = 0; step < w.steps; ++step, turn.next()) {
+    for (int step = 0; step < w.steps; ++step) {
         const long long at = (w.bh * t_n + w.list[step]) * BYTES;
-        const int i = turn.stage;
-        mbarrier_wait(&barriers.k_empty[i], turn.parity ^ 1);
-        mbarrier_arrive_expect(&barriers.k_full[i], BYTES);
-        bulk_load(k_ring + i * BYTES, k_tiles + at, BYTES, &barriers.k_full[i]);
-        mbarrier_wait(&barriers.v_empty[i], turn.parity ^ 1);
-        mbarrier_arrive_expect(&barriers.v_full[i], BYTES);
-        bulk_load(v_ring + i * BYTES, v_tiles + at, BYTES, &barriers.v_full[i]);
+        bring_tiles<BYTES, STAGE_BYTES>(k_tiles + at, v_tiles + at, k_ring, v_ring, barriers, turn);
     }
 }

@@ -121,6 +121,22 @@ SLA2_INLINE void load_q(unsigned (&a)[HEAD_DIM / 16][4], const unsigned char* ro
         ldmatrix_x4(a[c], rows + (row0 + (lane & 15)) * PITCH + 16 * (2 * c + (lane >> 4)));
 }
 
+// Products q . x of the warp's rows, as lane rows g and g + 8; x (D).
+SLA2_INLINE void row_products(float (&products)[2], const unsigned (&a)[HEAD_DIM / 16][4],
+                              const float* x) {
+    const int column = (threadIdx.x & 3) * 2;
+    products[0] = products[1] = 0.0f;
+#pragma unroll
+    for (int c = 0; c < HEAD_DIM / 16; ++c)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {  // as in linear_weights
+            const float2 by =
+                *reinterpret_cast<const float2*>(x + 16 * c + 8 * (r >> 1) + column);
+            products[r & 1] += low_half(a[c][r]) * by.x + high_half(a[c][r]) * by.y;
+        }
+    products[0] = quad_sum(products[0]), products[1] = quad_sum(products[1]);
+}
+
 // o += share phi(Q) H / (phi(Q) . Z), of Q's fragments, which become phi(Q).
 SLA2_INLINE void add_linear(float (&o)[HEAD_DIM / 2], unsigned (&a)[HEAD_DIM / 16][4],
                             const unsigned char* state_tile, const float* norm, int channels,
@@ -187,16 +203,16 @@ struct Results {
     int n_q, channels;
 };
 
-// Ends a query block: O_s and L, and with `linear` the product with H at `state_tile` and the
-// mixture. `q` are the fragments of Q, read with `linear` alone.
+// Ends a query block: O_s and L, with `some` keys in its softmax, and with `linear` the product
+// with H at `state_tile` and the mixture. `q` are the fragments of Q, read with `linear` alone.
 template <class Barriers>
-SLA2_INLINE void mix_and_store(const Results& to, const Work& w, float (&o)[HEAD_DIM / 2],
+SLA2_INLINE void mix_and_store(const Results& to, const Work& w, bool some,
+                               float (&o)[HEAD_DIM / 2],
                                OnlineSoftmax<1>& softmax, float softmax_scale, float log_unit,
                                bool linear, unsigned (&q)[HEAD_DIM / 16][4],
                                const unsigned char* state_tile, const float* norm,
                                unsigned char* staging, int row0, Barriers& barriers,
                                Turn<1>& state_turn) {
-    const bool some = w.steps > 0;
     const long long first_at = w.bh * to.n_q + w.first_row;
     finish_rows(o, softmax, some, softmax_scale, log_unit, to.lse + first_at, row0, w.rows);
     if (to.out_sparse != nullptr)

@@ -73,8 +73,8 @@ sla2_sm90_sparse_bwd_q(const unsigned char* __restrict__ q_tiles,
                 mbarrier_arrive_expect(&barriers.grad_full, bytes);
                 bulk_load(shared + GRAD_AT, grad_tiles + at, bytes, &barriers.grad_full);
                 row_turn.next();
-                bring_keys<KEY_BYTES>(w, t_n, k_tiles, v_tiles, shared + K_AT, shared + V_AT,
-                                      barriers, turn);
+                bring_keys<KEY_BYTES, KEY_BYTES>(w, t_n, k_tiles, v_tiles, shared + K_AT,
+                                                 shared + V_AT, barriers, turn);
             }
         }
         return;
