@@ -167,8 +167,8 @@ def work_of(entry: str, p: Problem, selected: int, blocks: int) -> Work:
     if entry == "sla2_sparse_bwd_q":
         return Work(selected, half=3 * tile, looped=3 * tile)
     if entry == "sla2_sparse_bwd_kv":
-        parts = p.block_q / min(64, p.block_q)
-        return Work(selected * p.t_m / p.t_n * parts, half=4 * tile, looped=4 * tile)
+        parts = p.pairs * p.t_m * selected * p.block_q / min(64, p.block_q)
+        return Work(parts / blocks, half=4 * tile, looped=4 * tile)
     if entry in ("sla2_pooled_bwd_q", "sla2_pooled_bwd_kv"):
         tiles, row_tiles = -(-p.t_n // p.block_k), p.block_q / min(64, p.block_q)
         product = tile * tiles / selected
@@ -308,6 +308,20 @@ STAGES = {  # of the kernels' names; a kernel that is not listed is a stage by i
 }
 
 
+def moved(launch: Launch, p: Problem, selected: int) -> int:
+    """Bytes of a launch where no column of the map is cut (csrc/columns.cuh): without the memory
+    for slices' sums, and without dV where it would be their sum.
+    """
+    from sla2_kernels.backward import slice_plan
+    from sla2_kernels.record import bytes_of
+
+    kernel, slices = launch.spec.entry.removeprefix("sla2_"), slice_plan(p, selected)[1]
+    idle = bytes_of((p.pairs, slices, 2, p.block_k, p.width), "float32")
+    if kernel == "finish_kv":
+        return launch.bytes - idle - bytes_of((p.pairs, p.n_k, p.width), p.dtype)
+    return launch.bytes - idle if kernel.endswith("sparse_bwd_kv") else launch.bytes
+
+
 def model(
     gpu: Gpu, launches: list[Launch], p: Problem, selected: int, figures: dict[str, Any]
 ) -> list[dict[str, Any]]:
@@ -320,9 +334,10 @@ def model(
         work = work_of(spec.entry, p, selected, launch.blocks)
         warps = launch.blocks * (work.warps or spec.threads / 32)
         slots = slots_of(figures, sass_figures.name_of(spec), work, warps)
-        parts = seconds(gpu, launch.bytes, slots, work)
+        size = moved(launch, p, selected)
+        parts = seconds(gpu, size, slots, work)
         kernel = spec.entry.removeprefix("sla2_")
-        new = {"launches": 1, "MB": launch.bytes / 1e6, "ms": 1e3 * whole(parts, work)}
+        new = {"launches": 1, "MB": size / 1e6, "ms": 1e3 * whole(parts, work)}
         new |= {name: 1e3 * value for name, value in parts.items()}
         row = rows.setdefault(STAGES.get(kernel, kernel), dict.fromkeys(new, 0))
         for name, value in new.items():

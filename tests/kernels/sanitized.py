@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from sla2_kernels import backward as operator_backward
 from sla2_kernels import hopper
 from sla2_kernels.backward import backward, transpose_map
 from sla2_kernels.emulator.emulate import EmulatorError, poisoned
@@ -63,6 +64,11 @@ def octets(*shape):
     return Pointer.of(DRAW.integers(0, 100, shape).astype(np.uint8))
 
 
+def ints(*values):
+    """int32, of one head."""
+    return Pointer.of(np.array([values], np.int32))
+
+
 def problem(precision="full", head_dim=WIDTH):
     lengths = Pointer.of(np.array([LENGTH], np.int32))
     return Problem(
@@ -78,10 +84,11 @@ def problem(precision="full", head_dim=WIDTH):
     )
 
 
-def block_map():
-    """Row block 0 selects key blocks 0 and 2, row block 1 selects 1."""
-    indices = np.array([[[[0, 2], [1, -1]]]], np.int32)
-    return Map(Pointer.of(indices), Pointer.of(np.array([[[2, 1]]], np.int32)), 2)
+def block_map(second=(1, -1)):
+    """Row block 0 selects key blocks 0 and 2, row block 1 selects 1, or `second`."""
+    indices = np.array([[[[0, 2], second]]], np.int32)
+    counts = (indices >= 0).sum(-1, dtype=np.int32)
+    return Map(Pointer.of(indices), Pointer.of(counts), 2)
 
 
 def written(*pointers):
@@ -147,9 +154,10 @@ def states_in_8_bit(blocks):
     )
 
 
-def states():
+def states(second=1 << 16):
+    """Of block_map(); `second`: the bits of row block 1."""
     rest = Pointer.of(np.array([[1.0, 0.5]], np.float32))
-    bits = Pointer.of(np.array([[[3], [1 << 16]]], np.uint32))
+    bits = Pointer.of(np.array([[[3], [second]]], np.uint32))
     state, norm = halves(1, T_M, WIDTH, WIDTH), floats(1, T_M, WIDTH)
     return Linear(bits=bits, rest_inverse=rest, state=state, norm=norm)
 
@@ -197,14 +205,20 @@ def run_low_bit():
     written(*sparse_forward(DEVICE, problem("int8"), made, block_map(), states(), ALPHA, True))
 
 
-def run_backward(precision="full", pooled=None, **low_bit):
+def run_sliced():
+    """A column that both row blocks select, cut into two slices."""
+    operator_backward.LEAST_ROWS = 1
+    run_backward(second=(0, 1), linear=states(1 | 1 << 16))
+
+
+def run_backward(precision="full", pooled=None, second=(1, -1), linear=None, **low_bit):
     q, k, v, out, out_sparse, grad = (rows() for _ in range(6))
     saved = Forward(
         out=out,
         lse=Pointer.of(np.full((1, 1, N), 40.0, np.float32)),
-        block_map=block_map(),
+        block_map=block_map(second),
         alpha=ALPHA,
-        linear=None if pooled else states(),
+        linear=None if pooled else linear or states(),
         made=Prepared(q=q, k=k, v=v, **low_bit),
         out_sparse=out_sparse,
         smooth_k=True,
@@ -252,19 +266,27 @@ def run_hopper():
     hopper.pooled_forward(DEVICE, problem, q, *given, blocks=1)
     written(out, lse)
     found = floats(1, n, WIDTH), allocate((1, n, WIDTH), "bfloat16")
-    d_q, key_sum = allocate((1, n, WIDTH), "bfloat16"), allocate((1, t_n, WIDTH), "float32")
-    columns = (
-        Pointer.of(np.array([[0, 1, 2, 3]], np.int32)),
-        Pointer.of(np.array([[0, 1, 0]], np.int32)),
-    )
+    d_q = allocate((1, n, WIDTH), "bfloat16")
     rows = (x.pointer for x in (q, k, v, out))
     lse = Pointer.of(np.full((1, n), 40.0, np.float32))
-    given = *rows, lse, floats(1, n), block_map(), (*columns, 3), inverse, ALPHA
     by_token = hopper.Rest(floats(1, n, WIDTH), found[0], floats(1, n, WIDTH))
     by_block = hopper.Rest(NULL, floats(1, t_n, WIDTH), floats(1, t_n, WIDTH), by_block=True)
-    for rest in (by_token, by_block):
-        hopper.sparse_backward(DEVICE, problem, *given, rest, d_q, *found, key_sum, blocks=1)
-        written(d_q, *found, key_sum)
+    given = *rows, lse, floats(1, n), block_map()
+    # Columns of one row each; then of which the first has both, in a slice each.
+    uncut = ints(0, 1, 2, 3), ints(0, 1, 0), np.int64(3), NULL, NULL, np.int32(0)
+    cut = ints(0, 2, 3, 3), ints(0, 1, 0), np.int64(3), ints(0, 2, 2, 2), ints(0, 0), np.int32(2)
+    for columns in (uncut, cut):
+        slices = int(columns[-1])
+        key_sum = allocate((1, t_n + slices, WIDTH), "float32")
+        sliced = allocate((1, slices, 2, 64, WIDTH), "float32")
+        for rest in (by_token, by_block):
+            args = *given, columns, inverse, ALPHA, rest, d_q, *found, key_sum, sliced
+            hopper.sparse_backward(DEVICE, problem, *args, blocks=1)
+            written(d_q, key_sum)
+            for x in found:
+                written(Pointer.of(x.owner[:, 64 if slices else 0 :]))
+        if slices:
+            written(sliced)
 
 
 def run_hopper_low():
@@ -296,6 +318,7 @@ KERNELS = {
     "low_bit": run_low_bit,
     "pooled": run_pooled,
     "backward": run_backward,
+    "sliced": run_sliced,
     "matched": run_matched,
     "pooled_backward": run_pooled_backward,
     "hopper": run_hopper,

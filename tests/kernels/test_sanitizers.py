@@ -21,6 +21,7 @@ KERNELS = (
     "low_bit",
     "pooled",
     "backward",
+    "sliced",
     "matched",
     "pooled_backward",
     "prepared",

@@ -17,6 +17,9 @@ from sla2_kernels.problem import NULL, Device, Problem, Strided
 # At most so many blocks of threads, or one a tile, sum the gradients of the pooled keys: four
 # rounds of two on each of an H100's multiprocessors. It bounds the memory of their parts, too.
 POOLED_BLOCKS = 1056
+# A column longer than LEAST_ROWS and than this part of all that is selected is cut into slices,
+# each for a block of threads (csrc/columns.cuh).
+PARTS_OF_SELECTED, LEAST_ROWS = 1056, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,10 @@ class Columns:
         offsets: int32 (B H, T_n + 1).
         rows: int32 (B H, capacity); rows[offsets[j] : offsets[j + 1]] are those of column j, and
             ascend.
+        slice_offsets: int32 (B H, T_n + 1); a column's slices among those of its head. NULL where
+            no column is cut.
+        slice_columns: int32 (B H, slices), the column of each, or NULL.
+        slices: how many a head has at most, by shapes alone.
     """
 
     bits: Pointer
@@ -36,6 +43,15 @@ class Columns:
     offsets: Pointer
     rows: Pointer
     capacity: int
+    slice_offsets: Pointer = NULL
+    slice_columns: Pointer = NULL
+    slices: int = 0
+
+    @property
+    def arguments(self) -> tuple[Argument, ...]:
+        """As the kernels of dK and dV list them."""
+        lists = self.offsets, self.rows, np.int64(self.capacity)
+        return (*lists, self.slice_offsets, self.slice_columns, np.int32(self.slices))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +70,19 @@ class Gradients:
     d_alpha: Pointer
 
 
+def slice_plan(problem: Problem, width: int) -> tuple[int, int]:
+    """How long a column may be that is not cut, in row blocks, and how many slices a head has at
+    most, where rows select `width` blocks at most. By shapes alone: the host reads no map.
+    """
+    p, selected = problem, problem.t_m * width
+    longest = max(LEAST_ROWS, -(-selected * p.pairs // PARTS_OF_SELECTED))
+    # A column of c > longest rows has ceil(c / longest) <= 2 c / (longest + 1) slices.
+    most = min(2 * selected // (longest + 1), p.t_n * -(-p.t_m // longest))
+    return longest, most if p.t_m > longest else 0
+
+
 def transpose_map(device: Device, problem: Problem, bits: Pointer, width: int) -> Columns:
-    """The map by columns: count, scan, scatter.
+    """The map by columns: count, scan, scatter; long columns are cut.
 
     Args:
         bits: uint32 (B H, T_m, ceil(T_n / 32)), as in `Linear`.
@@ -63,27 +90,30 @@ def transpose_map(device: Device, problem: Problem, bits: Pointer, width: int) -
     """
     p, new = problem, device.allocate
     t_m, t_n = np.int32(p.t_m), np.int32(p.t_n)
+    longest, slices = slice_plan(p, width)
     column_bits = new((p.pairs, p.t_n, -(-p.t_m // 32)), "uint32")
     counts = new((p.pairs, p.t_n), "int32")
     offsets = new((p.pairs, p.t_n + 1), "int32")
+    cuts = new((p.pairs, p.t_n + 1), "int32") if slices else NULL
+    cut_columns = new((p.pairs, slices), "int32") if slices else NULL
     capacity = p.t_m * width
     rows = new((p.pairs, capacity), "int32")
     per_column = (-(-p.t_n // 4), p.pairs)
     run_kernel(device, p, "sla2_column_bits", per_column, bits, column_bits, counts, t_m, t_n)
-    run_kernel(device, p, "sla2_column_offsets", (p.pairs,), counts, offsets, t_n)
-    run_kernel(
-        device,
-        p,
-        "sla2_column_rows",
-        per_column,
-        column_bits,
-        offsets,
-        rows,
-        t_m,
-        t_n,
-        np.int64(capacity),
+    made = counts, offsets, cuts, cut_columns, t_n, np.int32(longest), np.int32(slices)
+    run_kernel(device, p, "sla2_column_offsets", (p.pairs,), *made)
+    args = column_bits, offsets, rows, t_m, t_n, np.int64(capacity)
+    run_kernel(device, p, "sla2_column_rows", per_column, *args)
+    return Columns(
+        bits=column_bits,
+        counts=counts,
+        offsets=offsets,
+        rows=rows,
+        capacity=capacity,
+        slice_offsets=cuts,
+        slice_columns=cut_columns,
+        slices=slices,
     )
-    return Columns(bits=column_bits, counts=counts, offsets=offsets, rows=rows, capacity=capacity)
 
 
 def _linear(
@@ -292,7 +322,10 @@ def backward(
         s = _Sparse(problem=replace(p, precision="full"), q=q, k=k, v=v, row_mean=row_dot)
     d_q, d_k, d_v = (new((p.pairs, n, p.width), p.dtype) for n in (p.n_q, p.n_k, p.n_k))
     d_k_sum = rest.k if linear else new((p.pairs, p.n_k, p.width), "float32")
-    key_sum = new((p.pairs, p.t_n, p.width), "float32")
+    key_sum = new((p.pairs, p.t_n + columns.slices, p.width), "float32")
+    sliced = NULL
+    if columns.slices:
+        sliced = new((p.pairs, columns.slices, 2, p.block_k, p.width), "float32")
     if hopper.takes(device, p) and not s.problem.low:
         hopper.sparse_backward(
             device,
@@ -304,7 +337,7 @@ def backward(
             saved.lse,
             s.row_mean,
             block_map,
-            (columns.offsets, columns.rows, columns.capacity),
+            columns.arguments,
             rest_inverse,
             saved.alpha,
             rest,
@@ -312,6 +345,7 @@ def backward(
             d_k_sum,
             d_v,
             key_sum,
+            sliced,
         )
     else:
         run_kernel(
@@ -344,7 +378,7 @@ def backward(
             device,
             s.problem,
             "sla2_sparse_bwd_kv",
-            (p.t_n, p.pairs),
+            (p.pairs * (p.t_n + columns.slices),),
             s.q,
             s.k,
             s.v,
@@ -354,9 +388,7 @@ def backward(
             s.row_top,
             s.q_scale,
             s.k_scale,
-            columns.offsets,
-            columns.rows,
-            np.int64(columns.capacity),
+            *columns.arguments,
             p.kv_lengths,
             rest_inverse,
             *alpha,
@@ -365,6 +397,8 @@ def backward(
             d_k_sum,
             d_v,
             key_sum,
+            sliced,
+            np.int32(p.pairs),
             heads,
             n_q,
             n_k,
@@ -385,15 +419,17 @@ def backward(
             p.kv_lengths,
             mean,
             *5 * (NULL,),
+            columns.slice_offsets,
             heads,
             n_k,
             t_n,
+            np.int32(columns.slices),
             np.int32(False),
             np.int32(False),
         )
-    pairs_of_values = p.n_k * p.width // 2
-    args = d_k_sum, mean, p.kv_lengths, d_k, heads, n_k
-    run_kernel(device, p, "sla2_finish_dk", (-(-pairs_of_values // 256), p.pairs), *args)
+    cut = columns.slice_offsets, sliced, np.int32(columns.slices)
+    args = d_k_sum, mean, *cut, p.kv_lengths, d_k, d_v, heads, n_k
+    run_kernel(device, p, "sla2_finish_kv", (-(-p.n_k * p.width // 1024), p.pairs), *args)
     if p.head_dim != p.width:
         grads = ((d_q, p.n_q), (d_k, p.n_k), (d_v, p.n_k))
         d_q, d_k, d_v = (

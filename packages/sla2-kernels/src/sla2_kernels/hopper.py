@@ -264,7 +264,7 @@ def sparse_backward(
     lse: Pointer,
     row_mean: Pointer,
     block_map: Map,
-    columns: tuple[Pointer, Pointer, int],
+    columns: tuple[Argument, ...],
     rest_inverse: Pointer,
     alpha: Alpha,
     rest: Rest,
@@ -272,6 +272,7 @@ def sparse_backward(
     d_k: Pointer,
     d_v: Pointer,
     key_sum: Pointer,
+    sliced: Pointer,
     *,
     blocks: int | None = None,
 ) -> None:
@@ -280,12 +281,13 @@ def sparse_backward(
     Args:
         q, k, v, grad: 16 bit (B H, n_q or n_k, width), contiguous; grad is dO.
         lse, row_mean: L and dO . O_s of every row, fp32 (B H, n_q).
-        columns: offsets, rows and capacity of `backward.Columns`.
+        columns: the arguments of `backward.Columns`.
         rest_inverse: see `forward.Linear`; NULL without a linear branch.
         rest: what the complement adds.
         d_q, d_v: where to write dQ and dV, 16 bit.
         d_k: where to write dK, fp32; it may be rest.k.
-        key_sum: takes dK's sums over each key block, fp32 (B H, T_n, width).
+        key_sum: takes dK's sums over each key block and slice, fp32 (B H, T_n + slices, width).
+        sliced: takes the slices' dK and dV, fp32 (B H, slices, 2, block_k, width).
         blocks: as in sparse_forward.
     """
     p, most = problem, blocks or _multiprocessors(device)
@@ -312,24 +314,22 @@ def sparse_backward(
         np.int32(p.pairs * p.t_m),
         p.softmax_scale,
     )
-    offsets, column_rows, capacity = columns
     run_kernel(
         device,
         p,
         "sla2_sm90_sparse_bwd_kv",
         (min(most, p.pairs * p.t_n),),
         *tiles,
-        offsets,
-        column_rows,
-        np.int64(capacity),
+        *columns,
         *mixed,
         rest.k,
         rest.v,
         d_k,
         d_v,
         key_sum,
+        sliced,
+        np.int32(p.pairs),
         *sizes,
         np.int32(rest.by_block),
-        np.int32(p.pairs * p.t_n),
         p.softmax_scale,
     )

@@ -198,6 +198,19 @@ def _backward_rows(g: Geometry) -> int:
     return min(64, g.block_q)
 
 
+def _halves(g: Geometry, arch: Architecture, split: int) -> int:
+    """Warps that share an accumulator's rows, each with half of `split` (sparse_bwd.cuh)."""
+    return 1 if arch.fast_mma or g.head_dim == 64 or split % 32 else 2
+
+
+def _backward_q_threads(g: Geometry, arch: Architecture) -> int:
+    return 2 * _backward_rows(g) * _halves(g, arch, g.block_k)
+
+
+def _backward_kv_threads(g: Geometry, arch: Architecture) -> int:
+    return 2 * g.block_k * _halves(g, arch, _backward_rows(g))
+
+
 def _backward_q_shared(g: Geometry) -> int:
     return (2 * _backward_rows(g) + 4 * g.block_k) * g.row_bytes
 
@@ -308,7 +321,7 @@ _KERNELS = {
     "sla2_bwd_row_dot": _Kernel("sparse_bwd.cu", lambda g, _: 2 * g.block_q, _none),
     "sla2_sparse_bwd_q": _Kernel(
         "sparse_bwd.cu",
-        lambda g, _: 2 * _backward_rows(g),
+        _backward_q_threads,
         _backward_q_shared,
         ("full", *_LOW),
         blocks=_two_that_fit(_backward_q_shared),
@@ -316,7 +329,7 @@ _KERNELS = {
     ),
     "sla2_sparse_bwd_kv": _Kernel(
         "sparse_bwd.cu",
-        lambda g, _: 2 * g.block_k,
+        _backward_kv_threads,
         _backward_kv_shared,
         ("full", *_LOW),
         blocks=_two_that_fit(_backward_kv_shared),
@@ -327,23 +340,23 @@ _KERNELS = {
     "sla2_round_values": _Kernel("sparse_bwd_matched.cu", _fixed(256), _none, _LOW),
     "sla2_bwd_matched_rows": _Kernel(
         "sparse_bwd_matched.cu",
-        lambda g, _: 2 * _backward_rows(g),
+        _backward_q_threads,
         _backward_q_shared,
         _LOW,
         blocks=_two_that_fit(_backward_q_shared),
         opcodes=_TILES,
     ),
-    "sla2_finish_dk": _Kernel("sparse_bwd.cu", _fixed(256), _none),
+    "sla2_finish_kv": _Kernel("sparse_bwd.cu", _fixed(256), _none),
     "sla2_pooled_bwd_q": _Kernel(
         "pooled_bwd.cu",
-        lambda g, _: 2 * _backward_rows(g),
+        _backward_q_threads,
         _backward_q_shared,
         blocks=_two_that_fit(_backward_q_shared),
         opcodes=_TILES,
     ),
     "sla2_pooled_bwd_kv": _Kernel(
         "pooled_bwd.cu",
-        lambda g, _: 2 * g.block_k,
+        _backward_kv_threads,
         _pooled_kv_shared,
         blocks=_two_that_fit(_pooled_kv_shared),
         opcodes=_TILES,

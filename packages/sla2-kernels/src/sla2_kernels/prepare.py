@@ -180,7 +180,7 @@ def pool(
     if not (smooth_k or means or p.low):
         return made
     mean = new((p.pairs, p.width), "float32")
-    sizes = map(np.int32, (p.heads, p.n_k, p.t_n, True, smooth_k and (pooled or means)))
+    sizes = map(np.int32, (p.heads, p.n_k, p.t_n, 0, True, smooth_k and (pooled or means)))
     run_kernel(
         device,
         p,
@@ -195,6 +195,7 @@ def pool(
         made.value_means if tiles else NULL,
         made.key_mean_tiles,
         made.value_mean_tiles,
+        NULL,
         *sizes,
     )
     return made._replace(mean=mean) if smooth_k else made

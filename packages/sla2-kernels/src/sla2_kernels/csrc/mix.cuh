@@ -7,9 +7,7 @@
 
 // 32 rows a warp halve the shared-memory reads of 16 bit, where tensor cores outrun them; 8 bit
 // reads half as much. With 16 rows a block has 8 warps, which sm_86, 89 and 120 need: one block
-// fits there, and by the data sheets their tensor cores take 16 clocks for what an ldmatrix brings
-// in 4. (kernels.py launches as many threads.)
-constexpr bool FAST_MMA = SLA2_ARCH == 80 || SLA2_ARCH == 90 || SLA2_ARCH == 100;
+// fits there. (kernels.py launches as many threads.)
 constexpr int FWD_WARP_ROWS = SLA2_PRECISION == 0 && FAST_MMA && BLOCK_Q % 32 == 0 ? 32 : 16;
 constexpr int FWD_M_TILES = FWD_WARP_ROWS / 16;
 constexpr int FWD_THREADS = BLOCK_Q / FWD_WARP_ROWS * 32;

@@ -150,22 +150,26 @@ sla2_pool(const half_bits* __restrict__ q, long long q_item, long long q_head, i
 // sums over the valid tokens of each block, or with `means` their means, from which `shift` then
 // takes the mean away; `rounded` takes them in 16 bit, 0 where there is no token (null: not
 // wanted). k_tiles and v_tiles, or null, take the same and value_means (B H, T_n, D) as tiles of
-// pooled keys that end with zeros. Grid (B H), 512 threads. Also ends the backward's mean of dK.
+// pooled keys that end with zeros. Grid (B H), 512 threads. Also ends the backward's mean of dK,
+// whose sums are (B H, T_n + slices, D): more[bh (T_n + 1) + T_n] rows behind those of the blocks
+// are of slices (columns.cuh; more may be null).
 extern "C" __global__ void __launch_bounds__(512)
 sla2_key_mean(float* x, const float* __restrict__ value_top, const int* __restrict__ kv_lengths,
               float* __restrict__ mean, float* __restrict__ value_scale,
               half_bits* __restrict__ rounded, const half_bits* __restrict__ value_means,
               unsigned char* __restrict__ k_tiles, unsigned char* __restrict__ v_tiles,
-              int num_heads, int n_k, int t_n, int means, int shift) {
+              const int* __restrict__ more, int num_heads, int n_k, int t_n, int slices, int means,
+              int shift) {
     constexpr int GROUPS = 512 / HEAD_DIM;
     __shared__ float sums[GROUPS][HEAD_DIM];
     __shared__ float tops[GROUPS][HEAD_DIM];
     const int c = threadIdx.x % HEAD_DIM, group = threadIdx.x / HEAD_DIM;
     const long long bh = blockIdx.x;
     const int length = valid_keys(kv_lengths, blockIdx.x / num_heads, n_k);
+    const int rows = t_n + (more == nullptr ? 0 : more[bh * (t_n + 1) + t_n]);
     float sum = 0.0f, top = 0.0f;
-    for (int block = group; block < t_n; block += GROUPS) {
-        const long long at = (bh * t_n + block) * HEAD_DIM + c;
+    for (int block = group; block < rows; block += GROUPS) {
+        const long long at = (bh * (t_n + slices) + block) * HEAD_DIM + c;
         const int tokens = means ? clamp_int(length - block * BLOCK_K, 0, BLOCK_K) : 1;
         sum += x[at] * static_cast<float>(tokens);
         if (value_top != nullptr) top = max_nan(top, value_top[at]);

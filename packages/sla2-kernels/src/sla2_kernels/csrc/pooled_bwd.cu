@@ -6,7 +6,8 @@
 
 static_assert(!MATCHED, "the pooled part is in 16 bit");
 constexpr int ROW_UNROLL = SLA2_ARCH == 100 ? 2 : HEAD_DIM / 16;  // as DQ_UNROLL in sparse_bwd.cu
-constexpr int KEY_UNROLL = 2;  // as DKV_UNROLL there: more, and ptxas spills
+// As DKV_UNROLL there: more, and ptxas spills.
+constexpr int KEY_UNROLL = HALVES ? HEAD_DIM / 16 : 2;
 
 // The tiles of pooled keys in their order, as a list of blocks.
 struct InOrder {
@@ -50,8 +51,8 @@ sla2_pooled_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
     const int last = ceil_div(length, BLOCK_K) - 1;  // the last block that has a token
     means_k += bh * t_n * HEAD_DIM, means_v += bh * t_n * HEAD_DIM, bits += block * words;
 
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, row0 = warp * 16, g = lane >> 2;
-    const int column = (lane & 3) * 2;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, row0 = first_row_of_warp();
+    const int g = lane >> 2, column = (lane & 3) * 2, key0 = half_of_keys() * WARP_KEYS;
     const float scale = softmax_scale * LOG2_E;
     // Of whole blocks; what the last one has less goes to its score.
     const float whole = log2_tokens(BLOCK_K);
@@ -71,7 +72,7 @@ sla2_pooled_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
             l[r] = inside ? shift - lse[line + row] * LOG2_E : MINUS_INFINITY;
             mean[r] = inside ? row_dot[line + row] : 0.0f;
         }
-        float acc[D_TILES][4], p[BLOCK_K / 8][4];
+        float acc[D_TILES][4], p[WARP_KEYS / 8][4];
         clear(acc);
         __syncthreads();  // nobody reads the part before
         load_tile<ROWS, HALF_ROW, DQ_THREADS>(q_tile, q + line * HEAD_DIM, HALF_ROW,
@@ -83,10 +84,10 @@ sla2_pooled_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
             [&](const unsigned char* k_tile, int tile) {
                 clear(p);
                 product_over_channels<ROW_UNROLL>(p, q_tile, row0, k_tile);
-                const int end = last - tile * BLOCK_K;  // of the keys with tokens
-                if (end >= BLOCK_K) return;
+                const int end = last - tile * BLOCK_K - key0;  // of the keys with tokens
+                if (end >= WARP_KEYS) return;
 #pragma unroll
-                for (int n = 0; n < BLOCK_K / 8; ++n)
+                for (int n = 0; n < WARP_KEYS / 8; ++n)
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
                         const int key = 8 * n + column + (e & 1);
@@ -95,12 +96,12 @@ sla2_pooled_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
                     }
             },
             [&](const unsigned char* k_tile, const unsigned char* v_tile, int tile) {
-                float d_p[BLOCK_K / 8][4];
+                float d_p[WARP_KEYS / 8][4];
                 clear(d_p);
                 product_over_channels<ROW_UNROLL>(d_p, grad_tile, row0, v_tile);
 #pragma unroll
-                for (int n = 0; n < BLOCK_K / 8; ++n) {
-                    const int key = tile * BLOCK_K + 8 * n;
+                for (int n = 0; n < WARP_KEYS / 8; ++n) {
+                    const int key = tile * BLOCK_K + key0 + 8 * n;
                     const int word = key / 32 < words ? key / 32 : words - 1;
                     const unsigned masked = bits[word] >> (bit_of(key & 31) + (lane & 3));
 #pragma unroll
@@ -115,10 +116,11 @@ sla2_pooled_bwd_q(const half_bits* __restrict__ q, const half_bits* __restrict__
                 }
                 product_over_rows(acc, p, k_tile);
             });
+        if (KEY_HALVES == 2) join<DQ_THREADS>(acc, reinterpret_cast<float*>(k_ring));
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = row0 + 8 * r + g;
-            if (first_row + row >= n_q) continue;
+            if (first_row + row >= n_q || key0 > 0) continue;
 #pragma unroll
             for (int n = 0; n < D_TILES; ++n) {
                 float2 x;
@@ -192,8 +194,9 @@ sla2_pooled_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
                     : log2_tokens(clamp_int(length - own_key * BLOCK_K, 0, BLOCK_K));
     };
 
-    const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * 16, g = lane >> 2;
+    const int lane = threadIdx.x & 31, row0 = first_key_of_warp(), g = lane >> 2;
     const int column = (lane & 3) * 2, key = first_key + row0 + g;
+    const float* own_values = row_values + half_of_rows() * WARP_ROWS + column;
     float acc_k[D_TILES][4], acc_v[D_TILES][4];
     clear(acc_k);
     clear(acc_v);
@@ -202,40 +205,31 @@ sla2_pooled_bwd_kv(const half_bits* __restrict__ q, const half_bits* __restrict_
         const long long key_at = (bh * t_n + first_key) * HEAD_DIM;
         load_tile<BLOCK_K, HALF_ROW, DKV_THREADS>(k_tile, means_k + key_at, HALF_ROW, inside_keys);
         load_tile<BLOCK_K, HALF_ROW, DKV_THREADS>(v_tile, means_v + key_at, HALF_ROW, inside_keys);
-        load_rows(0);
-        cp_async_commit();
     }
-    for (int step = 0; step < steps; ++step) {
-        const int slot = step & 1;
-        const unsigned char* q_tile = q_ring + slot * ROW_BYTES_ALL;
-        const unsigned char* grad_tile = grad_ring + slot * ROW_BYTES_ALL;
-        const float* l = row_values + 2 * slot * ROWS + column;
-        // As in sparse_bwd_kv: rows of this step had the whole step before to travel.
-        cp_async_wait<0>();
-        __syncthreads();
-        if (step + 1 < steps) load_rows(step + 1);
-        cp_async_commit();
-        const float* sizes = key_values + slot * BLOCK_K + row0 + g;
-        const float shift[2] = {sizes[0], sizes[8]};
-
-        // Transposed, keys by queries, as in sparse_bwd_kv.
-        float p[ROWS / 8][4], d_p[ROWS / 8][4];
-        clear(p);
-        product_over_channels<KEY_UNROLL>(p, k_tile, row0, q_tile);
+    walk_rows<KEY_UNROLL>(
+        acc_k, acc_v, k_tile, v_tile, q_ring, grad_ring, steps, load_rows,
+        [&](float (&p)[WARP_ROWS / 8][4], int step) {
+            const float* l = own_values + 2 * (step & 1) * ROWS;
+            const float* sizes = key_values + (step & 1) * BLOCK_K + row0 + g;
+            const float shift[2] = {sizes[0], sizes[8]};
 #pragma unroll
-        for (int n = 0; n < ROWS / 8; ++n)
+            for (int n = 0; n < WARP_ROWS / 8; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
-                p[n][e] = exp2_approx(p[n][e] * scale + (shift[e >> 1] - l[8 * n + (e & 1)]));
-        clear(d_p);
-        product_over_channels<KEY_UNROLL>(d_p, v_tile, row0, grad_tile);
+                for (int e = 0; e < 4; ++e)
+                    p[n][e] = exp2_approx(p[n][e] * scale + (shift[e >> 1] - l[8 * n + (e & 1)]));
+        },
+        [&](float (&p)[WARP_ROWS / 8][4], float (&d_p)[WARP_ROWS / 8][4], int step) {
+            const float* mean = own_values + (2 * (step & 1) + 1) * ROWS;
 #pragma unroll
-        for (int n = 0; n < ROWS / 8; ++n)
+            for (int n = 0; n < WARP_ROWS / 8; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
-                d_p[n][e] = p[n][e] * (d_p[n][e] - l[ROWS + 8 * n + (e & 1)]) * softmax_scale;
-        product_over_rows(acc_v, p, grad_tile);
-        product_over_rows(acc_k, d_p, q_tile);
+                for (int e = 0; e < 4; ++e)
+                    d_p[n][e] = p[n][e] * (d_p[n][e] - mean[8 * n + (e & 1)]) * softmax_scale;
+        });
+    if (ROW_HALVES == 2) {
+        join<DKV_THREADS>(acc_v, reinterpret_cast<float*>(q_ring));
+        join<DKV_THREADS>(acc_k, reinterpret_cast<float*>(k_tile));
+        if (half_of_rows() > 0) return;
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -1,6 +1,6 @@
 // The router: projected block means, scores in fp32, top-k indices, the mixing ratio, and the block
 // map by bits and by columns.
-#include "common.cuh"
+#include "columns.cuh"
 
 constexpr int PROJECT_ROWS = 16;
 
@@ -278,34 +278,52 @@ sla2_column_bits(const unsigned* __restrict__ bits, unsigned* __restrict__ colum
     if (lane == 0) column_counts[bh * t_n + column] = count;
 }
 
-// Exclusive sums of the counts: offsets (B H, T_n + 1). Grid (B H), 256 threads; a thread adds a
-// run of columns.
+// Exclusive sums of the counts, offsets (B H, T_n + 1), and of the slices of columns that more than
+// `longest` rows chose, slice_offsets (B H, T_n + 1), with their columns, slice_columns
+// (B H, slices): columns.cuh. slices = 0: no column is cut. Grid (B H), 256 threads; a thread adds
+// a run of columns.
 extern "C" __global__ void __launch_bounds__(256)
-sla2_column_offsets(const int* __restrict__ column_counts, int* __restrict__ offsets, int t_n) {
-    __shared__ int sums[2][256];
+sla2_column_offsets(const int* __restrict__ column_counts, int* __restrict__ offsets,
+                    int* __restrict__ slice_offsets, int* __restrict__ slice_columns, int t_n,
+                    int longest, int slices) {
+    __shared__ int2 sums[2][256];  // of the counts, and of the slices
     const long long bh = blockIdx.x;
     const int* counts = column_counts + bh * t_n;
     int* out = offsets + bh * (t_n + 1);
     const int run = ceil_div(t_n, 256), first = threadIdx.x * run;
-    int own = 0;
-    for (int j = first; j < first + run && j < t_n; ++j) own += counts[j];
+    auto added = [&](int2 x, int count) {
+        x.x += count, x.y += slices_of(count, longest);
+        return x;
+    };
+    int2 own = {0, 0};
+    for (int j = first; j < first + run && j < t_n; ++j) own = added(own, counts[j]);
     // Inclusive sums over the threads by doubling distances, between two buffers.
     int side = 0;
     sums[0][threadIdx.x] = own;
     __syncthreads();
     for (int distance = 1; distance < 256; distance <<= 1) {
-        const int x = sums[side][threadIdx.x];
-        sums[1 - side][threadIdx.x] =
-            static_cast<int>(threadIdx.x) >= distance ? x + sums[side][threadIdx.x - distance] : x;
+        int2 x = sums[side][threadIdx.x];
+        if (static_cast<int>(threadIdx.x) >= distance) {
+            const int2 y = sums[side][threadIdx.x - distance];
+            x.x += y.x, x.y += y.y;
+        }
         side = 1 - side;
+        sums[side][threadIdx.x] = x;
         __syncthreads();
     }
-    int before = sums[side][threadIdx.x] - own;
+    int2 before = sums[side][threadIdx.x];
+    before.x -= own.x, before.y -= own.y;
     for (int j = first; j < first + run && j < t_n; ++j) {
-        out[j] = before;
-        before += counts[j];
+        const int2 after = added(before, counts[j]);
+        out[j] = before.x;
+        if (slices > 0) slice_offsets[bh * (t_n + 1) + j] = before.y;
+#pragma unroll 1  // most columns have none
+        for (int i = before.y; i < after.y; ++i) slice_columns[bh * slices + i] = j;
+        before = after;
     }
-    if (threadIdx.x == 255) out[t_n] = before;
+    if (threadIdx.x != 255) return;
+    out[t_n] = before.x;
+    if (slices > 0) slice_offsets[bh * (t_n + 1) + t_n] = before.y;
 }
 
 // The rows that chose each column, ascending, from offsets[column] on: rows (B H, capacity). A warp

@@ -86,8 +86,8 @@ sla2_bwd_matched_rows(const half_bits* __restrict__ q, const half_bits* __restri
     k += bh * n_k * HEAD_DIM, v += bh * n_k * HEAD_DIM;
     k_scale += bh * ceil_div(n_k, BLOCK_K);
 
-    const int lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * 16, g = lane >> 2;
-    const int column = (lane & 3) * 2;
+    const int lane = threadIdx.x & 31, row0 = first_row_of_warp(), g = lane >> 2;
+    const int column = (lane & 3) * 2, key0 = half_of_keys() * WARP_KEYS;
     float l[2], mean[2] = {0.0f, 0.0f}, top[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -100,7 +100,7 @@ sla2_bwd_matched_rows(const half_bits* __restrict__ q, const half_bits* __restri
         load_tile<ROWS, HALF_ROW, DQ_THREADS>(q_tile, q + rows_at, HALF_ROW, n_q - first_row);
         load_tile<ROWS, HALF_ROW, DQ_THREADS>(grad_tile, grad + rows_at, HALF_ROW, n_q - first_row);
     }
-    float p[BLOCK_K / 8][4];
+    float p[WARP_KEYS / 8][4];
     walk_blocks(
         k, v, list, steps, length, k_ring, v_ring,
         [&](const unsigned char* k_tile, int) {
@@ -108,13 +108,13 @@ sla2_bwd_matched_rows(const half_bits* __restrict__ q, const half_bits* __restri
             product_over_channels<ROWS_UNROLL>(p, q_tile, row0, k_tile);
         },
         [&](const unsigned char*, const unsigned char* v_tile, int block) {
-            float d_p[BLOCK_K / 8][4];
+            float d_p[WARP_KEYS / 8][4];
             clear(d_p);
             product_over_channels<ROWS_UNROLL>(d_p, grad_tile, row0, v_tile);
-            const int valid = length - block * BLOCK_K;
+            const int valid = length - block * BLOCK_K - key0;
             const float factor = scale * k_scale[block];
 #pragma unroll
-            for (int n = 0; n < BLOCK_K / 8; ++n)
+            for (int n = 0; n < WARP_KEYS / 8; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     if (8 * n + column + (e & 1) >= valid) continue;  // a padding key
@@ -124,9 +124,24 @@ sla2_bwd_matched_rows(const half_bits* __restrict__ q, const half_bits* __restri
                 }
         });
 #pragma unroll
+    for (int r = 0; r < 2; ++r) mean[r] = quad_sum(mean[r]), top[r] = quad_max(top[r]);
+    if (KEY_HALVES == 2) {  // of the second half of the keys
+        float* other = reinterpret_cast<float*>(q_tile) + threadIdx.x % (DQ_THREADS / 2);
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+            if (key0 > 0) other[r * DQ_THREADS] = mean[r], other[(2 + r) * DQ_THREADS] = top[r];
+        __syncthreads();
+        if (key0 > 0) return;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            mean[r] += other[r * DQ_THREADS];
+            top[r] = fmaxf(top[r], other[(2 + r) * DQ_THREADS]);
+        }
+    }
+#pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int row = first_row + row0 + 8 * r + g;
-        mean[r] = quad_sum(mean[r]), top[r] = quad_max(top[r]);
         if (row >= n_q || (lane & 3) != 0) continue;
         row_mean[bh * n_q + row] = mean[r];
         row_top[bh * n_q + row] = top[r] == 0.0f ? 1.0f : top[r];

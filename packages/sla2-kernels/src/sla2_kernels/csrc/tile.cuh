@@ -7,6 +7,9 @@
 
 constexpr int HALF_ROW = HEAD_DIM * 2;  // bytes of a row of 16-bit channels
 constexpr int D_TILES = HEAD_DIM / 8;   // 8-column accumulator tiles of a row
+// Not so on sm_86, 89 and 120, where by the data sheets tensor cores take 16 clocks for what an
+// ldmatrix brings in 4.
+constexpr bool FAST_MMA = SLA2_ARCH == 80 || SLA2_ARCH == 90 || SLA2_ARCH == 100;
 constexpr int STATE = HEAD_DIM * (HEAD_DIM + 1);  // a linear state: h_j row by row, then z_j
 
 // Byte offset of a 16-byte chunk. Eight rows at one chunk, which is what ldmatrix reads, fall into

@@ -1,4 +1,5 @@
 // dK and dV of the block-sparse branch on Hopper: the formulas of ../sparse_bwd.cu with wgmma.
+#include "columns.cuh"
 #include "sm90/rows.cuh"
 
 constexpr int STAGES = 2, KEY_STAGES = 2;
@@ -20,26 +21,25 @@ struct Barriers {
     unsigned long long rows_full[STAGES], rows_empty[STAGES];
 };
 
-// One key block of one head and the query blocks that chose it, as all warps see it.
+// A part of dK and dV, as all warps see it.
 struct Column {
-    long long bh;
-    int block, item, head;
-    int valid;        // keys that count
-    const int* list;  // of query blocks
+    Part part;
+    int item, head;
+    int valid;  // keys that count
     int steps;
 };
 
-SLA2_INLINE Column column_of(int number, const int* offsets, const int* column_rows,
-                             long long capacity, const int* kv_lengths, int num_heads, int t_n,
+SLA2_INLINE Column column_of(const ColumnMap& map, int number, const int* kv_lengths, int num_heads,
                              int n_k) {
     Column w;
-    const int pair = number / t_n;
-    w.bh = pair, w.block = number % t_n;
-    w.item = pair / num_heads, w.head = pair % num_heads;
-    w.valid = clamp_int(valid_keys(kv_lengths, w.item, n_k) - w.block * BLOCK_K, 0, BLOCK_K);
-    const int* bounds = offsets + w.bh * (t_n + 1ll) + w.block;
-    w.list = column_rows + w.bh * capacity + bounds[0];
-    w.steps = w.valid > 0 ? bounds[1] - bounds[0] : 0;
+    w.part = part_of(map, number);
+    w.item = static_cast<int>(w.part.bh) / num_heads;
+    w.head = static_cast<int>(w.part.bh) % num_heads;
+    w.valid = 0, w.steps = 0;
+    if (w.part.column < 0) return w;
+    const int length = valid_keys(kv_lengths, w.item, n_k);
+    w.valid = clamp_int(length - w.part.column * BLOCK_K, 0, BLOCK_K);
+    w.steps = w.valid > 0 && w.part.count > 0 ? w.part.count : 0;
     return w;
 }
 
@@ -55,9 +55,9 @@ SLA2_INLINE void take(float (&x)[D_WORDS], const float* between) {
 }
 
 // As sla2_sparse_bwd_kv, not after a low-bit forward ("matched"). Grid: at most one block a
-// multiprocessor; 384 threads. A block of threads walks over key blocks; each of its two consumer
-// warpgroups takes its 64 rows of every query block, and their sums meet at the end. Tiles as in
-// sla2_sm90_sparse_bwd_q; `blocks` = B H T_n key blocks.
+// multiprocessor; 384 threads. A block of threads walks over the B H (slices + T_n) parts; each of
+// its two consumer warpgroups takes its 64 rows of every query block, and their sums meet at the
+// end. Tiles as in sla2_sm90_sparse_bwd_q.
 extern "C" __global__ void __launch_bounds__(384, 1)
 sla2_sm90_sparse_bwd_kv(const unsigned char* __restrict__ q_tiles,
                         const unsigned char* __restrict__ k_tiles,
@@ -65,17 +65,22 @@ sla2_sm90_sparse_bwd_kv(const unsigned char* __restrict__ q_tiles,
                         const unsigned char* __restrict__ grad_tiles,
                         const float* __restrict__ lse, const float* __restrict__ row_mean,
                         const int* __restrict__ offsets, const int* __restrict__ column_rows,
-                        long long capacity, const int* __restrict__ kv_lengths,
+                        long long capacity, const int* __restrict__ slice_offsets,
+                        const int* __restrict__ slice_columns, int slices,
+                        const int* __restrict__ kv_lengths,
                         const float* __restrict__ rest_inverse, const float* __restrict__ alpha,
                         int alpha_stride_b, int alpha_stride_h, int alpha_stride_row,
                         const float* rest_k, const float* __restrict__ rest_v,
                         float* d_k, half_bits* __restrict__ d_v, float* __restrict__ key_sum,
-                        int num_heads, int n_q, int n_k, int by_block, int blocks,
-                        float softmax_scale) {
+                        float* __restrict__ sliced, int pairs, int num_heads, int n_q, int n_k,
+                        int by_block, float softmax_scale) {
     SLA2_ALIGNED_SHARED(shared);
     Barriers& barriers = *reinterpret_cast<Barriers*>(shared + BARRIERS_AT);
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int t_m = ceil_div(n_q, BLOCK_Q), t_n = ceil_div(n_k, BLOCK_K);
+    const ColumnMap map = {offsets,       column_rows, capacity, slice_offsets,
+                           slice_columns, slices,      t_n,      pairs};
+    const int parts = pairs * (slices + t_n);
     if (threadIdx.x == 0) {
         for (int i = 0; i < KEY_STAGES; ++i)
             mbarrier_init(&barriers.keys_full[i], 1), mbarrier_init(&barriers.keys_empty[i], 256);
@@ -90,22 +95,21 @@ sla2_sm90_sparse_bwd_kv(const unsigned char* __restrict__ q_tiles,
         Turn<STAGES> turn;
         Turn<KEY_STAGES> key_turn;
         if (warp == 0 && elect_one()) {  // tiles
-            for (int number = blockIdx.x; number < blocks; number += gridDim.x) {
-                const Column w = column_of(number, offsets, column_rows, capacity, kv_lengths,
-                                           num_heads, t_n, n_k);
+            for (int number = blockIdx.x; number < parts; number += gridDim.x) {
+                const Column w = column_of(map, number, kv_lengths, num_heads, n_k);
                 if (w.steps == 0) continue;
                 unsigned long long* full = &barriers.keys_full[key_turn.stage];
                 unsigned char* keys = shared + KEYS_AT + key_turn.stage * KEY_STAGE;
-                const long long key_at = (w.bh * t_n + w.block) * KEY_BYTES;
+                const long long key_at = (w.part.bh * t_n + w.part.column) * KEY_BYTES;
                 mbarrier_wait(&barriers.keys_empty[key_turn.stage], key_turn.parity ^ 1);
                 key_turn.next();
                 mbarrier_arrive_expect(full, KEY_STAGE);
                 bulk_load(keys, k_tiles + key_at, KEY_BYTES, full);
                 bulk_load(keys + KEY_BYTES, v_tiles + key_at, KEY_BYTES, full);
                 for (int step = 0; step < w.steps; ++step, turn.next()) {
-                    const int first = w.list[step] * BLOCK_Q;
+                    const int first = w.part.list[step] * BLOCK_Q;
                     const int bytes = n_q - first > 64 ? 2 * ROW_TILE : ROW_TILE;
-                    const long long at = (w.bh * ceil_div(n_q, 64) + first / 64) * ROW_TILE;
+                    const long long at = (w.part.bh * ceil_div(n_q, 64) + first / 64) * ROW_TILE;
                     unsigned char* rows = shared + ROWS_AT + turn.stage * ROW_STAGE;
                     mbarrier_wait(&barriers.rows_empty[turn.stage], turn.parity ^ 1);
                     full = &barriers.rows_full[turn.stage];
@@ -115,16 +119,15 @@ sla2_sm90_sparse_bwd_kv(const unsigned char* __restrict__ q_tiles,
                 }
             }
         } else if (warp == 1) {  // L and row_mean
-            for (int number = blockIdx.x; number < blocks; number += gridDim.x) {
-                const Column w = column_of(number, offsets, column_rows, capacity, kv_lengths,
-                                           num_heads, t_n, n_k);
+            for (int number = blockIdx.x; number < parts; number += gridDim.x) {
+                const Column w = column_of(map, number, kv_lengths, num_heads, n_k);
                 for (int step = 0; step < w.steps; ++step, turn.next()) {
-                    const int first = w.list[step] * BLOCK_Q;
+                    const int first = w.part.list[step] * BLOCK_Q;
                     float* values = reinterpret_cast<float*>(shared + VALUES_AT) +
                                     turn.stage * 2 * BLOCK_Q;
                     mbarrier_wait(&barriers.rows_empty[turn.stage], turn.parity ^ 1);
                     for (int i = lane; i < BLOCK_Q; i += 32) {
-                        const long long at = w.bh * n_q + first + i;
+                        const long long at = w.part.bh * n_q + first + i;
                         values[i] = first + i < n_q ? lse[at] * LOG2_E : 0.0f;
                         values[BLOCK_Q + i] = first + i < n_q ? row_mean[at] : 0.0f;
                     }
@@ -140,9 +143,14 @@ sla2_sm90_sparse_bwd_kv(const unsigned char* __restrict__ q_tiles,
     const float scale = softmax_scale * LOG2_E;
     Turn<STAGES> turn;
     Turn<KEY_STAGES> key_turn;
-    for (int number = blockIdx.x; number < blocks; number += gridDim.x) {
-        const Column w = column_of(number, offsets, column_rows, capacity, kv_lengths, num_heads,
-                                   t_n, n_k);
+    for (int number = blockIdx.x; number < parts; number += gridDim.x) {
+        const Column w = column_of(map, number, kv_lengths, num_heads, n_k);
+        if (w.part.column < 0) continue;
+        if (w.part.count < 0) {
+            const int c = threadIdx.x - 128;  // of the consumers
+            if (c < HEAD_DIM) key_sum[sum_row(map, w.part) * HEAD_DIM + c] = 0.0f;
+            continue;
+        }
         const int alpha_of_head = w.item * alpha_stride_b + w.head * alpha_stride_h;
         float acc_k[D_WORDS], acc_v[D_WORDS];
 #pragma unroll
@@ -151,10 +159,10 @@ sla2_sm90_sparse_bwd_kv(const unsigned char* __restrict__ q_tiles,
             unsigned char* keys = shared + KEYS_AT + key_turn.stage * KEY_STAGE;
             mbarrier_wait(&barriers.keys_full[key_turn.stage], key_turn.parity);
             for (int step = 0; step < w.steps; ++step, turn.next()) {
-                const int row_block = w.list[step];
+                const int row_block = w.part.list[step];
                 const float weight =
                     sparse_weight(alpha, alpha_of_head + row_block * alpha_stride_row, rest_inverse,
-                                  w.bh * t_m + row_block, true);
+                                  w.part.bh * t_m + row_block, true);
                 const unsigned char* rows =
                     shared + ROWS_AT + turn.stage * ROW_STAGE + half * ROW_TILE;
                 const unsigned char* grad = rows + 2 * ROW_TILE;
@@ -226,26 +234,31 @@ sla2_sm90_sparse_bwd_kv(const unsigned char* __restrict__ q_tiles,
             mbarrier_arrive(&barriers.keys_empty[key_turn.stage]);
             key_turn.next();
         }
-        const long long key_at = (w.bh * n_k + w.block * BLOCK_K) * HEAD_DIM + column;
-        const long long rest_at = by_block ? (w.bh * t_n + w.block) * HEAD_DIM + column : key_at;
+        const long long key_block = w.part.bh * t_n + w.part.column;
+        const long long key_at = (w.part.bh * n_k + w.part.column * BLOCK_K) * HEAD_DIM + column;
+        const long long rest_at = by_block ? key_block * HEAD_DIM + column : key_at;
         const int rest_step = by_block ? 0 : HEAD_DIM;
-        const int row0 = 16 * (warp & 3), inside = n_k - w.block * BLOCK_K;
+        const bool rest = rest_k != nullptr && w.part.first, whole = w.part.slice < 0;
+        float* to_k = whole ? d_k + key_at : slice_sums(sliced, map, w.part) + column;
+        const int row0 = 16 * (warp & 3), inside = n_k - w.part.column * BLOCK_K;
         if (half == 1) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const int row = row0 + 8 * r + g;
+                const int row = row0 + 8 * r + g, at = row * HEAD_DIM;
                 if (row >= inside) continue;
-                const long long at = key_at + row * HEAD_DIM;
 #pragma unroll
                 for (int n = 0; n < HEAD_DIM / 8; ++n) {
                     float2 y = {acc_v[4 * n + 2 * r], acc_v[4 * n + 2 * r + 1]};
-                    if (rest_v != nullptr) {
-                        const float2 rest = *reinterpret_cast<const float2*>(
+                    if (rest) {
+                        const float2 z = *reinterpret_cast<const float2*>(
                             rest_v + rest_at + row * rest_step + 8 * n);
-                        y.x += rest.x, y.y += rest.y;
+                        y.x += z.x, y.y += z.y;
                     }
-                    *reinterpret_cast<unsigned*>(d_v + at + 8 * n) =
-                        row < w.valid ? pack_half(y.x, y.y) : 0u;
+                    if (whole)
+                        *reinterpret_cast<unsigned*>(d_v + key_at + at + 8 * n) =
+                            row < w.valid ? pack_half(y.x, y.y) : 0u;
+                    else
+                        *reinterpret_cast<float2*>(to_k + BLOCK_K * HEAD_DIM + at + 8 * n) = y;
                 }
             }
             continue;
@@ -258,10 +271,10 @@ sla2_sm90_sparse_bwd_kv(const unsigned char* __restrict__ q_tiles,
             for (int r = 0; r < 2; ++r) {
                 const int row = row0 + 8 * r + g;
                 if (row >= inside) continue;
-                float2* at = reinterpret_cast<float2*>(d_k + key_at + row * HEAD_DIM + 8 * n);
+                float2* at = reinterpret_cast<float2*>(to_k + row * HEAD_DIM + 8 * n);
                 float2 x = {0.0f, 0.0f};
                 if (row < w.valid) {
-                    if (rest_k != nullptr)
+                    if (rest)
                         x = *reinterpret_cast<const float2*>(rest_k + rest_at + row * rest_step +
                                                              8 * n);
                     x.x += acc_k[4 * n + 2 * r] * softmax_scale;
@@ -280,7 +293,7 @@ sla2_sm90_sparse_bwd_kv(const unsigned char* __restrict__ q_tiles,
         named_barrier_sync(2, 128);
         const int c = threadIdx.x & 127;
         if (c < HEAD_DIM)
-            key_sum[(w.bh * t_n + w.block) * HEAD_DIM + c] =
+            key_sum[sum_row(map, w.part) * HEAD_DIM + c] =
                 sums[c] + sums[HEAD_DIM + c] + sums[2 * HEAD_DIM + c] + sums[3 * HEAD_DIM + c];
         named_barrier_sync(2, 128);  // before the next key block's sums
     }
