@@ -5,6 +5,7 @@
 // Whether the first pooled tiles travel while the last selected ones are computed; on sm_100 ptxas
 // spills with it.
 constexpr bool EARLY_POOLED = SLA2_ARCH != 100;
+constexpr int SELECTED_UNROLL = SLA2_ARCH == 90 ? 4 : SCORE_UNROLL;  // pooled keys follow
 
 // One block of threads per query block; grid (T_m, B H). q, k, v and out may lie in any layout
 // (strides: item, head, token). mean (B H, D): of K, which pooled_k and L leave out, or null.
@@ -48,8 +49,9 @@ sla2_pooled_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
     const auto first_v = [&](unsigned char* slot) {
         if (EARLY_POOLED && pooled.tiles > 0) load_pooled(slot, pooled.v, pooled, 0);
     };
-    attend_selected(o, softmax, softmax_scale * LOG2_E, selected, q, q_step, n_q - first_row, k,
-                    k_step, v, v_step, q_tile, k_ring, v_ring, first_k, first_v);
+    attend_selected<SELECTED_UNROLL>(o, softmax, softmax_scale * LOG2_E, selected, q, q_step,
+                                     n_q - first_row, k, k_step, v, v_step, q_tile, k_ring,
+                                     v_ring, first_k, first_v);
     const int slot = selected.steps & 1;
     if (pooled.tiles > 0 && (!EARLY_POOLED || selected.steps == 0)) {
         if (selected.steps == 0)

@@ -88,7 +88,7 @@ SLA2_INLINE Selection selection(const int* indices, const int* counts, int max_s
 // step t, V of step t + 1 during P V of step t: README.md, "The cp.async ring". What is to follow
 // the last K and V in their rings, `next_k(slot)` and `next_v(slot)` may copy there; their group
 // and that of V are under way at the end.
-template <typename NextK, typename NextV>
+template <int UNROLL, typename NextK, typename NextV>
 SLA2_INLINE void attend_selected(float (&o)[FWD_M_TILES][D_TILES][4],
                                  OnlineSoftmax<FWD_M_TILES>& softmax, float scale,
                                  const Selection& blocks, const half_bits* q, int q_step, int rows,
@@ -134,7 +134,7 @@ SLA2_INLINE void attend_selected(float (&o)[FWD_M_TILES][D_TILES][4],
         cp_async_commit();
 
         float s[FWD_M_TILES][KEY_TILES][4];
-        score_keys<SCORE_UNROLL>(s, q_tile, row0, k_tile);
+        score_keys<UNROLL>(s, q_tile, row0, k_tile);
         // Indices ascend, so only the last block can hold keys that do not count.
         if (!more && tail < BLOCK_K) mask_tail(s, tail);
         // P up to 2^8 is harmless in 16 bit and in the fp32 sums, and saves most rescaling of o.

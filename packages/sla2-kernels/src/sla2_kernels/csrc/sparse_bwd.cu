@@ -7,8 +7,7 @@
 constexpr int ROW_VALUES = MATCHED ? 4 : 2;
 // What keeps ptxas from spilling: it holds fewer operands at once.
 constexpr int DQ_UNROLL = SLA2_ARCH == 100 ? 2 : HEAD_DIM / 16;
-constexpr int DKV_UNROLL =
-    HALVES ? HEAD_DIM / 16 : (MATCHED ? 1 : (SLA2_ARCH == 100 ? 4 : HEAD_DIM / 16));
+constexpr int DKV_UNROLL = HALVES ? HEAD_DIM / 16 : (MATCHED ? 1 : 4);
 
 // row_dot (B H, n_q) = dO . O_s, fp32: D of the softmax backward is this times the weight of O_s.
 // Grid (T_m, B H).

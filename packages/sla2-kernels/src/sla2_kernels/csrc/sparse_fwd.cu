@@ -38,7 +38,7 @@ sla2_sparse_fwd(const half_bits* __restrict__ q, long long q_item, long long q_h
     OnlineSoftmax<FWD_M_TILES> softmax;
     softmax.init();
     const auto nothing = [](unsigned char*) {};
-    attend_selected(o, softmax, softmax_scale * LOG2_E, blocks,
+    attend_selected<SCORE_UNROLL>(o, softmax, softmax_scale * LOG2_E, blocks,
                     q + static_cast<long long>(first_row) * q_step, q_step, n_q - first_row, k,
                     k_step, v, v_step, q_tile, k_ring, v_ring, nothing, nothing);
     cp_async_wait<0>();  // nothing may travel when the epilogue reuses the ring
