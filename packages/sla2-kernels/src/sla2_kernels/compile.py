@@ -18,7 +18,8 @@ from sla2_kernels.sources import gather
 from sla2_kernels.specs import KernelSpec
 
 SCHEMA = "nvrtc 2"
-_OPTIONS = ("-std=c++17", "--ptxas-options=-v")
+# Without the last one, versions before 13.2 take a lambda with `auto` for a function of the host.
+_OPTIONS = ("-std=c++17", "--ptxas-options=-v", "--device-as-default-execution-space")
 
 
 @dataclass(frozen=True)
