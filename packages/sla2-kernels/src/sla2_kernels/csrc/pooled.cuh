@@ -5,8 +5,8 @@
 #include "pooled_keys.cuh"
 #include "selected.cuh"
 
-// As SCORE_UNROLL: with more, sm_80 and sm_100 spill.
-constexpr int POOLED_UNROLL = SLA2_ARCH == 100 ? 1 : 2;
+// As SCORE_UNROLL: otherwise some compilers spill.
+constexpr int POOLED_UNROLL = SLA2_ARCH == 100 ? 1 : (SLA2_ARCH == 80 ? HEAD_DIM / 16 : 2);
 
 // The pooled keys of a head and what a row block reads of them.
 struct PooledKeys : PooledBlocks {
