@@ -35,6 +35,8 @@ ONLY_HOPPER = {
     "sla2_sm90_masked_sum_low",
     "sla2_sm90_pack",
     "sla2_sm90_pack_low",
+    "sla2_sm90_pooled_fwd",
+    "sla2_sm90_pooled_fwd_low",
     "sla2_sm90_sparse_bwd_kv",
     "sla2_sm90_sparse_bwd_q",
     "sla2_sm90_sparse_fwd",
